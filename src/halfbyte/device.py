@@ -1,0 +1,62 @@
+"""`Target`: what a kernel needs to know about the hardware. The only place that asks the hardware."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from halfbyte.errors import InputError
+
+
+@dataclass(frozen=True)
+class Target:
+    """One kind of device.
+
+    `arch` is "cpu" or "sm_90" style; `num_sms` counts multiprocessors (CPU: threads); `smem` is shared memory per block in bytes;
+    `l2` is the L2 size in bytes; `read_gbps` is the memory read ceiling in GB/s (0 where it is not known).
+    """
+
+    name: str
+    arch: str
+    num_sms: int
+    smem: int
+    l2: int
+    read_gbps: float
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.arch == "cpu"
+
+    @staticmethod
+    def of(device: torch.device | str) -> Target:
+        """Describe `device`.
+
+        Raises:
+            InputError: `device` is neither a CPU nor a CUDA device (meta tensors included).
+        """
+        device = torch.device(device)
+        if device.type == "cpu":
+            return Target("CPU", "cpu", torch.get_num_threads(), 0, 0, 0.0)
+        if device.type == "cuda":
+            return _cuda_target(torch.cuda.current_device() if device.index is None else device.index)
+        raise InputError("no kernels for this kind of device", given=device.type, needed="cpu or cuda")
+
+
+# Read bandwidth in GB/s: measured for the H200 (lab notes, 2026-10), otherwise the vendor's data sheet.
+_READ_GBPS = {"H200": 4600.0, "H100": 3350.0, "H20": 4000.0, "B200": 8000.0, "A100": 2039.0}
+
+
+@functools.cache
+def _cuda_target(index: int) -> Target:
+    properties = torch.cuda.get_device_properties(index)
+    gbps = next((value for key, value in _READ_GBPS.items() if key in properties.name), 0.0)
+    return Target(
+        name=properties.name,
+        arch=f"sm_{properties.major}{properties.minor}",
+        num_sms=properties.multi_processor_count,
+        smem=properties.shared_memory_per_block_optin,
+        l2=properties.L2_cache_size,
+        read_gbps=gbps,
+    )

@@ -1,0 +1,33 @@
+"""The errors halfbyte raises on purpose. Each one says what was given, what is needed, where, and what to do next."""
+
+from __future__ import annotations
+
+
+class HalfbyteError(Exception):
+    """Base of the three below; `exit_code` is what the command line returns for it."""
+
+    exit_code = 1
+
+    def __init__(self, problem: str, *, where: str = "", given: object = None, needed: object = None, next_step: str = ""):
+        """Build the one-line message `where: problem (given ...; needed ...). next_step`; empty parts are left out."""
+        details = [f"{name} {value}" for name, value in (("given", given), ("needed", needed)) if value is not None]
+        message = f"{where}: {problem}" if where else problem
+        if details:
+            message += f" ({'; '.join(details)})"
+        if next_step:
+            message += f". {next_step[0].upper()}{next_step[1:]}"
+        super().__init__(message)
+
+
+class InputError(HalfbyteError, ValueError):
+    """An argument or a tensor passed to a function does not fit."""
+
+
+class CheckpointError(HalfbyteError):
+    """A file or directory is missing, damaged, inconsistent or cannot be written."""
+
+
+class UnsupportedError(HalfbyteError):
+    """Valid, but not possible here: no kernel, no such format support, missing hardware or optional package."""
+
+    exit_code = 3

@@ -1,0 +1,24 @@
+"""e4m3 (fn), the block scale of NVFP4 and the element of FP8: 4 exponent bits, 3 mantissa bits, no infinity, NaN at 0x7f and 0xff.
+
+Largest value 448, smallest subnormal 2^-9. Source: OCP FP8 v1.0; saturation as `__NV_SATFINITE`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+MAX = 448.0
+
+
+def encode(x: torch.Tensor) -> torch.Tensor:
+    """Round to nearest even and saturate at +-448 (infinities too); NaN stays NaN. Returns float8_e4m3fn of the same shape.
+
+    >>> encode(torch.tensor([1000.0, 2.0**-10, -float("inf")])).float().tolist()
+    [448.0, 0.0, -448.0]
+    """
+    return x.float().clamp(-MAX, MAX).to(torch.float8_e4m3fn)
+
+
+def as_e4m3(scales: torch.Tensor) -> torch.Tensor:
+    """View raw scale bytes (uint8) as float8_e4m3fn; float8_e4m3fn passes through."""
+    return scales if scales.dtype == torch.float8_e4m3fn else scales.view(torch.float8_e4m3fn)
