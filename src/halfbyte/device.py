@@ -56,7 +56,7 @@ def _cuda_target(index: int) -> Target:
         name=properties.name,
         arch=f"sm_{properties.major}{properties.minor}",
         num_sms=properties.multi_processor_count,
-        smem=properties.shared_memory_per_block_optin,
+        smem=properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]  # torch's stub lacks it
         l2=properties.L2_cache_size,
         read_gbps=gbps,
     )

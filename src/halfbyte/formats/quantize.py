@@ -61,10 +61,7 @@ def quantize(
     blocks = columns // format.block
     codes = torch.empty((*batch, rows, columns // 2), dtype=torch.uint8, device=x.device)
     scales = torch.empty((*batch, rows, blocks), dtype=format.scale_dtype, device=x.device)
-    if format.has_global_scale:
-        decode_scale = _global_scale(x, global_scale, four_over_six)
-    else:
-        decode_scale = None
+    decode_scale = _global_scale(x, global_scale, four_over_six) if format.has_global_scale else None
     result = QuantTensor(codes, scales, decode_scale, format)
     if codes.numel() == 0:
         return result.with_scale_layout(scale_layout)

@@ -91,10 +91,8 @@ def _row_split(layout: ScaleLayout) -> tuple[int, ...]:
 
 
 def _move_tiles(tiles: torch.Tensor, layout: ScaleLayout, batch: int) -> torch.Tensor:
-    if layout == "128x4":
-        order = (0, 3, 2, 1, 4)  # rows/128, 4, 32, cols/4, 4  <->  rows/128, cols/4, 32, 4, 4: its own inverse
-    else:
-        order = (0, 2, 1, 3)  # rows/8, 8, cols/4, 4  <->  rows/8, cols/4, 8, 4: its own inverse
+    # 128x4: rows/128, 4, 32, cols/4, 4 <-> rows/128, cols/4, 32, 4, 4. 8x4: rows/8, 8, cols/4, 4 <-> rows/8, cols/4, 8, 4. Each its own inverse.
+    order: tuple[int, ...] = (0, 3, 2, 1, 4) if layout == "128x4" else (0, 2, 1, 3)
     return tiles.permute(*range(batch), *(batch + axis for axis in order))
 
 
