@@ -83,9 +83,7 @@ class ExpertWeights:
         for name, bias, rows in (("w13_bias", self.w13_bias, halves * intermediate), ("w2_bias", self.w2_bias, hidden)):
             if bias is not None and tuple(bias.shape) != (experts, rows):
                 raise InputError(f"{name} has the wrong shape", given=tuple(bias.shape), needed=(experts, rows))
-        if isinstance(self.w13, QuantTensor) != isinstance(self.w2, QuantTensor) or (
-            self.format is not None and self.w13.format is not self.w2.format
-        ):
+        if _format_name(self.w13) != _format_name(self.w2):
             raise InputError(
                 "w13 and w2 are in different formats", given=f"{_format_name(self.w13)} and {_format_name(self.w2)}", needed="one format"
             )

@@ -10,7 +10,7 @@ from halfbyte.formats.block_format import (
     nvfp4_decode_scale,
 )
 from halfbyte.formats.quant_tensor import QuantTensor
-from halfbyte.formats.quantize import count_nonfinite, matrix_amax, quantize
+from halfbyte.formats.quantizer import count_nonfinite, matrix_amax, quantize
 from halfbyte.formats.scale_layout import swizzle_scales, unswizzle_scales
 
 __all__ = [

@@ -11,7 +11,7 @@ callers that must not accept NaN or infinity count them first with `count_nonfin
 
 Four-over-six (NVFP4): for each block also try amax(block) / (4 * global), and keep it when its squared error is smaller. e2m1 has nothing
 between 4 and 6, so blocks whose large values cluster around 5/6 of the maximum gain; global is amax / (6 * 256) so that the second scale fits e4m3.
-Source: Cook et al., "Four Over Six", 2025. Measured weight MSE: 16 % lower on Gaussian data (tests/formats/test_quantize.py).
+Source: Cook et al., "Four Over Six", 2025. Measured weight MSE: 16 % lower on Gaussian data (tests/formats/test_quantizer.py).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def quantize(
     Raises:
         InputError: dtype not floating point, fewer than two dimensions, K not a multiple of the block, or an option of the other format.
 
-    >>> q = quantize(torch.linspace(-1, 1, 64).view(2, 32), MXFP4)
+    >>> q = halfbyte.quantize(torch.linspace(-1, 1, 64).view(2, 32), halfbyte.MXFP4)
     >>> q.codes.shape, q.scales.shape, q.global_scale
     (torch.Size([2, 16]), torch.Size([2, 1]), None)
     """
