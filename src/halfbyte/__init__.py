@@ -1,6 +1,27 @@
 """halfbyte: FP4 (NVFP4, MXFP4) Mixture-of-Experts models, fast, on the GPUs people have."""
 
-from halfbyte.formats import MXFP4, NVFP4, BlockFormat, QuantTensor, quantize, swizzle_scales, unswizzle_scales
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from halfbyte.formats import MXFP4, NVFP4, BlockFormat, QuantTensor, quantize, swizzle_scales, unswizzle_scales
 
 __version__ = "0.1.0"
 __all__ = ["MXFP4", "NVFP4", "BlockFormat", "QuantTensor", "quantize", "swizzle_scales", "unswizzle_scales"]
+
+# Public name -> home. Resolved on first use, so that `halfbyte --help` and the plug-ins of the engines do not wait for torch.
+_HOMES = {
+    "halfbyte.formats": ("MXFP4", "NVFP4", "BlockFormat", "QuantTensor", "quantize", "swizzle_scales", "unswizzle_scales"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'halfbyte' has no attribute {name!r}")
+    globals()[name] = value = getattr(import_module(_HOME_OF[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
