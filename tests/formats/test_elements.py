@@ -100,7 +100,7 @@ def e8m0_by_definition(amax: float, element_max: int, rule: str) -> int:
     """The three rules in exact arithmetic; amax > 0 and finite."""
     value = Fraction(amax)
     if rule == "ceil":
-        exponent = next(e for e in range(-400, 400) if Fraction(2) ** e >= value / element_max)
+        exponent = next(e for e in range(math.frexp(amax)[1] - 8, 200) if Fraction(2) ** e >= value / element_max)
     else:
         floor = math.frexp(amax)[1] - 1
         if rule == "even" and value / Fraction(2) ** floor >= Fraction(7, 4):  # 1.11b rounds up at two mantissa bits, half up
