@@ -1,0 +1,20 @@
+"""Files to and from canonical `ExpertWeights`: every quantised and dense MoE checkpoint format, read tensor by tensor."""
+
+from halfbyte.checkpoint.experts import ExpertWeights
+from halfbyte.checkpoint.families import MoEConfig, RoutingRule
+from halfbyte.checkpoint.load import RouterWeights, load_experts, load_router
+from halfbyte.checkpoint.quantization import Quantization
+from halfbyte.checkpoint.source import Checkpoint, TensorInfo, resolve_model
+
+__all__ = [
+    "Checkpoint",
+    "ExpertWeights",
+    "MoEConfig",
+    "Quantization",
+    "RouterWeights",
+    "RoutingRule",
+    "TensorInfo",
+    "load_experts",
+    "load_router",
+    "resolve_model",
+]

@@ -1,0 +1,218 @@
+"""How a checkpoint says it is quantised: config.json and hf_quant_config.json to one `Quantization`.
+
+| kind | said by | tensors of a projection |
+|---|---|---|
+| modelopt | hf_quant_config.json, or quant_method "modelopt" | weight, weight_scale, weight_scale_2, (input_scale): decode |
+| compressed-tensors | quant_method "compressed-tensors" | weight_packed, weight_scale, (weight_global_scale, input_global_scale): encode |
+| gpt-oss | quant_method "mxfp4" | stacked gate_up_proj_blocks, gate_up_proj_scales, gate_up_proj_bias; gate and up rows alternate |
+| deepseek-v4 | expert_dtype "fp4" | weight (int8 pairs), scale or weight_scale_inv (a power of two per 32) |
+| fp8-block | quant_method "fp8" | weight e4m3, weight_scale_inv fp32 per 128x128 |
+| dense | nothing | weight |
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from halfbyte.errors import CheckpointError, UnsupportedError
+from halfbyte.formats import FORMATS, MXFP4, NVFP4, BlockFormat
+
+Kind = Literal["modelopt", "compressed-tensors", "gpt-oss", "deepseek-v4", "fp8-block", "dense"]
+
+# What each algorithm stores. W4A16 says that activations are never quantised, which shows as absent input scales.
+_MODELOPT = {"NVFP4": NVFP4, "NVFP4_AWQ": NVFP4, "W4A16_NVFP4": NVFP4}
+_COMPRESSED_TENSORS = {"nvfp4-pack-quantized": NVFP4, "mxfp4-pack-quantized": MXFP4}
+_METHODS = ("modelopt", "compressed-tensors", "mxfp4", "fp8")
+# A module that an engine fuses, and the checkpoint's modules it stands for.
+_FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "fused_qkv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa"),
+}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Modules that match `pattern` are stored by `algorithm`, the checkpoint's own word for it; None: left alone."""
+
+    pattern: str
+    algorithm: str | None
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What a checkpoint says of its own quantisation.
+
+    Attributes:
+        kind: whose conventions name the tensors.
+        algorithms: algorithm name to block format, for this kind.
+        rules: first match wins; no match means not quantised.
+        where: file the description came from.
+    """
+
+    kind: Kind
+    algorithms: Mapping[str, BlockFormat]
+    rules: tuple[Rule, ...] = ()
+    where: str = "config.json"
+
+    @property
+    def format(self) -> BlockFormat | None:
+        """The block format of the quantised modules; None when there is none, or more than one."""
+        formats = {self.algorithms[rule.algorithm] for rule in self.rules if rule.algorithm and rule.algorithm in self.algorithms}
+        return formats.pop() if len(formats) == 1 else None
+
+    def algorithm_of(self, module: str) -> str | None:
+        """The checkpoint's name for how `module` is stored, None when it is not quantised.
+
+        An engine's fused module (`qkv_proj`) is stored as its parts are.
+
+        Raises:
+            CheckpointError: the parts of a fused module differ.
+        """
+        parent, _, leaf = module.rpartition(".")
+        parts = [f"{parent}.{part}" if parent else part for part in _FUSED.get(leaf, ())]
+        own = self._first_match(module)
+        if not parts or (own is not None and own.pattern != "*"):
+            return own.algorithm if own else None
+        algorithms = {rule.algorithm if rule else None for rule in map(self._first_match, parts)}
+        if len(algorithms) != 1:
+            raise CheckpointError(f"the parts of {module} are not stored alike", where=self.where, given=sorted(map(str, algorithms)), needed="one")
+        return algorithms.pop()
+
+    def excluded(self, module: str) -> bool:
+        """Whether `module` is left unquantised.
+
+        >>> q = describe_quantization({}, {"quantization": {"quant_algo": "NVFP4", "exclude_modules": ["lm_head", "model.layers.0.*"]}})
+        >>> q.excluded("language_model.lm_head"), q.excluded("model.layers.10.mlp.gate_proj")
+        (True, False)
+        """
+        return self.algorithm_of(module) is None
+
+    def format_of(self, module: str) -> BlockFormat | None:
+        """The block format `module` is stored in, None when it is not quantised.
+
+        Raises:
+            UnsupportedError: it is stored in a format halfbyte does not read.
+        """
+        algorithm = self.algorithm_of(module)
+        if algorithm is None:
+            return None
+        if algorithm not in self.algorithms:
+            raise UnsupportedError(
+                f"{module} is quantised in a way halfbyte does not read", where=self.where, given=algorithm, needed=", ".join(self.algorithms)
+            )
+        return self.algorithms[algorithm]
+
+    def _first_match(self, module: str) -> Rule | None:
+        return next((rule for rule in self.rules if matches(rule.pattern, module)), None)
+
+
+def matches(pattern: str, module: str) -> bool:
+    """Whether a pattern of an exclude, ignore or target list means `module`. `language_model` segments are ignored on both sides.
+
+    "re:..." is a regular expression matched from the start. Otherwise the pattern is a glob of the whole name, or of a run of whole path
+    segments, so that "lm_head", "mlp.gate" and "model.layers.0" mean those modules and everything below them, and never "mlp.gate_proj".
+
+    >>> matches("model.layers.*.mlp.gate", "model.layers.3.mlp.gate"), matches("mlp.gate", "model.layers.3.mlp.gate_proj")
+    (True, False)
+    """
+    if pattern.startswith("re:"):
+        return any(re.match(pattern[3:], name) for name in (module, _without_language_model(module)))
+    pattern, module = _without_language_model(pattern), _without_language_model(module)
+    if fnmatchcase(module, pattern):
+        return True
+    globs, segments = pattern.split("."), module.split(".")
+    runs = range(len(segments) - len(globs) + 1)
+    return any(all(fnmatchcase(segment, glob) for segment, glob in zip(segments[start:], globs, strict=False)) for start in runs)
+
+
+def _without_language_model(name: str) -> str:
+    return ".".join(segment for segment in name.split(".") if segment != "language_model")
+
+
+def describe_quantization(config: Mapping[str, Any], hf_quant_config: Mapping[str, Any] | None = None, *, where: str = "config.json") -> Quantization:
+    """Read the quantisation of a model from its config.json and, where there is one, ModelOpt's hf_quant_config.json.
+
+    Raises:
+        UnsupportedError: a quant_method, algorithm or format that halfbyte does not read, with those it does.
+        CheckpointError: a block size that is not the format's.
+    """
+    inner = config.get("quantization_config") or config.get("text_config", {}).get("quantization_config") or {}
+    if hf_quant_config is not None:
+        return _modelopt(hf_quant_config.get("quantization", hf_quant_config), where=f"{where}/hf_quant_config.json")
+    method = inner.get("quant_method") or ("modelopt" if "quant_algo" in inner else None)
+    if "fp4" in (config.get("expert_dtype"), inner.get("expert_dtype")):
+        return Quantization("deepseek-v4", {"fp4": MXFP4}, (Rule("*.experts.*", "fp4"),), where)
+    if method is None and not inner:
+        return Quantization("dense", {}, (), where)
+    if method in ("modelopt", "modelopt_fp4"):
+        return _modelopt(inner, where)
+    if method == "compressed-tensors":
+        return _compressed_tensors(inner, where)
+    if method == "mxfp4":
+        kept = tuple(Rule(pattern, None) for pattern in inner.get("modules_to_not_convert") or ())
+        return Quantization("gpt-oss", {"mxfp4": MXFP4}, (*kept, Rule("*.experts*", "mxfp4")), where)
+    if method == "fp8":
+        block = inner.get("weight_block_size")
+        if block != [128, 128]:
+            raise UnsupportedError("only block-scaled fp8 is read", where=where, given=f"weight_block_size {block}", needed="[128, 128]")
+        return Quantization("fp8-block", {}, (), where)
+    raise UnsupportedError("unknown quantisation", where=where, given=f"quant_method {method!r}", needed=", ".join(_METHODS))
+
+
+def _modelopt(quantization: Mapping[str, Any], where: str) -> Quantization:
+    """Both forms: hf_quant_config.json's "quantization" and config.json's flat or config_groups "quantization_config"."""
+    excluded: list[str] = []
+    for key in ("exclude_modules", "ignore", "modules_to_not_convert"):
+        excluded += quantization.get(key) or ()
+    groups = [group["weights"] for group in (quantization.get("config_groups") or {}).values() if group.get("weights")]
+    algorithm = str(quantization.get("quant_algo") or _algorithm_of_group(groups)).upper()
+    for size in [quantization.get("group_size")] + [group.get("group_size") for group in groups]:
+        _check_block_size(size, NVFP4, where)
+    rules = [Rule(pattern, None) for pattern in excluded]
+    if algorithm == "MIXED_PRECISION":
+        for module, entry in (quantization.get("quantized_layers") or {}).items():
+            layer_algorithm = str(entry.get("quant_algo")).upper()
+            if layer_algorithm in _MODELOPT:
+                _check_block_size(entry.get("group_size"), NVFP4, where)
+            rules.append(Rule(module, layer_algorithm))
+    elif algorithm in _MODELOPT:
+        rules.append(Rule("*", algorithm))
+    else:
+        raise UnsupportedError("unknown ModelOpt algorithm", where=where, given=algorithm, needed=", ".join((*_MODELOPT, "MIXED_PRECISION")))
+    return Quantization("modelopt", _MODELOPT, tuple(rules), where)
+
+
+def _algorithm_of_group(groups: list[Mapping[str, Any]]) -> str:
+    kinds = {(group.get("num_bits"), group.get("type")) for group in groups}
+    return "NVFP4" if kinds == {(4, "float")} else f"no quant_algo, weights {sorted(map(str, kinds))}"
+
+
+def _compressed_tensors(quantization: Mapping[str, Any], where: str) -> Quantization:
+    rules = [Rule(pattern, None) for pattern in quantization.get("ignore") or ()]
+    for name, group in (quantization.get("config_groups") or {}).items():
+        algorithm = str(group.get("format") or quantization.get("format"))
+        if algorithm in _COMPRESSED_TENSORS:
+            _check_block_size((group.get("weights") or {}).get("group_size"), _COMPRESSED_TENSORS[algorithm], f"{where}, {name}")
+        # A bare class name ("Linear") means every module of that class.
+        targets = group.get("targets") or ["Linear"]
+        rules += [Rule("*" if target.isidentifier() and target[0].isupper() else target, algorithm) for target in targets]
+    if not any(rule.algorithm in _COMPRESSED_TENSORS for rule in rules):
+        given = sorted({str(rule.algorithm) for rule in rules if rule.algorithm}) or [str(quantization.get("format"))]
+        raise UnsupportedError("unknown compressed-tensors format", where=where, given=", ".join(given), needed=", ".join(_COMPRESSED_TENSORS))
+    return Quantization("compressed-tensors", _COMPRESSED_TENSORS, tuple(rules), where)
+
+
+def _check_block_size(size: object, format: BlockFormat, where: str) -> None:
+    if size not in (None, format.block):
+        raise CheckpointError(
+            f"wrong block size for {format!r}",
+            where=where,
+            given=f"group_size {size}",
+            needed=format.block,
+            next_step=f"quantise again; known formats: {', '.join(f'{known!r} has {known.block}' for known in FORMATS.values())}",
+        )

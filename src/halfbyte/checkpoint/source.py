@@ -1,0 +1,237 @@
+"""`Checkpoint`: a directory of safetensors files. Opening reads headers only; tensors are memory-mapped one at a time."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+
+from halfbyte.checkpoint.families import MoEConfig, describe_moe
+from halfbyte.checkpoint.quantization import Quantization, describe_quantization
+from halfbyte.errors import CheckpointError, UnsupportedError
+
+INDEX = "model.safetensors.index.json"
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F4": torch.float4_e2m1fn_x2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class TensorInfo(NamedTuple):
+    """What the header says of one tensor. `shape` is that of the torch tensor: packed FP4 counts bytes, not elements."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+def resolve_model(model: str | Path) -> Path:
+    """Return the directory of a model: `model` itself when it is one, else the downloaded snapshot of the Hub repository `org/name`.
+
+    Honours HF_HOME and HF_HUB_OFFLINE.
+
+    Raises:
+        CheckpointError: no such directory, or the download failed.
+        UnsupportedError: a Hub name, but huggingface_hub is not installed.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
+        raise CheckpointError("not a model directory", where=str(model), needed="a directory with config.json, or a Hub name org/name")
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise UnsupportedError(
+            "cannot download a model: huggingface_hub is not installed", where=str(model), next_step="pip install 'halfbyte[hf]'"
+        ) from error
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "LICENSE*"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"no such directory, and the download failed: {error}", where=str(model), next_step="check the name, the network and HF_HUB_OFFLINE"
+        ) from error
+
+
+class Checkpoint:
+    """A model directory: `config`, and every tensor by name.
+
+    Attributes:
+        path: the directory.
+        config: config.json as a dict.
+        names: tensor names, sorted.
+        moe: `MoEConfig` of the model; quantization: `Quantization`. Both raise UnsupportedError for what halfbyte does not read.
+
+    >>> from pathlib import Path
+    >>> demo = Path(halfbyte.__file__).parent / "demo_model"
+    >>> checkpoint = Checkpoint.open(demo)
+    >>> checkpoint.info("model.embed_tokens.weight").shape
+    (2048, 256)
+    >>> checkpoint.moe.num_experts, checkpoint.quantization.kind
+    (16, 'dense')
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any], tensors: Mapping[str, TensorInfo], files: Mapping[str, Path]):
+        """Use `Checkpoint.open`, which also checks what it is given."""
+        self.path = path
+        self.config = config
+        self.names = tuple(sorted(tensors))
+        self._tensors = tensors
+        self._files = files
+        self._open_files: dict[Path, Any] = {}
+
+    @classmethod
+    def open(cls, model_dir: str | Path) -> Checkpoint:
+        """Read config.json, the index and all headers of a directory (or Hub name); no tensor data.
+
+        Raises:
+            CheckpointError: no config or no safetensors, a truncated or damaged file, an index that names an absent file or tensor.
+        """
+        path = resolve_model(model_dir)
+        config = read_json(path / "config.json")
+        index = path / INDEX
+        if not index.exists():
+            file = _only_file(path)
+            tensors = read_header(file)
+            return cls(path, config, tensors, dict.fromkeys(tensors, file))
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise CheckpointError("the index has no weight_map", where=str(index))
+        headers = {name: read_header(path / name, named_by=index) for name in sorted(set(weight_map.values()))}
+        for name, file_name in weight_map.items():
+            if name not in headers[file_name]:
+                raise CheckpointError(
+                    f"the index places tensor {name} here, but it is absent", where=str(path / file_name), next_step="download the model again"
+                )
+        return cls(
+            path,
+            config,
+            {name: headers[file_name][name] for name, file_name in weight_map.items()},
+            {name: path / file_name for name, file_name in weight_map.items()},
+        )
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def info(self, name: str) -> TensorInfo:
+        """dtype, shape and size of a tensor, from the header.
+
+        Raises:
+            CheckpointError: no tensor of that name.
+        """
+        try:
+            return self._tensors[name]
+        except KeyError:
+            raise CheckpointError(f"missing tensor {name}", where=str(self.path), given=f"{len(self.names)} other tensors") from None
+
+    def dtype_shape(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """dtype and shape of a tensor, from the header."""
+        info = self.info(name)
+        return info.dtype, info.shape
+
+    def file_of(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        self.info(name)
+        return self._files[name]
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return a tensor as a view of the memory-mapped file: nothing is copied until its elements are used. Do not write to it."""
+        file = self.file_of(name)
+        if file not in self._open_files:
+            self._open_files[file] = safe_open(file, framework="pt")
+        return self._open_files[file].get_tensor(name)
+
+    @cached_property
+    def moe(self) -> MoEConfig:
+        return describe_moe(self.config, self.names, where=str(self.path / "config.json"))
+
+    @cached_property
+    def quantization(self) -> Quantization:
+        modelopt = self.path / "hf_quant_config.json"
+        return describe_quantization(self.config, read_json(modelopt) if modelopt.exists() else None, where=str(self.path))
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object, or raise CheckpointError naming the file."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError("missing file", where=str(file), next_step="a model directory has config.json and safetensors files") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"not readable JSON: {error}", where=str(file)) from error
+    if not isinstance(content, dict):
+        raise CheckpointError("not a JSON object", where=str(file), given=type(content).__name__)
+    return content
+
+
+def read_header(file: Path, *, named_by: Path | None = None) -> dict[str, TensorInfo]:
+    """Read the header of one safetensors file and check that the file is as long as the header says.
+
+    Raises:
+        CheckpointError: absent, truncated, or no safetensors file.
+        UnsupportedError: a tensor of a dtype halfbyte does not know.
+    """
+    if not file.is_file():
+        raise CheckpointError(
+            "missing file" + (f", named by {named_by.name}" if named_by else ""), where=str(file), next_step="download the model again"
+        )
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if len(start) < 8 or 8 + length > size:
+            raise _truncated(file, size, 8 + length)
+        try:
+            header = json.loads(stream.read(length))
+            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            ends = [entry["data_offsets"][1] for entry in entries.values()]
+        except (ValueError, AttributeError, KeyError, IndexError, TypeError) as error:
+            raise CheckpointError(f"damaged safetensors header: {error!r}", where=str(file), next_step="download the file again") from error
+    needed = 8 + length + max(ends, default=0)
+    if size < needed:
+        raise _truncated(file, size, needed)
+    return {name: _tensor_info(file, name, entry) for name, entry in entries.items()}
+
+
+def _tensor_info(file: Path, name: str, entry: dict[str, Any]) -> TensorInfo:
+    dtype = _DTYPES.get(entry["dtype"])
+    if dtype is None:
+        raise UnsupportedError(f"tensor {name} has a dtype halfbyte does not know", where=str(file), given=entry["dtype"], needed=", ".join(_DTYPES))
+    *leading, last = entry["shape"] or [1]
+    shape = (*leading, last // 2) if entry["dtype"] == "F4" else tuple(entry["shape"])
+    return TensorInfo(dtype, shape, entry["data_offsets"][1] - entry["data_offsets"][0])
+
+
+def _truncated(file: Path, size: int, needed: int) -> CheckpointError:
+    return CheckpointError(
+        "truncated safetensors file", where=str(file), given=f"{size} bytes", needed=f"{needed} bytes", next_step="download the file again"
+    )
+
+
+def _only_file(path: Path) -> Path:
+    """The single safetensors file of a directory without index."""
+    files = sorted(path.glob("*.safetensors"))
+    if path / "model.safetensors" in files or len(files) == 1:
+        return path / "model.safetensors" if path / "model.safetensors" in files else files[0]
+    if files:
+        raise CheckpointError(f"{len(files)} safetensors files but no {INDEX}", where=str(path), next_step="download the index too")
+    raise CheckpointError("no safetensors files", where=str(path), next_step="convert other weights with transformers: model.save_pretrained(DIR)")
