@@ -1,0 +1,1 @@
+"""The ops: `reference/` defines them, `table` says which kernel runs where."""

@@ -1,0 +1,115 @@
+"""Which kernel runs an op: op x format x layout x activations x Target to a function, or the reason of every candidate that does not apply."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from halfbyte.device import Target
+from halfbyte.errors import InputError, UnsupportedError
+from halfbyte.formats import BlockFormat
+from halfbyte.kernels.reference.fused_moe import fused_moe as reference_fused_moe
+from halfbyte.kernels.reference.routing import route as reference_route
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a kernel is asked to do. `format`, `layout` and `activations` are None for ops without weights; format None also means dense."""
+
+    op: str
+    target: Target
+    format: BlockFormat | None = None
+    layout: str | None = None
+    activations: str | None = None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A kernel of the table: `obstacle` returns why it cannot run a problem, or None; `fallback` marks one that is correct but not fast on a GPU."""
+
+    op: str
+    name: str
+    function: Callable
+    obstacle: Callable[[Problem], str | None]
+    fallback: bool = False
+
+
+@dataclass(frozen=True)
+class KernelChoice:
+    """The kernel that runs a problem, and why this one."""
+
+    function: Callable
+    name: str
+    reason: str
+
+
+def _reads_canonical(problem: Problem) -> str | None:
+    return None if problem.layout == "canonical" else f"reads layout 'canonical', the weights are in {problem.layout!r}"
+
+
+def _runs_anywhere(problem: Problem) -> None:
+    return None
+
+
+# In order of preference: the first that has no obstacle is taken.
+CANDIDATES = (
+    Candidate("route", "reference", reference_route, _runs_anywhere, fallback=True),
+    Candidate("fused_moe", "reference", reference_fused_moe, _reads_canonical, fallback=True),
+)
+OPS = tuple(dict.fromkeys(candidate.op for candidate in CANDIDATES))
+
+
+def obstacles(problem: Problem) -> list[tuple[Candidate, str | None]]:
+    """Every kernel of the op with the reason why it cannot run `problem`, None where it can.
+
+    Raises:
+        InputError: no such op.
+    """
+    if problem.op not in OPS:
+        raise InputError("unknown op", where="kernel table", given=repr(problem.op), needed=" or ".join(OPS))
+    return [(candidate, candidate.obstacle(problem)) for candidate in CANDIDATES if candidate.op == problem.op]
+
+
+@functools.cache
+def choose(problem: Problem, backend: str | None = None) -> KernelChoice:
+    """Return the kernel for `problem`; `backend` names the only one allowed. Taking a fallback on a GPU is logged, once, with its reason.
+
+    Raises:
+        InputError: no kernel of this op is called `backend`.
+        UnsupportedError: none applies; the message has every candidate with its reason.
+
+    >>> choose(Problem("route", halfbyte.Target.of("cpu"))).name
+    'reference'
+    """
+    candidates = obstacles(problem)
+    if backend is not None:
+        candidates = [(candidate, obstacle) for candidate, obstacle in candidates if candidate.name == backend]
+        if not candidates:
+            names = " or ".join(repr(candidate.name) for candidate, _ in obstacles(problem))
+            raise InputError(f"no kernel of {problem.op} has this name", where="backend", given=repr(backend), needed=names)
+    for candidate, obstacle in candidates:
+        if obstacle is None:
+            return _chosen(candidate, problem, backend)
+    reasons = "; ".join(f"{candidate.name}: {obstacle}" for candidate, obstacle in candidates)
+    raise UnsupportedError(f"no kernel runs {problem.op} here", where=_describe(problem), needed=f"one of [{reasons}]")
+
+
+def _chosen(candidate: Candidate, problem: Problem, backend: str | None) -> KernelChoice:
+    if backend is not None:
+        return KernelChoice(candidate.function, candidate.name, "asked for by backend=")
+    if problem.target.is_cpu or not candidate.fallback:
+        return KernelChoice(candidate.function, candidate.name, f"first that applies on {problem.target.arch}")
+    reason = f"no faster kernel of {problem.op} exists for {_describe(problem)}; plain torch runs instead"
+    logger.warning("%s: %s", problem.op, reason)
+    return KernelChoice(candidate.function, candidate.name, reason)
+
+
+def _describe(problem: Problem) -> str:
+    parts = [problem.target.arch]
+    if problem.layout is not None:
+        parts += [repr(problem.format) if problem.format else "dense weights", f"layout {problem.layout}", f"activations {problem.activations}"]
+    return ", ".join(parts)

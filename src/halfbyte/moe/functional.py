@@ -1,0 +1,92 @@
+"""`fused_moe`: the mixture-of-experts layer as a pure function."""
+
+from __future__ import annotations
+
+import torch
+
+from halfbyte.errors import InputError
+from halfbyte.formats.activations import ACTIVATION_FORMATS, ActivationFormat
+from halfbyte.kernels.table import Problem, choose
+from halfbyte.weights import PreparedExperts
+
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+_BLOCK_OF_ACTIVATIONS = {"nvfp4": 16, "mxfp8": 32}
+
+
+def fused_moe(
+    hidden: torch.Tensor,
+    experts: PreparedExperts,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    *,
+    activations: ActivationFormat = "bf16",
+    out: torch.Tensor | None = None,
+    expert_offset: int | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """sum over j of weights[t, j] * expert(ids[t, j])(hidden[t]), accumulated in fp32 and rounded once.
+
+    Args:
+        hidden: [T, H] bf16, fp16 or fp32.
+        experts: from `prepare`, on the same device.
+        ids: [T, k] int32 or int64. Ids outside expert_offset .. expert_offset + E (-1, experts of other ranks) contribute nothing: summed over
+            the ranks, the results are the whole layer.
+        weights: [T, k] fp32 (bf16 and fp16 are widened).
+        activations: what the two matrix products see of their inputs: "bf16" (their own dtype), "fp8", "nvfp4" or "mxfp8"; `formats.activations`.
+        out: [T, H] to write to; hidden's dtype, or fp32 for partial sums that are rounded later.
+        expert_offset: id of the first expert held here; by default what the weights say (0 for a whole layer).
+        backend: the name of the only kernel allowed; by default the table chooses.
+
+    Returns:
+        [T, H] of hidden's dtype, or `out`.
+
+    Raises:
+        InputError: a shape, dtype, device or name does not fit.
+        UnsupportedError: no kernel applies; the message lists each with its reason.
+
+    >>> w13, w2 = torch.randn(4, 64, 32), torch.randn(4, 32, 32)
+    >>> w = halfbyte.ExpertWeights(halfbyte.quantize(w13, halfbyte.NVFP4), halfbyte.quantize(w2, halfbyte.NVFP4))
+    >>> hidden, logits = torch.randn(3, 32, dtype=torch.bfloat16), torch.randn(3, 4)
+    >>> routing = halfbyte.route(logits, top_k=2)
+    >>> halfbyte.fused_moe(hidden, halfbyte.prepare(w), routing.ids, routing.weights).shape
+    torch.Size([3, 32])
+    """
+    _check(hidden, experts, ids, weights, activations, out)
+    kernel = choose(Problem("fused_moe", experts.target, experts.format, experts.layout, activations), backend)
+    offset = experts.experts.first_expert if expert_offset is None else expert_offset
+    return kernel.function(hidden, experts.experts, ids, weights, activations=activations, expert_offset=offset, out=out)
+
+
+def _check(
+    hidden: torch.Tensor, experts: PreparedExperts, ids: torch.Tensor, weights: torch.Tensor, activations: str, out: torch.Tensor | None
+) -> None:
+    if not isinstance(experts, PreparedExperts):
+        given = type(experts).__name__
+        raise InputError("experts are not prepared", where="fused_moe", given=given, needed="PreparedExperts", next_step="call halfbyte.prepare(w)")
+    _check_tensor("hidden", hidden, _FLOATS, (None, experts.hidden), experts.device)
+    num_tokens = hidden.shape[0]
+    _check_tensor("ids", ids, (torch.int32, torch.int64), (num_tokens, None), experts.device)
+    _check_tensor("weights", weights, _FLOATS, (num_tokens, ids.shape[1]), experts.device)
+    if out is not None:
+        _check_tensor("out", out, (hidden.dtype, torch.float32), (num_tokens, experts.hidden), experts.device)
+    if activations not in ACTIVATION_FORMATS:
+        raise InputError("unknown activation format", where="fused_moe", given=repr(activations), needed=" or ".join(ACTIVATION_FORMATS))
+    block = _BLOCK_OF_ACTIVATIONS.get(activations, 1)
+    if experts.hidden % block or experts.intermediate % block:
+        given = f"hidden {experts.hidden}, intermediate {experts.intermediate}"
+        raise InputError(f"activations do not divide into {activations} blocks", where="fused_moe", given=given, needed=f"multiples of {block}")
+
+
+def _check_tensor(
+    name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int | None, int | None], device: torch.device
+) -> None:
+    fits = tensor.ndim == 2 and all(size in (None, actual) for size, actual in zip(shape, tensor.shape, strict=True))
+    if fits and tensor.dtype in dtypes and tensor.device == device:
+        return
+    sizes = ", ".join("any" if size is None else str(size) for size in shape)
+    raise InputError(
+        f"{name} does not fit",
+        where="fused_moe",
+        given=f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}",
+        needed=f"{' or '.join(map(str, dict.fromkeys(dtypes)))} [{sizes}] on {device}",
+    )

@@ -1,0 +1,89 @@
+"""`route`: logits to the experts of each token and their weights."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from halfbyte.device import Target
+from halfbyte.errors import InputError
+from halfbyte.kernels.reference.routing import METHODS
+from halfbyte.kernels.table import Problem, choose
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Routing(NamedTuple):
+    """`ids` int32 [T, k] and `weights` fp32 [T, k]: the experts of each token, best first, and what their outputs are multiplied by."""
+
+    ids: torch.Tensor
+    weights: torch.Tensor
+
+
+def route(
+    logits: torch.Tensor,
+    top_k: int,
+    method: str = "renormalize",
+    *,
+    bias: torch.Tensor | None = None,
+    num_groups: int = 1,
+    top_k_groups: int = 1,
+    scale: float = 1.0,
+) -> Routing:
+    """Pick `top_k` experts for each token; the methods and their formulas are in `kernels.reference.routing`.
+
+    Everything is computed in fp32. Equal keys go to the lowest expert id. A NaN logit ranks above every number and makes the token's weights NaN:
+    the error stays visible in the output, without a check that would stop a GPU.
+
+    Args:
+        logits: [T, E], fp32 (bf16 and fp16 are accepted, but rounded logits change the selection of a few per cent of the tokens).
+        top_k: experts a token, 1..E.
+        method: "default", "renormalize", "deepseek_v3", "llama4", "renormalize_naive", "topk", "sigmoid_renorm", "minimax2", "sigmoid",
+            "topk_sigmoid" or "deepseek_v4".
+        bias: [E], any float dtype, read in fp32: added for the selection only ("deepseek_v3", "minimax2", "deepseek_v4").
+        num_groups, top_k_groups: "deepseek_v3" only: of `num_groups` equal groups of experts keep `top_k_groups`.
+        scale: multiplies every weight (`routed_scaling_factor`).
+
+    Raises:
+        InputError: an argument does not fit, or belongs to another method.
+
+    >>> routing = halfbyte.route(torch.tensor([[0.0, 2.0, 2.0, 1.0]]), 2)
+    >>> routing.ids.tolist(), routing.weights.tolist()
+    ([[1, 2]], [[0.5, 0.5]])
+    """
+    _check(logits, top_k, method, bias, num_groups, top_k_groups)
+    kernel = choose(Problem("route", Target.of(logits.device)))
+    return Routing(*kernel.function(logits, top_k, method, bias=bias, num_groups=num_groups, top_k_groups=top_k_groups, scale=scale))
+
+
+def _check(logits: torch.Tensor, top_k: int, method: str, bias: torch.Tensor | None, num_groups: int, top_k_groups: int) -> None:
+    where = "route"
+    if method not in METHODS:
+        raise InputError("unknown routing method", where=where, given=repr(method), needed=" or ".join(METHODS))
+    rule = METHODS[method]
+    if logits.ndim != 2 or logits.dtype not in _FLOATS:
+        raise InputError("logits do not fit", where=where, given=f"{logits.dtype} {tuple(logits.shape)}", needed="float [T, E]")
+    num_experts = logits.shape[1]
+    if not 1 <= top_k <= num_experts:
+        raise InputError("top_k does not fit the logits", where=where, given=top_k, needed=f"1 to {num_experts} experts")
+    if rule.max_top_k is not None and top_k > rule.max_top_k:
+        raise InputError(f"{method} picks fewer experts", where=where, given=f"top_k {top_k}", needed=rule.max_top_k, next_step="use topk_sigmoid")
+    if bias is not None:
+        if not rule.has_bias:
+            biased = " or ".join(name for name, other in METHODS.items() if other.has_bias)
+            raise InputError(f"{method} has no selection bias", where=where, given=tuple(bias.shape), needed=f"bias=None, or method {biased}")
+        if bias.shape != (num_experts,) or not bias.is_floating_point() or bias.device != logits.device:
+            given = f"{bias.dtype} {tuple(bias.shape)} on {bias.device}"
+            raise InputError("the bias does not fit the logits", where=where, given=given, needed=f"float ({num_experts},) on {logits.device}")
+    if (num_groups, top_k_groups) == (1, 1):
+        return
+    if not rule.has_groups:
+        raise InputError(f"{method} has no expert groups", where=where, given=f"{num_groups} groups", needed="1, or method deepseek_v3")
+    if num_groups < 1 or num_experts % num_groups:
+        raise InputError("groups do not divide the experts", where=where, given=f"{num_groups} groups", needed=f"a divisor of {num_experts}")
+    if not 1 <= top_k_groups <= num_groups or top_k > top_k_groups * (num_experts // num_groups):
+        given = f"{top_k_groups} of {num_groups} groups of {num_experts // num_groups}, top_k {top_k}"
+        raise InputError(
+            "the kept groups cannot supply top_k experts", where=where, given=given, needed="1 <= top_k_groups <= num_groups, enough for top_k"
+        )
