@@ -1,0 +1,83 @@
+"""The `halfbyte` command: finds the command's module, lets it add its arguments, runs it, and turns errors into exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+import halfbyte
+from halfbyte.errors import HalfbyteError
+
+# The help lines repeat the modules' HELP, so that the list of commands prints without importing torch.
+COMMANDS = {
+    "demo": "quantise the embedded model, measure it against bf16 and solve word problems, on a CPU",
+    "quantize": "quantise a Mixture-of-Experts checkpoint to NVFP4 or MXFP4",
+    "inspect": "show the format, sizes, scale statistics and problems of a checkpoint",
+    "generate": "continue a prompt with a model, streaming to the terminal",
+    "eval": "measure exact match, answer likelihood, perplexity and KL divergence of a model",
+    "doctor": "describe this machine and say which kernels it can run, and why not the others",
+}
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line (default: sys.argv) and return its exit code.
+
+    0 is success, 1 failure, 2 wrong usage (argparse exits by itself), 3 not supported here.
+
+    >>> from halfbyte.cli.main import main
+    >>> main([]) # doctest: +ELLIPSIS
+    usage: halfbyte ...
+    0
+    """
+    parser = _top_parser()
+    args = parser.parse_args(argv)
+    try:
+        if args.command is None:
+            parser.print_help()
+            code = 0
+        else:
+            code = _run(parser, args.command, args.arguments)
+        sys.stdout.flush()  # a reader that went away shows here, not in the interpreter's shutdown
+        return code
+    except HalfbyteError as error:
+        print(f"halfbyte: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("\nhalfbyte: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the shutdown flushes into the broken pipe again
+        return BROKEN_PIPE
+
+
+def _top_parser() -> argparse.ArgumentParser:
+    width = max(map(len, COMMANDS))
+    table = "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="halfbyte",
+        usage="halfbyte [--version] COMMAND ...",
+        description="Run FP4 (NVFP4, MXFP4) Mixture-of-Experts models.",
+        epilog=f"commands:\n{table}\n\n`halfbyte COMMAND --help` describes one command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"halfbyte {halfbyte.__version__}")
+    parser.add_argument("command", nargs="?", metavar="COMMAND", help=argparse.SUPPRESS)
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return parser
+
+
+def _run(parser: argparse.ArgumentParser, name: str, arguments: list[str]) -> int:
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        meant = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(COMMANDS)}"
+        parser.error(f"unknown command {name!r}; {meant}")
+    module = importlib.import_module(f"halfbyte.cli.{name}")
+    command_parser = argparse.ArgumentParser(prog=f"halfbyte {name}", description=module.HELP, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    module.add_arguments(command_parser)
+    return module.run(command_parser.parse_args(arguments))
