@@ -1,0 +1,219 @@
+"""Write a checkpoint directory of which every file is whole at every moment, and which a second run of the same job continues.
+
+A file is written under a temporary name beside its own, synced to disk and renamed. Finished files are listed in a journal
+(`.halfbyte-job.json`, with a description of the job) that disappears when the job is complete; config.json and the index are written last,
+so a directory that loads is a complete one. A directory that is neither empty nor the unfinished output of the same job is never touched.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from halfbyte.checkpoint.source import INDEX
+from halfbyte.errors import CheckpointError
+
+JOURNAL = ".halfbyte-job.json"
+DEFAULT_SHARD_BYTES = 5_000_000_000
+_PARTIAL = ".halfbyte-partial"
+
+
+class CheckpointWriter:
+    """The destination of one job.
+
+    Args:
+        path: the directory; made when missing. Empty, or the unfinished output of the same `job`.
+        job: a JSON-able description of the job (source and options). Two runs with equal descriptions must write equal files.
+
+    Raises:
+        CheckpointError: the destination holds something else, or cannot be written.
+
+    >>> import tempfile
+    >>> writer = CheckpointWriter(Path(tempfile.mkdtemp()) / "out", {"example": 1})
+    >>> writer.write_tensors("model-00001-of-00001.safetensors", {"w": torch.zeros(2)})
+    >>> writer.finish({"w": "model-00001-of-00001.safetensors"}, total_bytes=8, config={"model_type": "example"})
+    >>> sorted(file.name for file in writer.path.iterdir())
+    ['config.json', 'model-00001-of-00001.safetensors', 'model.safetensors.index.json']
+    """
+
+    def __init__(self, path: Path, job: Mapping[str, Any]):
+        self.path = path
+        self._files: dict[str, dict[str, Any]] = {}
+        self._notes: dict[str, Any] = {}
+        self._job = json.loads(json.dumps(job))
+        journal = check_destination(path, job)
+        if journal is None:
+            _make_directory(path)
+            self._save_journal()
+        else:
+            self._files, self._notes = journal["files"], journal["notes"]
+            for leftover in path.rglob(f"*{_PARTIAL}"):
+                leftover.unlink()
+
+    def is_finished(self, name: str) -> bool:
+        """Whether an earlier run of this job finished file `name`, and it is still there."""
+        file = self.path / name
+        return name in self._files and file.is_file() and file.stat().st_size == self._files[name]["bytes"]
+
+    def record_of(self, name: str) -> Any:
+        """What was recorded with a finished file."""
+        return self._files[name]["record"]
+
+    def note(self, key: str) -> Any:
+        """A value that an earlier run of this job kept with `keep_note`, or None."""
+        return self._notes.get(key)
+
+    def keep_note(self, key: str, value: Any) -> None:
+        """Keep a JSON-able value in the journal."""
+        self._notes[key] = value
+        self._save_journal()
+
+    def write_tensors(self, name: str, tensors: Mapping[str, torch.Tensor], record: Any = None) -> None:
+        """Write one safetensors shard of contiguous CPU tensors; `record` (JSON-able) is kept in the journal with it.
+
+        Raises:
+            CheckpointError: the disk is full or the file cannot be written; the shards finished before stay.
+        """
+        with _replacing(self.path / name) as partial:
+            save_file(dict(tensors), partial, metadata={"format": "pt"})
+        self._files[name] = {"bytes": (self.path / name).stat().st_size, "record": record}
+        self._save_journal()
+
+    def write_json(self, name: str, document: Any) -> None:
+        """Write one JSON file."""
+        with _replacing(self.path / name) as partial:
+            partial.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def copy_file(self, source: Path, name: str) -> None:
+        """Copy a file to `name` (may contain folders)."""
+        _make_directory((self.path / name).parent)
+        with _replacing(self.path / name) as partial:
+            shutil.copyfile(source, partial)
+
+    def finish(self, weight_map: Mapping[str, str], total_bytes: int, config: Mapping[str, Any]) -> None:
+        """Write the index, then config.json, and drop the journal: the checkpoint is complete."""
+        self.write_json(INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))})
+        self.write_json("config.json", config)
+        (self.path / JOURNAL).unlink()
+        _sync_directory(self.path)
+
+    def _save_journal(self) -> None:
+        self.write_json(JOURNAL, {"job": self._job, "files": self._files, "notes": self._notes})
+
+
+def check_destination(path: Path, job: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the journal of an unfinished earlier run of `job` in `path`, None when the destination is free. Changes nothing.
+
+    Raises:
+        CheckpointError: the destination holds anything else.
+    """
+    choose = "choose another destination, or remove this one"
+    if not path.exists():
+        return None
+    if not path.is_dir():
+        raise CheckpointError("the destination is a file", where=str(path), needed="a new directory", next_step=choose)
+    if not (path / JOURNAL).exists():
+        if any(file for file in path.iterdir() if not file.name.endswith(_PARTIAL)):
+            raise CheckpointError("the destination exists and is never overwritten", where=str(path), needed="a new directory", next_step=choose)
+        return None
+    try:
+        journal = json.loads((path / JOURNAL).read_text(encoding="utf-8"))
+        before = journal["job"]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise CheckpointError("the journal of an unfinished job is damaged", where=str(path / JOURNAL), given=error, next_step=choose) from error
+    now = json.loads(json.dumps(job))
+    if before != now:
+        raise CheckpointError(
+            "the destination holds an unfinished job with another source or other options",
+            where=str(path),
+            given=", ".join(_differences(before, now)),
+            next_step=f"repeat the first command to continue it; or {choose}",
+        )
+    return journal
+
+
+def plan_shards(sizes: Sequence[int], max_bytes: int) -> list[range]:
+    """Cut items of `sizes` bytes into consecutive shards of at most `max_bytes` (a larger item gets a shard of its own).
+
+    >>> plan_shards([4, 4, 9, 1, 1], 8)
+    [range(0, 2), range(2, 3), range(3, 5)]
+    """
+    shards, first, filled = [], 0, 0
+    for index, size in enumerate(sizes):
+        if index > first and filled + size > max_bytes:
+            shards.append(range(first, index))
+            first, filled = index, 0
+        filled += size
+    if first < len(sizes):
+        shards.append(range(first, len(sizes)))
+    return shards
+
+
+def shard_name(index: int, count: int) -> str:
+    """The usual file name of shard `index` (from 0) of `count`: model-00001-of-00003.safetensors."""
+    return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`; on success sync it and rename it to `path`, on any failure remove it."""
+    partial = path.with_name(path.name + _PARTIAL)
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+        _sync_directory(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise _write_error(path, error) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write_error(path: Path, error: OSError | SafetensorError) -> CheckpointError:
+    # safetensors reports the operating system's error as text only
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error) or "No space left" in str(error)
+    return CheckpointError(
+        "the disk is full" if full else "cannot write the file",
+        where=str(path),
+        given=error,
+        next_step=("free some space" if full else "make the destination writable") + " and repeat the command: the finished shards are kept",
+    )
+
+
+def _make_directory(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _write_error(path, error) from error
+
+
+def _sync_directory(path: Path) -> None:
+    """Make a rename or removal in `path` survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """`key: then A, now B` for every leaf that differs."""
+    lines = []
+    for key in sorted({*before, *now}):
+        a, b = before.get(key), now.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            lines.append(f"{prefix}{key} was {a!r}, is {b!r}")
+    return lines

@@ -1,0 +1,251 @@
+"""Which tensors of a source checkpoint are quantised, which are copied, and what the result will be called. Reads headers only.
+
+Quantised by default: the routed experts, stored one matrix a tensor (`...experts.7.gate_proj.weight`, Mixtral's `w1 w2 w3`) or stacked
+(`...experts.gate_up_proj` [E, 2I, H] or [E, H, 2I], written as one matrix a tensor, which is what engines load). With `all_linear` also every other
+2-D weight except embeddings, lm_head, routers and vision towers. fp8-block tensors that are not quantised are copied as bf16, since a checkpoint
+declares a single quantisation.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+
+from halfbyte.checkpoint.source import Checkpoint
+from halfbyte.errors import CheckpointError, InputError, UnsupportedError
+from halfbyte.formats import BlockFormat, fp8_block
+
+Role = Literal["gate", "up", "down"]
+
+_EXPERT = re.compile(r"^(?P<experts>.*\.experts)\.(?P<expert>\d+)\.(?P<leaf>gate_proj|up_proj|down_proj|w1|w2|w3)\.weight$")
+_STACKED = re.compile(r"^(?P<experts>.*\.experts)\.(?P<leaf>gate_up_proj|down_proj)(\.weight)?$")
+_ROLES: dict[str, Role] = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
+_NEVER = re.compile(r"(^|\.)(lm_head|\w*embed\w*|wte|wpe|gate|router|shared_expert_gate|visual|vision\w*|score|classifier)(\.|$)")
+# Modules that engines fuse into one matrix with one global scale (vLLM and SGLang keep a single one of them): they are quantised with a common one.
+_FUSED = (
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("q_proj", "k_proj", "v_proj"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("in_proj_qkv", "in_proj_z"),
+    ("in_proj_qkvz", "in_proj_ba"),
+    ("in_proj_b", "in_proj_a"),
+)
+_SCALE_INV = "_scale_inv"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A matrix [rows, columns] in the source: a tensor, or `tensor[expert]`, transposed if so stored, cut to `rows` rows from `first_row`."""
+
+    tensor: str
+    rows: int
+    columns: int
+    expert: int | None = None
+    transposed: bool = False
+    first_row: int = 0
+
+    def read(self, checkpoint: Checkpoint) -> torch.Tensor:
+        """The matrix, a view of the mapped file except for fp8-block, which is decoded to fp32."""
+        matrix = checkpoint.read(self.tensor)
+        if self.tensor + _SCALE_INV in checkpoint:
+            return fp8_block.dequantize(matrix, checkpoint.read(self.tensor + _SCALE_INV), torch.float32)
+        if self.expert is not None:
+            matrix = matrix[self.expert]
+        if self.transposed:
+            matrix = matrix.T
+        return matrix[self.first_row : self.first_row + self.rows]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One weight to quantise.
+
+    Attributes:
+        module: its name in the result, e.g. "model.layers.0.mlp.experts.3.gate_proj".
+        source: where it comes from.
+        group: matrices of one group share a global scale.
+        kind: what the report calls it: "gate", "up", "down" for routed experts, else e.g. "self_attn.q_proj".
+        experts, expert, role: of a routed expert: its container module, number and part; None for others.
+    """
+
+    module: str
+    source: Source
+    group: str
+    kind: str
+    experts: str | None = None
+    expert: int | None = None
+    role: Role | None = None
+
+
+@dataclass(frozen=True)
+class Copied:
+    """A tensor taken over: as it is, or decoded from fp8-block to bf16."""
+
+    tensor: str
+    nbytes: int
+
+    def read(self, checkpoint: Checkpoint) -> torch.Tensor:
+        tensor = checkpoint.read(self.tensor)
+        if self.tensor + _SCALE_INV in checkpoint:
+            return fp8_block.dequantize(tensor, checkpoint.read(self.tensor + _SCALE_INV), torch.bfloat16)
+        return tensor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of every tensor, in the order it is written, and the modules that stay unquantised."""
+
+    items: tuple[Matrix | Copied, ...]
+    excluded: tuple[str, ...]
+    source_bytes: int
+
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        return tuple(item for item in self.items if isinstance(item, Matrix))
+
+
+def plan_conversion(checkpoint: Checkpoint, format: BlockFormat, *, all_linear: bool = False, skip: Sequence[str] = ()) -> Plan:
+    """Decide what happens to each tensor of `checkpoint`.
+
+    Args:
+        checkpoint: a dense or fp8-block model.
+        format: NVFP4 or MXFP4; every quantised row must divide into its blocks.
+        all_linear: quantise other linear layers too, not only the routed experts.
+        skip: glob patterns of modules to leave alone ("model.layers.0.*"); the experts of a layer only all together.
+
+    Raises:
+        UnsupportedError: the source is quantised already (other than fp8-block), or its stacked experts are gpt-oss's.
+        CheckpointError: nothing to quantise, or a row that does not divide into blocks.
+        InputError: a skip pattern that matches nothing, or only a part of a layer's experts or of a fused group.
+    """
+    if checkpoint.quantization.kind not in ("dense", "fp8-block"):
+        raise UnsupportedError(
+            "the source is already quantised",
+            where=str(checkpoint.path),
+            given=checkpoint.quantization.kind,
+            needed="bf16, fp16, fp32 or fp8-block weights",
+            next_step="start from the original model",
+        )
+    skipping = _Skip(skip)
+    items: list[Matrix | Copied] = []
+    for tensor in checkpoint.names:
+        if tensor.endswith(_SCALE_INV) and tensor.removesuffix(_SCALE_INV) in checkpoint:
+            continue
+        matrices = _matrices(checkpoint, tensor, all_linear)
+        kept = [matrix for matrix in matrices if not skipping.matches(matrix)]
+        if kept and len(kept) != len(matrices):
+            raise _partly_skipped(kept[0].module)
+        items += kept or [Copied(tensor, _copied_bytes(checkpoint, tensor))]
+    skipping.check()
+    _check_matrices(checkpoint, [item for item in items if isinstance(item, Matrix)], format, skipping)
+    modules = {item.tensor.removesuffix(".weight") for item in items if isinstance(item, Copied) and len(checkpoint.info(item.tensor).shape) > 1}
+    return Plan(tuple(items), tuple(sorted(modules | {"lm_head"})), sum(checkpoint.info(name).nbytes for name in checkpoint.names))
+
+
+class _Skip:
+    """The skip patterns: which have matched, and which expert containers or fused groups they touched."""
+
+    def __init__(self, patterns: Sequence[str]):
+        self.unused = dict.fromkeys(patterns)
+        self.patterns = tuple(patterns)
+        self.touched: set[str] = set()
+
+    def matches(self, matrix: Matrix) -> bool:
+        matched = [pattern for pattern in self.patterns if fnmatchcase(matrix.module, pattern)]
+        for pattern in matched:
+            self.unused.pop(pattern, None)
+        if matched:
+            self.touched.add(matrix.experts or matrix.group)
+        return bool(matched)
+
+    def check(self) -> None:
+        if self.unused:
+            raise InputError("a skip pattern matches no module that would be quantised", given=", ".join(self.unused))
+
+
+def _matrices(checkpoint: Checkpoint, tensor: str, all_linear: bool) -> list[Matrix]:
+    """The matrices to quantise in one source tensor; none if it is to be copied."""
+    shape = checkpoint.info(tensor).shape
+    if (match := _EXPERT.match(tensor)) and len(shape) == 2:
+        return [_expert_matrix(match["experts"], int(match["expert"]), match["leaf"], Source(tensor, *shape))]
+    if (match := _STACKED.match(tensor)) and len(shape) == 3:
+        return _stacked_matrices(checkpoint, tensor, match["experts"], match["leaf"])
+    if all_linear and tensor.endswith(".weight") and len(shape) == 2 and not _NEVER.search(tensor):
+        module = tensor.removesuffix(".weight")
+        return [Matrix(module, Source(tensor, *shape), _group(module), ".".join(module.split(".")[-2:]))]
+    return []
+
+
+def _expert_matrix(experts: str, expert: int, leaf: str, source: Source) -> Matrix:
+    module, role = f"{experts}.{expert}.{leaf}", _ROLES[leaf]
+    return Matrix(module, source, _group(module), role, experts, expert, role)
+
+
+def _stacked_matrices(checkpoint: Checkpoint, tensor: str, experts: str, leaf: str) -> list[Matrix]:
+    """gate_up_proj is [E, 2I, H] beside down_proj [E, H, I], or both are transposed; the two cannot be confused, since 2I = I has no solution."""
+    suffix = ".weight" if tensor.endswith(".weight") else ""
+    if f"{experts}.gate_up_proj_bias" in checkpoint:
+        raise UnsupportedError(
+            "stacked experts with biases (gpt-oss) interleave gate and up rows", where=tensor, next_step="use the model's own MXFP4 checkpoint"
+        )
+    num_experts, *gate_up = checkpoint.info(f"{experts}.gate_up_proj{suffix}").shape
+    down = list(checkpoint.info(f"{experts}.down_proj{suffix}").shape[1:])
+    transposed = gate_up[0] != 2 * down[1]
+    if transposed:
+        gate_up, down = gate_up[::-1], down[::-1]
+    (hidden, intermediate) = down
+    if gate_up != [2 * intermediate, hidden]:
+        raise CheckpointError(
+            "stacked experts do not belong together", where=tensor, given=f"gate_up {gate_up}, down {down}", needed="[E, 2I, H] and [E, H, I]"
+        )
+    parts = [("down_proj", 0, hidden, intermediate)]
+    if leaf == "gate_up_proj":
+        parts = [("gate_proj", 0, intermediate, hidden), ("up_proj", intermediate, intermediate, hidden)]
+    return [
+        _expert_matrix(experts, expert, part, Source(tensor, rows, columns, expert, transposed, first_row))
+        for expert in range(num_experts)
+        for part, first_row, rows, columns in parts
+    ]
+
+
+def _group(module: str) -> str:
+    parent, _, leaf = module.rpartition(".")
+    fused = next((members for members in _FUSED if leaf in members), (leaf,))
+    return f"{parent}.{'+'.join(fused)}"
+
+
+def _copied_bytes(checkpoint: Checkpoint, tensor: str) -> int:
+    info = checkpoint.info(tensor)
+    return 2 * info.nbytes if tensor + _SCALE_INV in checkpoint else info.nbytes
+
+
+def _check_matrices(checkpoint: Checkpoint, matrices: Sequence[Matrix], format: BlockFormat, skipping: _Skip) -> None:
+    if not matrices:
+        raise CheckpointError(
+            "there is nothing to quantise", where=str(checkpoint.path), needed="routed experts", next_step="for a dense model use --all-linear"
+        )
+    for matrix in matrices:
+        if (matrix.experts or matrix.group) in skipping.touched:
+            raise _partly_skipped(matrix.module)
+        if matrix.source.columns % format.block:
+            raise CheckpointError(
+                f"rows of tensor {matrix.source.tensor} do not divide into {format!r} blocks",
+                where=str(checkpoint.file_of(matrix.source.tensor)),
+                given=f"{matrix.source.columns} columns",
+                needed=f"a multiple of {format.block}",
+                next_step=f"leave it unquantised with --skip '{matrix.experts + '.*' if matrix.experts else matrix.module}'",
+            )
+
+
+def _partly_skipped(module: str) -> InputError:
+    return InputError(
+        "--skip leaves out a part of what engines load as one (a layer's experts, q k v, gate and up)",
+        given=f"{module} is not skipped",
+        next_step="skip all of it or none",
+    )

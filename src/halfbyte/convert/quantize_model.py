@@ -1,0 +1,292 @@
+"""`quantize_model`: a bf16, fp16, fp32 or fp8-block checkpoint to an NVFP4 or MXFP4 one, matrix by matrix.
+
+Memory beside the mapped source pages, which the system can drop at any time: one output shard, plus 9 bytes an element of the largest source
+matrix (an expert's projection; 13 for fp8-block sources), plus the quantiser's fixed 160 MiB (320 MiB with four-over-six). safetensors before 0.6
+copies the shard once more while writing. Calibration is another matter: it loads the whole source model.
+
+The shards and their contents follow from the headers of the source and the options alone. So a run that was killed is repeated with the same
+arguments, and writes only what is missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from halfbyte import __version__
+from halfbyte.checkpoint.output_formats import (
+    OutputName,
+    check_output,
+    hf_quant_config,
+    pack,
+    quantization_config,
+    storable_global_scale,
+)
+from halfbyte.checkpoint.source import Checkpoint
+from halfbyte.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, check_destination, plan_shards, shard_name
+from halfbyte.convert.calibration import Calibration, calibrate
+from halfbyte.convert.plan import Copied, Matrix, Plan, plan_conversion
+from halfbyte.convert.report import QuantizeReport, Sqnr, sqnr_db
+from halfbyte.errors import CheckpointError, InputError
+from halfbyte.formats import FORMATS, BlockFormat, QuantTensor, count_nonfinite, matrix_amax, nvfp4_decode_scale, quantize
+from halfbyte.formats.e8m0 import ScaleRule
+
+_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
+_REPLACED_FILES = ("config.json", "hf_quant_config.json")
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """How to convert. `calibrate` names a text or JSONL file to measure input scales on; `skip` holds glob patterns of modules to leave alone.
+
+    Raises:
+        InputError: an option of the other format, an output that cannot hold the format, or a shard size below 1.
+
+    >>> QuantizeOptions(format="mxfp4").output
+    'compressed-tensors'
+    """
+
+    format: Literal["nvfp4", "mxfp4"] = "nvfp4"
+    output: OutputName | None = None  # modelopt for nvfp4, compressed-tensors for mxfp4
+    four_over_six: bool = False
+    scale_rule: ScaleRule = "ceil"
+    all_linear: bool = False
+    skip: tuple[str, ...] = ()
+    calibrate: Path | None = None
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise InputError("unknown format", given=repr(self.format), needed=" or ".join(FORMATS))
+        if self.output is None:
+            object.__setattr__(self, "output", "modelopt" if self.format == "nvfp4" else "compressed-tensors")
+        check_output(str(self.output), self.block_format)
+        if self.format == "mxfp4" and (self.four_over_six or self.calibrate):
+            raise InputError("four-over-six and calibrated input scales belong to nvfp4", given=self.format, needed="nvfp4")
+        if self.format == "nvfp4" and self.scale_rule != "ceil":
+            raise InputError("a scale rule belongs to mxfp4", given=self.format, needed="mxfp4")
+        if self.max_shard_bytes < 1:
+            raise InputError("the shard size is below 1 byte", given=self.max_shard_bytes)
+
+    @property
+    def block_format(self) -> BlockFormat:
+        return FORMATS[self.format]
+
+
+def quantize_model(
+    source: str | Path,
+    destination: str | Path,
+    options: QuantizeOptions | None = None,
+    *,
+    dry_run: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> QuantizeReport:
+    """Quantise the checkpoint `source` into the new directory `destination`.
+
+    Args:
+        source: a directory or Hub name.
+        destination: made when missing; must be empty or the unfinished result of an earlier run with the same source and options.
+        options: see `QuantizeOptions`.
+        dry_run: plan and report sizes; write nothing.
+        progress: called with (bytes done, bytes in all) of the source after each tensor.
+
+    Raises:
+        CheckpointError: an unreadable source, non-finite weights, rows that do not divide into blocks, an occupied destination, a full disk.
+        UnsupportedError: a source that is quantised already; calibration without transformers.
+        InputError: options that contradict each other or the model.
+
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> demo = Path(halfbyte.__file__).parent / "demo_model"
+    >>> report = quantize_model(demo, Path(tempfile.mkdtemp()) / "out", dry_run=True)
+    >>> report.matrices, round(report.quantized_bytes / report.quantized_source_bytes, 3)
+    (288, 0.281)
+    """
+    options = options or QuantizeOptions()
+    checkpoint = Checkpoint.open(source)
+    destination = Path(destination)
+    plan = plan_conversion(checkpoint, options.block_format, all_linear=options.all_linear, skip=options.skip)
+    job = _describe_job(checkpoint, options)
+    check_destination(destination, job)
+    sizes = [sum(_output_bytes(item, options).values()) for item in plan.items]
+    shards = plan_shards(sizes, options.max_shard_bytes)
+    report = QuantizeReport(
+        source=str(source),
+        destination=str(destination),
+        format=options.format,
+        output=str(options.output),
+        source_bytes=plan.source_bytes,
+        output_bytes=sum(sizes),
+        quantized_source_bytes=sum(_source_bytes(checkpoint, item) for item in plan.matrices),
+        quantized_bytes=sum(size for item, size in zip(plan.items, sizes, strict=True) if isinstance(item, Matrix)),
+        matrices=len(plan.matrices),
+        shards=len(shards),
+        dry_run=dry_run,
+    )
+    if dry_run:
+        return report
+    writer = CheckpointWriter(destination, job)
+    calibration = _calibration(checkpoint, plan, options, writer)
+    if calibration is not None:
+        report.never_routed, report.calibration_tokens = calibration.never_routed, calibration.tokens
+    converter = _Converter(checkpoint, plan, options, calibration)
+    weight_map: dict[str, str] = {}
+    done = 0
+    for index, shard in enumerate(shards):
+        name = shard_name(index, len(shards))
+        finished = writer.is_finished(name)
+        tensors: dict[str, torch.Tensor] = {}
+        sqnr: dict[str, Sqnr] = {}
+        for item in plan.items[shard.start : shard.stop]:
+            weight_map.update(dict.fromkeys(_output_bytes(item, options), name))
+            if not finished:
+                tensors.update(converter.convert(item, sqnr))
+            done += _source_bytes(checkpoint, item)
+            if progress:
+                progress(done, plan.source_bytes)
+        if not finished:
+            writer.write_tensors(name, tensors, record={kind: asdict(value) for kind, value in sqnr.items()})
+        report.resumed_shards += finished
+        report.add_sqnr(writer.record_of(name))
+    _write_other_files(checkpoint, plan, options, writer)
+    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    block = quantization_config(_output(options), options.block_format, plan.excluded, calibrated=calibration is not None)
+    writer.finish(weight_map, report.output_bytes, config | {"quantization_config": block})
+    return report
+
+
+class _Converter:
+    """Turns one item of the plan into tensors of the result."""
+
+    def __init__(self, checkpoint: Checkpoint, plan: Plan, options: QuantizeOptions, calibration: Calibration | None):
+        self.checkpoint, self.options, self.calibration = checkpoint, options, calibration
+        self.groups: dict[str, list[Matrix]] = {}
+        for matrix in plan.matrices:
+            self.groups.setdefault(matrix.group, []).append(matrix)
+        # The members of a group follow one another in the plan, or nearly; a scale that has left this small cache is computed again.
+        self.group_scale = lru_cache(maxsize=16)(self._group_scale)
+
+    def convert(self, item: Matrix | Copied, sqnr: dict[str, Sqnr]) -> dict[str, torch.Tensor]:
+        if isinstance(item, Copied):
+            return {item.tensor: item.read(self.checkpoint).contiguous()}
+        options = self.options
+        weight = item.source.read(self.checkpoint).to(options.device)
+        global_scale = self.group_scale(item.group)
+        q = quantize(weight, options.block_format, global_scale, four_over_six=options.four_over_six, scale_rule=options.scale_rule)
+        sqnr.setdefault(item.kind, Sqnr()).add(item.module, sqnr_db(weight, q))
+        return pack(item.module, q.to("cpu"), _output(options), self._input_scale(item))
+
+    def _group_scale(self, group: str) -> torch.Tensor | None:
+        """The common global scale of the group's matrices (None for MXFP4), after checking that they are finite."""
+        amax = torch.zeros((), device=self.options.device)
+        for matrix in self.groups[group]:
+            weight = matrix.source.read(self.checkpoint).to(self.options.device)
+            if count := count_nonfinite(weight):
+                raise CheckpointError(
+                    f"tensor {matrix.source.tensor} has {count} NaN or infinite weights",
+                    where=str(self.checkpoint.file_of(matrix.source.tensor)),
+                    given=f"module {matrix.module}",
+                    needed="finite weights",
+                    next_step="download the file again, or leave the module unquantised with --skip",
+                )
+            amax = torch.maximum(amax, matrix_amax(weight))
+        if not self.options.block_format.has_global_scale:
+            return None
+        return storable_global_scale(nvfp4_decode_scale(amax, four_over_six=self.options.four_over_six), _output(self.options))
+
+    def _input_scale(self, matrix: Matrix) -> torch.Tensor | None:
+        if self.calibration is None:
+            return None
+        return nvfp4_decode_scale(torch.tensor(self.calibration.amax[matrix.module], dtype=torch.float32))
+
+
+def _calibration(checkpoint: Checkpoint, plan: Plan, options: QuantizeOptions, writer: CheckpointWriter) -> Calibration | None:
+    """Measure input scales, or take them from the journal of an earlier run: a second measurement on a GPU may differ in the last bit."""
+    if options.calibrate is None:
+        return None
+    kept = writer.note("calibration")
+    if kept is not None:
+        return Calibration(**kept)
+    calibration = calibrate(checkpoint.path, plan.matrices, options.calibrate, device=options.device)
+    writer.keep_note("calibration", asdict(calibration))
+    return calibration
+
+
+def _write_other_files(checkpoint: Checkpoint, plan: Plan, options: QuantizeOptions, writer: CheckpointWriter) -> None:
+    """Copy tokenizer, generation settings, licence, model code ...: every visible file that is neither weights nor replaced."""
+    for file, name in _other_files(checkpoint.path):
+        writer.copy_file(file, name)
+    if options.output == "modelopt":
+        writer.write_json("hf_quant_config.json", hf_quant_config(plan.excluded, calibrated=options.calibrate is not None))
+
+
+def _other_files(path: Path) -> Iterator[tuple[Path, str]]:
+    for file in sorted(path.rglob("*")):
+        relative = file.relative_to(path)
+        hidden = any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
+        if file.is_file() and not hidden and not file.name.endswith(_WEIGHT_FILES) and str(relative) not in _REPLACED_FILES:
+            yield file, relative.as_posix()
+
+
+def _describe_job(checkpoint: Checkpoint, options: QuantizeOptions) -> dict[str, Any]:
+    """What makes two runs the same job: source files, options that change the result, version."""
+    files = sorted({checkpoint.file_of(name) for name in checkpoint.names})
+    described = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+    values = {key: value for key, value in asdict(options).items() if key not in ("device", "calibrate")}
+    if options.calibrate is not None:
+        values["calibrate"] = _digest(options.calibrate)
+    return {
+        "halfbyte": __version__,
+        "source": described | {"config.json": hashlib.sha256(json.dumps(checkpoint.config).encode()).hexdigest()},
+        "options": values,
+    }
+
+
+def _digest(file: Path) -> str:
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError as error:
+        raise CheckpointError("cannot read the calibration file", where=str(file), given=error) from error
+
+
+def _output(options: QuantizeOptions) -> OutputName:
+    return options.output or "modelopt"
+
+
+def _source_bytes(checkpoint: Checkpoint, item: Matrix | Copied) -> int:
+    """Bytes of an item in the source, fp8-block scales included."""
+    if isinstance(item, Matrix):
+        info = checkpoint.info(item.source.tensor)
+        own = item.source.rows * item.source.columns * info.dtype.itemsize
+        tensor = item.source.tensor
+    else:
+        tensor = item.tensor
+        own = checkpoint.info(tensor).nbytes
+    scale = tensor + "_scale_inv"
+    return own + (checkpoint.info(scale).nbytes if scale in checkpoint else 0)
+
+
+def _output_bytes(item: Matrix | Copied, options: QuantizeOptions) -> dict[str, int]:
+    """Names and sizes of the tensors that an item becomes."""
+    if isinstance(item, Copied):
+        return {item.tensor: item.nbytes}
+    sizes = _packed_bytes(item.source.rows, item.source.columns, options.block_format, _output(options), options.calibrate is not None)
+    return {item.module + suffix: nbytes for suffix, nbytes in sizes.items()}
+
+
+@cache
+def _packed_bytes(rows: int, columns: int, format: BlockFormat, output: OutputName, calibrated: bool) -> dict[str, int]:
+    """The sizes, by suffix, of what `pack` makes of a [rows, columns] matrix, without making it."""
+    scalar = torch.empty((), device="meta")
+    codes = torch.empty(rows, columns // 2, dtype=torch.uint8, device="meta")
+    scales = torch.empty(rows, columns // format.block, dtype=format.scale_dtype, device="meta")
+    q = QuantTensor(codes, scales, scalar if format.has_global_scale else None, format)
+    return {suffix: tensor.nbytes for suffix, tensor in pack("", q, output, scalar if calibrated else None).items()}
