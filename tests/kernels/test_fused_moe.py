@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from helpers import assert_close_rel, relative_errors
+from helpers import assert_close_rel, assert_equal_bits, relative_errors
 
 import halfbyte as hb
 from halfbyte.checkpoint.experts import DEEPSEEK_V4_SWIGLU, GEGLU, GEGLU_TANH, GPT_OSS_SWIGLU, RELU2, SWIGLU, Activation, ExpertWeights
 from halfbyte.formats import e2m1
+from halfbyte.kernels.reference.unfinalized_moe import finalize, unfinalized_moe
 
 EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, TOKENS = 7, 96, 64, 3, 11
 
@@ -134,3 +136,132 @@ def test_quantised_activations(activations, input_scales):
     # The comparison sees the kind: unquantised activations are far away from the expectation, though still a sane answer.
     worst, overall = relative_errors(run(w, hidden, ids, weights), expected)
     assert 5e-3 < overall < 0.3 and worst > 1e-2
+
+
+def one_expert_each(num_tokens: int, expert: int) -> torch.Tensor:
+    return torch.full((num_tokens, 1), expert, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        one_expert_each(5, 3),
+        torch.tensor([[0, 1, 2], [2, 1, 0], [6, 0, 6]], dtype=torch.int32),  # empty experts, an expert twice
+        torch.tensor([[4, 5]]),  # T = 1, int64
+        torch.tensor([[-1, 5], [-1, -1], [EXPERTS, 2]], dtype=torch.int32),
+        torch.empty(0, 3, dtype=torch.int32),
+    ],
+    ids=["all-to-one", "empty-and-repeated", "one-token", "absent-ids", "no-token"],
+)
+def test_degenerate_routing(ids):
+    w = make_experts(bias=True)
+    hidden = make_tokens(len(ids))[0]
+    weights = torch.rand(ids.shape) + 0.1
+    weights[ids < 0] = float("nan")  # the weight of an absent expert is never looked at
+    out = torch.full_like(hidden, float("nan"))
+    assert run(w, hidden, ids, weights, out=out) is out
+    assert_close_rel(out, naive(hidden, w, ids, weights))
+
+
+def test_a_nan_of_one_token_stays_with_it():
+    w = make_experts()
+    hidden, ids, weights = make_tokens()
+    clean = run(w, hidden, ids, weights)
+    hidden[4, 7] = float("nan")
+    spoilt = run(w, hidden, ids, weights)
+    assert spoilt[4].isnan().all()
+    others = torch.arange(TOKENS) != 4
+    assert_equal_bits(spoilt[others], clean[others])
+
+
+@pytest.mark.parametrize("activations", ["bf16", "fp8", "mxfp8", "nvfp4"])
+@pytest.mark.parametrize("input_scales", [False, True])
+def test_partial_sums_of_ranks_add_up(activations, input_scales):
+    w = make_experts(bias=True, input_scales=input_scales)
+    hidden, ids, weights = make_tokens(dtype=torch.float32)
+    whole = run(w, hidden, ids, weights, activations=activations)
+    total = torch.zeros_like(whole)
+    for first, last in ((0, 1), (1, 1), (1, 5), (5, 7)):  # uneven, one rank without experts
+        part = slice(first, last)
+        rank = replace(w, w13=w.w13[part], w2=w.w2[part], w13_bias=w.w13_bias[part], w2_bias=w.w2_bias[part], first_expert=first)
+        total += run(rank, hidden, ids, weights, activations=activations)
+        explicit = run(replace(rank, first_expert=0), hidden, ids, weights, activations=activations, expert_offset=first)
+        assert_equal_bits(explicit, run(rank, hidden, ids, weights, activations=activations))
+    assert_close_rel(total, whole, token=1e-5, overall=1e-5)
+
+
+def test_a_token_does_not_depend_on_the_others():
+    w = make_experts(input_scales=False)
+    hidden, ids, weights = make_tokens()
+    for activations in ("bf16", "fp8", "mxfp8", "nvfp4"):
+        together = run(w, hidden, ids, weights, activations=activations)
+        alone = torch.cat([run(w, hidden[t : t + 1], ids[t : t + 1], weights[t : t + 1], activations=activations) for t in range(TOKENS)])
+        assert_close_rel(together, alone, token=5e-3, overall=2e-3)  # fp32 sums of another matmul shape may round a bf16 differently
+
+
+def test_rounded_once():
+    """fp32 partial sums are what the bf16 result is rounded from."""
+    w = make_experts()
+    hidden, ids, weights = make_tokens()
+    partial = run(w, hidden, ids, weights, out=torch.full((TOKENS, HIDDEN), float("nan")))
+    assert_equal_bits(partial.bfloat16(), run(w, hidden, ids, weights))
+    assert not torch.equal(partial.bfloat16().float(), partial)
+
+
+@pytest.mark.parametrize("tile", [1, 8])
+def test_unfinalized(tile):
+    w = make_experts(bias=True)
+    hidden, ids, weights = make_tokens()
+    ids[2, 1], ids[3, :] = -1, 5
+    result = unfinalized_moe(hidden, w, ids, weights, tile=tile)
+    counts = torch.bincount(ids[ids >= 0], minlength=EXPERTS)
+    assert len(result.rows) == sum(-(-int(count) // tile) * tile for count in counts)
+    assert result.row_of_slot.view(ids.shape)[ids < 0].tolist() == [-1]
+    present = result.row_of_slot[result.row_of_slot >= 0].long()
+    assert len(present.unique()) == len(present) == int(counts.sum())
+    assert torch.equal(result.token_of_row[present], torch.arange(TOKENS).repeat_interleave(TOP_K)[result.row_of_slot >= 0].int())
+    padding = torch.ones(len(result.rows), dtype=torch.bool).index_fill(0, present, False)
+    assert (result.token_of_row[padding] == -1).all() and (result.rows[padding] == 0).all()
+    assert_close_rel(finalize(result), naive(hidden, w, ids, weights), token=1.5e-2)  # rows are rounded to bf16 before the sum
+
+
+def damaged(w: ExpertWeights, **fields: torch.Tensor) -> ExpertWeights:
+    """`w` with w13's codes, scales or global scale replaced."""
+    return replace(w, w13=replace(w.w13, **fields))
+
+
+def test_the_comparison_notices_every_known_mistake():
+    """Each of these passed some published absolute tolerance; none may pass ours."""
+    w = make_experts(input_scales=False)
+    hidden, ids, weights = make_tokens()
+    expected = naive(hidden, w, ids, weights)
+    good = run(w, hidden, ids, weights)
+    assert_close_rel(good, expected)
+    last_row_zero, one_nan = good.clone(), good.clone()
+    last_row_zero[-1] = 0
+    one_nan[0, 0] = float("nan")
+    codes, scales, global_scale = w.w13.codes, w.w13.scales, w.w13.global_scale
+    skipped = codes.clone()
+    skipped[..., -8:] = 0
+    exchanged = {"codes": codes.roll(INTERMEDIATE, 1), "scales": scales.view(torch.uint8).roll(INTERMEDIATE, 1), "global_scale": global_scale.flip(1)}
+    dropped_ids = ids.clone()
+    dropped_ids[5, 1] = -1
+    mistakes = {
+        "zeros": torch.zeros_like(good),
+        "sign": -good,
+        "half": good / 2,
+        "last row zero": last_row_zero,
+        "one NaN": one_nan,
+        "swapped nibbles": run(damaged(w, codes=(codes << 4) | (codes >> 4)), hidden, ids, weights),
+        "scales shifted by a block": run(damaged(w, scales=scales.view(torch.uint8).roll(1, dims=-1)), hidden, ids, weights),
+        "skipped last K block": run(damaged(w, codes=skipped), hidden, ids, weights),
+        "up has gate's global scale": run(damaged(w, global_scale=global_scale[:, :1].expand(-1, 2).contiguous()), hidden, ids, weights),
+        "gate has up's global scale": run(damaged(w, global_scale=global_scale[:, 1:].expand(-1, 2).contiguous()), hidden, ids, weights),
+        "gate and up exchanged": run(damaged(w, **exchanged), hidden, ids, weights),
+        "dropped expert": run(w, hidden, dropped_ids, weights),
+        "weights not applied": run(w, hidden, ids, torch.ones_like(weights)),
+    }
+    for name, wrong in mistakes.items():
+        with pytest.raises(AssertionError):
+            assert_close_rel(wrong, expected)
+            pytest.fail(f"{name} went unnoticed")
