@@ -1,0 +1,126 @@
+"""FP4 mixture-of-experts models in transformers. Importing this module registers halfbyte; then
+
+    model = AutoModelForCausalLM.from_pretrained(DIR)
+
+loads ModelOpt NVFP4, compressed-tensors nvfp4-pack-quantized and mxfp4-pack-quantized, and gpt-oss MXFP4 checkpoints, and their experts stay in
+4 bits, on the model's own Experts modules. Every other format, and `Mxfp4Config(dequantize=True)`, stays with transformers. Registering is the
+only thing the import changes.
+
+| checkpoint | transformers alone (5.23) | with halfbyte |
+|---|---|---|
+| ModelOpt NVFP4 | quant_method unknown: tensors of the wrong shape | runs |
+| compressed-tensors NVFP4 | needs its package; experts lose weight_global_scale | runs |
+| gpt-oss MXFP4 | dense bf16 unless a hub kernel fits the device | runs in 4 bits on any device |
+
+Not supported: experts that transformers does not dispatch (Llama 4), saving, training.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from halfbyte.checkpoint.source import read_json, resolve_model
+from halfbyte.errors import InputError, UnsupportedError
+
+try:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+except ImportError as error:
+    raise UnsupportedError(f"this needs transformers 5.17 or newer: {error}", where=__name__, next_step="run: pip install 'halfbyte[hf]'") from error
+
+from halfbyte.formats.activations import ACTIVATION_FORMATS, ActivationFormat
+from halfbyte.integrations.transformers.modules import ExpertsState, experts_forward
+from halfbyte.integrations.transformers.plan import GPT_OSS, MODELOPT
+from halfbyte.integrations.transformers.quantizers import IMPLEMENTATION, FP4Config, FP4Quantizer, compressed_scheme
+
+__all__ = ["load", "register", "set_activations"]
+
+
+def register() -> None:
+    """Put halfbyte's experts implementation and quantizers into transformers' tables. The import does it; again is harmless."""
+    if IMPLEMENTATION in ALL_EXPERTS_FUNCTIONS:
+        return
+    stock_config = AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"]
+    stock_compressed, stock_mxfp4 = AUTO_QUANTIZER_MAPPING["compressed-tensors"], AUTO_QUANTIZER_MAPPING["mxfp4"]
+
+    class CompressedTensorsConfig(FP4Config):
+        """Ours for the FP4 formats, which need no other package; transformers' own for the rest."""
+
+        @classmethod
+        def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            home = FP4Config if compressed_scheme(config_dict) else stock_config
+            return home.from_dict(config_dict, *args, **kwargs)
+
+    def compressed_quantizer(config: Any, **kwargs: Any) -> Any:
+        scheme = compressed_scheme(config.to_dict()) if isinstance(config, FP4Config) else None
+        return FP4Quantizer(config, scheme, **kwargs) if scheme else stock_compressed(config, **kwargs)
+
+    def mxfp4_quantizer(config: Any, *, pre_quantized: bool = True, **kwargs: Any) -> Any:
+        if pre_quantized and not config.dequantize:
+            return FP4Quantizer(config, GPT_OSS, **kwargs)
+        return stock_mxfp4(config, pre_quantized=pre_quantized, **kwargs)
+
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+    AUTO_QUANTIZATION_CONFIG_MAPPING.update({"modelopt": FP4Config, "compressed-tensors": CompressedTensorsConfig})
+    AUTO_QUANTIZER_MAPPING.update(
+        {"modelopt": partial(FP4Quantizer, scheme=MODELOPT), "compressed-tensors": compressed_quantizer, "mxfp4": mxfp4_quantizer}
+    )
+
+
+def load(
+    model: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: str | torch.device = "cpu",
+    activations: ActivationFormat = "bf16",
+) -> tuple[Any, Any]:
+    """Return (model, tokenizer) of a directory or Hub name, dense or FP4.
+
+        Also reads directories whose quantisation only hf_quant_config.json names, which `from_pretrained` takes for dense.
+
+        Args:
+            model: a directory or `org/name`.
+            dtype: of everything that is not packed; "auto" is the checkpoint's own.
+            device: where all of it goes.
+            activations: see `set_activations`.
+
+        Raises:
+            CheckpointError, UnsupportedError: as the readers in `halfbyte.checkpoint`; nothing is left at random values.
+
+        >>> from functools import partial
+    from pathlib import Path
+        >>> model, tokenizer = load(Path(halfbyte.__file__).parent / "demo_model")
+        >>> model.config.model_type, tokenizer.vocab_size
+        ('qwen3_moe', 2048)
+    """
+    path = resolve_model(model)
+    config = AutoConfig.from_pretrained(path)
+    modelopt = path / "hf_quant_config.json"
+    if getattr(config, "quantization_config", None) is None and modelopt.exists():
+        config.quantization_config = {**read_json(modelopt), "quant_method": "modelopt"}
+    loaded = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, device_map={"": device})
+    set_activations(loaded, activations)
+    return loaded, AutoTokenizer.from_pretrained(path)
+
+
+def set_activations(model: Any, activations: ActivationFormat) -> None:
+    """Choose what the packed experts of `model` see of their inputs: "bf16" (as they come), "fp8", "nvfp4" or "mxfp8".
+
+    Linear layers outside the experts always compute in the dtype of their input.
+
+    Raises:
+        InputError: no such format.
+    """
+    if activations not in ACTIVATION_FORMATS:
+        raise InputError("unknown activation format", where="set_activations", given=repr(activations), needed=" or ".join(ACTIVATION_FORMATS))
+    for module in model.modules():
+        if isinstance(getattr(module, "halfbyte", None), ExpertsState):
+            module.halfbyte.activations = activations
+
+
+register()
