@@ -3,6 +3,7 @@
 from halfbyte.checkpoint.experts import ExpertWeights
 from halfbyte.checkpoint.families import MoEConfig, RoutingRule
 from halfbyte.checkpoint.load import RouterWeights, load_experts, load_router
+from halfbyte.checkpoint.problems import Problem, find_problems
 from halfbyte.checkpoint.quantization import Quantization
 from halfbyte.checkpoint.source import Checkpoint, TensorInfo, resolve_model
 
@@ -10,10 +11,12 @@ __all__ = [
     "Checkpoint",
     "ExpertWeights",
     "MoEConfig",
+    "Problem",
     "Quantization",
     "RouterWeights",
     "RoutingRule",
     "TensorInfo",
+    "find_problems",
     "load_experts",
     "load_router",
     "resolve_model",

@@ -112,24 +112,34 @@ class LayerTensors:
 
     def dense(self, expert: int, projection: str) -> torch.Tensor:
         """An unquantised projection [N, K] in its own dtype; fp8-block is dequantised to bf16."""
+        weight, scale = self.dense_parts(expert, projection)
+        return weight if scale is None else dequantize_fp8_block(weight, scale)
+
+    def dense_parts(self, expert: int, projection: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The weight [N, K] as stored and, for fp8-block, its checked scales."""
         shape = self.shape(projection)
         if self.stacked:
             rows, columns = self._stacked_rows(projection), shape[1]
             stacked_shape = (columns, rows) if self._transposed else (rows, columns)
-            matrix = self._read(self.name(expert, projection, ""), _DENSE, (self.moe.num_experts, *stacked_shape))[expert]
-            return self._rows_of(matrix.T if self._transposed else matrix, projection)
-        weight = self._read(self.name(expert, projection, "weight"), (*_DENSE, torch.float8_e4m3fn), shape)
+            matrix = self._read(self.name(expert, projection, ""), (self.dense_dtype(),), (self.moe.num_experts, *stacked_shape))[expert]
+            return self._rows_of(matrix.T if self._transposed else matrix, projection), None
+        weight = self._read(self.name(expert, projection, "weight"), (self.dense_dtype(), torch.float8_e4m3fn), shape)
         if weight.dtype != torch.float8_e4m3fn:
-            return weight
+            return weight, None
         name = self.name(expert, projection, "weight_scale_inv")
         scale = self._read(name, (torch.float32,), fp8_scale_shape(*shape))
         if not bool(((scale > 0) & scale.isfinite()).all()):
-            raise self._error("fp8 block scales are not positive finite numbers", name, given=scale.min().item())
-        return dequantize_fp8_block(weight, scale)
+            raise self._error("fp8 block scales are not positive finite numbers", name, given=f"smallest {scale.min().item()}")
+        return weight, scale
 
     def dense_dtype(self) -> torch.dtype:
-        """dtype that `dense` returns."""
-        dtype = self.checkpoint.info(self.name(0, GATE, "" if self.stacked else "weight")).dtype
+        """dtype that `dense` returns: that of the first expert's gate, which all share; bf16 for fp8-block."""
+        name = self.name(0, GATE, "" if self.stacked else "weight")
+        if name not in self.checkpoint:
+            raise self._error("missing tensor", name, needed=_names(_DENSE))
+        dtype = self.checkpoint.info(name).dtype
+        if dtype not in (*_DENSE, torch.float8_e4m3fn):
+            raise self._error("wrong dtype", name, given=_names((dtype,)), needed=_names((*_DENSE, torch.float8_e4m3fn)))
         return torch.bfloat16 if dtype == torch.float8_e4m3fn else dtype
 
     def has_bias(self, projection: str) -> bool:
@@ -178,7 +188,7 @@ class LayerTensors:
         dtype, given = self.checkpoint.dtype_shape(name)
         if dtype not in dtypes or given != shape:
             problem = "wrong dtype" if dtype not in dtypes else "wrong shape"
-            raise self._error(problem, name, given=f"{dtype} {given}".removeprefix("torch."), needed=f"{_names(dtypes)} {shape}")
+            raise self._error(problem, name, given=f"{_names((dtype,))} {given}", needed=f"{_names(dtypes)} {shape}")
         return self.checkpoint.read(name)
 
     def _error(self, problem: str, name: str, *, given: object = None, needed: object = None) -> CheckpointError:

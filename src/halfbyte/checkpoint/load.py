@@ -10,13 +10,12 @@ import torch
 
 from halfbyte.checkpoint.experts import ExpertWeights
 from halfbyte.checkpoint.families import RoutingRule
-from halfbyte.checkpoint.layer_tensors import DOWN, GATE, PROJECTIONS, UP, LayerTensors
+from halfbyte.checkpoint.layer_tensors import DOWN, GATE, UP, LayerTensors
+from halfbyte.checkpoint.problems import describe_scatter
 from halfbyte.checkpoint.source import Checkpoint
 from halfbyte.errors import CheckpointError, InputError
 from halfbyte.formats import BlockFormat, QuantTensor
 
-# An input scale this many times above or below the median of its layer is no calibration result: an expert that calibration never reached.
-SCATTER_LIMIT = 1000.0
 _log = logging.getLogger("halfbyte")
 
 
@@ -68,7 +67,7 @@ def load_experts(model: str | Path | Checkpoint, layer: int, device: torch.devic
         raise InputError("experts must be a contiguous slice of the layer's experts", given=experts, needed=f"within range(0, {moe.num_experts})")
     input_scales = tensors.input_scales()
     if input_scales is not None:
-        for message in scattered_scales(input_scales):
+        for message in describe_scatter(input_scales):
             _log.warning("%s, layer %d: %s", checkpoint.path, layer, message)
     w13, w2 = _weights(tensors, chosen, torch.device(device))
     return ExpertWeights(
@@ -118,22 +117,6 @@ def load_router(model: str | Path | Checkpoint, layer: int, device: torch.device
         correction, bias = bias, None  # its own files call the correction bias gate.bias
     correction = None if correction is None else correction.float()
     return RouterWeights(weight, moe.routing, bias, correction, read(f"{gate}.tid2eid"))
-
-
-def scattered_scales(input_scales: torch.Tensor) -> list[str]:
-    """Describe the experts whose input scale is more than `SCATTER_LIMIT` times off the median; input_scales fp32 [E, 3]."""
-    messages = []
-    for column, projection in enumerate(PROJECTIONS):
-        values = input_scales[:, column]
-        median = values.median()
-        outliers = ((values > median * SCATTER_LIMIT) | (values < median / SCATTER_LIMIT)).nonzero().flatten().tolist()
-        if outliers:
-            worst = max(outliers, key=lambda expert: abs(float((values[expert] / median).log())))
-            messages.append(
-                f"{projection} input scales of {len(outliers)} of {len(values)} experts are over {SCATTER_LIMIT:g} times off the median "
-                f"{float(median):.3g}, the worst {float(values[worst]):.3g} of expert {worst}; calibration hardly reached them"
-            )
-    return messages
 
 
 def _weights(tensors: LayerTensors, chosen: range, device: torch.device) -> tuple[QuantTensor, QuantTensor] | tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,159 @@
+"""What is wrong, or odd, with the experts of a checkpoint; and the scale statistics that show it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import torch
+
+from halfbyte.checkpoint.layer_tensors import PROJECTIONS, LayerTensors
+from halfbyte.checkpoint.source import Checkpoint
+from halfbyte.errors import CheckpointError, UnsupportedError
+
+# An input scale this many times above or below the median of its layer is no calibration result: an expert that calibration never reached.
+SCATTER_LIMIT = 1000.0
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """An `error` keeps a layer from loading; a `warning` loads, but deserves a look."""
+
+    severity: Literal["error", "warning"]
+    layer: int
+    message: str
+
+
+@dataclass(frozen=True)
+class ScaleStatistics:
+    """The scales of one projection over all experts of a layer.
+
+    Attributes:
+        smallest, median, largest: of the non-zero block scales, without the global scale.
+        zero_blocks, saturated_blocks: blocks whose scale is 0 (NVFP4 only), or the largest the format has.
+        global_scale, input_scale: smallest and largest decode multiplier, or None.
+    """
+
+    projection: str
+    blocks: int
+    smallest: float
+    median: float
+    largest: float
+    zero_blocks: int
+    saturated_blocks: int
+    global_scale: tuple[float, float] | None
+    input_scale: tuple[float, float] | None
+
+
+def find_problems(checkpoint: Checkpoint) -> list[Problem]:
+    """Examine every MoE layer: missing or misshapen tensors, NaN, zero and wildly scattered scales. Reads all scales, no codes.
+
+    >>> from pathlib import Path
+    >>> find_problems(Checkpoint.open(Path(halfbyte.__file__).parent / "demo_model"))
+    []
+    """
+    return [problem for layer in checkpoint.moe.moe_layers for problem in examine_layer(checkpoint, layer)[1]]
+
+
+def examine_layer(checkpoint: Checkpoint, layer: int) -> tuple[list[ScaleStatistics], list[Problem]]:
+    """Statistics of the scales of one layer (none for dense experts) and its problems; errors of a kind are counted, the first is told.
+
+    Raises:
+        CheckpointError: there is no such layer, or it has no routed experts.
+    """
+    checkpoint.moe.block_of(layer)
+    failures: list[str] = []
+
+    def attempt(function: Callable[..., T], *arguments: object) -> T | None:
+        try:
+            return function(*arguments)
+        except (CheckpointError, UnsupportedError) as error:
+            failures.append(str(error))
+            return None
+
+    statistics: list[ScaleStatistics] = []
+    warnings: list[str] = []
+    tensors = attempt(LayerTensors, checkpoint, layer)
+    if tensors is not None:
+        experts = range(checkpoint.moe.num_experts)
+        if tensors.format is None:
+            for projection in PROJECTIONS:
+                for expert in experts:
+                    attempt(tensors.dense_parts, expert, projection)
+        else:
+            global_scales, input_scales = attempt(tensors.global_scales, experts), attempt(tensors.input_scales)
+            for column, projection in enumerate(PROJECTIONS):
+                histogram = torch.zeros(256, dtype=torch.int64)
+                for expert in experts:
+                    attempt(tensors.codes, expert, projection)
+                    scales = attempt(tensors.scales, expert, projection)
+                    if scales is not None:
+                        histogram += torch.bincount(scales.flatten(), minlength=256)
+                if histogram.any():
+                    statistics.append(_statistics(tensors, projection, histogram, _extent(global_scales, column), _extent(input_scales, column)))
+            warnings = [f"all {s.projection} blocks have scale 0: these experts are zero" for s in statistics if s.zero_blocks == s.blocks]
+            warnings += _describe_gate_up(global_scales) + ([] if input_scales is None else describe_scatter(input_scales))
+        for projection in PROJECTIONS:
+            if tensors.has_bias(projection):
+                attempt(tensors.bias, 0, projection)
+    problems = [Problem("warning", layer, message) for message in warnings]
+    if failures:
+        more = f" (and {len(failures) - 1} more errors in this layer)" if len(failures) > 1 else ""
+        problems.insert(0, Problem("error", layer, failures[0] + more))
+    return statistics, problems
+
+
+def describe_scatter(input_scales: torch.Tensor) -> list[str]:
+    """Describe the experts whose input scale is more than `SCATTER_LIMIT` times off the median; input_scales fp32 [E, 3]."""
+    messages = []
+    for column, projection in enumerate(PROJECTIONS):
+        values = input_scales[:, column]
+        median = values.median()
+        outliers = ((values > median * SCATTER_LIMIT) | (values < median / SCATTER_LIMIT)).nonzero().flatten().tolist()
+        if outliers:
+            worst = max(outliers, key=lambda expert: abs(float((values[expert] / median).log())))
+            messages.append(
+                f"{projection} input scales of {len(outliers)} of {len(values)} experts are over {SCATTER_LIMIT:g} times off the median "
+                f"{float(median):.3g}, the worst {float(values[worst]):.3g} of expert {worst}; calibration hardly reached them"
+            )
+    return messages
+
+
+def _describe_gate_up(global_scales: torch.Tensor | None) -> list[str]:
+    if global_scales is None:
+        return []
+    ratio = (global_scales[:, 0] / global_scales[:, 1]).log().abs().exp()
+    different = int((global_scales[:, 0] != global_scales[:, 1]).sum())
+    if not different:
+        return []
+    return [
+        f"gate and up have different global scales in {different} of {len(ratio)} experts, by up to {float(ratio.max()):.3g} times; "
+        "halfbyte keeps both, engines that keep one are wrong by that much"
+    ]
+
+
+def _extent(scales: torch.Tensor | None, column: int) -> tuple[float, float] | None:
+    return None if scales is None else (scales[:, column].min().item(), scales[:, column].max().item())
+
+
+def _statistics(
+    tensors: LayerTensors,
+    projection: str,
+    histogram: torch.Tensor,
+    global_scale: tuple[float, float] | None,
+    input_scale: tuple[float, float] | None,
+) -> ScaleStatistics:
+    """Everything from the counts of the 256 scale bytes, which are in the order of their values."""
+    assert tensors.format
+    blocks = int(histogram.sum())
+    zero_blocks = int(histogram[0]) if tensors.format.has_global_scale else 0  # e8m0 byte 0 is 2^-127, not 0
+    nonzero = histogram.clone()
+    nonzero[0] -= zero_blocks
+    used = nonzero.nonzero().flatten()
+    values = tensors.format.decode_scales(torch.arange(256, dtype=torch.uint8))
+    middle = int((nonzero.cumsum(0) >= (int(nonzero.sum()) + 1) // 2).nonzero()[0]) if len(used) else 0
+    smallest, largest = (float(values[used[0]]), float(values[used[-1]])) if len(used) else (0.0, 0.0)
+    saturated = int(histogram[0x7E if tensors.format.has_global_scale else 0xFE])
+    return ScaleStatistics(projection, blocks, smallest, float(values[middle]), largest, zero_blocks, saturated, global_scale, input_scale)

@@ -1,0 +1,148 @@
+"""`halfbyte inspect`: what a checkpoint holds, how it is quantised, how its scales look, and what is wrong with it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+from dataclasses import asdict
+from typing import Any
+
+HELP = "show format, sizes, scale statistics and problems of a checkpoint"
+
+# First match wins; the order is also that of the printed table.
+_KINDS = (
+    ("shared experts", r"\.shared_experts?(_gate)?\."),
+    ("experts", r"\.experts\."),
+    ("router", r"\.(mlp|ffn|block_sparse_moe)\.(gate|router)\."),
+    ("attention", r"attn|attention"),
+    ("dense mlp", r"\.(mlp|ffn)\."),
+    ("embeddings", r"embed|lm_head|^head\."),
+    ("norms", r"norm"),
+    ("other", ""),
+)
+_SCALE = re.compile(r"(scale|scale_2|scale_inv|_scales)$")
+_PACKED = re.compile(r"(weight|weight_packed|_blocks)$")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="model directory, or org/name on the Hugging Face Hub")
+    parser.add_argument("--layer", type=int, metavar="N", help="examine the scales of this layer only")
+    parser.add_argument("--tensors", action="store_true", help="list every tensor")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report; 1 when the checkpoint has an error (warnings are no failure).
+
+    Raises:
+        CheckpointError, UnsupportedError: the checkpoint cannot be opened or described at all; no such MoE layer.
+    """
+    report = describe(args.model, args.layer, args.tensors)
+    print(json.dumps(report, indent=2, allow_nan=False) if args.json else _render(report))
+    return int(any(problem["severity"] == "error" for problem in report["problems"]))
+
+
+def describe(model: str, layer: int | None = None, tensors: bool = False) -> dict[str, Any]:
+    """The report as a JSON-able dict; `layer` limits the scale statistics and problems to one layer."""
+    from halfbyte.checkpoint.problems import examine_layer
+    from halfbyte.checkpoint.source import Checkpoint
+
+    checkpoint = Checkpoint.open(model)
+    moe, quantization = checkpoint.moe, checkpoint.quantization
+    layers = moe.moe_layers if layer is None else (layer,)
+    examined = {index: examine_layer(checkpoint, index) for index in layers}
+    report: dict[str, Any] = {
+        "model": str(checkpoint.path),
+        "moe": asdict(moe),
+        "quantization": {"kind": quantization.kind, "format": quantization.format.name if quantization.format else None},
+        "sizes": _sizes(checkpoint),
+        "scales": [{"layer": index, **asdict(row)} for index, (rows, _) in examined.items() for row in rows],
+        "problems": [asdict(problem) for _, problems in examined.values() for problem in problems],
+    }
+    if tensors:
+        report["tensors"] = [
+            {"name": name, "dtype": str(dtype).removeprefix("torch."), "shape": shape, "file": checkpoint.file_of(name).name}
+            for name in checkpoint.names
+            for dtype, shape in (checkpoint.dtype_shape(name),)
+        ]
+    return report
+
+
+def _sizes(checkpoint: Any) -> list[dict[str, Any]]:
+    """Tensors, bytes and weights by kind. Packed codes count two weights a byte, scales none, so that bits per weight include the scales."""
+    rows = {kind: [0, 0, 0] for kind, _ in (*_KINDS, ("total", ""))}
+    for name in checkpoint.names:
+        dtype, shape, nbytes = checkpoint.info(name)
+        packed = (not dtype.is_floating_point and _PACKED.search(name)) or "float4" in str(dtype)
+        weights = 0 if _SCALE.search(name) else math.prod(shape) * (2 if packed else 1)
+        for kind in (next(kind for kind, pattern in _KINDS if re.search(pattern, name)), "total"):
+            rows[kind] = [old + new for old, new in zip(rows[kind], (1, nbytes, weights), strict=True)]
+    return [
+        {"kind": kind, "tensors": count, "bytes": size, "weights": weights, "bits_per_weight": round(8 * size / weights, 3) if weights else None}
+        for kind, (count, size, weights) in rows.items()
+        if count
+    ]
+
+
+def _render(report: dict[str, Any]) -> str:
+    from halfbyte.checkpoint.families import format_range
+
+    moe, quantization = report["moe"], report["quantization"]
+    stored = quantization["kind"] + (f" {quantization['format'].upper()}" if quantization["format"] else "")
+    lines = [
+        report["model"],
+        f"  {moe['family']}, {stored}",
+        f"  {moe['num_layers']} layers, MoE in {format_range(moe['moe_layers'])}; {moe['num_experts']} experts, top {moe['routing']['top_k']} "
+        f"by {moe['routing']['method']}; hidden {moe['hidden']}, expert intermediate {moe['intermediate']}, {moe['activation']['kind']}",
+        "",
+        *_table(
+            ("kind", "tensors", "MiB", "weights", "bits/weight"),
+            [
+                (row["kind"], row["tensors"], f"{row['bytes'] / 2**20:.2f}", f"{row['weights']:,}", _number(row["bits_per_weight"]))
+                for row in report["sizes"]
+            ],
+        ),
+    ]
+    if report["scales"]:
+        header = ("layer", "projection", "blocks", "scale min", "median", "max", "zero", "saturated", "global scale", "input scale")
+        rows = [
+            (
+                row["layer"],
+                row["projection"],
+                row["blocks"],
+                *(_number(row[key]) for key in ("smallest", "median", "largest")),
+                row["zero_blocks"],
+                row["saturated_blocks"],
+                *(_extent(row[key]) for key in ("global_scale", "input_scale")),
+            )
+            for row in report["scales"]
+        ]
+        lines += ["", *_table(header, rows)]
+    if "tensors" in report:
+        lines += [
+            "",
+            *_table(("tensor", "dtype", "shape", "file"), [(t["name"], t["dtype"], list(t["shape"]), t["file"]) for t in report["tensors"]]),
+        ]
+    lines += ["", *(f"{p['severity']}: layer {p['layer']}: {p['message']}" for p in report["problems"])]
+    return "\n".join(lines if report["problems"] else [*lines, "no problems found"])
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[object, ...]]) -> list[str]:
+    """Columns as wide as their widest cell; text to the left, numbers to the right."""
+    cells = [header, *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    numeric = [all(row[column][:1].isdigit() or row[column] == "-" for row in cells[1:]) for column in range(len(header))]
+    aligned = ([cell.rjust(width) if right else cell.ljust(width) for cell, width, right in zip(row, widths, numeric, strict=True)] for row in cells)
+    return ["  " + "  ".join(row).rstrip() for row in aligned]
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _extent(extent: tuple[float, float] | None) -> str:
+    if extent is None:
+        return "-"
+    return _number(extent[0]) if extent[0] == extent[1] else f"{_number(extent[0])}..{_number(extent[1])}"

@@ -1,0 +1,314 @@
+"""Every format and family read back against element-by-element expectations, and every way a file can be wrong."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import checkpoint_files as cf
+import pytest
+import torch
+from helpers import assert_equal_bits
+
+from halfbyte.checkpoint import Checkpoint, ExpertWeights, load_experts, load_router
+from halfbyte.checkpoint.experts import DEEPSEEK_V4_SWIGLU, GPT_OSS_SWIGLU, SWIGLU
+from halfbyte.errors import CheckpointError, InputError, UnsupportedError
+from halfbyte.formats import MXFP4, NVFP4
+
+E, H, I = cf.E, cf.H, cf.I  # noqa: E741
+GATE0 = "model.layers.1.mlp.experts.0.gate_proj"
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def check_dense(weights: ExpertWeights, files: cf.Files) -> None:
+    dense = weights.dequantize(torch.float32)
+    assert_equal_bits(dense.w13, files.w13)
+    assert_equal_bits(dense.w2, files.w2)
+
+
+@pytest.mark.parametrize("kind", ["modelopt", "compressed-tensors"])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_nvfp4(tmp_path: Path, kind: str, shards: int) -> None:
+    files = cf.nvfp4(kind)
+    weights = load_experts(files.write(tmp_path, shards), 1)
+    assert weights.format is NVFP4 and weights.activation == SWIGLU
+    check_dense(weights, files)
+    assert weights.w13.global_scale.tolist() == [[2.0 ** (-e - p) for p in (0, 1)] for e in range(E)]
+    assert weights.w2.global_scale.tolist() == [2.0 ** (-e - 2) for e in range(E)]
+    assert weights.w13_input_scale.tolist() == [[2.0 ** (-8 - e - p) for p in (0, 1)] for e in range(E)]
+    assert weights.w2_input_scale.tolist() == [2.0 ** (-10 - e) for e in range(E)]
+
+
+def test_modelopt_with_mixtral_names(tmp_path: Path) -> None:
+    files = cf.nvfp4("modelopt", "model.layers.1.block_sparse_moe", cf.W_NAMES, cf.MIXTRAL)
+    check_dense(load_experts(files.write(tmp_path), 1), files)
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]},
+        {"quant_method": "modelopt", "quant_algo": "W4A16_NVFP4", "modules_to_not_convert": ["*gate"], "kv_cache_scheme": {"num_bits": 8}},
+        {"quant_method": "modelopt", "config_groups": {"g": {"weights": {"num_bits": 4, "type": "float", "group_size": 16}, "targets": ["Linear"]}}},
+        {"quant_algo": "MIXED_PRECISION", "quantized_layers": {"model.layers.1.mlp.experts": {"quant_algo": "NVFP4", "group_size": 16}}},
+    ],
+    ids=["flat", "w4a16", "config_groups", "mixed"],
+)
+def test_modelopt_described_by_config_json(tmp_path: Path, quantization: dict) -> None:
+    files = cf.nvfp4("modelopt")
+    files.hf_quant_config, files.config["quantization_config"] = None, quantization
+    weights = load_experts(files.write(tmp_path), 1)
+    assert weights.format is NVFP4
+    check_dense(weights, files)
+
+
+def test_absent_input_scales_are_none(tmp_path: Path) -> None:
+    files = cf.nvfp4("modelopt")
+    files.tensors = {name: tensor for name, tensor in files.tensors.items() if not name.endswith("input_scale")}
+    weights = load_experts(files.write(tmp_path), 1)
+    assert weights.w13_input_scale is None and weights.w2_input_scale is None
+
+
+def test_excluded_experts_are_dense(tmp_path: Path) -> None:
+    files = cf.dense()
+    files.hf_quant_config = {"quantization": {"quant_algo": "NVFP4", "exclude_modules": ["model.layers.1.mlp.experts*"]}}
+    weights = load_experts(files.write(tmp_path), 1)
+    assert weights.format is None
+    check_dense(weights, files)
+
+
+def test_compressed_tensors_mxfp4(tmp_path: Path) -> None:
+    files = cf.compressed_tensors_mxfp4()
+    weights = load_experts(files.write(tmp_path), 1)
+    assert weights.format is MXFP4
+    check_dense(weights, files)
+
+
+def test_gpt_oss_is_deinterleaved(tmp_path: Path) -> None:
+    files, w13_bias, w2_bias = cf.gpt_oss()
+    weights = load_experts(files.write(tmp_path), 1)
+    assert weights.format is MXFP4 and weights.activation == GPT_OSS_SWIGLU
+    check_dense(weights, files)
+    assert_equal_bits(weights.w13_bias, w13_bias)
+    assert_equal_bits(weights.w2_bias, w2_bias)
+
+
+@pytest.mark.parametrize("scale_name", ["scale", "weight_scale_inv"])
+@pytest.mark.parametrize("scale_dtype", [torch.uint8, torch.float8_e8m0fnu, torch.float32])
+def test_deepseek_v4(tmp_path: Path, scale_dtype: torch.dtype, scale_name: str) -> None:
+    files = cf.deepseek_v4(scale_dtype, scale_name)
+    weights = load_experts(files.write(tmp_path), 1)
+    assert weights.format is MXFP4 and weights.activation == DEEPSEEK_V4_SWIGLU
+    check_dense(weights, files)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("config", "block", "names"),
+    [
+        (cf.QWEN, "model.layers.1.mlp", cf.NAMES),
+        ({**cf.QWEN, "model_type": "qwen3_next"}, "model.layers.1.mlp", cf.NAMES),
+        (cf.MIXTRAL, "model.layers.1.block_sparse_moe", cf.W_NAMES),
+        (cf.MIXTRAL, "model.layers.1.mlp", cf.W_NAMES),
+        (cf.DEEPSEEK_V3, "model.layers.1.mlp", cf.NAMES),
+        ({**cf.DEEPSEEK_V3, "model_type": "glm4_moe"}, "model.language_model.layers.1.mlp", cf.NAMES),
+    ],
+)
+def test_dense_families(tmp_path: Path, config: dict, block: str, names: dict, dtype: torch.dtype) -> None:
+    files = cf.dense(config, dtype, block, names)
+    files.tensors[f"{block}.shared_experts.gate_proj.weight"] = torch.zeros(8, H)
+    files.tensors["mtp.layers.0.mlp.experts.0.gate_proj.weight"] = torch.zeros(8, H)
+    weights = load_experts(files.write(tmp_path), 1)
+    assert weights.w13.dtype == dtype
+    check_dense(weights, files)
+
+
+@pytest.mark.parametrize(("config", "stacked"), [(cf.QWEN, "rows"), (cf.QWEN, "columns"), (cf.GPT_OSS, "alternating")])
+def test_stacked_dense_even_when_shapes_are_ambiguous(tmp_path: Path, config: dict, stacked: str) -> None:
+    assert 2 * I == H  # so [E, 2I, H] and [E, H, 2I] are one shape
+    files = cf.dense(config, stacked=stacked)
+    check_dense(load_experts(files.write(tmp_path), 1), files)
+
+
+def test_fp8_block_with_ragged_edges(tmp_path: Path) -> None:
+    hidden, intermediate = 200, 136
+    config = {**cf.DEEPSEEK_V3, "hidden_size": hidden, "moe_intermediate_size": intermediate, "n_routed_experts": 1}
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    files, expected = cf.Files(config), {}
+    for leaf, (rows, columns) in {"gate_proj": (136, 200), "up_proj": (136, 200), "down_proj": (200, 136)}.items():
+        weight, scale = torch.randn(rows, columns).to(torch.float8_e4m3fn), torch.rand(2, 2) + 0.1
+        prefix = f"model.layers.1.mlp.experts.0.{leaf}"
+        files.tensors |= {f"{prefix}.weight": weight, f"{prefix}.weight_scale_inv": scale}
+        row, column = torch.arange(rows)[:, None] // 128, torch.arange(columns)[None] // 128
+        expected[leaf] = (weight.float() * scale[row, column]).bfloat16()
+    weights = load_experts(files.write(tmp_path), 1)
+    assert_equal_bits(weights.w13[0], torch.cat([expected["gate_proj"], expected["up_proj"]]))
+    assert_equal_bits(weights.w2[0], expected["down_proj"])
+
+
+def test_a_slice_of_experts_keeps_all_input_scales(tmp_path: Path) -> None:
+    files = cf.nvfp4("modelopt")
+    weights = load_experts(files.write(tmp_path), 1, experts=range(1, 3))
+    assert (weights.num_experts, weights.first_expert, weights.num_global_experts) == (2, 1, E)
+    assert_equal_bits(weights.dequantize().w13, files.w13[1:3])
+    assert weights.w13_input_scale.shape == (E, 2) and weights.w2_input_scale.shape == (E,)
+    for wrong in (range(1, E + 1), range(0, 3, 2), range(2, 1)):
+        with pytest.raises(InputError, match="contiguous slice"):
+            load_experts(tmp_path, 1, experts=wrong)
+
+
+def test_outputs_are_preallocated_and_filled_tensor_by_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing the size of a layer is made but the result: no stack or cat, and each file tensor is read when its expert is filled."""
+    files = cf.nvfp4("modelopt")
+    checkpoint = Checkpoint.open(files.write(tmp_path))
+    reads: list[str] = []
+    original = Checkpoint.read
+    monkeypatch.setattr(Checkpoint, "read", lambda self, name: (reads.append(name), original(self, name))[1])
+    monkeypatch.setattr(torch, "stack", None)
+    monkeypatch.setattr(torch, "cat", None)
+    load_experts(checkpoint, 1, experts=range(2))
+    assert len(reads) == len(set(reads))
+    weights_read = [name for name in reads if name.endswith((".weight", ".weight_scale"))]
+    assert [int(name.split(".")[5]) for name in weights_read] == [0] * 6 + [1] * 6
+
+
+def test_reading_one_layer_maps_rather_than_copies(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(cf.dense().write(tmp_path))
+    first, second = checkpoint.read(f"{GATE0}.weight"), checkpoint.read(f"{GATE0}.weight")
+    assert first.data_ptr() == second.data_ptr()
+
+
+def test_router(tmp_path: Path) -> None:
+    files = cf.dense(cf.DEEPSEEK_V3)
+    files.tensors["model.layers.1.mlp.gate.e_score_correction_bias"] = torch.arange(E).bfloat16()
+    router = load_router(files.write(tmp_path / "v3"), 1)
+    assert_equal_bits(router.weight, files.tensors["model.layers.1.mlp.gate.weight"])
+    assert router.correction_bias.dtype == torch.float32 and router.correction_bias.tolist() == [0, 1, 2]
+    assert (router.rule.method, router.rule.scale, router.logit_bias) == ("deepseek_v3", 2.5, None)
+    files, _, _ = cf.gpt_oss()
+    router = load_router(files.write(tmp_path / "oss"), 1)
+    assert_equal_bits(router.logit_bias, files.tensors["model.layers.1.mlp.router.bias"])
+    assert router.rule.method == "renormalize" and router.correction_bias is None
+    files = cf.deepseek_v4()
+    router = load_router(files.write(tmp_path / "v4"), 1)
+    assert_equal_bits(router.correction_bias, files.tensors["layers.1.ffn.gate.bias"])
+    assert_equal_bits(router.token_experts, files.tensors["layers.1.ffn.gate.tid2eid"])
+    assert router.rule.method == "deepseek_v4" and router.logit_bias is None
+    files = cf.dense({**cf.QWEN, "norm_topk_prob": False})
+    assert load_router(files.write(tmp_path / "qwen"), 1).rule.method == "default"
+    del files.tensors["model.layers.1.mlp.gate.weight"]
+    with pytest.raises(CheckpointError, match="no router"):
+        load_router(files.write(tmp_path / "none"), 1)
+
+
+SCALE2 = f"{GATE0}.weight_scale_2"
+BROKEN = {
+    "missing weight_scale": ({f"{GATE0}.weight_scale": None}, ["missing tensor", f"{GATE0}.weight_scale"]),
+    "missing weight_scale_2": ({SCALE2: None}, ["missing scale", SCALE2, "8 of 9", "all of them"]),
+    "missing weight": ({f"{GATE0}.weight": None}, ["missing tensor", f"{GATE0}.weight"]),
+    "NaN weight_scale_2": ({SCALE2: torch.tensor(torch.nan)}, ["not a positive finite number", SCALE2, "given nan"]),
+    "zero weight_scale_2": ({SCALE2: torch.tensor(0.0)}, ["not a positive finite number", "given 0.0"]),
+    "negative weight_scale_2": ({SCALE2: torch.tensor(-1.0)}, ["not a positive finite number", "given -1.0"]),
+    "weight_scale_2 a vector": ({SCALE2: torch.ones(4)}, ["not a scalar", "(4,)"]),
+    "one input_scale missing": ({f"{GATE0}.input_scale": None}, ["missing scale", f"{GATE0}.input_scale", "8 of 9"]),
+    "infinite input_scale": ({f"{GATE0}.input_scale": torch.tensor(torch.inf)}, ["not a positive finite number", f"{GATE0}.input_scale"]),
+    "weight left in bf16": ({f"{GATE0}.weight": torch.zeros(I, H).bfloat16()}, ["wrong dtype", "bfloat16 (32, 64)", "uint8", "(32, 32)"]),
+    "scales in fp16": ({f"{GATE0}.weight_scale": torch.zeros(I, H // 16).half()}, ["wrong dtype", "float16", "float8_e4m3fn"]),
+    "scales of blocks of 32": ({f"{GATE0}.weight_scale": torch.zeros(I, H // 32).to(torch.float8_e4m3fn)}, ["wrong shape", "(32, 2)", "(32, 4)"]),
+    "NaN block scale": ({f"{GATE0}.weight_scale": torch.full((I, H // 16), 0x7F, dtype=torch.uint8)}, ["NaN or negative", "0x7f"]),
+    "negative block scale": ({f"{GATE0}.weight_scale": torch.full((I, H // 16), -1.0).to(torch.float8_e4m3fn)}, ["NaN or negative", "0xb8"]),
+}
+
+
+@pytest.mark.parametrize(("change", "said"), BROKEN.values(), ids=BROKEN)
+def test_broken_modelopt(tmp_path: Path, change: dict, said: list[str]) -> None:
+    files = cf.nvfp4("modelopt")
+    for name, tensor in change.items():
+        if tensor is None:
+            del files.tensors[name]
+        else:
+            files.tensors[name] = tensor
+    with pytest.raises(CheckpointError) as caught:
+        load_experts(files.write(tmp_path), 1)
+    for text in (*said, str(tmp_path)):
+        assert text in str(caught.value)
+
+
+def test_broken_powers_of_two(tmp_path: Path) -> None:
+    files = cf.deepseek_v4(torch.float32)
+    files.tensors["layers.1.ffn.experts.1.w3.scale"][3, 1] *= 1.5
+    with pytest.raises(CheckpointError, match=r"not powers of two: layers\.1\.ffn\.experts\.1\.w3\.scale"):
+        load_experts(files.write(tmp_path / "a"), 1)
+    files = cf.deepseek_v4(torch.uint8)
+    files.tensors["layers.1.ffn.experts.1.w3.scale"][3, 1] = 255
+    with pytest.raises(CheckpointError, match="NaN"):
+        load_experts(files.write(tmp_path / "b"), 1)
+
+
+def test_broken_fp8_block_scale(tmp_path: Path) -> None:
+    files = cf.dense(cf.DEEPSEEK_V3)
+    files.config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    for name in [name for name in files.tensors if ".experts." in name]:
+        files.tensors[name] = files.tensors[name].to(torch.float8_e4m3fn)
+        files.tensors[f"{name}_scale_inv"] = torch.ones(1, 1)
+    load_experts(files.write(tmp_path / "good"), 1)
+    files.tensors[f"{GATE0}.weight_scale_inv"] = torch.full((1, 1), torch.nan)
+    with pytest.raises(CheckpointError, match="not positive finite"):
+        load_experts(files.write(tmp_path / "nan"), 1)
+    del files.tensors[f"{GATE0}.weight_scale_inv"]
+    with pytest.raises(CheckpointError, match=r"missing tensor: .*weight_scale_inv"):
+        load_experts(files.write(tmp_path / "missing"), 1)
+
+
+@pytest.mark.parametrize(("kind", "needed"), [("modelopt", 16), ("compressed-tensors", 16)])
+def test_hidden_not_a_multiple_of_the_block(tmp_path: Path, kind: str, needed: int) -> None:
+    files = cf.nvfp4(kind)
+    files.config["hidden_size"] = 40
+    with pytest.raises(CheckpointError, match=f"hidden size does not divide into NVFP4 blocks .given 40; needed a multiple of {needed}"):
+        load_experts(files.write(tmp_path), 1)
+
+
+def test_layers_without_experts(tmp_path: Path) -> None:
+    path = cf.dense().write(tmp_path)
+    with pytest.raises(CheckpointError, match=r"layer 0 has no routed experts .*MoE layers 1"):
+        load_experts(path, 0)
+    for layer in (2, -1):
+        with pytest.raises(CheckpointError, match=f"there is no layer {layer}"):
+            load_experts(path, layer)
+
+
+def test_stacked_quantised_experts_are_refused(tmp_path: Path) -> None:
+    files = cf.dense(stacked="rows")
+    files.hf_quant_config = cf.MODELOPT
+    with pytest.raises(UnsupportedError, match="stacked quantised experts"):
+        load_experts(files.write(tmp_path), 1)
+
+
+def test_scattered_input_scales_are_logged_and_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    files = cf.nvfp4("modelopt")
+    files.tensors["model.layers.1.mlp.experts.2.up_proj.input_scale"] = torch.tensor(50.0)
+    path = files.write(tmp_path)
+    with caplog.at_level(logging.WARNING, "halfbyte"):
+        weights = load_experts(path, 1)
+    assert weights.w13_input_scale[2, 1] == 50.0
+    (record,) = caplog.records
+    assert "up input scales of 1 of 3 experts" in record.getMessage() and "expert 2" in record.getMessage()
+
+
+def test_the_demo_model_reads_as_plain_safetensors_says() -> None:
+    import halfbyte
+
+    path = Path(halfbyte.__file__).parent / "demo_model"
+    index = json.loads((path / "model.safetensors.index.json").read_text())["weight_map"]
+    weights = load_experts(path, 5)
+    from safetensors import safe_open
+
+    for name, rows in (("gate_proj", slice(0, 128)), ("up_proj", slice(128, 256))):
+        key = f"model.layers.5.mlp.experts.9.{name}.weight"
+        with safe_open(path / index[key], "pt") as file:
+            assert_equal_bits(weights.w13[9, rows], file.get_tensor(key))
