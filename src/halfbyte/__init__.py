@@ -4,10 +4,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from halfbyte.checkpoint import load_experts, load_router
     from halfbyte.checkpoint.experts import Activation, ExpertWeights
     from halfbyte.device import Target
     from halfbyte.formats import MXFP4, NVFP4, BlockFormat, QuantTensor, quantize, swizzle_scales, unswizzle_scales
-    from halfbyte.moe import Routing, fused_moe, route
+    from halfbyte.moe import MoE, Routing, fused_moe, route
     from halfbyte.weights import PreparedExperts, prepare
 
 __version__ = "0.1.0"
@@ -17,11 +18,14 @@ __all__ = [
     "Activation",
     "BlockFormat",
     "ExpertWeights",
+    "MoE",
     "PreparedExperts",
     "QuantTensor",
     "Routing",
     "Target",
     "fused_moe",
+    "load_experts",
+    "load_router",
     "prepare",
     "quantize",
     "route",
@@ -31,10 +35,11 @@ __all__ = [
 
 # Public name -> home. Resolved on first use, so that `halfbyte --help` and the plug-ins of the engines do not wait for torch.
 _HOMES = {
+    "halfbyte.checkpoint": ("load_experts", "load_router"),
     "halfbyte.checkpoint.experts": ("Activation", "ExpertWeights"),
     "halfbyte.device": ("Target",),
     "halfbyte.formats": ("MXFP4", "NVFP4", "BlockFormat", "QuantTensor", "quantize", "swizzle_scales", "unswizzle_scales"),
-    "halfbyte.moe": ("Routing", "fused_moe", "route"),
+    "halfbyte.moe": ("MoE", "Routing", "fused_moe", "route"),
     "halfbyte.weights": ("PreparedExperts", "prepare"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -1,6 +1,7 @@
 """The mixture-of-experts layer: routing, the pure function, the module."""
 
 from halfbyte.moe.functional import fused_moe
+from halfbyte.moe.module import MoE
 from halfbyte.moe.routing import Routing, route
 
-__all__ = ["Routing", "fused_moe", "route"]
+__all__ = ["MoE", "Routing", "fused_moe", "route"]

@@ -1,0 +1,142 @@
+"""`report`: what halfbyte finds on this machine. Each probe stands alone, so a broken part is one line of the report and never its end."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import halfbyte
+from halfbyte import env
+from halfbyte.errors import HalfbyteError
+
+OPTIONAL_PACKAGES = {"transformers": "hf", "accelerate": "hf", "huggingface_hub": "hf", "matplotlib": "bench"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report; `ok` is False only for what is broken, not for what is merely absent."""
+
+    section: str
+    name: str
+    value: str
+    ok: bool = True
+
+
+Probe = Callable[[], Iterable[tuple[str, str]]]
+
+
+def report() -> list[Finding]:
+    """Run every probe, in order. A probe that fails gives one finding with `ok` False and the error's text.
+
+    >>> from halfbyte.doctor import report
+    >>> [finding.value for finding in report() if finding.name == "halfbyte"] == [halfbyte.__version__]
+    True
+    """
+    probes: list[tuple[str, str, Probe]] = [
+        ("software", "python", _python),
+        ("software", "torch", lambda: _imported("torch")),
+        ("software", "triton", lambda: _imported("triton")),
+        ("software", "safetensors", lambda: _imported("safetensors")),
+        *(("software", name, lambda name=name, extra=extra: _installed(name, extra)) for name, extra in OPTIONAL_PACKAGES.items()),
+        ("hardware", "cpu", _cpu),
+        ("hardware", "cuda", _gpus),
+        ("settings", "cache directory", _cache_directory),
+        ("settings", "environment", _environment),
+        ("kernels", "kernel table", _kernels),
+    ]
+    findings: list[Finding] = []
+    for section, name, probe in probes:
+        try:
+            findings += [Finding(section, *line) for line in probe()]
+        except (ImportError, OSError, RuntimeError, AttributeError, HalfbyteError) as error:
+            findings.append(Finding(section, name, f"broken: {type(error).__name__}: {error}", ok=False))
+    return findings
+
+
+def render(findings: list[Finding]) -> str:
+    """Lay the findings out as aligned text under their section names, broken ones marked with an exclamation mark."""
+    width = max(len(finding.name) for finding in findings)
+    lines: list[str] = []
+    for index, finding in enumerate(findings):
+        if index == 0 or finding.section != findings[index - 1].section:
+            lines += ["", finding.section]
+        lines.append(f"{'  ' if finding.ok else '! '}{finding.name:<{width}}  {finding.value}")
+    return "\n".join(lines[1:])
+
+
+def _python() -> Iterable[tuple[str, str]]:
+    yield "halfbyte", halfbyte.__version__
+    yield "python", f"{platform.python_version()} ({sys.executable})"
+    yield "platform", platform.platform()
+
+
+def _imported(name: str) -> Iterable[tuple[str, str]]:
+    """Import for real: a wheel that does not fit the machine only fails there."""
+    module = importlib.import_module(name)
+    yield name, getattr(module, "__version__", importlib.metadata.version(name))
+
+
+def _installed(name: str, extra: str) -> Iterable[tuple[str, str]]:
+    try:
+        yield name, importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        yield name, f"not installed (optional: pip install 'halfbyte[{extra}]')"
+
+
+def _cpu() -> Iterable[tuple[str, str]]:
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
+    yield "cpu", f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+
+
+def _gpus() -> Iterable[tuple[str, str]]:
+    import torch
+
+    from halfbyte.device import Target
+
+    if not torch.cuda.is_available():
+        yield "cuda", "no device" if torch.version.cuda else "no device (this torch is built without CUDA)"
+        return
+    for index in range(torch.cuda.device_count()):
+        target = Target.of(f"cuda:{index}")
+        size = torch.cuda.get_device_properties(index).total_memory / 2**30
+        yield f"cuda:{index}", f"{target.name}, {target.arch}, {target.num_sms} SMs, {size:.0f} GiB, {target.read_gbps or 'unknown'} GB/s"
+
+
+def _cache_directory() -> Iterable[tuple[str, str]]:
+    path = env.cache_dir()
+    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(f"cannot write to {path}: {existing} is {'not writable' if existing.is_dir() else 'not a directory'}")
+    yield "cache directory", f"{path} ({'writable' if existing == path else 'not there yet, can be created'})"
+
+
+def _environment() -> Iterable[tuple[str, str]]:
+    for variable in env.VARIABLES:
+        yield variable.name, variable.get() or f"not set: {variable.meaning}"
+
+
+def _kernels() -> Iterable[tuple[str, str]]:
+    """Every kernel of the table on every device, with the reason where it cannot be used."""
+    import torch
+
+    from halfbyte.device import Target
+    from halfbyte.formats import FORMATS
+    from halfbyte.kernels.table import OPS, Problem, obstacles
+    from halfbyte.weights.prepared import LAYOUTS
+
+    weights = [(format, layout) for format in (*FORMATS.values(), None) for layout in LAYOUTS]
+    devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    for target in dict.fromkeys(Target.of(device) for device in devices):
+        for op in OPS:
+            for format, layout in weights if op == "fused_moe" else [(None, None)]:
+                label = f"{target.arch} {op}" + (f" {repr(format) if format else 'dense'} {layout}" if layout else "")
+                for candidate, obstacle in obstacles(Problem(op, target, format, layout)):
+                    verdict = f"no: {obstacle}" if obstacle else "yes" if target.is_cpu or not candidate.fallback else "yes, as a slow fallback"
+                    yield label, f"{candidate.name}: {verdict}"

@@ -1,0 +1,81 @@
+"""`MoE`: router and experts of one layer as an nn.Module. It only holds weights; the work is `route` and `fused_moe`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from halfbyte.checkpoint import Checkpoint, RouterWeights, load_experts, load_router
+from halfbyte.errors import UnsupportedError
+from halfbyte.formats.activations import ActivationFormat
+from halfbyte.moe.functional import fused_moe
+from halfbyte.moe.routing import Routing, route
+from halfbyte.weights import PreparedExperts, prepare
+
+
+class MoE(torch.nn.Module):
+    """y = sum over the chosen experts of weight * expert(hidden).
+
+    Inference only: no parameters, an empty state_dict (the checkpoint is the stored form). `.to(device)` moves the weights; `.to(dtype)` leaves
+    them as they are, because their bits are a format. *Not* part of it: shared experts, the residual, the norm before the layer.
+    """
+
+    def __init__(self, router: RouterWeights, experts: PreparedExperts, *, activations: ActivationFormat = "bf16") -> None:
+        """Hold `router` and `experts`, which lie on one device.
+
+        Raises:
+            UnsupportedError: the layer chooses experts by token id (DeepSeek-V4's first layers) and so cannot be run from hidden states.
+        """
+        super().__init__()
+        if router.token_experts is not None:
+            raise UnsupportedError(
+                "this layer's experts are chosen by token id, not from hidden states",
+                where="MoE",
+                next_step="look the ids up in RouterWeights.token_experts and call halfbyte.fused_moe",
+            )
+        self.router, self.experts, self.activations = router, experts, activations
+
+    @classmethod
+    def from_checkpoint(
+        cls, model: str | Path | Checkpoint, layer: int, *, device: torch.device | str = "cpu", activations: ActivationFormat = "bf16"
+    ) -> MoE:
+        """Read one layer of a checkpoint directory, Hub model `org/name` or open `Checkpoint`; errors as `load_experts` and `load_router`.
+
+        >>> from pathlib import Path
+        >>> layer = halfbyte.MoE.from_checkpoint(Path(halfbyte.__file__).parent / "demo_model", 0)
+        >>> layer(torch.randn(2, 5, 256, dtype=torch.bfloat16)).shape
+        torch.Size([2, 5, 256])
+        """
+        checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.open(model)
+        return cls(load_router(checkpoint, layer, device), prepare(load_experts(checkpoint, layer, device)), activations=activations)
+
+    def route(self, hidden: torch.Tensor) -> Routing:
+        """Choose experts for hidden [T, H]; the logits are computed in fp32 whatever the dtype of the router's weight."""
+        logits = hidden.float() @ self.router.weight.float().T
+        if self.router.logit_bias is not None:
+            logits = logits + self.router.logit_bias.float()
+        return route(logits, bias=self.router.correction_bias, **asdict(self.router.rule))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [..., H] bf16, fp16 or fp32 to the same shape and dtype."""
+        tokens = hidden.reshape(-1, hidden.shape[-1])
+        return fused_moe(tokens, self.experts, *self.route(tokens), activations=self.activations).view(hidden.shape)
+
+    def extra_repr(self) -> str:
+        w, rule = self.experts, self.router.rule
+        sizes = f"{w.num_experts} experts {repr(w.format) if w.format else 'dense'}, hidden {w.hidden}, intermediate {w.intermediate}"
+        return f"{sizes}, {rule.method} top-{rule.top_k}, activations {self.activations}"
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> MoE:
+        # nn.Module.to, .cuda and .cpu all come through here. The probe is an integer tensor, so a change of dtype does not touch it.
+        super()._apply(fn, recurse)
+        device = fn(torch.empty(0, dtype=torch.uint8, device=self.experts.device)).device
+        if device != self.experts.device:
+            self.experts = self.experts.to(device)
+            router = self.router
+            bias, correction = (None if tensor is None else tensor.to(device) for tensor in (router.logit_bias, router.correction_bias))
+            self.router = replace(router, weight=router.weight.to(device), logit_bias=bias, correction_bias=correction)
+        return self

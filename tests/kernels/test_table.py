@@ -1,0 +1,78 @@
+"""Which kernel is chosen, and what is said when none is."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+import halfbyte as hb
+from halfbyte.errors import InputError, UnsupportedError
+from halfbyte.kernels import table
+from halfbyte.kernels.table import Candidate, Problem, choose, obstacles
+
+CPU = hb.Target.of("cpu")
+HOPPER = hb.Target("NVIDIA H200", "sm_90", 132, 232448, 50 << 20, 4600.0)
+
+
+@pytest.fixture(autouse=True)
+def forget_choices():
+    choose.cache_clear()
+    yield
+    choose.cache_clear()
+
+
+@pytest.fixture
+def two_kernels(monkeypatch):
+    def fast(): ...
+
+    def needs_hopper(problem: Problem) -> str | None:
+        return None if problem.target.arch == "sm_90" else f"needs sm_90, this is {problem.target.arch}"
+
+    monkeypatch.setattr(table, "CANDIDATES", (Candidate("route", "fast", fast, needs_hopper), *table.CANDIDATES))
+    return fast
+
+
+def test_the_first_that_applies_is_taken(two_kernels):
+    assert choose(Problem("route", HOPPER)).function is two_kernels
+    assert choose(Problem("route", CPU)).name == "reference"
+    assert choose(Problem("route", HOPPER), backend="reference").reason == "asked for by backend="
+
+
+def test_backend_forbids_the_others(two_kernels):
+    with pytest.raises(UnsupportedError, match="fast: needs sm_90, this is cpu") as caught:
+        choose(Problem("route", CPU), backend="fast")
+    assert "reference" not in str(caught.value)
+    with pytest.raises(InputError, match="'fast' or 'reference'"):
+        choose(Problem("route", CPU), backend="quick")
+
+
+def test_every_candidate_gives_its_reason():
+    problem = Problem("fused_moe", CPU, hb.NVFP4, "hopper", "bf16")
+    with pytest.raises(UnsupportedError, match=r"cpu, NVFP4, layout hopper, activations bf16: .*reference: reads layout 'canonical'"):
+        choose(problem)
+    assert [(candidate.name, obstacle is None) for candidate, obstacle in obstacles(problem)] == [("reference", False)]
+
+
+def test_a_fallback_on_a_gpu_is_logged_once(caplog):
+    problem = Problem("fused_moe", HOPPER, hb.MXFP4, "canonical", "bf16")
+    with caplog.at_level(logging.WARNING, "halfbyte"):
+        assert [choose(problem).name for _ in range(3)] == ["reference"] * 3
+        choose(Problem("fused_moe", CPU, hb.MXFP4, "canonical", "bf16"))
+    assert [record.getMessage() for record in caplog.records] == [
+        "fused_moe: no faster kernel of fused_moe exists for sm_90, MXFP4, layout canonical, activations bf16; plain torch runs instead"
+    ]
+
+
+def test_unknown_op():
+    with pytest.raises(InputError, match="route or fused_moe"):
+        obstacles(Problem("attention", CPU))
+
+
+def test_fused_moe_asks_the_table(monkeypatch):
+    w = hb.ExpertWeights(torch.randn(2, 64, 32), torch.randn(2, 32, 32))
+    arguments = torch.randn(3, 32), hb.prepare(w), torch.zeros(3, 1, dtype=torch.int32), torch.ones(3, 1)
+    assert torch.equal(hb.fused_moe(*arguments, backend="reference"), hb.fused_moe(*arguments))
+    with pytest.raises(InputError, match="no kernel of fused_moe has this name"):
+        hb.fused_moe(*arguments, backend="cutlass")

@@ -1,0 +1,58 @@
+"""Wrong arguments of `fused_moe`: one clear error each, before anything is computed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import halfbyte as hb
+from halfbyte.errors import InputError
+
+HIDDEN = 48
+
+
+@pytest.fixture
+def good():
+    w = hb.ExpertWeights(hb.quantize(torch.randn(4, 64, HIDDEN), hb.NVFP4), hb.quantize(torch.randn(4, HIDDEN, 32), hb.NVFP4))
+    return {
+        "hidden": torch.randn(5, HIDDEN, dtype=torch.bfloat16),
+        "experts": hb.prepare(w),
+        "ids": torch.zeros(5, 2, dtype=torch.int32),
+        "weights": torch.ones(5, 2),
+    }
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"hidden": torch.randn(5, 40)}, r"hidden does not fit .*\(5, 40\) on cpu; .*\[any, 48\]"),
+        ({"hidden": torch.randn(5, 1, HIDDEN)}, r"hidden does not fit .*\(5, 1, 48\)"),
+        ({"hidden": torch.zeros(5, HIDDEN, dtype=torch.int8)}, "given torch.int8"),
+        ({"hidden": torch.randn(5, HIDDEN, device="meta")}, "on meta"),
+        ({"hidden": torch.randn(4, HIDDEN)}, r"ids does not fit .*\[4, any\]"),
+        ({"ids": torch.zeros(5, 2)}, "ids does not fit .*given torch.float32"),
+        ({"weights": torch.ones(5, 3)}, r"weights does not fit .*\(5, 3\).*\[5, 2\]"),
+        ({"weights": torch.ones(5, 2, dtype=torch.int32)}, "weights does not fit"),
+        ({"out": torch.empty(5, HIDDEN, dtype=torch.float16)}, "out does not fit .*needed torch.bfloat16 or torch.float32"),
+        ({"out": torch.empty(6, HIDDEN, dtype=torch.bfloat16)}, "out does not fit"),
+        ({"activations": "int8"}, "unknown activation format .*bf16 or fp8 or nvfp4 or mxfp8"),
+        ({"activations": "mxfp8"}, "hidden 48, intermediate 32; needed multiples of 32"),
+        ({"backend": "magic"}, "'reference'"),
+    ],
+)
+def test_wrong_argument(good, wrong, message):
+    hb.fused_moe(**good)
+    with pytest.raises(InputError, match=message):
+        hb.fused_moe(**{**good, **wrong})
+
+
+def test_unprepared_experts(good):
+    with pytest.raises(InputError, match=r"given ExpertWeights; needed PreparedExperts\). Call halfbyte.prepare"):
+        hb.fused_moe(**{**good, "experts": good["experts"].experts})
+
+
+def test_accepts_what_hosts_pass(good):
+    """int64 ids and bf16 weights, as transformers has them, give the same result."""
+    weights = torch.rand(5, 2).bfloat16()
+    expected = hb.fused_moe(**{**good, "weights": weights.float()})
+    assert torch.equal(hb.fused_moe(**{**good, "ids": good["ids"].long(), "weights": weights}), expected)

@@ -1,0 +1,69 @@
+"""`MoE` against the layer of the model it was read from."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import assert_close_rel, relative_errors
+
+import halfbyte as hb
+from halfbyte.errors import InputError, UnsupportedError
+
+DEMO = Path(hb.__file__).parent / "demo_model"
+
+
+@pytest.fixture(scope="module")
+def layer():
+    return hb.MoE.from_checkpoint(DEMO, 2)
+
+
+def test_equals_the_formula_of_the_model(layer):
+    """Softmax, top 4, renormalise, down(silu(gate) * up): written out with the demo model's own tensors."""
+    hidden = torch.randn(3, 7, 256, generator=torch.Generator().manual_seed(0))
+    w, router = hb.load_experts(DEMO, 2), hb.load_router(DEMO, 2)
+    probabilities = (hidden @ router.weight.float().T).softmax(-1)
+    values, ids = probabilities.topk(4)
+    mask = torch.zeros_like(probabilities).scatter(-1, ids, values / values.sum(-1, keepdim=True))
+    gate, up = torch.einsum("eoh,bth->bteo", w.w13.float(), hidden).chunk(2, dim=-1)
+    every_expert = torch.einsum("ehi,btei->bteh", w.w2.float(), torch.nn.functional.silu(gate) * up)
+    expected = (mask.unsqueeze(-1) * every_expert).sum(dim=2)
+    assert_close_rel(layer(hidden), expected, token=1e-5, overall=1e-5)
+
+
+@pytest.mark.parametrize(("activations", "limit"), [("fp8", 0.06), ("mxfp8", 0.06), ("nvfp4", 0.25)])
+def test_quantised_activations_of_a_real_layer(layer, activations, limit):
+    hidden = torch.randn(64, 256, generator=torch.Generator().manual_seed(1)).bfloat16()
+    other = hb.MoE(layer.router, layer.experts, activations=activations)
+    error = relative_errors(other(hidden), layer(hidden))[1]
+    assert limit / 10 < error < limit
+
+
+def test_biases_of_the_router(layer):
+    bias = torch.zeros(16)
+    bias[11] = 100.0
+    favoured = hb.MoE(replace(layer.router, logit_bias=bias), layer.experts)
+    assert (favoured.route(torch.randn(9, 256)).ids[:, 0] == 11).all()
+    rule = replace(layer.router.rule, method="deepseek_v3", scale=2.0)
+    favoured = hb.MoE(replace(layer.router, rule=rule, correction_bias=bias), layer.experts)
+    routing = favoured.route(torch.randn(9, 256))
+    assert (routing.ids[:, 0] == 11).all() and torch.allclose(routing.weights.sum(1), torch.tensor(2.0))
+
+
+def test_moves_between_devices_but_keeps_its_bits(layer):
+    moved = hb.MoE(layer.router, layer.experts).to(torch.float16)
+    assert moved.experts is layer.experts and not moved.state_dict() and not list(moved.parameters())
+    # Only "meta" is there to move to on every machine; `Target` refuses it, which shows that the move was made.
+    with pytest.raises(InputError, match="given meta"):
+        moved.to("meta")
+
+
+def test_layer_without_a_router_of_its_own(layer):
+    with pytest.raises(UnsupportedError, match=r"chosen by token id.*token_experts and call halfbyte.fused_moe"):
+        hb.MoE(replace(layer.router, token_experts=torch.zeros(10, 4, dtype=torch.int64)), layer.experts)
+
+
+def test_describes_itself(layer):
+    assert repr(layer) == "MoE(16 experts dense, hidden 256, intermediate 128, renormalize top-4, activations bf16)"

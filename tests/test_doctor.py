@@ -1,0 +1,71 @@
+"""The report prints whatever is broken, as a line of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from halfbyte import doctor
+from halfbyte.cli.main import main
+from halfbyte.device import Target
+
+
+def test_report_of_a_sound_machine(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("HALFBYTE_CACHE_DIR", str(tmp_path / "not" / "yet"))
+    assert main(["doctor", "--json"]) == 0
+    findings = {finding["name"]: finding for finding in json.loads(capsys.readouterr().out)}
+    assert findings["torch"]["value"] == torch.__version__
+    assert "can be created" in findings["cache directory"]["value"] and not (tmp_path / "not").exists()
+    assert findings["cpu fused_moe NVFP4 canonical"]["value"] == "reference: yes"
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert "\n  cpu fused_moe MXFP4 canonical  reference: yes" in text and "!" not in text
+
+
+def test_prints_everything_else_without_torch(tmp_path):
+    """A torch that cannot be loaded (as with a driver library missing) is reported, and so is all that does not need it."""
+    (tmp_path / "torch.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file')")
+    code = "import sys; from halfbyte.cli.main import main; sys.exit(main(['doctor']))"
+    environment = {"PYTHONPATH": str(tmp_path), "PATH": "", "HOME": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1 and not result.stderr
+    broken = [line for line in result.stdout.splitlines() if line.startswith("! ")]
+    assert {line.split()[1] for line in broken} >= {"torch", "cuda", "kernel"}
+    assert all("libcudart" in line for line in broken if line.split()[1] in ("torch", "cuda", "kernel"))
+    for name in ("halfbyte", "python", "cpu", "HALFBYTE_CACHE_DIR", "cache directory"):
+        assert f"\n  {name} " in result.stdout
+
+
+def test_cache_directory_that_cannot_be_used(monkeypatch, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HALFBYTE_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    assert main(["doctor"]) == 1
+    assert f"! cache directory{' ' * 16}broken: PermissionError: cannot write to" in capsys.readouterr().out
+
+
+def test_absent_optional_package_is_not_broken(monkeypatch):
+    monkeypatch.setitem(doctor.OPTIONAL_PACKAGES, "no_such_package_of_halfbyte", "hf")
+    finding = next(finding for finding in doctor.report() if finding.name == "no_such_package_of_halfbyte")
+    assert finding.ok and "pip install 'halfbyte[hf]'" in finding.value
+
+
+def test_gpu_kernels_are_called_a_fallback(monkeypatch):
+    hopper = Target("NVIDIA H200", "sm_90", 132, 232448, 50 << 20, 4600.0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(Target, "of", staticmethod(lambda device: hopper))
+    findings = {finding.name: finding.value for finding in doctor.report() if finding.section == "kernels"}
+    assert findings["sm_90 fused_moe NVFP4 canonical"] == "reference: yes, as a slow fallback"
+
+
+@pytest.mark.parametrize("error", [ImportError, OSError, RuntimeError])
+def test_a_failing_probe_is_one_line(monkeypatch, error):
+    def fail():
+        raise error("no luck")
+
+    monkeypatch.setattr(doctor, "_gpus", fail)
+    broken = [finding for finding in doctor.report() if not finding.ok]
+    assert [(finding.name, finding.value) for finding in broken] == [("cuda", f"broken: {error.__name__}: no luck")]

@@ -1,0 +1,38 @@
+"""`prepare`: layouts there are, and errors for those there are not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import halfbyte as hb
+from halfbyte.errors import InputError, UnsupportedError
+
+
+@pytest.fixture
+def w():
+    return hb.ExpertWeights(hb.quantize(torch.randn(4, 64, 32), hb.NVFP4), hb.quantize(torch.randn(4, 32, 32), hb.NVFP4))
+
+
+@pytest.mark.parametrize("layout", ["auto", "canonical"])
+def test_canonical_is_the_same_storage(w, layout):
+    prepared = hb.prepare(w, layout)
+    assert prepared.layout == "canonical" and prepared.target == hb.Target.of("cpu") and prepared.policy == "packed"
+    assert prepared.reason == ("asked for" if layout == "canonical" else "the only layout there is for cpu")
+    assert prepared.experts.w13.codes.data_ptr() == w.w13.codes.data_ptr()
+    assert prepared.nbytes == w.nbytes
+    described = (prepared.format, prepared.activation, prepared.num_experts, prepared.hidden, prepared.intermediate, prepared.device)
+    assert described == (hb.NVFP4, w.activation, 4, 32, 32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("layout", ["hopper", "trtllm_gen", "cutlass", "triton"])
+def test_planned_layout(w, layout):
+    with pytest.raises(UnsupportedError, match=f"'{layout}' is not built by this version .*'canonical'"):
+        hb.prepare(w, layout)
+
+
+def test_unknown_names(w):
+    with pytest.raises(InputError, match=r"unknown layout .*'blackwell'"):
+        hb.prepare(w, "blackwell")
+    with pytest.raises(InputError, match=r"unknown residency policy .*'dense'"):
+        hb.prepare(w, policy="dense")
