@@ -170,8 +170,8 @@ def _modelopt(quantization: Mapping[str, Any], where: str) -> Quantization:
     for key in ("exclude_modules", "ignore", "modules_to_not_convert"):
         excluded += quantization.get(key) or ()
     groups = [group["weights"] for group in (quantization.get("config_groups") or {}).values() if group.get("weights")]
-    algorithm = str(quantization.get("quant_algo") or _algorithm_of_group(groups)).upper()
-    for size in [quantization.get("group_size")] + [group.get("group_size") for group in groups]:
+    algorithm = str(quantization.get("quant_algo") or "").upper() or _algorithm_of_group(groups)
+    for size in [quantization.get("group_size")] + [group.get("group_size") for group in groups if group.get("num_bits", 4) == 4]:
         _check_block_size(size, NVFP4, where)
     rules = [Rule(pattern, None) for pattern in excluded]
     if algorithm == "MIXED_PRECISION":

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from halfbyte.checkpoint.families import MoEConfig, describe_moe
 from halfbyte.checkpoint.quantization import Quantization, describe_quantization
@@ -157,7 +157,10 @@ class Checkpoint:
         """Return a tensor as a view of the memory-mapped file: nothing is copied until its elements are used. Do not write to it."""
         file = self.file_of(name)
         if file not in self._open_files:
-            self._open_files[file] = safe_open(file, framework="pt")
+            try:
+                self._open_files[file] = safe_open(file, framework="pt")
+            except SafetensorError as error:
+                raise CheckpointError(f"damaged safetensors file: {error}", where=str(file), next_step="download the file again") from error
         return self._open_files[file].get_tensor(name)
 
     @cached_property
@@ -204,12 +207,13 @@ def read_header(file: Path, *, named_by: Path | None = None) -> dict[str, Tensor
             header = json.loads(stream.read(length))
             entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
             ends = [entry["data_offsets"][1] for entry in entries.values()]
+            tensors = {name: _tensor_info(file, name, entry) for name, entry in entries.items()}
         except (ValueError, AttributeError, KeyError, IndexError, TypeError) as error:
             raise CheckpointError(f"damaged safetensors header: {error!r}", where=str(file), next_step="download the file again") from error
     needed = 8 + length + max(ends, default=0)
     if size < needed:
         raise _truncated(file, size, needed)
-    return {name: _tensor_info(file, name, entry) for name, entry in entries.items()}
+    return tensors
 
 
 def _tensor_info(file: Path, name: str, entry: dict[str, Any]) -> TensorInfo:

@@ -1,0 +1,128 @@
+"""What config files say of quantisation: patterns, kinds, and refusals that list what is read."""
+
+from __future__ import annotations
+
+import pytest
+
+from halfbyte.checkpoint.quantization import describe_quantization, matches
+from halfbyte.errors import CheckpointError, UnsupportedError
+from halfbyte.formats import MXFP4, NVFP4
+
+GATE = "model.layers.1.mlp.experts.0.gate_proj"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "module", "expected"),
+    [
+        ("lm_head", "lm_head", True),
+        ("lm_head", "language_model.lm_head", True),
+        ("language_model.lm_head", "lm_head", True),
+        ("model.layers.1", "model.layers.1.mlp.gate_proj", True),
+        ("model.layers.1", "model.layers.10.mlp.gate_proj", False),
+        ("model.layers.1*", "model.layers.10.mlp.gate_proj", True),
+        ("model.layers.*.mlp.gate", "model.layers.3.mlp.gate", True),
+        ("model.layers.*.mlp.gate", "model.layers.3.mlp.gate_proj", False),
+        ("model.language_model.layers.2.self_attn*", "language_model.model.layers.2.self_attn.q_proj", True),
+        ("mlp.gate", "model.layers.3.mlp.gate", True),
+        ("*router*", "model.layers.3.mlp.router", True),
+        ("*.shared_expert.*", "model.layers.3.mlp.shared_expert.up_proj", True),
+        ("gate", "model.layers.3.mlp.gate_proj", False),
+        ("re:.*mlp.gate$", "model.layers.3.mlp.gate", True),
+        ("re:.*mlp.gate$", "model.layers.3.mlp.gate_proj", False),
+        ("re:visual.*", "model.visual.blocks", False),
+        ("a.b.c", "b.c", False),
+    ],
+)
+def test_patterns(pattern: str, module: str, expected: bool) -> None:
+    assert matches(pattern, module) is expected
+
+
+def test_fused_modules_are_stored_as_their_parts() -> None:
+    attention = "model.layers.0.self_attn"
+    excluded = [f"{attention}.{part}_proj" for part in "qkv"]
+    quantization = describe_quantization({}, {"quantization": {"quant_algo": "NVFP4", "exclude_modules": excluded}})
+    assert quantization.excluded(f"{attention}.qkv_proj") and not quantization.excluded("model.layers.1.self_attn.qkv_proj")
+    assert not quantization.excluded("model.layers.0.mlp.gate_up_proj")
+    latent = describe_quantization(
+        {}, {"quantization": {"quant_algo": "NVFP4", "exclude_modules": [f"{attention}.q_a_proj", f"{attention}.kv_a_proj_with_mqa"]}}
+    )
+    assert latent.excluded(f"{attention}.fused_qkv_a_proj_with_mqa")
+    partly = describe_quantization({}, {"quantization": {"quant_algo": "NVFP4", "exclude_modules": excluded[:1]}})
+    with pytest.raises(CheckpointError, match="qkv_proj are not stored alike"):
+        partly.excluded(f"{attention}.qkv_proj")
+
+
+@pytest.mark.parametrize("algorithm", ["NVFP4", "NVFP4_AWQ", "W4A16_NVFP4", "nvfp4"])
+@pytest.mark.parametrize("key", ["exclude_modules", "ignore", "modules_to_not_convert"])
+def test_modelopt(algorithm: str, key: str) -> None:
+    said = {"quant_algo": algorithm, key: ["lm_head"]}
+    for quantization in (describe_quantization({}, {"quantization": said}), describe_quantization({"quantization_config": said})):
+        assert (quantization.kind, quantization.format) == ("modelopt", NVFP4)
+        assert quantization.format_of(GATE) is NVFP4 and quantization.excluded("lm_head")
+
+
+def test_mixed_precision_is_per_layer() -> None:
+    layers = {GATE: {"quant_algo": "NVFP4", "group_size": 16}, "model.layers.0.self_attn.q_proj": {"quant_algo": "FP8"}}
+    quantization = describe_quantization({}, {"quantization": {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}})
+    assert quantization.format_of(GATE) is NVFP4 and quantization.format is NVFP4
+    assert quantization.excluded("model.layers.1.mlp.experts.1.gate_proj")
+    with pytest.raises(UnsupportedError, match=r"q_proj is quantised in a way .*given FP8; needed NVFP4"):
+        quantization.format_of("model.layers.0.self_attn.q_proj")
+
+
+def test_compressed_tensors() -> None:
+    groups = {
+        "a": {"targets": ["re:.*experts.*"], "format": "nvfp4-pack-quantized", "weights": {"group_size": 16}},
+        "b": {"targets": ["Linear"], "format": "float-quantized", "weights": {}},
+    }
+    said = {"quant_method": "compressed-tensors", "format": "mixed-precision", "config_groups": groups, "ignore": ["lm_head", "re:.*mlp.gate$"]}
+    quantization = describe_quantization({"quantization_config": said})
+    assert quantization.format_of(GATE) is NVFP4 and quantization.excluded("model.layers.1.mlp.gate") and quantization.excluded("lm_head")
+    with pytest.raises(UnsupportedError, match="float-quantized"):
+        quantization.format_of("model.layers.1.self_attn.q_proj")
+
+
+def test_other_kinds() -> None:
+    kinds = {
+        "dense": {},
+        "gpt-oss": {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}},
+        "deepseek-v4": {"quantization_config": {"quant_method": "fp8", "expert_dtype": "fp4"}},
+        "fp8-block": {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}},
+    }
+    for kind, config in kinds.items():
+        quantization = describe_quantization(config)
+        assert quantization.kind == kind
+        assert quantization.format_of(GATE) is (MXFP4 if kind in ("gpt-oss", "deepseek-v4") else None)
+        assert quantization.excluded("model.layers.1.self_attn.q_proj")
+    assert describe_quantization({"text_config": kinds["gpt-oss"]}).kind == "gpt-oss"
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({"quant_method": "gptq"}, ["quant_method 'gptq'", "modelopt, compressed-tensors, mxfp4, fp8"]),
+        ({"bits": 4}, ["quant_method None"]),
+        ({"quant_method": "modelopt", "quant_algo": "FP8"}, ["given FP8", "NVFP4, NVFP4_AWQ, W4A16_NVFP4, MIXED_PRECISION"]),
+        ({"quant_method": "modelopt", "config_groups": {"g": {"weights": {"num_bits": 8, "type": "int"}}}}, ["no quant_algo", "int"]),
+        ({"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"g": {}}}, ["given pack-quantized", "mxfp4-pack"]),
+        ({"quant_method": "compressed-tensors", "format": "dense"}, ["given dense"]),
+        ({"quant_method": "fp8"}, ["weight_block_size None", "[128, 128]"]),
+    ],
+)
+def test_unsupported(said: dict, expected: list[str]) -> None:
+    with pytest.raises(UnsupportedError) as caught:
+        describe_quantization({"quantization_config": said})
+    for text in expected:
+        assert text in str(caught.value)
+
+
+def test_wrong_block_size() -> None:
+    modelopt = {"quant_algo": "NVFP4", "group_size": 32}
+    mixed = {"quant_algo": "MIXED_PRECISION", "quantized_layers": {GATE: {"quant_algo": "NVFP4", "group_size": 32}}}
+    groups = {"quant_algo": "NVFP4", "config_groups": {"g": {"weights": {"group_size": 32}}}}
+    for said in (modelopt, mixed, groups):
+        with pytest.raises(CheckpointError, match=r"wrong block size for NVFP4 .given group_size 32; needed 16"):
+            describe_quantization({}, {"quantization": said})
+    compressed = {"quant_method": "compressed-tensors", "format": "mxfp4-pack-quantized", "config_groups": {"g": {"weights": {"group_size": 16}}}}
+    with pytest.raises(CheckpointError, match=r"wrong block size for MXFP4 .given group_size 16; needed 32"):
+        describe_quantization({"quantization_config": compressed})

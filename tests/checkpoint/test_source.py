@@ -1,0 +1,147 @@
+"""Opening a directory: what is read, what is refused, and what the refusal says."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import checkpoint_files as cf
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from halfbyte.checkpoint import Checkpoint, resolve_model
+from halfbyte.checkpoint.source import INDEX, read_header
+from halfbyte.errors import CheckpointError, UnsupportedError
+
+GATE = "model.layers.1.mlp.experts.0.gate_proj.weight"
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    return cf.dense().write(tmp_path / "model", shards=3)
+
+
+def test_names_shapes_and_files_come_from_headers_alone(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("halfbyte.checkpoint.source.safe_open", None)
+    checkpoint = Checkpoint.open(sharded)
+    assert list(checkpoint.names) == sorted(checkpoint.names) and len(checkpoint.names) == 10
+    assert checkpoint.dtype_shape(GATE) == (torch.bfloat16, (cf.I, cf.H)) and checkpoint.info(GATE).nbytes == 2 * cf.I * cf.H
+    assert checkpoint.file_of(GATE).name == json.loads((sharded / INDEX).read_text())["weight_map"][GATE]
+    assert GATE in checkpoint and "nothing" not in checkpoint
+    for method in (checkpoint.info, checkpoint.file_of, checkpoint.read):
+        with pytest.raises(CheckpointError, match="missing tensor nothing"):
+            method("nothing")
+
+
+def test_header_dtypes_and_shapes_are_those_of_the_tensors_read(tmp_path: Path) -> None:
+    tensors = {
+        "e4m3": torch.zeros(3, 5, dtype=torch.uint8).view(torch.float8_e4m3fn),
+        "e8m0": torch.zeros(3, 5, dtype=torch.uint8).view(torch.float8_e8m0fnu),
+        "fp4": torch.zeros(3, 4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2),
+        "scalar": torch.tensor(1.5),
+        "empty": torch.zeros(0, 4, dtype=torch.int64),
+        **{str(dtype): torch.zeros(2, 3, dtype=dtype) for dtype in (torch.float64, torch.int8, torch.uint8, torch.int32, torch.bool, torch.float16)},
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    checkpoint = Checkpoint.open(tmp_path)
+    for name in tensors:
+        assert checkpoint.dtype_shape(name) == (checkpoint.read(name).dtype, tuple(checkpoint.read(name).shape)), name
+        assert checkpoint.info(name).nbytes == tensors[name].nbytes
+
+
+def cut(file: Path, size: int) -> None:
+    os.truncate(file, size)
+
+
+def write_header(file: Path, header: dict) -> None:
+    encoded = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(encoded)) + encoded)
+
+
+def first_file(path: Path) -> Path:
+    return path / "model-00001-of-00003.safetensors"
+
+
+def edit_index(path: Path, change: Callable[[dict], None]) -> None:
+    index = json.loads((path / INDEX).read_text())
+    change(index)
+    (path / INDEX).write_text(json.dumps(index))
+
+
+BROKEN: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "data truncated": (lambda p: cut(first_file(p), first_file(p).stat().st_size - 1), ["truncated", "00001-of-00003", "bytes; needed"]),
+    "header truncated": (lambda p: cut(first_file(p), 100), ["truncated", "given 100 bytes"]),
+    "empty file": (lambda p: cut(first_file(p), 0), ["truncated", "given 0 bytes"]),
+    "no safetensors at all": (lambda p: first_file(p).write_bytes(struct.pack("<Q", 4) + b"junk"), ["damaged", "00001-of-00003"]),
+    "header entry incomplete": (lambda p: write_header(first_file(p), {"a": {"dtype": "U8", "data_offsets": [0, 0]}}), ["damaged", "'shape'"]),
+    "shard missing": (lambda p: first_file(p).unlink(), ["missing file", "named by model.safetensors.index.json", "00001-of-00003"]),
+    "tensor missing": (
+        lambda p: edit_index(p, lambda i: i["weight_map"].update(extra="model-00001-of-00003.safetensors")),
+        ["tensor extra", "absent"],
+    ),
+    "index without map": (lambda p: edit_index(p, lambda i: i.pop("weight_map")), ["no weight_map", INDEX]),
+    "index no JSON": (lambda p: (p / INDEX).write_text("{"), ["not readable JSON", INDEX]),
+    "index missing": (lambda p: (p / INDEX).unlink(), ["3 safetensors files but no", INDEX]),
+    "config missing": (lambda p: (p / "config.json").unlink(), ["missing file", "config.json"]),
+    "config a list": (lambda p: (p / "config.json").write_text("[]"), ["not a JSON object", "given list"]),
+}
+
+
+@pytest.mark.parametrize(("damage", "said"), BROKEN.values(), ids=BROKEN)
+def test_broken_directories(sharded: Path, damage: Callable[[Path], object], said: list[str]) -> None:
+    Checkpoint.open(sharded)
+    damage(sharded)
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint.open(sharded)
+    for text in (*said, str(sharded)):
+        assert text in str(caught.value)
+
+
+def test_damage_the_header_does_not_show(sharded: Path) -> None:
+    file = first_file(sharded)
+    file.write_bytes(file.read_bytes() + b"trailing")
+    checkpoint = Checkpoint.open(sharded)
+    name = next(name for name in checkpoint.names if checkpoint.file_of(name) == file)
+    with pytest.raises(CheckpointError, match="damaged safetensors file"):
+        checkpoint.read(name)
+
+
+def test_directory_without_weights(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="no safetensors files"):
+        Checkpoint.open(tmp_path)
+
+
+def test_a_single_file_of_any_name_will_do(tmp_path: Path) -> None:
+    path = cf.dense().write(tmp_path / "model")
+    (path / "model.safetensors").rename(path / "weights.safetensors")
+    assert Checkpoint.open(path).file_of(GATE).name == "weights.safetensors"
+
+
+def test_unknown_tensor_dtype(tmp_path: Path) -> None:
+    header = json.dumps({"a": {"dtype": "C64", "shape": [1], "data_offsets": [0, 8]}}).encode()
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    with pytest.raises(UnsupportedError, match=r"tensor a has a dtype .*given C64"):
+        read_header(tmp_path / "x.safetensors")
+
+
+def test_resolve_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_model(str(tmp_path)) == tmp_path
+    for absent in (str(tmp_path / "absent"), "absent", "./absent"):
+        with pytest.raises(CheckpointError, match="not a model directory"):
+            resolve_model(absent)
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(tmp_path))
+    assert resolve_model("org/name") == tmp_path
+
+    def offline(name: str, allow_patterns: list[str]) -> str:
+        raise huggingface_hub.errors.LocalEntryNotFoundError("not in the cache")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(CheckpointError, match=r"org/name: .*not in the cache.*HF_HUB_OFFLINE"):
+        resolve_model("org/name")

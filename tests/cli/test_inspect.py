@@ -1,0 +1,84 @@
+"""`halfbyte inspect` on good and bad checkpoints: what is printed, and the exit code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import checkpoint_files as cf
+import pytest
+import torch
+
+import halfbyte
+from halfbyte.cli import inspect
+from halfbyte.errors import CheckpointError
+
+DEMO = str(Path(halfbyte.__file__).parent / "demo_model")
+
+
+def run(*arguments: str) -> int:
+    parser = argparse.ArgumentParser()
+    inspect.add_arguments(parser)
+    return inspect.run(parser.parse_args(arguments))
+
+
+def test_demo_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(DEMO) == 0
+    out = capsys.readouterr().out
+    assert "qwen3_moe, dense" in out and "6 layers, MoE in 0..5; 16 experts, top 4 by renormalize" in out and out.endswith("no problems found\n")
+    (experts,) = [line.split() for line in out.splitlines() if line.split()[:1] == ["experts"]]
+    assert experts == ["experts", "288", "18.00", "9,437,184", "16"]
+
+
+def test_nvfp4_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = cf.nvfp4("modelopt").write(tmp_path)
+    assert run(str(path)) == 0  # a warning is no failure
+    out = capsys.readouterr().out
+    assert "modelopt NVFP4" in out and "warning: layer 1: gate and up have different global scales" in out
+    (down,) = [line.split() for line in out.splitlines() if line.split()[1:2] == ["down"]]
+    assert down[0] == "1" and down[-2:] == ["0.0625..0.25", "0.0002441..0.0009766"]
+    assert run(str(path), "--json", "--tensors") == 0
+    report = json.loads(capsys.readouterr().out)
+    experts = next(row for row in report["sizes"] if row["kind"] == "experts")
+    weights = 3 * cf.E * cf.H * cf.I
+    assert experts["weights"] == weights and experts["bytes"] == weights * 9 // 16 + 2 * 4 * 3 * cf.E
+    assert report["quantization"] == {"kind": "modelopt", "format": "nvfp4"} and report["moe"]["moe_layers"] == [1]
+    total = report["sizes"][-1]
+    assert total["kind"] == "total" and total["tensors"] == len(report["tensors"]) == 4 * 3 * cf.E + 1
+    assert report["tensors"][0]["file"] == "model.safetensors"
+
+
+@pytest.mark.parametrize("make", [lambda: cf.gpt_oss()[0], cf.deepseek_v4, cf.compressed_tensors_mxfp4])
+def test_bits_per_weight_of_mxfp4(make: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = make()  # type: ignore[operator]
+    files.tensors = {name: tensor for name, tensor in files.tensors.items() if not name.endswith("_bias")}
+    # The hand-made V4 and gpt-oss files hold layer 1 only.
+    run(str(files.write(tmp_path)), "--json", "--layer", "1")
+    report = json.loads(capsys.readouterr().out)
+    assert next(row for row in report["sizes"] if row["kind"] == "experts")["bits_per_weight"] == 4.25
+    assert report["problems"] == [] and {row["layer"] for row in report["scales"]} == {1}
+
+
+def test_errors_make_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = cf.nvfp4("modelopt")
+    files.tensors["model.layers.1.mlp.experts.0.up_proj.weight_scale_2"] = torch.tensor(torch.nan)
+    path = str(files.write(tmp_path))
+    assert run(path) == 1
+    assert "error: layer 1: " in capsys.readouterr().out
+    assert run(path, "--json") == 1
+    assert json.loads(capsys.readouterr().out)["problems"][0]["severity"] == "error"
+
+
+def test_layer_out_of_range_or_dense(tmp_path: Path) -> None:
+    path = str(cf.dense().write(tmp_path))
+    with pytest.raises(CheckpointError, match=r"there is no layer 2 .given 2; needed one of the MoE layers 1"):
+        run(path, "--layer", "2")
+    with pytest.raises(CheckpointError, match="layer 0 has no routed experts"):
+        run(path, "--layer", "0")
+
+
+def test_sizes_by_kind() -> None:
+    kinds = {row["kind"]: row for row in inspect.describe(DEMO)["sizes"]}
+    assert sum(row["bytes"] for kind, row in kinds.items() if kind != "total") == kinds["total"]["bytes"]
+    assert kinds["embeddings"]["weights"] == 2048 * 256 and kinds["router"]["weights"] == 6 * 16 * 256
