@@ -20,6 +20,7 @@ import torch
 from halfbyte.errors import InputError
 from halfbyte.formats import e4m3, e8m0
 from halfbyte.formats.block_format import NVFP4, nvfp4_decode_scale
+from halfbyte.formats.ieee import divide
 from halfbyte.formats.quantizer import block_amax, quantize
 
 ActivationFormat = Literal["bf16", "fp8", "nvfp4", "mxfp8"]
@@ -38,7 +39,7 @@ def quantize_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     ([[1.0, -448.0]], [[1.0]])
     """
     x = x.float()
-    scales = (_row_amax(x) / e4m3.MAX).clamp(min=_SMALLEST_NORMAL)
+    scales = divide(_row_amax(x), e4m3.MAX).clamp(min=_SMALLEST_NORMAL)
     return e4m3.encode(x / scales), scales
 
 

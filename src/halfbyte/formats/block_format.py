@@ -16,6 +16,7 @@ import torch
 
 from halfbyte.errors import InputError
 from halfbyte.formats import e2m1, e4m3, e8m0
+from halfbyte.formats.ieee import divide
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def nvfp4_decode_scale(amax: torch.Tensor, *, four_over_six: bool = False) -> to
     Zero amax gives 1.0; a result under the smallest normal fp32 is raised to it, so the scale never is 0, subnormal or infinite.
     """
     max_scale = FOUR_OVER_SIX_MAX_SCALE if four_over_six else NVFP4_MAX_SCALE
-    scale = (amax.float() / (e2m1.MAX * max_scale)).clamp(min=_SMALLEST_NORMAL)
+    scale = divide(amax.float(), e2m1.MAX * max_scale).clamp(min=_SMALLEST_NORMAL)
     return torch.where(amax == 0, 1.0, scale)
 
 

@@ -18,6 +18,7 @@ from typing import Literal, get_args
 import torch
 
 from halfbyte.errors import InputError
+from halfbyte.formats.ieee import divide
 
 ScaleRule = Literal["ceil", "floor", "even"]
 RULES: tuple[str, ...] = get_args(ScaleRule)
@@ -48,7 +49,7 @@ def encode(amax: torch.Tensor, element_max: float, rule: ScaleRule = "ceil") -> 
     amax = amax.float()
     element_exponent = int(torch.tensor(element_max).log2().floor())
     if rule == "ceil":
-        byte = _ceil_exponent(amax / element_max)
+        byte = _ceil_exponent(divide(amax, element_max))
     elif rule == "floor":
         byte = _biased_exponent(amax) - element_exponent
     elif rule == "even":

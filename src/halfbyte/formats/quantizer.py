@@ -144,7 +144,10 @@ def _encode_blocks(values: torch.Tensor, block_scale: torch.Tensor) -> torch.Ten
 
 def _squared_error(values: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, row_scale: torch.Tensor) -> torch.Tensor:
     difference = e2m1.decode(codes).mul_(scales.float().unsqueeze(-1)).mul_(row_scale.unsqueeze(-1)).sub_(values)
-    return difference.square_().sum(dim=-1)
+    error = difference.square_()
+    while error.shape[-1] > 1:  # a fixed order of addition, so that every device makes the same choice
+        error = error[..., 0::2] + error[..., 1::2]
+    return error.squeeze(-1)
 
 
 def _check_arguments(x: torch.Tensor, format: BlockFormat, global_scale: object, four_over_six: bool, scale_rule: str) -> None:
