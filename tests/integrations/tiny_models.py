@@ -79,10 +79,12 @@ def build(family: str, **overrides: object) -> torch.nn.Module:
     return model
 
 
-def write(model: torch.nn.Module, output: str, directory: Path, *, all_linear: bool = False, input_scales: bool = True) -> tuple[Path, Path]:
+def write(
+    model: torch.nn.Module, output: str, directory: Path, *, all_linear: bool = False, input_scales: bool = True, kept: str = "$^"
+) -> tuple[Path, Path]:
     """Write `model` as an FP4 checkpoint and as a dense one holding the same (dequantised) values: their two directories.
 
-    `output`: "modelopt", "nvfp4-pack-quantized", "mxfp4-pack-quantized", or "gpt-oss".
+    `output`: "modelopt", "nvfp4-pack-quantized", "mxfp4-pack-quantized", or "gpt-oss"; `kept`: a regular expression of names to leave dense.
     """
     fp4, dense = directory / "fp4", directory / "dense"
     model.save_pretrained(dense)
@@ -92,7 +94,7 @@ def write(model: torch.nn.Module, output: str, directory: Path, *, all_linear: b
             q = hb.quantize(tensor.mT.contiguous(), hb.MXFP4)
             tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = q.codes.unflatten(-1, (-1, 16)), q.scales
             values[name] = q.dequantize().mT.contiguous()
-        elif output != "gpt-oss" and (EXPERT.search(name) or (all_linear and LINEAR.search(name))):
+        elif output != "gpt-oss" and not re.search(kept, name) and (EXPERT.search(name) or (all_linear and LINEAR.search(name))):
             q = hb.quantize(tensor, hb.MXFP4 if output.startswith("mxfp4") else hb.NVFP4)
             tensors |= _named(q, name.removesuffix("weight"), output, input_scales)
             values[name] = q.dequantize()

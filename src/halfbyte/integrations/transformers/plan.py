@@ -22,7 +22,7 @@ from halfbyte.formats import MXFP4, NVFP4, BlockFormat
 _CODE_DTYPES = (torch.uint8, torch.int8, torch.float4_e2m1fn_x2)
 _BYTE_SCALES = (torch.uint8, torch.float8_e8m0fnu)
 # Tensors that only a quantised layer has. Beside a weight that is not packed they mean another format (FP8, INT4), which must not load as plain.
-_SCALE_SUFFIXES = (".weight_scale", ".weight_scale_2", ".weight_scale_inv", ".weight_global_scale", ".weight_zero_point", "_scales")
+_SCALE_SUFFIXES = (".weight_scale", ".weight_scale_2", ".weight_scale_inv", ".weight_global_scale", ".weight_zero_point")
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def find_packed(model: Any, tensors: Mapping[str, TensorInfo], scheme: Scheme) -
         converter = next((entry for entry in converters if pattern in entry.source_patterns), None)
         packed.setdefault(target, PackedParameter(converter)).stems.append(stem)
     for name in tensors:
-        stem = name.removesuffix(next(filter(name.endswith, _SCALE_SUFFIXES), ""))
+        stem = name.removesuffix(next(filter(name.endswith, (*_SCALE_SUFFIXES, scheme.block_scale)), ""))
         if stem != name and stem not in stems and not ignored.search(name):
             raise UnsupportedError(
                 "this layer is quantised in another format", where=name, given=_dtype(tensors, stem + scheme.codes), needed=f"{scheme.name} or dense"
