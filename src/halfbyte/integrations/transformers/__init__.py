@@ -81,22 +81,21 @@ def load(
 ) -> tuple[Any, Any]:
     """Return (model, tokenizer) of a directory or Hub name, dense or FP4.
 
-        Also reads directories whose quantisation only hf_quant_config.json names, which `from_pretrained` takes for dense.
+    Also reads directories whose quantisation only hf_quant_config.json names, which `from_pretrained` takes for dense.
 
-        Args:
-            model: a directory or `org/name`.
-            dtype: of everything that is not packed; "auto" is the checkpoint's own.
-            device: where all of it goes.
-            activations: see `set_activations`.
+    Args:
+        model: a directory or `org/name`.
+        dtype: of everything that is not packed; "auto" is the checkpoint's own.
+        device: where all of it goes.
+        activations: see `set_activations`.
 
-        Raises:
-            CheckpointError, UnsupportedError: as the readers in `halfbyte.checkpoint`; nothing is left at random values.
+    Raises:
+        CheckpointError, UnsupportedError: as the readers in `halfbyte.checkpoint`; nothing is left at random values.
 
-        >>> from functools import partial
-    from pathlib import Path
-        >>> model, tokenizer = load(Path(halfbyte.__file__).parent / "demo_model")
-        >>> model.config.model_type, tokenizer.vocab_size
-        ('qwen3_moe', 2048)
+    >>> from pathlib import Path
+    >>> model, tokenizer = load(Path(halfbyte.__file__).parent / "demo_model")
+    >>> model.config.model_type, tokenizer.vocab_size
+    ('qwen3_moe', 2048)
     """
     path = resolve_model(model)
     config = AutoConfig.from_pretrained(path)
