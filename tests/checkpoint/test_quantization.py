@@ -95,6 +95,9 @@ def test_other_kinds() -> None:
         assert quantization.format_of(GATE) is (MXFP4 if kind in ("gpt-oss", "deepseek-v4") else None)
         assert quantization.excluded("model.layers.1.self_attn.q_proj")
     assert describe_quantization({"text_config": kinds["gpt-oss"]}).kind == "gpt-oss"
+    kept = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.0.mlp.experts"]}
+    quantization = describe_quantization({"quantization_config": kept})
+    assert quantization.excluded("model.layers.0.mlp.experts.0.gate_proj") and not quantization.excluded(GATE)
 
 
 @pytest.mark.parametrize(
