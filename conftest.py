@@ -1,0 +1,19 @@
+"""Settings of the whole test run, docstring examples included."""
+
+import os
+
+import pytest
+import torch
+
+import halfbyte
+
+
+def pytest_configure() -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core already: torch's own threads would only get in each other's way
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def example_names(doctest_namespace: dict[str, object]) -> None:
+    """Names that every docstring example may use without importing them."""
+    doctest_namespace.update(torch=torch, halfbyte=halfbyte)
