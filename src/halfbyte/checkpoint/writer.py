@@ -166,10 +166,13 @@ def shard_name(index: int, count: int) -> str:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; on success sync it and rename it to `path`, on any failure remove it."""
+    """Give a temporary file beside `path`; on success sync it and rename it to `path`, on any failure remove it."""
     partial = path.with_name(path.name + _PARTIAL)
     try:
+        partial.touch()
+        mode = partial.stat().st_mode
         yield partial
+        partial.chmod(mode)  # safetensors 0.8 leaves files readable by their owner alone
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)

@@ -10,21 +10,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-HELP = "quantise a model to NVFP4 or MXFP4"
+from halfbyte.errors import InputError
+
+HELP = "quantise a Mixture-of-Experts checkpoint to NVFP4 or MXFP4"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="model directory or Hub name org/name: bf16, fp16, fp32 or fp8-block weights")
     parser.add_argument("destination", metavar="DST", type=Path, help="new directory; repeat a command that was interrupted to continue it")
-    parser.add_argument("--format", choices=("nvfp4", "mxfp4"), default="nvfp4", help="default: nvfp4")
+    parser.add_argument("--format", choices=("nvfp4", "mxfp4"), default="nvfp4", help="of the quantised weights")
     parser.add_argument(
         "--output",
         choices=("modelopt", "compressed-tensors"),
         help="file conventions; default: modelopt for nvfp4 (vLLM, SGLang, TensorRT-LLM), compressed-tensors for mxfp4",
     )
     parser.add_argument("--four-over-six", action="store_true", help="nvfp4: choose each block's scale by squared error; smaller error, slower")
-    parser.add_argument("--scale-rule", choices=("ceil", "floor", "even"), default="ceil", help="mxfp4: rounding of the block scales; default: ceil")
+    parser.add_argument("--scale-rule", choices=("ceil", "floor", "even"), default="ceil", help="mxfp4: rounding of the block scales")
     scope = parser.add_mutually_exclusive_group()
     scope.add_argument("--experts-only", action="store_true", help="quantise the routed experts and nothing else (the default)")
     scope.add_argument("--all-linear", action="store_true", help="also attention, shared experts and dense layers; never router, embeddings, lm_head")
@@ -35,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="run the model on this text or JSONL and write input scales, for engines that quantise activations",
     )
-    parser.add_argument("--max-shard-size", type=parse_size, default=5 * 10**9, metavar="SIZE", help="of an output file: 5GB, 500MB; default: 5GB")
-    parser.add_argument("--device", default="cpu", help="where to compute: cpu, cuda; default: cpu")
+    parser.add_argument("--max-shard-size", type=parse_size, default="5GB", metavar="SIZE", help="of an output file: 5GB, 500MB")
+    parser.add_argument("--device", default="cpu", help="where to compute: cpu, cuda")
     parser.add_argument("--dry-run", action="store_true", help="print what would be written")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON document")
 
@@ -44,17 +46,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from halfbyte.convert import QuantizeOptions, quantize_model
 
-    options = QuantizeOptions(
-        format=args.format,
-        output=args.output,
-        four_over_six=args.four_over_six,
-        scale_rule=args.scale_rule,
-        all_linear=args.all_linear,
-        skip=tuple(args.skip),
-        calibrate=args.calibrate,
-        max_shard_bytes=args.max_shard_size,
-        device=args.device,
-    )
+    try:
+        options = QuantizeOptions(
+            format=args.format,
+            output=args.output,
+            four_over_six=args.four_over_six,
+            scale_rule=args.scale_rule,
+            all_linear=args.all_linear,
+            skip=tuple(args.skip),
+            calibrate=args.calibrate,
+            max_shard_bytes=args.max_shard_size,
+            device=args.device,
+        )
+    except InputError as error:  # options that contradict each other: wrong usage, as argparse reports it
+        print(f"halfbyte quantize: error: {error}", file=sys.stderr)
+        return 2
     with _Bar() as bar:
         report = quantize_model(args.source, args.destination, options, dry_run=args.dry_run, progress=bar.update)
     print(json.dumps(report.as_dict(), indent=2) if args.json else report)

@@ -1,0 +1,62 @@
+"""The command: arguments in, report out, exit codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import checkpoint_files as cf
+import pytest
+
+from halfbyte.cli.main import COMMANDS, main
+from halfbyte.cli.quantize import HELP
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> str:
+    return str(cf.dense().write(tmp_path / "in"))
+
+
+def test_help_is_what_the_list_of_commands_says() -> None:
+    assert COMMANDS["quantize"] == HELP
+
+
+def test_report_as_json_and_as_text(source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["quantize", source, str(tmp_path / "a"), "--format", "mxfp4", "--scale-rule", "even", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)  # stdout is one document; progress goes to stderr
+    assert (report["format"], report["output"], report["matrices"]) == ("mxfp4", "compressed-tensors", 9)
+    assert main(["quantize", source, str(tmp_path / "b"), "--four-over-six", "--max-shard-size", "4KB"]) == 0
+    text = capsys.readouterr().out
+    assert "nvfp4, modelopt" in text and "SQNR" in text and "gate" in text
+    assert len(list((tmp_path / "b").glob("model-*.safetensors"))) > 2
+
+
+def test_dry_run(source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["quantize", source, str(tmp_path / "a"), "--dry-run"]) == 0
+    assert "would become" in capsys.readouterr().out and not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--format", "mxfp4", "--output", "modelopt"], 2, "modelopt checkpoints do not exist in MXFP4"),
+        (["--scale-rule", "floor"], 2, "belongs to mxfp4"),
+        (["--skip", "no.such.*"], 1, "matches no module"),
+    ],
+)
+def test_exit_codes(source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, message: str) -> None:
+    assert main(["quantize", source, str(tmp_path / "a"), *arguments]) == code
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+
+
+def test_unsupported_source_is_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = cf.nvfp4("modelopt").write(tmp_path / "in")
+    assert main(["quantize", str(source), str(tmp_path / "a")]) == 3
+    assert "already quantised" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--experts-only", "--all-linear"], ["--max-shard-size", "many"], ["--max-shard-size", "0"]])
+def test_usage_errors(source: str, tmp_path: Path, arguments: list[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["quantize", source, str(tmp_path / "a"), *arguments])
