@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,6 +34,15 @@ EXACT = {"token": 1e-5, "overall": 1e-5}
 
 transformers.logging.disable_progress_bar()
 transformers.logging.set_verbosity_error()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Operators on tiny tensors spend their time waking threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -284,6 +295,20 @@ def test_other_formats_stay_with_transformers(checkpoint) -> None:
     # transformers' own dequantiser is an independent reading of the same file.
     ours = load(fp4, torch.bfloat16)
     assert relative_errors(logits(ours), logits(dense))[1] < 0.03
+
+
+def test_without_transformers_the_import_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "halfbyte.integrations.transformers")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(UnsupportedError, match=r"pip install 'halfbyte\[hf\]'"):
+        importlib.import_module("halfbyte.integrations.transformers")
+
+
+def test_such_a_model_is_not_saved(checkpoint, tmp_path: Path) -> None:
+    model = load(checkpoint("gpt_oss", "gpt-oss", all_linear=False)[0])
+    assert model.config.to_dict()["quantization_config"]["quant_method"] == "mxfp4"
+    with pytest.raises(ValueError, match="not serializable"):
+        model.save_pretrained(tmp_path)
 
 
 def test_registering_again_changes_nothing() -> None:
