@@ -265,3 +265,16 @@ def test_the_comparison_notices_every_known_mistake():
         with pytest.raises(AssertionError):
             assert_close_rel(wrong, expected)
             pytest.fail(f"{name} went unnoticed")
+
+
+def test_gradients_reach_hidden_and_weights():
+    w = make_experts(bias=True)
+    hidden, ids, weights = make_tokens(dtype=torch.float32)
+    ids[0, 0] = -1
+    hidden.requires_grad_()
+    weights.requires_grad_()
+    direction = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(2))
+    gradients = torch.autograd.grad((run(w, hidden, ids, weights) * direction).sum(), (hidden, weights))
+    expected = torch.autograd.grad((naive(hidden, w, ids, weights) * direction).sum(), (hidden, weights))
+    for actual, wanted in zip(gradients, expected, strict=True):
+        assert_close_rel(actual, wanted, token=1e-4, overall=1e-4)

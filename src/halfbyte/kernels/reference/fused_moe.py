@@ -8,6 +8,7 @@
 
 `q` is the round trip through the activation format (`formats.activations`). Weights are dequantised exactly, in fp32; every product accumulates in
 fp32. A token's result depends neither on the other tokens nor, up to fp32 rounding, on where an expert lives: partial sums of several ranks add up.
+Gradients reach hidden and weights, not the experts.
 
 Experts that no token chose are not touched, the others are dequantised a block at a time: beside its result a call needs at most
 
@@ -117,14 +118,12 @@ def _grouped_linear(
 ) -> torch.Tensor:
     """x [rows of the block, K] fp32 times weight[expert]^T plus bias[expert], row group by row group: fp32 [rows of the block, N]."""
     dense = _dense(weight, block)
-    out = x.new_empty((len(x), dense.shape[1]))
     origin = row_start[block[0]]
+    groups = []
     for index, expert in enumerate(block):
-        part = slice(row_start[expert] - origin, row_start[expert + 1] - origin)
-        torch.mm(x[part], dense[index].T, out=out[part])
-        if bias is not None:
-            out[part] += bias[expert].float()
-    return out
+        group = x[row_start[expert] - origin : row_start[expert + 1] - origin]
+        groups.append(group @ dense[index].T if bias is None else torch.addmm(bias[expert].float(), group, dense[index].T))
+    return torch.cat(groups)
 
 
 def _dense(weight: QuantTensor | torch.Tensor, block: list[int]) -> torch.Tensor:
