@@ -16,6 +16,7 @@ from halfbyte.checkpoint.families import MoEConfig, describe_moe
 from halfbyte.checkpoint.quantization import Quantization, describe_quantization
 from halfbyte.errors import CheckpointError, UnsupportedError
 
+DEMO_MODEL = "demo"  # the model inside this package, wherever a model is asked for; a directory of that name comes first
 INDEX = "model.safetensors.index.json"
 _DTYPES = {
     "F64": torch.float64,
@@ -43,8 +44,17 @@ class TensorInfo(NamedTuple):
     nbytes: int
 
 
+def demo_model_dir() -> Path:
+    """Return the directory of the embedded model: bf16 checkpoint, tokenizer, eval.jsonl, heldout.txt.xz and its card.
+
+    >>> sorted(file.name for file in demo_model_dir().glob("*.json*"))[:2]
+    ['config.json', 'eval.jsonl']
+    """
+    return Path(__file__).parents[1] / "demo_model"
+
+
 def resolve_model(model: str | Path) -> Path:
-    """Return the directory of a model: `model` itself when it is one, else the downloaded snapshot of the Hub repository `org/name`.
+    """Return the directory of a model: `model` itself when it is one, "demo" for the embedded model, else a snapshot of the Hub's `org/name`.
 
     Honours HF_HOME and HF_HUB_OFFLINE.
 
@@ -55,6 +65,8 @@ def resolve_model(model: str | Path) -> Path:
     path = Path(model).expanduser()
     if path.is_dir():
         return path
+    if model == DEMO_MODEL:
+        return demo_model_dir()
     if path.exists() or str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
         raise CheckpointError("not a model directory", where=str(model), needed="a directory with config.json, or a Hub name org/name")
     try:

@@ -16,7 +16,7 @@ from halfbyte.errors import HalfbyteError
 COMMANDS = {
     "demo": "quantise the embedded model, measure it against bf16 and solve word problems, on a CPU",
     "quantize": "quantise a Mixture-of-Experts checkpoint to NVFP4 or MXFP4",
-    "inspect": "show the format, sizes, scale statistics and problems of a checkpoint",
+    "inspect": "show format, sizes, scale statistics and problems of a checkpoint",
     "generate": "continue a prompt with a model, streaming to the terminal",
     "eval": "measure exact match, answer likelihood, perplexity and KL divergence of a model",
     "doctor": "describe this machine and say which kernels it can run, and why not the others",

@@ -1,0 +1,51 @@
+"""`halfbyte generate`: continue one prompt."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+
+HELP = "continue a prompt with a model, streaming to the terminal"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from halfbyte.cli.terminal import positive_int
+
+    parser.add_argument("model", metavar="MODEL", help="a directory, a Hub name org/name, or demo (the embedded model)")
+    parser.add_argument("prompt", help="a question for the chat template, or with --raw the text to continue")
+    parser.add_argument("--max-new-tokens", type=positive_int, metavar="N", default=256, help="longest continuation")
+    parser.add_argument("--raw", action="store_true", help="give the model the prompt as it is")
+    parser.add_argument("--temperature", type=float, metavar="T", default=0.0, help="sample at this temperature; 0 takes the likeliest token")
+    parser.add_argument("--activations", choices=("bf16", "fp8", "mxfp8", "nvfp4"), default="bf16", help="what packed experts compute on")
+    parser.add_argument("--device", help="torch device (default: the GPU where there is one)")
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of streaming")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Stream the continuation to stdout, and its speed to stderr.
+
+    Raises:
+        InputError: an empty prompt or a negative temperature.
+        CheckpointError, UnsupportedError: the model cannot be loaded here.
+    """
+    from halfbyte.cli.terminal import load_model, usable_device
+    from halfbyte.errors import InputError
+    from halfbyte.eval.generation import complete, prompt_ids
+
+    if args.temperature < 0:
+        raise InputError("a temperature is not negative", given=args.temperature)
+    model, tokenizer = load_model(args.model, usable_device(args.device), args.activations)
+    ids = tokenizer(args.prompt)["input_ids"] if args.raw else prompt_ids(tokenizer, args.prompt)
+    if not ids:
+        raise InputError("the prompt is empty", where="halfbyte generate")
+    start = time.perf_counter()
+    new_ids = complete(model, tokenizer, ids, max_new_tokens=args.max_new_tokens, temperature=args.temperature, stream=not args.json)
+    seconds = time.perf_counter() - start
+    if args.json:
+        text = tokenizer.decode(new_ids, skip_special_tokens=True)
+        print(json.dumps({"model": args.model, "prompt": args.prompt, "text": text, "new_tokens": len(new_ids), "seconds": seconds}))
+    else:
+        print(f"{len(new_ids)} tokens in {seconds:.2f} s, {len(new_ids) / seconds:.1f} tokens/s, prompt of {len(ids)} included", file=sys.stderr)
+    return 0

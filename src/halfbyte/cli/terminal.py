@@ -1,0 +1,57 @@
+"""What the commands that run models share: progress on stderr, a quiet transformers, the choice of device."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+
+from halfbyte.errors import UnsupportedError
+
+
+def positive_int(text: str) -> int:
+    """An argparse type: an integer of at least 1."""
+    value = int(text)  # argparse reports the ValueError
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is below 1")
+    return value
+
+
+def progress_bar(total: int, label: str) -> Any:
+    """A tqdm bar on stderr, nothing when that is no terminal. Close it, or use it as a context."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=label, leave=False, disable=None)
+
+
+def usable_device(name: str | None) -> torch.device:
+    """The device of that name, or for None the GPU where there is one, else the CPU.
+
+    Raises:
+        UnsupportedError: this machine, or this build of torch, has no such device.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UnsupportedError(f"cannot use the device: {str(error).splitlines()[0]}", given=name, next_step="run: halfbyte doctor") from error
+
+
+def load_model(model: str, device: torch.device, activations: Any = "bf16") -> tuple[Any, Any]:
+    """`halfbyte.integrations.transformers.load` without transformers' own bars and warnings.
+
+    Raises:
+        CheckpointError, UnsupportedError: as `load`.
+    """
+    from halfbyte.integrations.transformers import load  # before transformers itself: it says what to install
+
+    _quieten_transformers()
+    return load(model, device=device, activations=activations)
+
+
+def _quieten_transformers() -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

@@ -1,0 +1,105 @@
+"""`evaluate`: every measurement that the given questions, text and reference allow, in one report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import fmean
+from typing import Any
+
+from halfbyte.eval.data import Question, is_correct, kinds_of
+from halfbyte.eval.generation import Advance, generate_answers, no_progress
+from halfbyte.eval.metrics import Passage, answer_passage, kl_divergence, negative_log_likelihood
+
+
+@dataclass(frozen=True)
+class KindScore:
+    """The questions of one kind. `exact_match` is a fraction; `answer_nll` is nats a token of the reference solution."""
+
+    questions: int
+    exact_match: float
+    answer_nll: float
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """What `evaluate` measured; None where nothing was asked.
+
+    `exact_match` and `answer_nll` are means over kinds, so that a kind with many questions weighs no more than another.
+    """
+
+    kinds: dict[str, KindScore] = field(default_factory=dict)
+    exact_match: float | None = None
+    answer_nll: float | None = None
+    perplexity: float | None = None
+    kl: float | None = None
+    text_tokens: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = []
+        if self.kinds:
+            lines.append(f"{'kind':10} {'questions':>9} {'exact match':>12} {'answer NLL':>11}")
+            lines += [f"{kind:10} {s.questions:9d} {s.exact_match:12.1%} {s.answer_nll:11.4f}" for kind, s in self.kinds.items()]
+            questions = sum(score.questions for score in self.kinds.values())
+            lines.append(f"{'mean':10} {questions:9d} {self.exact_match:12.1%} {self.answer_nll:11.4f}")
+        if self.perplexity is not None:
+            lines.append(f"perplexity {self.perplexity:.3f} over {self.text_tokens} tokens of text")
+        if self.kl is not None:
+            lines.append(f"KL(reference || model) {self.kl:.5f} nats a token")
+        return "\n".join(lines)
+
+
+def steps(questions: Sequence[Question], passages: Sequence[Passage], reference: object) -> int:
+    """How often `evaluate` advances in all, for a progress bar."""
+    return 2 * len(questions) + len(passages) * (1 if reference is None else 2)
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    *,
+    questions: Sequence[Question] = (),
+    passages: Sequence[Passage] = (),
+    reference: Any = None,
+    batch: int = 64,
+    max_new_tokens: int = 256,
+    advance: Advance = no_progress,
+) -> EvalReport:
+    """Measure `model` on questions and on text passages (`text_passages`), the latter against `reference` too when there is one.
+
+    Args:
+        model, reference: causal language models of transformers.
+        batch: questions generated together.
+        max_new_tokens: a longer completion is cut, and usually wrong then.
+        advance: called with the number of sequences just done; `steps` of them in all.
+
+    Raises:
+        InputError: the reference has another vocabulary.
+        UnsupportedError: the chat template leaves no boundary between prompt and answer.
+    """
+    kinds: dict[str, KindScore] = {}
+    if questions:
+        completions = generate_answers(model, tokenizer, questions, batch=batch, max_new_tokens=max_new_tokens, advance=advance)
+        answers = [answer_passage(tokenizer, question) for question in questions]
+        nll = negative_log_likelihood(model, answers, advance=advance)
+        for kind in kinds_of(questions):
+            members = [index for index, question in enumerate(questions) if question.kind == kind]
+            kinds[kind] = KindScore(
+                questions=len(members),
+                exact_match=fmean(is_correct(questions[index], completions[index]) for index in members),
+                answer_nll=sum(nll[index] for index in members) / sum(answers[index].scored for index in members),
+            )
+    tokens = sum(passage.scored for passage in passages)
+    return EvalReport(
+        kinds=kinds,
+        exact_match=fmean(score.exact_match for score in kinds.values()) if kinds else None,
+        answer_nll=fmean(score.answer_nll for score in kinds.values()) if kinds else None,
+        perplexity=math.exp(sum(negative_log_likelihood(model, passages, advance=advance)) / tokens) if passages else None,
+        kl=kl_divergence(model, reference, passages, advance=advance) if passages and reference is not None else None,
+        text_tokens=tokens,
+    )

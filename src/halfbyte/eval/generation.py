@@ -1,0 +1,83 @@
+"""Prompts, and what a model answers to them: greedy in batches, or one at a time to the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from halfbyte.eval.data import Question
+
+Advance = Callable[[int], object]  # called with the number of sequences just done, as tqdm's `update` is
+GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}  # None: a checkpoint's sampling defaults would draw warnings
+
+
+def no_progress(count: int) -> None:
+    """The `advance` of a caller that shows no progress."""
+
+
+def prompt_ids(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a question as the model expects it: its chat template, or `Q: ...\\nA:` for a tokenizer without one."""
+    return encode(tokenizer, prompt_text(tokenizer, text))
+
+
+@torch.inference_mode()
+def generate_answers(
+    model: Any, tokenizer: Any, questions: Sequence[Question], *, batch: int = 64, max_new_tokens: int = 256, advance: Advance = no_progress
+) -> list[str]:
+    """Return the greedy completion of each question's prompt, without special tokens."""
+    prompts = [prompt_ids(tokenizer, question.text) for question in questions]
+    answers = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    for start in range(0, len(order), batch):
+        indices = order[start : start + batch]
+        ids, mask = pad([prompts[index] for index in indices], model.device, left=True)
+        output = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=_pad_id(tokenizer), **GREEDY)
+        for index, text in zip(indices, tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True), strict=True):
+            answers[index] = text
+        advance(len(indices))
+    return answers
+
+
+@torch.inference_mode()
+def complete(model: Any, tokenizer: Any, ids: list[int], *, max_new_tokens: int = 256, temperature: float = 0.0, stream: bool = True) -> list[int]:
+    """Return the ids that follow `ids`, writing their text to stdout as it comes if `stream`. Temperature 0 is greedy."""
+    from transformers import TextStreamer
+
+    prompt, mask = pad([ids], model.device, left=True)
+    output = model.generate(
+        input_ids=prompt,
+        attention_mask=mask,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=_pad_id(tokenizer),
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
+        **({"do_sample": True, "temperature": temperature} if temperature else GREEDY),
+    )
+    return output[0, len(ids) :].tolist()
+
+
+def prompt_text(tokenizer: Any, text: str) -> str:
+    """The question as the model expects it: its chat template, or `Q: ...\nA:` for a tokenizer without one."""
+    if tokenizer.chat_template:
+        return tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+    return f"{tokenizer.bos_token or ''}Q: {text}\nA:"
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of exactly this text; no special tokens are added."""
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _pad_id(tokenizer: Any) -> int:
+    return next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+
+
+def pad(rows: Sequence[list[int]], device: torch.device, *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """int64 ids [rows, longest], 0 where padded, and their int64 mask. What stands in a masked place never matters."""
+    longest = max(map(len, rows))
+    ids, mask = torch.zeros(2, len(rows), longest, dtype=torch.int64)
+    for index, row in enumerate(rows):
+        place = slice(longest - len(row), longest) if left else slice(len(row))
+        ids[index, place], mask[index, place] = torch.tensor(row), 1
+    return ids.to(device), mask.to(device)

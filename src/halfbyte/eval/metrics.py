@@ -1,0 +1,123 @@
+"""What a model thinks of given text: likelihood and KL divergence, for any causal language model of transformers.
+
+Sequences are padded on the right, where causal attention never sees the padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from halfbyte.errors import InputError, UnsupportedError
+from halfbyte.eval.data import Question
+from halfbyte.eval.generation import Advance, encode, no_progress, pad, prompt_text
+
+WINDOW = 512  # tokens of a text window
+_SHORTEST_WINDOW = 32  # a shorter last one would score tokens almost without context
+_TOKENS_A_BATCH = 4096  # scoring holds the logits of one batch
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Token ids, of which those from `first` on (at least 1) are scored given all before them."""
+
+    ids: list[int]
+    first: int
+
+    @property
+    def scored(self) -> int:
+        return len(self.ids) - self.first
+
+
+def answer_passage(tokenizer: Any, question: Question) -> Passage:
+    """The prompt and the reference solution; the solution and the end-of-turn mark are scored.
+
+    Raises:
+        UnsupportedError: the chat template rewrites the prompt once it is answered, so no boundary can be drawn.
+    """
+    prompt, solution = prompt_text(tokenizer, question.text), question.solution.strip()
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": question.text}, {"role": "assistant", "content": solution}]
+        whole = tokenizer.apply_chat_template(turns, tokenize=False)
+        if not whole.startswith(prompt):
+            raise UnsupportedError("the chat template does not continue its own prompt with the answer", where=tokenizer.name_or_path)
+        answer = whole[len(prompt) :]
+    else:
+        answer = f" {solution}{tokenizer.eos_token or ''}"
+    # Encoded apart, so that the model answers the very prompt that generation gives it.
+    before = encode(tokenizer, prompt)
+    return Passage(before + encode(tokenizer, answer), len(before))
+
+
+def text_passages(tokenizer: Any, documents: Sequence[str], *, limit: int | None = None, window: int = WINDOW) -> list[Passage]:
+    """Cut documents into windows of `window` tokens, each starting afresh (with <bos> where there is one); at most `limit` of them.
+
+    Raises:
+        InputError: no document is long enough for a window.
+    """
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    fresh = window - len(start)
+    passages: list[Passage] = []
+    for document in documents:
+        ids = encode(tokenizer, document)
+        for offset in range(0, len(ids), fresh):
+            if limit is not None and len(passages) == limit:
+                return passages
+            piece = ids[offset : offset + fresh]
+            if len(piece) >= _SHORTEST_WINDOW:
+                passages.append(Passage(start + piece, 1))
+    if not passages:
+        raise InputError("the text is too short", given=f"{len(documents)} documents", needed=f"{_SHORTEST_WINDOW} tokens in one of them")
+    return passages
+
+
+@torch.inference_mode()
+def negative_log_likelihood(model: Any, passages: Sequence[Passage], *, advance: Advance = no_progress) -> list[float]:
+    """Return -sum log p(token | tokens before it) of each passage in nats, over its scored tokens.
+
+    Divide by `Passage.scored` for the mean; exp of the mean is the perplexity.
+    """
+    totals = [0.0] * len(passages)
+    for indices, ids, mask in _padded_batches(passages, model.device):
+        logits = model(input_ids=ids, attention_mask=mask).logits
+        for row, index in enumerate(indices):
+            first, end = passages[index].first, len(passages[index].ids)
+            losses = F.cross_entropy(logits[row, first - 1 : end - 1].float(), ids[row, first:end], reduction="none")
+            totals[index] = losses.sum(dtype=torch.float64).item()
+        advance(len(indices))
+    return totals
+
+
+@torch.inference_mode()
+def kl_divergence(model: Any, reference: Any, passages: Sequence[Passage], *, advance: Advance = no_progress) -> float:
+    """Return the mean over scored tokens of KL(reference || model) = sum_v p_ref(v) log(p_ref(v) / p_model(v)), in nats.
+
+    Raises:
+        InputError: the two vocabularies have different sizes.
+    """
+    total = 0.0
+    for indices, ids, mask in _padded_batches(passages, model.device):
+        logits = model(input_ids=ids, attention_mask=mask).logits
+        expected = reference(input_ids=ids.to(reference.device), attention_mask=mask.to(reference.device)).logits.to(logits.device)
+        if logits.shape != expected.shape:
+            raise InputError("model and reference differ in vocabulary", given=logits.shape[-1], needed=expected.shape[-1])
+        for row, index in enumerate(indices):
+            scored = slice(passages[index].first - 1, len(passages[index].ids) - 1)
+            log_p, log_q = expected[row, scored].float().log_softmax(-1), logits[row, scored].float().log_softmax(-1)
+            total += F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(dtype=torch.float64).item()
+        advance(len(indices))
+    return total / sum(passage.scored for passage in passages)
+
+
+def _padded_batches(passages: Sequence[Passage], device: torch.device) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
+    """Passages of similar length together, at most _TOKENS_A_BATCH tokens with their padding, or one passage: indices, ids, mask."""
+    order = sorted(range(len(passages)), key=lambda index: len(passages[index].ids), reverse=True)
+    while order:
+        rows = max(1, _TOKENS_A_BATCH // len(passages[order[0]].ids))
+        indices, order = order[:rows], order[rows:]
+        ids, mask = pad([passages[index].ids for index in indices], device, left=False)
+        yield indices, ids, mask
