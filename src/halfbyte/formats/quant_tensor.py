@@ -131,24 +131,29 @@ class QuantTensor:
         True
         """
         *batch, rows, columns = self.shape
-        out = torch.empty(self.shape, dtype=dtype, device=self.device)
-        if out.numel() == 0:
-            return out
+        if self.codes.numel() == 0:
+            return torch.empty(self.shape, dtype=dtype, device=self.device)
         blocks = columns // self.format.block
         codes = self.codes.reshape(-1, columns // 2)
         scales = self._linear_scales().reshape(-1, blocks)
         row_scale = self.row_global_scale()
         if row_scale is not None:
             row_scale = row_scale.expand(*batch, rows, 1).reshape(-1, 1, 1)
-        flat = out.view(-1, columns)
-        step = max(1, CHUNK_ELEMENTS // columns)
-        for first in range(0, flat.shape[0], step):
-            chunk = slice(first, first + step)
+
+        def decode(chunk: slice) -> torch.Tensor:
             value = e2m1.decode_packed(codes[chunk]).unflatten(-1, (blocks, self.format.block))
             value *= self.format.decode_scales(scales[chunk]).unsqueeze(-1)
             if row_scale is not None:
                 value *= row_scale[chunk]
-            flat[chunk] = value.flatten(-2).to(dtype)
+            return value.flatten(-2).to(dtype)
+
+        step = max(1, CHUNK_ELEMENTS // columns)
+        if len(codes) <= step:
+            return decode(slice(None)).view(self.shape)
+        out = torch.empty(self.shape, dtype=dtype, device=self.device)
+        flat = out.view(-1, columns)
+        for first in range(0, len(codes), step):
+            flat[first : first + step] = decode(slice(first, first + step))
         return out
 
     def _linear_scales(self) -> torch.Tensor:

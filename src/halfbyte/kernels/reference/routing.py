@@ -40,7 +40,6 @@ def _softmax(x: torch.Tensor) -> torch.Tensor:
 
 
 def _sqrt_softplus(x: torch.Tensor) -> torch.Tensor:
-    # log(1 + e^x) written so that neither tail is lost in fp32 (torch's softplus turns linear above 20 and is as exact below).
     return torch.nn.functional.softplus(x).sqrt()
 
 
