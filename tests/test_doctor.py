@@ -5,13 +5,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+import halfbyte
 from halfbyte import doctor
 from halfbyte.cli.main import main
 from halfbyte.device import Target
+
+
+def squeezed(text: str) -> list[str]:
+    """Lines without the padding that lines the columns up."""
+    return [" ".join(line.split()) for line in text.splitlines()]
 
 
 def test_report_of_a_sound_machine(capsys, monkeypatch, tmp_path):
@@ -22,15 +29,15 @@ def test_report_of_a_sound_machine(capsys, monkeypatch, tmp_path):
     assert "can be created" in findings["cache directory"]["value"] and not (tmp_path / "not").exists()
     assert findings["cpu fused_moe NVFP4 canonical"]["value"] == "reference: yes"
     assert main(["doctor"]) == 0
-    text = capsys.readouterr().out
-    assert "\n  cpu fused_moe MXFP4 canonical  reference: yes" in text and "!" not in text
+    lines = squeezed(capsys.readouterr().out)
+    assert "cpu fused_moe MXFP4 canonical reference: yes" in lines and not any(line.startswith("!") for line in lines)
 
 
 def test_prints_everything_else_without_torch(tmp_path):
     """A torch that cannot be loaded (as with a driver library missing) is reported, and so is all that does not need it."""
     (tmp_path / "torch.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file')")
     code = "import sys; from halfbyte.cli.main import main; sys.exit(main(['doctor']))"
-    environment = {"PYTHONPATH": str(tmp_path), "PATH": "", "HOME": str(tmp_path)}
+    environment = {"PYTHONPATH": f"{tmp_path}:{Path(halfbyte.__file__).parent.parent}", "PATH": "", "HOME": str(tmp_path)}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert result.returncode == 1 and not result.stderr
     broken = [line for line in result.stdout.splitlines() if line.startswith("! ")]
@@ -44,7 +51,8 @@ def test_cache_directory_that_cannot_be_used(monkeypatch, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("HALFBYTE_CACHE_DIR", str(tmp_path / "file" / "cache"))
     assert main(["doctor"]) == 1
-    assert f"! cache directory{' ' * 16}broken: PermissionError: cannot write to" in capsys.readouterr().out
+    lines = squeezed(capsys.readouterr().out)
+    assert any(line.startswith("! cache directory broken: PermissionError: cannot write to") for line in lines)
 
 
 def test_absent_optional_package_is_not_broken(monkeypatch):
