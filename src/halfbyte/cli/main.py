@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         if args.command is None:
-            parser.print_help()
+            print(parser.format_help(), end="")  # print_help would swallow a broken pipe
             code = 0
         else:
             code = _run(parser, args.command, args.arguments)

@@ -46,11 +46,12 @@ def load_model(model: str, device: torch.device, activations: Any = "bf16") -> t
     """
     from halfbyte.integrations.transformers import load  # before transformers itself: it says what to install
 
-    _quieten_transformers()
+    quieten_transformers()
     return load(model, device=device, activations=activations)
 
 
-def _quieten_transformers() -> None:
+def quieten_transformers() -> None:
+    """Turn off transformers' own progress bars and warnings, for this process."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()

@@ -1,0 +1,47 @@
+"""`halfbyte demo`: see halfbyte.demo."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+HELP = "quantise the embedded model, measure it against bf16 and solve word problems, on a CPU"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--full", action="store_true", help="measure on all 1,200 questions and all of the text")
+    parser.add_argument("--output", type=Path, metavar="DIR", default=Path("demo-output"), help="where the models, plot and result go")
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of the story")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the demo and say where its results are.
+
+    Raises:
+        InputError, CheckpointError: the output directory is taken or cannot be written.
+        UnsupportedError: transformers or matplotlib is not installed.
+    """
+    from halfbyte.cli.terminal import progress_bar, quieten_transformers
+    from halfbyte.demo.run import run_demo
+
+    start = time.perf_counter()
+    quieten_transformers()
+    result = run_demo(args.output, full=args.full, say=_silence if args.json else _say, stream=not args.json, progress_bar=progress_bar)
+    if args.json:
+        print(json.dumps(result))
+        return 0
+    print(
+        f"\nDone in {time.perf_counter() - start:.0f} s. In {args.output}: nvfp4, mxfp4 (checkpoints), demo.png (the plot), demo.json (all numbers)."
+    )
+    print(f'Next: halfbyte generate {args.output}/nvfp4 "Mia has 12 apples. Mia buys 5 bags of 7 apples each. How many apples does Mia have now?"')
+    return 0
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _silence(line: str) -> None:
+    """Nobody reads along."""

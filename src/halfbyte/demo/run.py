@@ -1,0 +1,162 @@
+"""`run_demo`: quantise the embedded model to both FP4 formats, let the NVFP4 one solve problems, and measure all three."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from halfbyte import __version__
+from halfbyte.checkpoint.source import demo_model_dir
+from halfbyte.convert.quantize_model import QuantizeOptions, quantize_model
+from halfbyte.demo.plot import plot_quality
+from halfbyte.errors import CheckpointError, InputError
+from halfbyte.eval.data import Question, is_correct, load_documents, load_questions
+from halfbyte.eval.evaluate import EvalReport, evaluate, steps
+from halfbyte.eval.generation import complete, prompt_ids
+from halfbyte.eval.metrics import text_passages
+from halfbyte.integrations.transformers import load
+
+NOTE = "These numbers compare formats on one small model. They are no measure of GSM8K ability: its questions come from 11 story families."
+QUESTIONS_A_KIND = 10  # and WINDOWS of 512 tokens of text: what two CPU cores measure three times in a minute
+WINDOWS = 16
+RESULT = "demo.json"  # also marks a directory as ours, to be overwritten by the next demo
+
+ProgressBar = Callable[[int, str], AbstractContextManager[Any]]  # (total, label) to something with `update(count)`
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the result: where the model lies, its safetensors bytes, the bytes of its experts, and its quality."""
+
+    name: str
+    directory: Path
+    disk_bytes: int
+    expert_bytes: int
+    quality: EvalReport | None = None
+
+
+def run_demo(
+    output: Path, *, full: bool = False, say: Callable[[str], None] = print, stream: bool = True, progress_bar: ProgressBar
+) -> dict[str, Any]:
+    """Write OUTPUT/nvfp4, OUTPUT/mxfp4 (checkpoints), OUTPUT/demo.png and OUTPUT/demo.json; return what demo.json holds.
+
+    Args:
+        output: a new or empty directory, or that of an earlier demo, whose results are replaced.
+        full: measure on all questions and all text.
+        say: takes each line for the reader.
+        stream: show the worked problems token by token on stdout.
+
+    Raises:
+        InputError: `output` holds something else.
+        CheckpointError: `output` cannot be written.
+    """
+    seconds: dict[str, float] = {}
+    _claim(output)
+    say("Quantising the embedded model (Qwen3-MoE, 11 M parameters, 16 experts, bf16) to NVFP4 and MXFP4 ...")
+    with _timed(seconds, "quantize"):
+        variants = _quantize(output)
+    models = {variant.name: load(variant.directory) for variant in variants}
+
+    questions = load_questions(demo_model_dir() / "eval.jsonl")
+    say("\nThree held-out problems, solved by the NVFP4 model:")
+    with _timed(seconds, "solve"):
+        solved = [_solve(*models["NVFP4"], question, say, stream) for question in _problems(questions)]
+
+    if not full:
+        questions = load_questions(demo_model_dir() / "eval.jsonl", limit=QUESTIONS_A_KIND)
+    reference, tokenizer = models["bf16"]
+    passages = text_passages(tokenizer, load_documents(demo_model_dir() / "heldout.txt.xz"), limit=None if full else WINDOWS)
+    say(f"Measuring on {len(questions)} questions and {sum(passage.scored for passage in passages)} tokens of text ...")
+    measured = []
+    for variant in variants:
+        model = models[variant.name][0]
+        against = None if model is reference else reference
+        with _timed(seconds, f"measure {variant.name}"), progress_bar(steps(questions, passages, against), variant.name) as bar:
+            quality = evaluate(model, tokenizer, questions=questions, passages=passages, reference=against, batch=128, advance=bar.update)
+        measured.append(Variant(variant.name, variant.directory, variant.disk_bytes, variant.expert_bytes, quality))
+    say(f"\n{table(measured)}\n\n{NOTE}")
+
+    with _timed(seconds, "plot"):
+        plot_quality([(v.name, v.disk_bytes, v.quality) for v in measured if v.quality], output / "demo.png")
+    result = {
+        "halfbyte": __version__,
+        "note": NOTE,
+        "full": full,
+        "variants": [asdict(variant) | {"directory": str(variant.directory)} for variant in measured],
+        "solved": solved,
+        "seconds": seconds,
+        "plot": str(output / "demo.png"),
+    }
+    (output / RESULT).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return result
+
+
+def table(variants: list[Variant]) -> str:
+    """The variants side by side; `KL` is from bf16, in nats a token."""
+    lines = [f"{'experts':8} {'on disk':>10} {'experts':>10} {'exact match':>12} {'answer NLL':>11} {'perplexity':>11} {'KL':>8}"]
+    for variant in variants:
+        quality = variant.quality
+        if quality is None or quality.exact_match is None:
+            continue
+        kl = "-" if quality.kl is None else f"{quality.kl:.4f}"
+        lines.append(
+            f"{variant.name:8} {variant.disk_bytes / 1e6:7.2f} MB {variant.expert_bytes / 1e6:7.2f} MB"
+            f" {quality.exact_match:12.1%} {quality.answer_nll:11.4f} {quality.perplexity:11.3f} {kl:>8}"
+        )
+    return "\n".join(lines)
+
+
+def _claim(output: Path) -> None:
+    """Make `output` ours, and empty of an earlier demo's checkpoints."""
+    if output.exists() and not (output / RESULT).exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError("exists and holds something else than an earlier demo", where=str(output), next_step="choose another --output")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / RESULT).write_text("{}\n", encoding="utf-8")
+        for name in ("nvfp4", "mxfp4"):
+            if (output / name).exists():
+                shutil.rmtree(output / name)
+    except OSError as error:
+        raise CheckpointError(f"cannot write here: {error}", where=str(output), next_step="choose another --output") from error
+
+
+def _quantize(output: Path) -> list[Variant]:
+    source = demo_model_dir()
+    variants = []
+    for options in (QuantizeOptions(format="nvfp4"), QuantizeOptions(format="mxfp4")):
+        name, directory = options.format.upper(), output / options.format
+        report = quantize_model(source, directory, options)
+        variants.append(Variant(name, directory, _weight_bytes(directory), report.quantized_bytes))
+    return [Variant("bf16", source, _weight_bytes(source), report.quantized_source_bytes), *variants]
+
+
+def _weight_bytes(directory: Path) -> int:
+    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+
+
+def _problems(questions: list[Question]) -> list[Question]:
+    """The last of each kind that is worked out in words: no choice of ours, and not among those measured by default."""
+    last = {question.kind: question for question in questions}
+    return [last["story"], last["long"], last["legs"]]
+
+
+def _solve(model: Any, tokenizer: Any, question: Question, say: Callable[[str], None], stream: bool) -> dict[str, Any]:
+    say(f"\nQ: {question.text.strip()}")
+    ids = complete(model, tokenizer, prompt_ids(tokenizer, question.text), stream=stream)
+    completion = tokenizer.decode(ids, skip_special_tokens=True)
+    correct = is_correct(question, completion)
+    say(f"   right answer: {question.answer}  ({'correct' if correct else 'WRONG'})")
+    return {"question": question.text, "completion": completion, "answer": str(question.answer), "correct": correct}
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[name] = round(time.perf_counter() - start, 2)

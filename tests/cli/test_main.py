@@ -1,0 +1,128 @@
+"""Exit codes, streams and start-up of the command line. What a command computes is tested with its package."""
+
+import importlib
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from halfbyte import __version__
+from halfbyte.cli.main import COMMANDS, main
+from halfbyte.errors import CheckpointError, InputError, UnsupportedError
+
+
+def halfbyte(*arguments, **options):
+    return subprocess.run([sys.executable, "-m", "halfbyte", *arguments], capture_output=True, text=True, timeout=120, **options)
+
+
+def raising(error):
+    def run(args):
+        raise error
+
+    return SimpleNamespace(HELP="", add_arguments=lambda parser: None, run=run)
+
+
+def test_alone_it_lists_every_command():
+    result = halfbyte()
+    assert result.returncode == 0 and result.stderr == ""
+    assert all(f"  {name} " in result.stdout and text in result.stdout for name, text in COMMANDS.items())
+
+
+def test_the_list_does_not_wait_for_torch():
+    code = "import sys; from halfbyte.cli.main import main; code = main([]); sys.exit(code or 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_a_command(name, capsys):
+    assert COMMANDS[name] == importlib.import_module(f"halfbyte.cli.{name}").HELP
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main([name, "--help"])
+    assert capsys.readouterr().out.startswith(f"usage: halfbyte {name}")
+
+
+def test_version():
+    assert halfbyte("--version").stdout == f"halfbyte {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evl"], "unknown command 'evl'; did you mean 'eval'?"),
+        (["frobnicate"], "choose from demo, "),
+        (["--frobnicate"], "unrecognized arguments"),
+        (["eval"], "required: MODEL"),
+        (["eval", "demo", "--limit", "0"], "0 is below 1"),
+        (["eval", "demo", "--limit", "some"], "invalid positive_int value"),
+        (["eval", "demo", "--activations", "int8"], "invalid choice"),
+        (["generate", "demo"], "required: prompt"),
+        (["demo", "--output"], "expected one argument"),
+    ],
+)
+def test_wrong_usage_exits_2(arguments, message, capsys):
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main(arguments)
+    captured = capsys.readouterr()
+    assert captured.out == "" and message in captured.err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(InputError("too few", given=1, needed=2), 1), (CheckpointError("damaged"), 1), (UnsupportedError("no kernel"), 3), (KeyboardInterrupt(), 130)],
+)
+def test_errors_become_exit_codes(error, code, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "halfbyte.cli.doctor", raising(error))
+    assert main(["doctor"]) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == ("\nhalfbyte: interrupted\n" if code == 130 else f"halfbyte: error: {error}\n")
+
+
+def test_a_mistake_of_ours_is_not_dressed_up(monkeypatch):
+    monkeypatch.setitem(sys.modules, "halfbyte.cli.doctor", raising(ZeroDivisionError("a bug")))
+    with pytest.raises(ZeroDivisionError):
+        main(["doctor"])
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    process = subprocess.Popen([sys.executable, "-m", "halfbyte"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait(timeout=60) == 141
+
+
+def test_eval_prints_exactly_one_document():
+    result = halfbyte("eval", "demo", "--text", "demo", "--windows", "1", "--reference", "demo", "--json")
+    assert result.returncode == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert document["kl"] == 0 and document["text_tokens"] == 511 and 5 < document["perplexity"] < 50
+    assert document["exact_match"] is None and document["kinds"] == {}
+
+
+def test_eval_says_what_is_missing(capsys, tmp_path):
+    assert main(["eval", str(tmp_path)]) == 1
+    assert "--questions FILE or --text FILE" in capsys.readouterr().err
+    assert main(["eval", "demo", "--questions", "demo", "--reference", "demo"]) == 1
+    assert "needed --text FILE" in capsys.readouterr().err
+    assert main(["eval", str(tmp_path / "nowhere"), "--text", "demo"]) == 1
+    assert "nowhere: not a model directory" in capsys.readouterr().err
+
+
+def test_generate_streams_text_and_reports_speed_apart(capsys):
+    assert main(["generate", "demo", "7 + 5 ="]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.strip() == "12"
+    assert "tokens/s" in captured.err
+    assert main(["generate", "demo", "<bos>Q: 7 + 5 =\nA:", "--raw", "--json", "--max-new-tokens", "2"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert "12".startswith(document["text"].strip()) and document["new_tokens"] == 2
+
+
+def test_generate_refuses_what_it_cannot_do(capsys):
+    assert main(["generate", "demo", "1", "--temperature", "-1"]) == 1
+    assert main(["generate", "demo", "", "--raw"]) == 1
+    assert main(["generate", "demo", "1", "--device", "nowhere"]) == 3
+    assert capsys.readouterr().out == ""
