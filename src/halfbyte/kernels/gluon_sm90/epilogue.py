@@ -1,0 +1,37 @@
+"""What the grouped GEMMs do to an accumulator tile [64 weight rows, tokens] before they store it (Gluon)."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+
+@gluon.jit
+def slot_to_column(slot):
+    """Column of a slot inside a block of 64 (`weights.layouts.hopper.SLOT_TO_COLUMN`)."""
+    return 16 * (slot // 2 % 4) + 4 * (slot // 16) + 2 * (slot // 8 % 2) + slot % 2
+
+
+@gluon.jit
+def split_halves(accumulator, TOKENS: gl.constexpr):
+    """[64, TOKENS] in an MMA layout to the rows of half 0 and of half 1, [32, TOKENS] each (row 8 w + g); stays in registers."""
+    halves = gl.permute(gl.reshape(accumulator, (4, 2, 8, TOKENS)), (0, 2, 3, 1))
+    first, second = gl.split(halves)
+    return gl.reshape(first, (32, TOKENS)), gl.reshape(second, (32, TOKENS))
+
+
+@gluon.jit
+def activate(gate, up, KIND: gl.constexpr, ALPHA: gl.constexpr, BETA: gl.constexpr, LIMIT: gl.constexpr):
+    """The formulas of `checkpoint.experts.Activation`, fp32; LIMIT None for none. relu2 has no gate: it squares relu(gate)."""
+    if KIND == "swiglu":
+        if LIMIT is not None:
+            gate = gl.minimum(gate, LIMIT)
+            up = gl.minimum(gl.maximum(up, -LIMIT), LIMIT)
+        result = (up + BETA) * gate / (1.0 + gl.exp(-ALPHA * gate))
+    elif KIND == "geglu":
+        result = 0.5 * gate * (1.0 + gl.erf(gate * 0.7071067811865476)) * up
+    elif KIND == "geglu_tanh":
+        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+        result = gate / (1.0 + gl.exp(-2.0 * inner)) * up  # 0.5 (1 + tanh(y)) = 1 / (1 + exp(-2 y))
+    else:
+        positive = gl.maximum(gate, 0.0)
+        result = positive * positive
+    return result

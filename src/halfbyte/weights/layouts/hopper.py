@@ -1,0 +1,323 @@
+"""The layout of the Hopper kernels: 64 x 64 tiles whose bytes are the register fragments of a tensor-core operand.
+
+A tile has 64 weight rows and 64 columns of k, and belongs to 128 threads (warp w = 0..3, lane 4 g + t). Thread (w, g, t) owns
+
+    rows     16 w + g (half h = 0) and 16 w + g + 8 (h = 1)
+    columns  16 t + 4 s + 2 p + e        s = 0..3, p = 0..1, e = 0..1
+
+so its columns are one block of 16 with one scale a row, and its 64 codes are 16 contiguous bytes: word s is the A fragment of the s-th m16k16
+step (`mma.sync.m16n8k16`, `wgmma.m64nNk16`), in which step slot 8 p + 2 t + e of k stands where column 4 s + 2 p + e of thread t stands. Who
+multiplies permutes the activations the same way inside each 64: `SLOT_TO_COLUMN`.
+
+A word is coded so that three shifts and masks turn it into four pairs of bf16 (`hopper_dequant.py`); this file has the host side:
+
+    words   int32 [E, N/64, K/64, 512]    word s of thread i = 32 w + 4 g + t at 4 i + s
+    scales  int64 [E, N/64, ceil(K/256), 128 or 64]    8 bytes a thread: byte 2 c + h is the scale of half h in tile c of a run of four.
+            NVFP4: entry i. MXFP4 has one scale for two neighbouring t: entry 16 w + 2 g + t // 2
+
+NVFP4 scales are re-encoded, losslessly, from e4m3 to 5 exponent bits and 3 mantissa bits without sign and subnormals (2^E * (1 + m/8), E = (byte >> 3)
+- 21): one multiply-add makes a bf16 of it. MXFP4 scales are the e8m0 bytes as they are; each expert has a shift that brings its largest one to the top
+of bf16's range, and blocks more than 126 octaves below that are zero.
+
+Rows of w13 are ordered so that a tile holds both halves of what the activation needs: row 16 w + g is gate, row 16 w + g + 8 is up, of the
+intermediate column `64 (n // 2) + SLOT_TO_COLUMN[32 (n % 2) + 8 w + g]` (tile n). The columns of a tile are thus consecutive in slot order, the order in
+which the second matrix product reads them. Without a gate, row r of tile n is column 64 n + SLOT_TO_COLUMN[r].
+
+Sizes are padded with zero codes: H and I to multiples of 64, each half of w13 on its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from halfbyte.checkpoint.experts import Activation, ExpertWeights
+from halfbyte.errors import InputError
+from halfbyte.formats import MXFP4, NVFP4, BlockFormat, QuantTensor
+
+TILE = 64
+TILES_PER_SCALE_WORD = 4
+NVFP4_SCALE_EXPONENT = 118  # the kernels' bf16 scale is s * 2^118: 448 * 2^120 would overflow
+ELEMENT_EXPONENT = -126  # a code's bits at the bottom of bf16's exponent are worth e2m1 * 2^-126
+MAX_SHIFTED_EXPONENT = 254  # of a bf16
+
+
+def _slot_to_column() -> tuple[int, ...]:
+    """Column of each slot inside a block of 64: slot 16 s + 8 p + 2 t + e holds column 16 t + 4 s + 2 p + e."""
+    return tuple(16 * (slot // 2 % 4) + 4 * (slot // 16) + 2 * (slot // 8 % 2) + slot % 2 for slot in range(TILE))
+
+
+SLOT_TO_COLUMN = _slot_to_column()
+
+
+@dataclass(frozen=True)
+class HopperMatrix:
+    """One projection of all experts: [E, N, K] in tiles.
+
+    Attributes:
+        words: int32 [E, N/64, K/64, 512] codes.
+        scales: int64 [E, N/64, ceil(K/256), 128 (NVFP4) or 64 (MXFP4)].
+        shift: int32 [E], MXFP4 only: exponent of bf16 = e8m0 byte + shift.
+        multiplier: fp32 [E, 2] for the two halves of a tile (gate and up; equal for w2): what the accumulated product is multiplied by.
+        bias: fp32 [E, N] in tile row order, or None.
+    """
+
+    words: torch.Tensor
+    scales: torch.Tensor
+    shift: torch.Tensor | None
+    multiplier: torch.Tensor
+    bias: torch.Tensor | None
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        fields = ("words", "scales", "shift", "multiplier", "bias")
+        return {name: getattr(self, name) for name in fields if getattr(self, name) is not None}
+
+    @property
+    def row_tiles(self) -> int:
+        return self.words.shape[1]
+
+    @property
+    def column_tiles(self) -> int:
+        return self.words.shape[2]
+
+
+@dataclass(frozen=True)
+class HopperExperts:
+    """The experts of one layer in tiles; `hidden` and `intermediate` are the sizes before padding."""
+
+    w13: HopperMatrix
+    w2: HopperMatrix
+    format: BlockFormat
+    activation: Activation
+    hidden: int
+    intermediate: int
+    first_expert: int
+    num_global_experts: int
+
+    @property
+    def num_experts(self) -> int:
+        return self.w13.words.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.w13.words.device
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for matrix in (self.w13, self.w2) for tensor in matrix.tensors.values())
+
+    def to(self, device: torch.device | str) -> HopperExperts:
+        """Copy every tensor to `device`; the bytes are the same everywhere."""
+        w13, w2 = (replace(matrix, **{name: tensor.to(device) for name, tensor in matrix.tensors.items()}) for matrix in (self.w13, self.w2))
+        return replace(self, w13=w13, w2=w2)
+
+
+def pack(w: ExpertWeights) -> HopperExperts:
+    """Arrange `w` in tiles, on its own device, one expert at a time into preallocated tensors.
+
+    Beside the result this needs about 12 bytes for each weight of one expert's larger projection. Exact: `unpack` gives every value back, and every
+    byte except codes under a zero scale, which become zero.
+
+    Raises:
+        InputError: the weights are dense, or a scale is negative or NaN.
+    """
+    if not isinstance(w.w13, QuantTensor) or not isinstance(w.w2, QuantTensor):
+        raise InputError("the Hopper layout holds FP4 weights", where="prepare", given="dense experts", needed="NVFP4 or MXFP4 experts")
+    halves = 2 if w.activation.gated else 1
+    w13 = _pack_matrix("w13", w.w13, w13_row_order(w.intermediate, halves), w.w13_bias)
+    w2 = _pack_matrix("w2", w.w2, w2_row_order(w.hidden), w.w2_bias)
+    num_global = w.num_experts if w.num_global_experts is None else w.num_global_experts
+    return HopperExperts(w13, w2, w.w13.format, w.activation, w.hidden, w.intermediate, w.first_expert, num_global)
+
+
+def unpack(experts: HopperExperts) -> ExpertWeights:
+    """Give the canonical experts back: the inverse of `pack`, without input scales."""
+    halves = 2 if experts.activation.gated else 1
+    order = w13_row_order(experts.intermediate, halves)
+    w13, w13_bias = _unpack_matrix(experts.w13, experts.format, halves, halves * experts.intermediate, experts.hidden, order)
+    w2, w2_bias = _unpack_matrix(experts.w2, experts.format, 1, experts.hidden, experts.intermediate, w2_row_order(experts.hidden))
+    return ExpertWeights(
+        w13, w2, experts.activation, w13_bias, w2_bias, first_expert=experts.first_expert, num_global_experts=experts.num_global_experts
+    )
+
+
+def w13_row_order(intermediate: int, halves: int) -> torch.Tensor:
+    """int64 [N]: canonical w13 row of each tile row, -1 for padding; N = halves * intermediate padded to 64.
+
+    >>> w13_row_order(64, 2)[:10].tolist()
+    [0, 1, 16, 17, 32, 33, 48, 49, 64, 65]
+    """
+    padded = _padded(intermediate)
+    column = torch.arange(padded).view(-1, TILE)[:, list(SLOT_TO_COLUMN)].reshape(-1)
+    column = torch.where(column < intermediate, column, -1)
+    if halves == 1:
+        return column
+    gate = column.view(-1, 4, 1, 8)  # tile, warp, half, g
+    up = torch.where(gate >= 0, gate + intermediate, -1)
+    return torch.cat([gate, up], dim=2).reshape(-1)
+
+
+def w2_row_order(hidden: int) -> torch.Tensor:
+    """int64 [N]: canonical w2 row of each tile row, -1 for padding: rows stay in order."""
+    rows = torch.arange(_padded(hidden))
+    return torch.where(rows < hidden, rows, -1)
+
+
+def _padded(size: int) -> int:
+    return -(-size // TILE) * TILE
+
+
+def _nvfp4_factor() -> float:
+    """What a product of kernel values has to be multiplied by beside the global scale."""
+    return 2.0 ** -(NVFP4_SCALE_EXPONENT + ELEMENT_EXPONENT)
+
+
+def _pack_matrix(name: str, w: QuantTensor, row_order: torch.Tensor, bias: torch.Tensor | None) -> HopperMatrix:
+    num_experts, device, nvfp4 = w.codes.shape[0], w.codes.device, w.format is NVFP4
+    _check_scales(name, w)
+    rows, columns = len(row_order), _padded(w.shape[-1])
+    row_order = row_order.to(device)
+    row_tiles, column_tiles, scale_words = rows // TILE, columns // TILE, -(-columns // (TILE * TILES_PER_SCALE_WORD))
+    words = torch.empty((num_experts, row_tiles, column_tiles, 512), dtype=torch.int32, device=device)
+    scales = torch.empty((num_experts, row_tiles, scale_words, 128 if nvfp4 else 64), dtype=torch.int64, device=device)
+    raw_scales = w.scales.view(torch.uint8)
+    for expert in range(num_experts):
+        codes, raw = _ordered(w.codes[expert], row_order, columns // 2), _ordered(raw_scales[expert], row_order, columns // w.format.block)
+        if nvfp4:
+            codes = torch.where((raw == 0).repeat_interleave(w.format.block // 2, dim=-1), 0, codes)
+            raw = _encode_nvfp4_scale(raw)
+        words[expert] = pack_codes(codes)
+        scales[expert] = pack_scales(raw, w.format.block)
+    halves_multiplier = torch.ones((num_experts, 2), dtype=torch.float32, device=device)
+    shift = None
+    if nvfp4:
+        global_scale = w.global_scale
+        assert global_scale is not None
+        halves_multiplier = (global_scale.view(num_experts, -1).expand(num_experts, 2) * _nvfp4_factor()).contiguous()
+    else:
+        shift = (MAX_SHIFTED_EXPONENT - raw_scales.flatten(1).amax(1).int()).clamp(max=MAX_SHIFTED_EXPONENT - 4)
+        halves_multiplier *= torch.exp2((-ELEMENT_EXPONENT - shift).float()).unsqueeze(1)
+    return HopperMatrix(words, scales, shift, halves_multiplier, None if bias is None else _ordered_bias(bias, row_order))
+
+
+def _check_scales(name: str, w: QuantTensor) -> None:
+    raw = w.scales.view(torch.uint8)
+    bad = int((raw > 0x7E).sum() if w.format is NVFP4 else (raw == 0xFF).sum())
+    if bad:
+        raise InputError(
+            f"{name} has block scales that are negative or NaN",
+            where="prepare",
+            given=f"{bad} of {raw.numel()}",
+            needed="finite scales >= 0",
+            next_step="run `halfbyte inspect` on the checkpoint",
+        )
+
+
+def _ordered(matrix: torch.Tensor, row_order: torch.Tensor, columns: int) -> torch.Tensor:
+    """Rows of `matrix` [rows, c] in tile order, zero where the order says -1, padded with zeros to `columns`."""
+    result = matrix.new_zeros((len(row_order), columns))
+    kept = row_order >= 0
+    result[kept, : matrix.shape[1]] = matrix[row_order[kept]]
+    return result
+
+
+def _ordered_bias(bias: torch.Tensor, row_order: torch.Tensor) -> torch.Tensor:
+    return _ordered(bias.float().T, row_order, bias.shape[0]).T.contiguous()
+
+
+def _unpack_matrix(
+    matrix: HopperMatrix, fmt: BlockFormat, halves: int, rows: int, columns: int, row_order: torch.Tensor
+) -> tuple[QuantTensor, torch.Tensor | None]:
+    num_experts, device = matrix.words.shape[0], matrix.words.device
+    kept = (row_order >= 0).to(device)
+    target = row_order.to(device)[kept]
+    codes = torch.empty((num_experts, rows, columns // 2), dtype=torch.uint8, device=device)
+    scales = torch.empty((num_experts, rows, columns // fmt.block), dtype=torch.uint8, device=device)
+    for expert in range(num_experts):
+        raw = unpack_scales(matrix.scales[expert])[:, : scales.shape[2]]
+        codes[expert, target] = unpack_codes(matrix.words[expert])[kept, : columns // 2]
+        scales[expert, target] = _decode_nvfp4_scale(raw[kept]) if fmt is NVFP4 else raw[kept]
+    bias = None
+    if matrix.bias is not None:
+        bias = matrix.bias.new_empty((num_experts, rows))
+        bias[:, target] = matrix.bias[:, kept]
+    if fmt is MXFP4:
+        return QuantTensor(codes, scales, None, fmt), bias
+    global_scale = (matrix.multiplier / _nvfp4_factor())[:, :halves].squeeze(1).contiguous()
+    return QuantTensor(codes, scales.view(torch.float8_e4m3fn), global_scale, fmt), bias
+
+
+def pack_codes(codes: torch.Tensor) -> torch.Tensor:
+    """uint8 [N, K/2] (low nibble = even column) to int32 words [N/64, K/64, 512]."""
+    rows, half_columns = codes.shape
+    b = codes.view(rows // TILE, 4, 2, 8, half_columns // 32, 4, 4, 2)  # tile, w, h, g, column tile, t, s, p
+    b = b.permute(0, 4, 1, 3, 5, 6, 7, 2).int()  # tile, column tile, w, g, t, s, p, h
+    v = (b & 0xF) | ((b >> 4) << 16)  # element e = 0 in the low half of the word, e = 1 in the high half
+    sign, magnitude = v & 0x00080008, v & 0x00070007
+    word = (sign[..., 0, 0] << 12) | (magnitude[..., 0, 0] << 6) | (sign[..., 0, 1] << 8) | (magnitude[..., 0, 1] << 2)
+    word |= (sign[..., 1, 0] << 2) | (_swap_halves(magnitude[..., 1, 0]) << 12)
+    last = magnitude[..., 1, 1]
+    word |= _swap_halves(sign[..., 1, 1] >> 2) | ((last & 0x00060006) << 8) | (last & 0x00010001)
+    return word.reshape(rows // TILE, half_columns // 32, 512)
+
+
+def unpack_codes(words: torch.Tensor) -> torch.Tensor:
+    """The inverse of `pack_codes`."""
+    row_tiles, column_tiles, _ = words.shape
+    swapped = _swap_halves(words)
+    fragments = (
+        ((words >> 12) & 0x00080008) | ((words >> 6) & 0x00070007),  # p = 0, h = 0
+        ((words >> 8) & 0x00080008) | ((words >> 2) & 0x00070007),  # p = 0, h = 1
+        ((words >> 2) & 0x00080008) | ((swapped >> 12) & 0x00070007),  # p = 1, h = 0
+        ((swapped << 2) & 0x00080008) | ((words >> 8) & 0x00060006) | (words & 0x00010001),  # p = 1, h = 1
+    )
+    v = torch.stack(fragments, dim=-1).view(row_tiles, column_tiles, 4, 8, 4, 4, 2, 2)  # tile, column tile, w, g, t, s, p, h
+    b = ((v & 0xF) | (v >> 12)).to(torch.uint8)
+    return b.permute(0, 2, 7, 3, 1, 4, 5, 6).reshape(row_tiles * TILE, column_tiles * 32)
+
+
+def _swap_halves(words: torch.Tensor) -> torch.Tensor:
+    return (words << 16) | ((words >> 16) & 0xFFFF)
+
+
+def pack_scales(raw: torch.Tensor, block: int) -> torch.Tensor:
+    """uint8 [N, K/block] to int64 [N/64, ceil(K/256), 2048/block]."""
+    (rows, columns), per_tile = raw.shape, TILE // block
+    scale_words = -(-columns // (TILES_PER_SCALE_WORD * per_tile))
+    padded = raw.new_zeros((rows, scale_words * TILES_PER_SCALE_WORD * per_tile))
+    padded[:, :columns] = raw
+    b = padded.view(rows // TILE, 4, 2, 8, scale_words, TILES_PER_SCALE_WORD, per_tile)  # tile, w, h, g, word, c, t
+    b = b.permute(0, 4, 1, 3, 6, 5, 2).contiguous()  # tile, word, w, g, t, c, h
+    return b.view(rows // TILE, scale_words, 32 * per_tile, 8).view(torch.int64).squeeze(-1)
+
+
+def unpack_scales(scales: torch.Tensor) -> torch.Tensor:
+    """The inverse of `pack_scales`, padding included: uint8 [N, 16 or 8 a scale word]."""
+    row_tiles, scale_words, entries = scales.shape
+    b = scales.contiguous().view(torch.uint8).view(row_tiles, scale_words, 4, 8, entries // 32, TILES_PER_SCALE_WORD, 2)
+    return b.permute(0, 2, 6, 3, 1, 5, 4).reshape(row_tiles * TILE, -1)
+
+
+def _encode_nvfp4_scale(e4m3: torch.Tensor) -> torch.Tensor:
+    """e4m3 bytes >= 0 to (exponent + 21) << 3 | mantissa; zero stays zero."""
+    return _NVFP4_SCALE_CODE.to(e4m3.device)[e4m3.int()]
+
+
+def _decode_nvfp4_scale(encoded: torch.Tensor) -> torch.Tensor:
+    return _NVFP4_SCALE_BYTE.to(encoded.device)[encoded.int()]
+
+
+def _scale_tables() -> tuple[torch.Tensor, torch.Tensor]:
+    """Both directions of the scale encoding, 256 entries each."""
+    e4m3 = torch.arange(0x7F, dtype=torch.uint8)
+    mantissa, exponent = torch.frexp(e4m3.view(torch.float8_e4m3fn).float())  # value = mantissa * 2^exponent, mantissa in [0.5, 1)
+    code = torch.where(e4m3 == 0, 0, ((exponent - 1 + 21) << 3) | ((mantissa * 2 - 1) * 8).int())
+    encode, decode = torch.zeros(256, dtype=torch.uint8), torch.zeros(256, dtype=torch.uint8)
+    encode[: len(code)] = code.to(torch.uint8)
+    decode[code.long()] = e4m3
+    return encode, decode
+
+
+_NVFP4_SCALE_CODE, _NVFP4_SCALE_BYTE = _scale_tables()

@@ -1,0 +1,98 @@
+"""The in-kernel inverse of `hopper.pack`: 16 bytes a thread become a [64, 64] bf16 operand in registers (Gluon).
+
+For 32 codes of a thread: 9 integer instructions and 4 bf16x2 multiplies a word of 8, and one PRMT and one IMAD a scale. A code's three magnitude
+bits at the bottom of bf16's exponent are worth e2m1 * 2^-126, subnormals included, so multiplying by the scale finishes the conversion. e2m1 times an
+e4m3 or e8m0 scale is exact in bf16: nothing is rounded here.
+
+Compiled for sm_90; runs on sm_80 and newer.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+
+@gluon.constexpr_function
+def _assembly(scale_byte: int, nvfp4: bool) -> str:
+    """PTX for the four words of a thread. Operands: $0-$15 results (word s, half p, row half h at 4 s + 2 p + h), $16-$19 words, $20 the scale word
+    (repeated in $21-$23), and for MXFP4 $24 the bias to add (repeated in $25-$27). `scale_byte` is 0 or 2: where this tile's two bytes are in the word."""
+    lines = ["{", ".reg .b32 t, u, d0, d1, zero, bias;", "mov.b32 zero, 0;"]
+    lines.append("mov.b32 bias, 0x70007000;" if nvfp4 else "mov.b32 bias, $24;")
+    for h in range(2):
+        byte = scale_byte + h
+        lines.append(f"prmt.b32 t, $20, zero, 0x4{byte}4{byte}; mad.lo.u32 d{h}, t, {16 if nvfp4 else 128}, bias;")
+    for s in range(4):
+        word, result = f"${16 + s}", {(p, h): f"${4 * s + 2 * p + h}" for p in range(2) for h in range(2)}
+        lines += [
+            f"and.b32 {result[0, 0]}, {word}, 0x81C081C0;",
+            f"shl.b32 t, {word}, 4; and.b32 {result[0, 1]}, t, 0x81C081C0;",
+            f"shf.l.wrap.b32 t, {word}, {word}, 10; and.b32 {result[1, 0]}, t, 0x81C081C0;",
+            f"shf.r.wrap.b32 t, {word}, {word}, 2; and.b32 u, t, 0x81808180;",
+            f"shl.b32 t, {word}, 6; lop3.b32 {result[1, 1]}, t, 0x00400040, u, 0xEA;",
+        ]
+        lines += [f"mul.bf16x2 {result[p, h]}, {result[p, h]}, d{h};" for p in range(2) for h in range(2)]
+    return "\n".join([*lines, "}"])
+
+
+_TWO_INPUTS = gl.constexpr(",".join(["=&r"] * 16 + ["r"] * 8))
+_THREE_INPUTS = gl.constexpr(",".join(["=&r"] * 16 + ["r"] * 12))
+
+# Thread (w, 4 g + t) is row 4 w + g // 2, columns 16 (g % 2) + 4 t .. + 3 of these [16, 32] words.
+WORD_LAYOUT = gl.constexpr(gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0]))
+_WORD_LAYOUT_3D = gl.constexpr(gl.BlockedLayout([1, 1, 4], [4, 8, 1], [4, 1, 1], [2, 1, 0]))
+SCALE_LAYOUT = gl.constexpr(gl.SliceLayout(2, gl.BlockedLayout([1, 1, 4], [4, 8, 1], [4, 1, 1], [2, 1, 0])))
+
+
+@gluon.jit
+def word_offsets():
+    """[16, 32] offsets of a tile's words: 16 contiguous bytes a thread."""
+    row = gl.arange(0, 16, layout=gl.SliceLayout(1, WORD_LAYOUT))
+    column = gl.arange(0, 32, layout=gl.SliceLayout(0, WORD_LAYOUT))
+    return row[:, None] * 32 + column[None, :]
+
+
+@gluon.jit
+def scale_offsets(NVFP4: gl.constexpr):
+    """[16, 8] offsets of a run of four tiles' scale words: one a thread, shared by two threads in MXFP4."""
+    row = gl.arange(0, 16, layout=gl.SliceLayout(1, SCALE_LAYOUT))
+    column = gl.arange(0, 8, layout=gl.SliceLayout(0, SCALE_LAYOUT))
+    thread = row[:, None] * 8 + column[None, :]
+    return thread if NVFP4 else thread // 2
+
+
+@gluon.jit
+def _four_times(scale):
+    """int32 [16, 8], one value a thread, to [16, 32] with the value beside each of the thread's words; no instruction."""
+    wide, _ = gl.broadcast(gl.expand_dims(scale, 2), gl.zeros((16, 8, 4), gl.int32, layout=_WORD_LAYOUT_3D))
+    return gl.convert_layout(gl.reshape(wide, (16, 32)), WORD_LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
+def split_scales(scales):
+    """int64 [16, 8] scale words to the two int32 [16, 32] that serve tiles 0, 1 and 2, 3 of the run."""
+    return _four_times(scales.to(gl.int32)), _four_times((scales >> 32).to(gl.int32))
+
+
+@gluon.jit
+def dequantize(words, scales, bias, OPERAND: gl.constexpr, ODD: gl.constexpr, NVFP4: gl.constexpr):
+    """words, scales int32 [16, 32] to bf16 [64, 64] in `OPERAND`, columns in slot order.
+
+    ODD: whether the tile is the second one that `scales` serves. bias: int32 [16, 32], MXFP4 only (`exponent_bias`).
+    """
+    bf16: gl.constexpr = gl.bfloat16
+    dtypes: gl.constexpr = (bf16, bf16, bf16, bf16, bf16, bf16, bf16, bf16)
+    asm: gl.constexpr = _assembly(2 if ODD else 0, NVFP4)
+    if NVFP4:
+        r0, r1, r2, r3, r4, r5, r6, r7 = gl.inline_asm_elementwise(asm, _TWO_INPUTS, [words, scales], dtype=dtypes, is_pure=True, pack=4)
+    else:
+        r0, r1, r2, r3, r4, r5, r6, r7 = gl.inline_asm_elementwise(asm, _THREE_INPUTS, [words, scales, bias], dtype=dtypes, is_pure=True, pack=4)
+    # Result 2 s + p holds (h, e) of word s; the joins append p, s % 2, s // 2.
+    fragments = gl.join(gl.join(gl.join(r0, r1), gl.join(r2, r3)), gl.join(gl.join(r4, r5), gl.join(r6, r7)))
+    fragments = gl.reshape(fragments, (4, 8, 4, 2, 2, 2, 2, 2))  # w, g, t, h, e, p, s % 2, s // 2
+    fragments = gl.permute(fragments, (0, 3, 1, 7, 6, 5, 2, 4))  # w, h, g, s // 2, s % 2, p, t, e
+    return gl.convert_layout(gl.reshape(fragments, (64, 64)), OPERAND, assert_trivial=True)
+
+
+@gluon.jit
+def exponent_bias(shift):
+    """MXFP4: the expert's exponent shift, placed for both halves of a bf16x2 register, beside each word of every thread."""
+    return gl.full((16, 32), shift * 0x00800080, gl.int32, layout=WORD_LAYOUT)
