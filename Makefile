@@ -19,7 +19,7 @@ check: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
-	$(BIN)/halfbyte bench --help
+	$(BIN)/halfbyte bench moe --peers torch,reference --peer-limit 7e-3
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist demo-output

@@ -19,6 +19,7 @@ COMMANDS = {
     "inspect": "show format, sizes, scale statistics and problems of a checkpoint",
     "generate": "continue a prompt with a model, streaming to the terminal",
     "eval": "measure exact match, answer likelihood, perplexity and KL divergence of a model",
+    "bench": "measure speed against the floor that this machine allows",
     "doctor": "describe this machine and say which kernels it can run, and why not the others",
 }
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it

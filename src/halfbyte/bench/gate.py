@@ -1,0 +1,93 @@
+"""The gate before the clock: a system whose result is wrong gets no time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from halfbyte.bench.inputs import Call
+from halfbyte.checkpoint.experts import ExpertWeights
+from halfbyte.formats import QuantTensor
+from halfbyte.formats.activations import ActivationFormat, round_trip
+from halfbyte.kernels.reference.activation import activate
+
+# Relative, because absolute tolerances let zeros, halves and dropped experts through. Rounding to bf16 between the two products alone gives 2.5e-3.
+# Public W4A16 systems gave 3.4e-3 to 6.0e-3 over all tokens on an H200: `--peer-limit` admits them, and every row records the limit it passed.
+TOKEN_LIMIT, GLOBAL_LIMIT = 1e-2, 5e-3
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Relative L2 error of the worst token, and of all tokens together, with the limit on the latter."""
+
+    token_error: float
+    global_error: float
+    global_limit: float = GLOBAL_LIMIT
+
+    @property
+    def passed(self) -> bool:
+        return self.token_error <= TOKEN_LIMIT and self.global_error <= self.global_limit
+
+    def __str__(self) -> str:
+        return f"worst token {self.token_error:.1e} (limit {TOKEN_LIMIT:.0e}), all {self.global_error:.1e} (limit {self.global_limit:.0e})"
+
+
+def judge(actual: torch.Tensor, expected: torch.Tensor, global_limit: float = GLOBAL_LIMIT) -> Verdict:
+    """Compare actual [T, H] with expected [T, H], token by token and as a whole; NaN and a wrong shape are infinite errors.
+
+    >>> expected = torch.randn(3, 64)
+    >>> judge(expected, expected).passed, judge(expected / 2, expected)
+    (True, Verdict(token_error=0.5, global_error=0.5, global_limit=0.005))
+    """
+    if actual.shape != expected.shape:
+        return Verdict(torch.inf, torch.inf, global_limit)
+    difference = (actual.float() - expected).norm(dim=1).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    norm = expected.norm(dim=1)
+    per_token = torch.where(difference == 0, 0.0, difference / norm)
+    return Verdict(per_token.max().item(), (difference.norm() / norm.norm()).item(), global_limit)
+
+
+def poison_free_memory(like: torch.Tensor) -> None:
+    """Fill memory that the allocator hands out next with NaN: a system that writes nothing must not return what the one before it left there."""
+    for tensor in [torch.empty_like(like) for _ in range(8)]:
+        tensor.fill_(torch.nan)
+
+
+@torch.no_grad()
+def expected_output(experts: ExpertWeights, call: Call, activations: ActivationFormat) -> torch.Tensor:
+    """The layer in fp32 from dequantised weights, one expert after the other, on the device of the weights: fp32 [T, H].
+
+    Nothing is rounded between the two products when activations are "bf16"; other kinds are quantised where `kernels.reference.fused_moe` says.
+    Needs one dequantised expert and its rows beside the result.
+    """
+    output = torch.zeros(call.hidden.shape, device=call.hidden.device)
+    input_scales = [None if scale is None else scale.max() for scale in (experts.w13_input_scale, experts.w2_input_scale)]
+    with _exact_matmuls():
+        for expert in call.ids.unique().tolist():
+            token, slot = (call.ids == expert).nonzero(as_tuple=True)
+            x = round_trip(call.hidden[token], activations, input_scales[0])
+            h = activate(_linear(x, experts.w13, experts.w13_bias, expert), experts.activation)
+            if activations != "bf16":
+                h = round_trip(h.to(call.hidden.dtype), activations, input_scales[1])
+            rows = _linear(h, experts.w2, experts.w2_bias, expert)
+            output.index_add_(0, token, rows * call.weights[token, slot, None])
+    return output
+
+
+def _linear(x: torch.Tensor, weight: QuantTensor | torch.Tensor, bias: torch.Tensor | None, expert: int) -> torch.Tensor:
+    dense = weight[expert].dequantize() if isinstance(weight, QuantTensor) else weight[expert].float()
+    return x @ dense.T if bias is None else x @ dense.T + bias[expert].float()
+
+
+@contextmanager
+def _exact_matmuls() -> Iterator[None]:
+    """fp32 products without TF32, whatever a peer has set for the process."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -1,0 +1,219 @@
+"""The MoE layer against its floor: for each layer, system and number of tokens a correctness gate, then a time."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+import halfbyte
+from halfbyte.bench.ceilings import Ceilings
+from halfbyte.bench.gate import GLOBAL_LIMIT, expected_output, judge, poison_free_memory
+from halfbyte.bench.inputs import Call, RoutingKind, random_call
+from halfbyte.bench.peers import Build, Layer, Peer
+from halfbyte.bench.results import Row
+from halfbyte.bench.shapes import MoEShape, floor_of
+from halfbyte.bench.timing import calls_of, time_calls, weight_sets_of
+from halfbyte.checkpoint.experts import ExpertWeights
+from halfbyte.device import Target
+from halfbyte.errors import HalfbyteError
+from halfbyte.formats import BlockFormat
+from halfbyte.formats.activations import ActivationFormat
+from halfbyte.kernels.table import Problem, choose
+
+# Makes the experts of one layer on a device; called only when it is that layer's turn.
+LayerSource = Callable[[torch.device], tuple[MoEShape, ExpertWeights]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How layers are measured: `backend` is the only kernel halfbyte may use (None: the table chooses), `peer_limit` the error over all
+    tokens that peers are allowed (halfbyte's own limit is fixed); no row starts after `budget_s` seconds."""
+
+    tokens: tuple[int, ...]
+    activations: ActivationFormat = "bf16"
+    routing: RoutingKind = "uniform"
+    backend: str | None = None
+    peer_limit: float = GLOBAL_LIMIT
+    seed: int = 0
+    budget_s: float = math.inf
+
+
+@dataclass(frozen=True)
+class System:
+    """What is measured. An error of a `tolerated` type is its reason for having no time; any other is a mistake of ours and ends the run."""
+
+    name: str
+    build: Build
+    activations: ActivationFormat
+    global_limit: float
+    tolerated: tuple[type[Exception], ...]
+
+
+class HalfbyteLayer:
+    """`fused_moe` on prepared weights, with the kernel that the table chooses."""
+
+    def __init__(self, weights: ExpertWeights, activations: ActivationFormat, backend: str | None):
+        self._prepared = halfbyte.prepare(weights)
+        self._activations: ActivationFormat = activations
+        self._backend = backend
+        problem = Problem("fused_moe", self._prepared.target, self._prepared.format, self._prepared.layout, activations)
+        name = choose(problem, backend).name
+        self.kernel = f"{name}, {self._prepared.layout}"
+        self.graph = name != "reference"  # which asks the device for the size of every group
+
+    def __call__(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return halfbyte.fused_moe(hidden, self._prepared, ids, weights, activations=self._activations, backend=self._backend)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One number of tokens on one layer: the inputs of its calls, the sets of weights they take in turn, and the mean of distinct experts a call."""
+
+    calls: list[Call]
+    weight_sets: int
+    experts_touched: float
+
+    @staticmethod
+    def draw(shape: MoEShape, format: BlockFormat, num_tokens: int, options: Options, device: torch.device) -> Case:
+        """Draw as many calls as a sample needs, and at least one for each set of weights."""
+
+        def call(index: int) -> Call:
+            return random_call(shape, num_tokens, options.routing, device, seed=options.seed + 1000 * num_tokens + index)
+
+        calls = [call(index) for index in range(calls_of(num_tokens))]
+        touched = statistics.mean(call.ids.unique().numel() for call in calls)
+        weight_sets = weight_sets_of(touched * shape.expert_bytes(format), Target.of(device).l2)
+        calls += [call(index) for index in range(len(calls), weight_sets)]
+        return Case(calls, weight_sets, statistics.mean(call.ids.unique().numel() for call in calls))
+
+
+def bench_moe(sources: Sequence[LayerSource], peers: Sequence[Peer], options: Options, device: torch.device, ceilings: Ceilings) -> Iterator[Row]:
+    """Measure halfbyte and `peers` on every layer with every number of tokens, yielding each row as it is ready.
+
+    Memory: as many copies of a layer's weights as `weight_sets_of` asks for, once packed and once in the arrangement of the system under
+    measurement; the inputs; the expected results in fp32.
+
+    Raises:
+        InputError, CheckpointError, UnsupportedError: a source cannot make its layer.
+    """
+    ours = System("halfbyte", lambda w, _: HalfbyteLayer(w, options.activations, options.backend), options.activations, GLOBAL_LIMIT, _OUR_ERRORS)
+    systems = [ours, *(_peer_system(peer, options.peer_limit) for peer in peers)]
+    deadline = time.monotonic() + options.budget_s
+    for source in sources:
+        shape, weights = source(device)
+        yield from _bench_layer(shape, weights, systems, options, ceilings, deadline)
+        del weights  # before the next layer is made
+
+
+# A kernel that does not exist, memory that is not there: facts to report. Third-party code may raise anything, and one peer must not end the run.
+_OUR_ERRORS = (HalfbyteError, torch.OutOfMemoryError)
+_PEER_ERRORS = (Exception,)
+
+
+def _peer_system(peer: Peer, global_limit: float) -> System:
+    return System(peer.name, lambda weights, shape: peer.load()(weights, shape), "bf16", global_limit, _PEER_ERRORS)
+
+
+def _bench_layer(
+    shape: MoEShape, weights: ExpertWeights, systems: Sequence[System], options: Options, ceilings: Ceilings, deadline: float
+) -> Iterator[Row]:
+    format, device = weights.format, weights.device
+    assert format is not None  # sources make FP4 experts
+    cases = {num_tokens: Case.draw(shape, format, num_tokens, options, device) for num_tokens in options.tokens}
+    weight_sets = [weights, *(copy.deepcopy(weights) for _ in range(1, max(case.weight_sets for case in cases.values())))]
+
+    @functools.cache
+    def expected(activations: ActivationFormat) -> dict[int, torch.Tensor]:
+        """One pass over the experts for all cases."""
+        first = [case.calls[0] for case in cases.values()]
+        together = Call(*(torch.cat(parts) for parts in zip(*first, strict=True)))
+        return dict(zip(cases, expected_output(weights, together, activations).split(list(cases)), strict=True))
+
+    for system in systems:
+        layers: list[Layer] = []
+        obstacle = _BUDGET_SPENT if time.monotonic() > deadline else ""
+        if not obstacle:
+            try:
+                layers += [system.build(each, shape) for each in weight_sets]
+            except system.tolerated as error:
+                obstacle = _reason(error)
+        for num_tokens, case in cases.items():
+            floor = floor_of(shape, format, num_tokens, case.experts_touched, ceilings, system.activations)
+            row = Row(
+                shape=shape.name,
+                format=format.name,
+                activations=system.activations,
+                routing=options.routing,
+                num_tokens=num_tokens,
+                system=system.name,
+                status="skipped",
+                experts_touched=case.experts_touched,
+                floor_us=floor.us,
+                bound=floor.bound,
+                global_limit=system.global_limit,
+                calls=len(case.calls),
+                weight_sets=case.weight_sets,
+                reason=obstacle or (_BUDGET_SPENT if time.monotonic() > deadline else ""),
+            )
+            yield row if row.reason else _measure(row, system, layers, case, expected(system.activations)[num_tokens])
+
+
+_BUDGET_SPENT = "the time budget is spent"
+
+
+def _measure(row: Row, system: System, layers: Sequence[Layer], case: Case, expected: torch.Tensor) -> Row:
+    """Gate, then time; without a time the row says why."""
+    layer, call = layers[0], case.calls[0]
+    row = replace(row, kernel=getattr(layer, "kernel", ""))
+    device = call.hidden.device
+    try:
+        with torch.inference_mode():
+            poison_free_memory(call.hidden)
+            verdict = judge(layer(*call), expected, system.global_limit)
+            row = replace(row, token_error=_finite(verdict.token_error), global_error=_finite(verdict.global_error))
+            if not verdict.passed:
+                return replace(row, status="refused", reason=f"the result is wrong: {verdict}")
+            row = replace(row, peak_extra_bytes=_peak_extra_bytes(layer, call))
+            calls = [functools.partial(layers[index % case.weight_sets], *each) for index, each in enumerate(case.calls)]
+            timing = time_calls(calls, device, graph=getattr(layer, "graph", True))
+    except system.tolerated as error:
+        return replace(row, reason=_reason(error))
+    return replace(
+        row,
+        status="ok",
+        median_us=timing.median_us,
+        spread=timing.spread,
+        samples=timing.samples,
+        timer=timing.timer,
+        fraction=row.floor_us / timing.median_us,
+    )
+
+
+def _peak_extra_bytes(layer: Layer, call: Call) -> int | None:
+    """Memory one call needs beside what is there; None on a CPU, which keeps no such count."""
+    device = call.hidden.device
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before_bytes = torch.cuda.memory_allocated(device)
+    layer(*call)
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before_bytes
+
+
+def _finite(error: float) -> float | None:
+    return error if math.isfinite(error) else None  # JSON has no infinity
+
+
+def _reason(error: Exception) -> str:
+    """One line: the message, with the type before it unless it is an error of halfbyte's, which speaks for itself."""
+    text = next(iter(str(error).splitlines()), "")
+    return text if isinstance(error, HalfbyteError) else f"{type(error).__name__}: {text}"

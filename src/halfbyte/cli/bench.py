@@ -1,0 +1,29 @@
+"""`halfbyte bench`: finds the benchmark's module, lets it add its arguments, and runs it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+
+HELP = "measure speed against the floor that this machine allows"
+
+# Each is a module halfbyte.cli.bench_NAME with HELP, add_arguments and run, like a command.
+BENCHMARKS = {
+    "moe": "time the fused MoE layer and its peers, each after a correctness gate",
+    "report": "print and plot what `bench moe --out` collected",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    described = "; ".join(f"{name}: {text}" for name, text in BENCHMARKS.items())
+    parser.add_argument("benchmark", choices=BENCHMARKS, metavar="BENCHMARK", help=f"{described}. `halfbyte bench BENCHMARK --help` says more")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+
+
+def run(args: argparse.Namespace) -> int:
+    module = importlib.import_module(f"halfbyte.cli.bench_{args.benchmark}")
+    parser = argparse.ArgumentParser(
+        prog=f"halfbyte bench {args.benchmark}", description=module.HELP, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    module.add_arguments(parser)
+    return module.run(parser.parse_args(args.arguments))

@@ -1,0 +1,70 @@
+"""The gate lets right results through and nothing else."""
+
+import pytest
+import torch
+
+import halfbyte
+from halfbyte import MXFP4, NVFP4
+from halfbyte.bench.gate import Verdict, expected_output, judge
+from halfbyte.bench.inputs import random_call, random_experts
+from halfbyte.bench.shapes import MoEShape
+from halfbyte.checkpoint.experts import GPT_OSS_SWIGLU
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def expected():
+    return torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+
+
+def one_token_off(x):
+    x = x.clone()
+    x[3] *= 1.02
+    return x
+
+
+def nan_in_one_place(x):
+    x = x.clone()
+    x[2, 5] = torch.nan
+    return x
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [torch.zeros_like, torch.neg, lambda x: x / 2, lambda x: x.roll(1, 0), one_token_off, nan_in_one_place, lambda x: x[:5], lambda x: x * torch.inf],
+)
+def test_wrong_results_fail(damage, expected):
+    assert not judge(damage(expected), expected).passed
+    assert not judge(damage(expected), expected, global_limit=0.1).passed
+
+
+def test_rounding_to_bf16_passes(expected):
+    assert judge(expected.bfloat16(), expected).passed
+
+
+def test_the_looser_limit_is_for_all_tokens_only():
+    assert not Verdict(6e-3, 6e-3).passed and Verdict(6e-3, 6e-3, global_limit=7e-3).passed
+    assert not Verdict(2e-2, 6e-3, global_limit=7e-3).passed
+
+
+@pytest.mark.parametrize("format", [NVFP4, MXFP4])
+@pytest.mark.parametrize("activations", ["bf16", "fp8", "mxfp8", "nvfp4"])
+def test_agrees_with_the_reference_kernel(format, activations):
+    shape = MoEShape("biased", 64, 32, 5, 3, GPT_OSS_SWIGLU, has_bias=True)
+    experts = random_experts(shape, format, CPU, seed=1)
+    call = random_call(shape, 7, "skewed", CPU, seed=2)
+    actual = halfbyte.fused_moe(call.hidden.float(), halfbyte.prepare(experts), call.ids, call.weights, activations=activations)
+    # The kernel is given fp32, so that nothing is rounded on its way; quantised activations see bf16 in the one, fp32 in the other.
+    verdict = judge(actual, expected_output(experts, call._replace(hidden=call.hidden.float()), activations))
+    assert verdict.global_error < 1e-5 and verdict.token_error < 1e-5
+
+
+def test_matmul_precision_of_the_process_is_left_alone():
+    shape = MoEShape("tiny", 64, 32, 4, 2)
+    torch.set_float32_matmul_precision("high")
+    try:
+        expected_output(random_experts(shape, NVFP4, CPU, 0), random_call(shape, 2, "uniform", CPU, 0), "bf16")
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
