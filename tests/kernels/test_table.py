@@ -44,7 +44,7 @@ def test_backend_forbids_the_others(two_kernels):
     with pytest.raises(UnsupportedError, match="fast: needs sm_90, this is cpu") as caught:
         choose(Problem("route", CPU), backend="fast")
     assert "reference" not in str(caught.value)
-    with pytest.raises(InputError, match="'fast' or 'reference'"):
+    with pytest.raises(InputError, match="'fast' or 'triton' or 'reference'"):
         choose(Problem("route", CPU), backend="quick")
 
 

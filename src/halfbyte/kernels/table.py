@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from halfbyte.device import Target
 from halfbyte.errors import InputError, UnsupportedError
@@ -55,8 +57,25 @@ def _runs_anywhere(problem: Problem) -> None:
     return None
 
 
+def _triton_obstacle(problem: Problem) -> str | None:
+    """Why plain Triton kernels cannot run: they need a CUDA GPU, and redux.sync and bf16, so compute capability 8.0."""
+    arch = problem.target.arch
+    if problem.target.is_cpu:
+        return "needs a CUDA GPU, this is a CPU"
+    if int(arch.removeprefix("sm_")) < 80:
+        return f"needs compute capability 8.0 or newer, this is {arch}"
+    return None if importlib.util.find_spec("triton") else "needs the package triton, which is not installed"
+
+
+def _triton_route(*args: Any, **kwargs: Any) -> Any:
+    from halfbyte.kernels.triton.route import route  # here, so that importing halfbyte does not import triton
+
+    return route(*args, **kwargs)
+
+
 # In order of preference: the first that has no obstacle is taken.
 CANDIDATES = (
+    Candidate("route", "triton", _triton_route, _triton_obstacle),
     Candidate("route", "reference", reference_route, _runs_anywhere, fallback=True),
     Candidate("fused_moe", "reference", reference_fused_moe, _reads_canonical, fallback=True),
 )
