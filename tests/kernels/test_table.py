@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -52,17 +53,34 @@ def test_every_candidate_gives_its_reason():
     problem = Problem("fused_moe", CPU, hb.NVFP4, "hopper", "bf16")
     with pytest.raises(UnsupportedError, match=r"cpu, NVFP4, layout hopper, activations bf16: .*reference: reads layout 'canonical'"):
         choose(problem)
-    assert [(candidate.name, obstacle is None) for candidate, obstacle in obstacles(problem)] == [("reference", False)]
+    assert [(candidate.name, obstacle is None) for candidate, obstacle in obstacles(problem)][-2:] == [("triton", False), ("reference", False)]
 
 
 def test_a_fallback_on_a_gpu_is_logged_once(caplog):
     problem = Problem("fused_moe", HOPPER, hb.MXFP4, "canonical", "bf16")
     with caplog.at_level(logging.WARNING, "halfbyte"):
-        assert [choose(problem).name for _ in range(3)] == ["reference"] * 3
+        assert [choose(problem).name for _ in range(3)] == ["triton"] * 3
+        assert choose(Problem("fused_moe", HOPPER, None, "canonical", "bf16")).name == "reference"
         choose(Problem("fused_moe", CPU, hb.MXFP4, "canonical", "bf16"))
     assert [record.getMessage() for record in caplog.records] == [
-        "fused_moe: no faster kernel of fused_moe exists for sm_90, MXFP4, layout canonical, activations bf16; plain torch runs instead"
+        "fused_moe: no faster kernel of fused_moe exists for sm_90, MXFP4, layout canonical, activations bf16; "
+        "the portable Triton kernel runs instead; on sm_90, prepare(w, layout='hopper') is what the fast kernel needs",
+        "fused_moe: no faster kernel of fused_moe exists for sm_90, dense weights, layout canonical, activations bf16; plain torch runs instead",
     ]
+
+
+def test_obstacles_of_the_portable_kernel():
+    def obstacle(target: hb.Target, format, layout: str = "canonical", activations: str = "bf16") -> str | None:
+        found = obstacles(Problem("fused_moe", target, format, layout, activations))
+        return next(obstacle for candidate, obstacle in found if candidate.name == "triton")
+
+    ampere = replace(HOPPER, name="NVIDIA A100", arch="sm_80")
+    assert obstacle(HOPPER, hb.NVFP4) is obstacle(ampere, hb.MXFP4) is None
+    assert obstacle(HOPPER, None) == "reads NVFP4 and MXFP4 weights, these are dense"
+    assert obstacle(HOPPER, hb.NVFP4, activations="fp8") == "takes activations 'bf16', not 'fp8'"
+    assert obstacle(HOPPER, hb.NVFP4, layout="hopper") == "reads layout 'canonical', the weights are in 'hopper'"
+    assert obstacle(replace(HOPPER, arch="sm_75"), hb.NVFP4) == "needs compute capability 8.0 or newer, this is sm_75"
+    assert obstacle(CPU, hb.NVFP4) == "needs a CUDA GPU, this is a CPU"
 
 
 def test_unknown_op():

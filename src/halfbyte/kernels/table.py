@@ -31,13 +31,15 @@ class Problem:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A kernel of the table: `obstacle` returns why it cannot run a problem, or None; `fallback` marks one that is correct but not fast on a GPU."""
+    """A kernel of the table: `obstacle` returns why it cannot run a problem, or None; `fallback` marks one that is correct but not fast on a GPU,
+    where `instead` tells the user what runs and what would be faster."""
 
     op: str
     name: str
     function: Callable
     obstacle: Callable[[Problem], str | None]
     fallback: bool = False
+    instead: str = "plain torch runs instead"
 
 
 @dataclass(frozen=True)
@@ -73,10 +75,45 @@ def _triton_route(*args: Any, **kwargs: Any) -> Any:
     return route(*args, **kwargs)
 
 
+_PORTABLE = "the portable Triton kernel runs instead; on sm_90, prepare(w, layout='hopper') is what the fast kernel needs"
+
+
+def _triton_fused_moe_obstacle(problem: Problem) -> str | None:
+    if problem.layout == "canonical" and problem.format is None:
+        return "reads NVFP4 and MXFP4 weights, these are dense"
+    if problem.activations != "bf16":
+        return f"takes activations 'bf16', not {problem.activations!r}"
+    return _reads_canonical(problem) or _triton_obstacle(problem)
+
+
+def _triton_fused_moe(*args: Any, **kwargs: Any) -> Any:
+    from halfbyte.kernels.triton.fused_moe import fused_moe
+
+    return fused_moe(*args, **kwargs)
+
+
+def _hopper_obstacle(problem: Problem) -> str | None:
+    if problem.layout != "hopper":
+        return f"reads layout 'hopper', the weights are in {problem.layout!r}"
+    if problem.activations != "bf16":
+        return f"takes activations 'bf16', not {problem.activations!r}"
+    if problem.target.arch != "sm_90":
+        return f"needs compute capability 9.0, this is {problem.target.arch}"
+    return _triton_obstacle(problem)
+
+
+def _hopper_fused_moe(*args: Any, **kwargs: Any) -> Any:
+    from halfbyte.kernels.gluon_sm90.fused_moe import fused_moe
+
+    return fused_moe(*args, **kwargs)
+
+
 # In order of preference: the first that has no obstacle is taken.
 CANDIDATES = (
     Candidate("route", "triton", _triton_route, _triton_obstacle),
     Candidate("route", "reference", reference_route, _runs_anywhere, fallback=True),
+    Candidate("fused_moe", "hopper", _hopper_fused_moe, _hopper_obstacle),
+    Candidate("fused_moe", "triton", _triton_fused_moe, _triton_fused_moe_obstacle, fallback=True, instead=_PORTABLE),
     Candidate("fused_moe", "reference", reference_fused_moe, _reads_canonical, fallback=True),
 )
 OPS = tuple(dict.fromkeys(candidate.op for candidate in CANDIDATES))
@@ -122,7 +159,7 @@ def _chosen(candidate: Candidate, problem: Problem, backend: str | None) -> Kern
         return KernelChoice(candidate.function, candidate.name, "asked for by backend=")
     if problem.target.is_cpu or not candidate.fallback:
         return KernelChoice(candidate.function, candidate.name, f"first that applies on {problem.target.arch}")
-    reason = f"no faster kernel of {problem.op} exists for {_describe(problem)}; plain torch runs instead"
+    reason = f"no faster kernel of {problem.op} exists for {_describe(problem)}; {candidate.instead}"
     logger.warning("%s: %s", problem.op, reason)
     return KernelChoice(candidate.function, candidate.name, reason)
 

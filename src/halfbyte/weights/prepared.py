@@ -10,10 +10,14 @@ from halfbyte.checkpoint.experts import Activation, ExpertWeights
 from halfbyte.device import Target
 from halfbyte.errors import InputError, UnsupportedError
 from halfbyte.formats import BlockFormat
+from halfbyte.weights.layouts import hopper
 
 # Each layout that can be built here, and each that is planned but not built, with what it is for.
-LAYOUTS = {"canonical": "the checkpoint's own arrangement, read by the reference kernels on any device"}
-PLANNED_LAYOUTS = ("hopper", "trtllm_gen", "cutlass", "triton")
+LAYOUTS = {
+    "canonical": "the checkpoint's own arrangement, read by the portable kernels on any device",
+    "hopper": "register fragments in 64 x 64 tiles, read by the sm_90 kernels",
+}
+PLANNED_LAYOUTS = ("trtllm_gen", "cutlass")
 POLICIES = {"packed": "weights stay in 4 bits"}
 
 
@@ -23,13 +27,13 @@ class PreparedExperts:
 
     Attributes:
         experts: the tensors, arranged as `layout` says.
-        layout: "canonical".
+        layout: "canonical" (`experts` is an ExpertWeights) or "hopper" (a `layouts.hopper.HopperExperts`).
         policy: how the weights reside in memory; "packed" keeps 4 bits.
         target: the hardware they lie on.
         reason: why this layout was taken.
     """
 
-    experts: ExpertWeights
+    experts: ExpertWeights | hopper.HopperExperts
     layout: str
     policy: str
     target: Target
@@ -65,7 +69,7 @@ class PreparedExperts:
         return self.experts.nbytes
 
     def to(self, device: torch.device | str) -> PreparedExperts:
-        """Copy every tensor to `device`. The canonical layout is the same on all of them."""
+        """Copy every tensor to `device`, in the same layout: prepare again for a device of another kind."""
         return replace(self, experts=self.experts.to(device), target=Target.of(device))
 
 
@@ -74,11 +78,12 @@ def prepare(w: ExpertWeights, layout: str = "auto", policy: str = "packed") -> P
 
     Args:
         w: the experts of one layer (NVFP4, MXFP4 or dense).
-        layout: "auto" or "canonical" (no copy: the result shares storage with `w`).
+        layout: "canonical" (no copy: the result shares storage with `w`); "hopper" (FP4 only; packed one expert at a time, with room for a second
+            copy while `w` is alive); or "auto": hopper for FP4 experts on a GPU of compute capability 9.0, else canonical.
         policy: "packed".
 
     Raises:
-        InputError: no such layout or policy.
+        InputError: no such layout or policy; the layout does not hold these weights.
         UnsupportedError: a layout that is known but cannot be built by this version.
 
     >>> w13, w2 = torch.randn(4, 64, 32), torch.randn(4, 32, 32)
@@ -94,5 +99,9 @@ def prepare(w: ExpertWeights, layout: str = "auto", policy: str = "packed") -> P
     if layout != "auto" and layout not in LAYOUTS:
         raise InputError("unknown layout", where="prepare", given=repr(layout), needed=f"'auto' or {available}")
     target = Target.of(w.device)
-    reason = f"the only layout there is for {target.arch}" if layout == "auto" else "asked for"
-    return PreparedExperts(w, "canonical", policy, target, reason)
+    is_hopper = target.arch == "sm_90" and w.format is not None
+    reason = "asked for"
+    if layout == "auto":
+        layout = "hopper" if is_hopper else "canonical"
+        reason = "FP4 experts on a Hopper GPU" if is_hopper else f"read by every kernel for {'FP4' if w.format else 'dense'} experts on {target.arch}"
+    return PreparedExperts(hopper.pack(w) if layout == "hopper" else w, layout, policy, target, reason)

@@ -3,6 +3,10 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+# Kinds of `checkpoint.experts.Activation` as numbers: Gluon passes no strings to warp-specialised functions.
+KINDS = {"swiglu": 0, "geglu": 1, "geglu_tanh": 2, "relu2": 3}
+SWIGLU, GEGLU, GEGLU_TANH, RELU2 = (gl.constexpr(number) for number in KINDS.values())
+
 
 @gluon.jit
 def slot_to_column(slot):
@@ -20,15 +24,15 @@ def split_halves(accumulator, TOKENS: gl.constexpr):
 
 @gluon.jit
 def activate(gate, up, KIND: gl.constexpr, ALPHA: gl.constexpr, BETA: gl.constexpr, LIMIT: gl.constexpr):
-    """The formulas of `checkpoint.experts.Activation`, fp32; LIMIT None for none. relu2 has no gate: it squares relu(gate)."""
-    if KIND == "swiglu":
-        if LIMIT is not None:
+    """The formulas of `checkpoint.experts.Activation`, fp32; LIMIT 0 for none. relu2 has no gate: it squares relu(gate)."""
+    if KIND == SWIGLU:
+        if LIMIT > 0:
             gate = gl.minimum(gate, LIMIT)
             up = gl.minimum(gl.maximum(up, -LIMIT), LIMIT)
         result = (up + BETA) * gate / (1.0 + gl.exp(-ALPHA * gate))
-    elif KIND == "geglu":
+    elif KIND == GEGLU:
         result = 0.5 * gate * (1.0 + gl.erf(gate * 0.7071067811865476)) * up
-    elif KIND == "geglu_tanh":
+    elif KIND == GEGLU_TANH:
         inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
         result = gate / (1.0 + gl.exp(-2.0 * inner)) * up  # 0.5 (1 + tanh(y)) = 1 / (1 + exp(-2 y))
     else:

@@ -19,7 +19,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.language.extra.cuda import gdc
 
-from halfbyte.kernels.gluon_sm90.epilogue import activate, slot_to_column, split_halves
+from halfbyte.kernels.gluon_sm90.epilogue import RELU2, activate, slot_to_column, split_halves
 from halfbyte.weights.layouts.hopper_dequant import dequantize, exponent_bias, scale_offsets, split_scales, word_offsets
 
 NUM_WARPS = 4
@@ -45,7 +45,7 @@ def _first_slot_of(ids_ptr, token, expert, num_tokens, TOP_K: gl.constexpr):
     return slot
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["num_tokens", "expert_offset", "num_experts", "split_stride"])
 def grouped_gemm_w4a16_decode(
     x_ptr, words_ptr, scales_ptr, shift_ptr, multiplier_ptr, bias_ptr, y_ptr,
     ids_ptr, items_ptr, num_items_ptr, token_of_row_ptr,
@@ -114,9 +114,9 @@ def _tile(
     word_pointers = ()
     scale_pointers = ()
     for b in gl.static_range(NB):
-        tile = (expert * ROW_TILES + gl.minimum(group * NB + b, ROW_TILES - 1)).to(gl.int64)
-        word_pointers = word_pointers + (words_ptr + tile * (TILES * 512) + words,)
-        scale_pointers = scale_pointers + (scales_ptr + tile * (RUNS * SCALES) + scale_entries,)
+        matrix_tile = (expert * ROW_TILES + gl.minimum(group * NB + b, ROW_TILES - 1)).to(gl.int64)
+        word_pointers = word_pointers + (words_ptr + matrix_tile * (TILES * 512) + words,)
+        scale_pointers = scale_pointers + (scales_ptr + matrix_tile * (RUNS * SCALES) + scale_entries,)
     # Four tiles of words and one run of scales are always on their way.
     queue = ()
     for c in gl.static_range(4):
@@ -183,7 +183,7 @@ def _tile(
         tile = group * NB + b
         if tile < ROW_TILES:
             tile_bias = bias_ptr + (expert * ROW_TILES + tile) * 64
-            if IS_W13 and KIND != "relu2":
+            if IS_W13 and KIND != RELU2:
                 gate, up = split_halves(accumulators[b], TB)
                 i = gl.arange(0, 32, layout=gl.SliceLayout(1, gate.type.layout))
                 gate = gate * multiplier0

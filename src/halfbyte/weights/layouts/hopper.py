@@ -15,13 +15,12 @@ A word is coded so that three shifts and masks turn it into four pairs of bf16 (
     scales  int64 [E, N/64, ceil(K/256), 128 or 64]    8 bytes a thread: byte 2 c + h is the scale of half h in tile c of a run of four.
             NVFP4: entry i. MXFP4 has one scale for two neighbouring t: entry 16 w + 2 g + t // 2
 
-NVFP4 scales are re-encoded, losslessly, from e4m3 to 5 exponent bits and 3 mantissa bits without sign and subnormals (2^E * (1 + m/8), E = (byte >> 3)
-- 21): one multiply-add makes a bf16 of it. MXFP4 scales are the e8m0 bytes as they are; each expert has a shift that brings its largest one to the top
-of bf16's range, and blocks more than 126 octaves below that are zero.
+NVFP4 scales are re-encoded, losslessly, from e4m3 to a byte without sign and subnormals: 2^((byte >> 3) - 21) * (1 + (byte & 7) / 8). One multiply-add makes a bf16 of it. MXFP4 scales are the e8m0 bytes as they are; each expert has a shift that brings its largest one to the top of
+bf16's range, and blocks more than 126 octaves below that are zero.
 
 Rows of w13 are ordered so that a tile holds both halves of what the activation needs: row 16 w + g is gate, row 16 w + g + 8 is up, of the
-intermediate column `64 (n // 2) + SLOT_TO_COLUMN[32 (n % 2) + 8 w + g]` (tile n). The columns of a tile are thus consecutive in slot order, the order in
-which the second matrix product reads them. Without a gate, row r of tile n is column 64 n + SLOT_TO_COLUMN[r].
+intermediate column `64 (n // 2) + SLOT_TO_COLUMN[32 (n % 2) + 8 w + g]` (tile n). The columns of a tile are thus consecutive in slot order, in which
+the second matrix product reads them. Without a gate, row r of tile n is column 64 n + SLOT_TO_COLUMN[r].
 
 Sizes are padded with zero codes: H and I to multiples of 64, each half of w13 on its own.
 """

@@ -13,8 +13,11 @@ from triton.experimental.gluon import language as gl
 
 @gluon.constexpr_function
 def _assembly(scale_byte: int, nvfp4: bool) -> str:
-    """PTX for the four words of a thread. Operands: $0-$15 results (word s, half p, row half h at 4 s + 2 p + h), $16-$19 words, $20 the scale word
-    (repeated in $21-$23), and for MXFP4 $24 the bias to add (repeated in $25-$27). `scale_byte` is 0 or 2: where this tile's two bytes are in the word."""
+    """PTX for the four words of a thread.
+
+    Operands: $0-$15 results (word s, half p, row half h at 4 s + 2 p + h), $16-$19 words, $20 the scale word (repeated in $21-$23), and for MXFP4 $24
+    the bias to add (repeated in $25-$27). `scale_byte` is 0 or 2: where this tile's two bytes are in the scale word.
+    """
     lines = ["{", ".reg .b32 t, u, d0, d1, zero, bias;", "mov.b32 zero, 0;"]
     lines.append("mov.b32 bias, 0x70007000;" if nvfp4 else "mov.b32 bias, $24;")
     for h in range(2):
@@ -33,6 +36,7 @@ def _assembly(scale_byte: int, nvfp4: bool) -> str:
     return "\n".join([*lines, "}"])
 
 
+_EIGHT_BF16 = gl.constexpr((gl.bfloat16,) * 8)
 _TWO_INPUTS = gl.constexpr(",".join(["=&r"] * 16 + ["r"] * 8))
 _THREE_INPUTS = gl.constexpr(",".join(["=&r"] * 16 + ["r"] * 12))
 
@@ -78,13 +82,11 @@ def dequantize(words, scales, bias, OPERAND: gl.constexpr, ODD: gl.constexpr, NV
 
     ODD: whether the tile is the second one that `scales` serves. bias: int32 [16, 32], MXFP4 only (`exponent_bias`).
     """
-    bf16: gl.constexpr = gl.bfloat16
-    dtypes: gl.constexpr = (bf16, bf16, bf16, bf16, bf16, bf16, bf16, bf16)
     asm: gl.constexpr = _assembly(2 if ODD else 0, NVFP4)
     if NVFP4:
-        r0, r1, r2, r3, r4, r5, r6, r7 = gl.inline_asm_elementwise(asm, _TWO_INPUTS, [words, scales], dtype=dtypes, is_pure=True, pack=4)
+        r0, r1, r2, r3, r4, r5, r6, r7 = gl.inline_asm_elementwise(asm, _TWO_INPUTS, [words, scales], dtype=_EIGHT_BF16, is_pure=True, pack=4)
     else:
-        r0, r1, r2, r3, r4, r5, r6, r7 = gl.inline_asm_elementwise(asm, _THREE_INPUTS, [words, scales, bias], dtype=dtypes, is_pure=True, pack=4)
+        r0, r1, r2, r3, r4, r5, r6, r7 = gl.inline_asm_elementwise(asm, _THREE_INPUTS, [words, scales, bias], dtype=_EIGHT_BF16, is_pure=True, pack=4)
     # Result 2 s + p holds (h, e) of word s; the joins append p, s % 2, s // 2.
     fragments = gl.join(gl.join(gl.join(r0, r1), gl.join(r2, r3)), gl.join(gl.join(r4, r5), gl.join(r6, r7)))
     fragments = gl.reshape(fragments, (4, 8, 4, 2, 2, 2, 2, 2))  # w, g, t, h, e, p, s % 2, s // 2

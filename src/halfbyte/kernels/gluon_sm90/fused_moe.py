@@ -1,0 +1,216 @@
+"""The mixture-of-experts layer on Hopper: FP4 weights, bf16 activations. Equation and semantics: `kernels.reference.fused_moe`.
+
+    up to 8 tokens        GEMM1, GEMM2 (both direct), combine
+    few tokens an expert  permute, GEMM1, GEMM2 (decode), combine
+    many                  permute, gather, GEMM1, GEMM2 (prefill), combine
+
+Nothing synchronises with the host, and launch shapes depend on the number of tokens alone, so a captured CUDA graph serves any routing. Every sum has
+a fixed order: equal inputs give equal bits. Consecutive kernels overlap by programmatic dependent launch, except around prefill GEMMs.
+
+Workspace of a call, from torch's allocator: with R = T * k rows, 2 R I bytes, 2 R H bytes (4 R H * split for direct), and for prefill 2 R H more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from halfbyte.device import Target
+from halfbyte.errors import UnsupportedError
+from halfbyte.formats import NVFP4
+from halfbyte.formats.activations import ActivationFormat
+from halfbyte.kernels.gluon_sm90.epilogue import KINDS
+from halfbyte.kernels.gluon_sm90.grouped_gemm_w4a16_decode import NUM_WARPS, grouped_gemm_w4a16_decode
+from halfbyte.kernels.gluon_sm90.grouped_gemm_w4a16_prefill import grouped_gemm_w4a16_prefill
+from halfbyte.kernels.triton.combine import combine
+from halfbyte.kernels.triton.permute import Items, gather, permute
+from halfbyte.weights.layouts.hopper import TILE, HopperExperts, HopperMatrix
+
+MAX_DIRECT_TOKENS = 8
+MAX_DIRECT_SLOTS = 64
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """`rows` of x and `tiles` of 64 weight rows a program; `split` parts of K for the second GEMM (direct only); x blocks fetched `ahead`."""
+
+    direct: bool
+    rows: int
+    tiles: int
+    split: int = 1
+    ahead: int = 2
+
+
+@dataclass(frozen=True)
+class PrefillConfig:
+    """`sizes`: token counts of a tile, each (first, second accumulator); see `grouped_gemm_w4a16_prefill`."""
+
+    sizes: tuple[tuple[int, int], ...]
+    consumers: int
+    step_k: int
+    stages: int
+    ahead: int
+    box: int
+    registers: int
+    max_registers: int
+
+    @property
+    def max_rows(self) -> int:
+        return sum(self.sizes[-1])
+
+
+# Measured on an H100, 2026-11-25 (docs/kernels.md): wider groups of consumers hide the latency of the weight loads, larger tiles amortise decoding.
+TINY = PrefillConfig(((16, 0), (32, 0)), consumers=4, step_k=256, stages=10, ahead=4, box=16, registers=112, max_registers=96)
+SMALL = PrefillConfig(((16, 0), (32, 0), (64, 0)), consumers=4, step_k=256, stages=6, ahead=4, box=16, registers=112, max_registers=96)
+MEDIUM = PrefillConfig(((32, 0), (64, 0), (64, 32), (128, 0)), consumers=3, step_k=64, stages=12, ahead=4, box=32, registers=160, max_registers=128)
+LARGE = PrefillConfig(((64, 0), (128, 0), (128, 32), (128, 64)), consumers=3, step_k=64, stages=6, ahead=2, box=64, registers=160, max_registers=128)
+HUGE = PrefillConfig(
+    ((64, 0), (128, 0), (128, 32), (128, 64), (256, 0)), consumers=2, step_k=64, stages=6, ahead=2, box=64, registers=240, max_registers=168
+)
+
+
+def choose_config(num_tokens: int, top_k: int, num_experts: int) -> DecodeConfig | PrefillConfig:
+    """Pick the kernels from what the host knows: the average number of rows an expert.
+
+    >>> choose_config(1, 8, 256).direct, choose_config(64, 8, 256).rows, choose_config(8192, 8, 256).max_rows
+    (True, 8, 192)
+    """
+    rows = num_tokens * top_k
+    if num_tokens <= MAX_DIRECT_TOKENS and rows <= MAX_DIRECT_SLOTS:
+        return DecodeConfig(direct=True, rows=8, tiles=1, split=2 if num_tokens == 1 else 1)
+    average = rows / num_experts
+    if average <= 4:
+        return DecodeConfig(direct=False, rows=8, tiles=1)
+    if average <= 12:
+        return DecodeConfig(direct=False, rows=16, tiles=2)
+    for limit, config in ((24, TINY), (48, SMALL), (96, MEDIUM), (320, LARGE)):
+        if average <= limit:
+            return config
+    return HUGE
+
+
+def fused_moe(
+    hidden: torch.Tensor,
+    experts: HopperExperts,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    *,
+    activations: ActivationFormat = "bf16",
+    expert_offset: int = 0,
+    out: torch.Tensor | None = None,
+    config: DecodeConfig | PrefillConfig | None = None,
+) -> torch.Tensor:
+    """hidden [T, H] bf16, ids int [T, k], weights float [T, k] to [T, H]; `moe.functional.fused_moe` checks the arguments.
+
+    Raises:
+        UnsupportedError: hidden is not bf16.
+    """
+    if hidden.dtype != torch.bfloat16:
+        raise UnsupportedError(
+            "the Hopper kernels multiply bf16", where="fused_moe", given=hidden.dtype, needed=torch.bfloat16, next_step="pass hidden.bfloat16()"
+        )
+    if out is None:
+        out = torch.empty_like(hidden)
+    num_tokens, top_k = ids.shape
+    if num_tokens == 0:
+        return out
+    if config is None:
+        config = choose_config(num_tokens, top_k, experts.num_experts)
+    hidden, ids, weights = hidden.contiguous(), ids.contiguous(), weights.contiguous()
+    if isinstance(config, PrefillConfig):
+        y, row_of_slot = _prefill(hidden, experts, ids, expert_offset, config)
+    else:
+        y, row_of_slot = _decode(hidden, experts, ids, expert_offset, config)
+    result = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
+    combine(y, row_of_slot, ids, weights, result, expert_offset, experts.num_experts, launch_early=True)
+    return out if result is out else out.copy_(result)
+
+
+def _decode(
+    hidden: torch.Tensor, experts: HopperExperts, ids: torch.Tensor, expert_offset: int, config: DecodeConfig
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    rows, device = ids.numel(), hidden.device
+    h = torch.empty((1, rows, _padded(experts.intermediate)), dtype=torch.bfloat16, device=device)
+    if config.direct:
+        y = torch.empty((config.split, rows, experts.hidden), dtype=torch.float32, device=device)
+        items = None
+    else:
+        y = torch.empty((1, rows, experts.hidden), dtype=torch.bfloat16, device=device)
+        items = permute(ids, expert_offset, experts.num_experts, config.rows, _arrivals(device), launch_early=True)
+    _decode_gemm(hidden, experts.w13, h, experts, ids, items, expert_offset, config, is_w13=True)
+    _decode_gemm(h[0], experts.w2, y, experts, ids, items, expert_offset, config, is_w13=False)
+    return y, None if items is None else items.row_of_slot
+
+
+def _decode_gemm(
+    x: torch.Tensor, matrix: HopperMatrix, y: torch.Tensor, experts: HopperExperts, ids: torch.Tensor, items: Items | None, expert_offset: int,
+    config: DecodeConfig, *, is_w13: bool,
+) -> None:  # fmt: skip
+    parts, _, columns = y.shape
+    groups = -(-matrix.row_tiles // config.tiles)
+    work = ids.numel() if items is None else items.items.shape[0]
+    token_of_row, item_list, num_items = (ids, ids, ids) if items is None else (items.token_of_row, items.items, items.num_items)
+    k = experts.hidden if is_w13 else experts.intermediate
+    grouped_gemm_w4a16_decode[(work * groups * parts,)](
+        x, matrix.words, matrix.scales, *_optional(matrix), y, ids, item_list, num_items, token_of_row,
+        ids.shape[0], expert_offset, experts.num_experts, y.stride(0),
+        ids.shape[1], k, x.stride(0), matrix.row_tiles, columns, columns, experts.format is NVFP4, is_w13, *_activation(experts),
+        matrix.bias is not None, config.direct, config.rows, config.tiles, parts, config.ahead, True,
+        num_warps=NUM_WARPS, launch_pdl=True,
+    )  # fmt: skip
+
+
+def _prefill(
+    hidden: torch.Tensor, experts: HopperExperts, ids: torch.Tensor, expert_offset: int, config: PrefillConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, device = ids.numel(), hidden.device
+    items = permute(ids, expert_offset, experts.num_experts, config.max_rows, _arrivals(device), launch_early=True)
+    x = gather(hidden, items, rows, _padded(experts.hidden), launch_early=True)
+    h = torch.empty((rows, _padded(experts.intermediate)), dtype=torch.bfloat16, device=device)
+    y = torch.empty((1, rows, experts.hidden), dtype=torch.bfloat16, device=device)
+    _prefill_gemm(x, experts.w13, h, experts, items, config, is_w13=True)
+    _prefill_gemm(h, experts.w2, y[0], experts, items, config, is_w13=False)
+    return y, items.row_of_slot
+
+
+def _prefill_gemm(
+    x: torch.Tensor, matrix: HopperMatrix, y: torch.Tensor, experts: HopperExperts, items: Items, config: PrefillConfig, *, is_w13: bool
+) -> None:
+    block = [config.box, config.step_k]
+    x_desc = TensorDescriptor.from_tensor(x, block, gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16))
+    grouped_gemm_w4a16_prefill[(Target.of(x.device).num_sms,)](
+        x_desc, matrix.words, matrix.scales, *_optional(matrix), y, items.items, items.num_items,
+        matrix.row_tiles, matrix.column_tiles, y.shape[1], y.shape[1], experts.format is NVFP4, is_w13, *_activation(experts),
+        matrix.bias is not None, config.sizes, config.consumers, config.step_k, config.stages, config.ahead, config.registers,
+        num_warps=4, maxnreg=config.max_registers,
+    )  # fmt: skip
+
+
+def _optional(matrix: HopperMatrix) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Shift, multiplier and bias; what the matrix does not have is never read and stands in as the multiplier."""
+    multiplier = matrix.multiplier
+    return multiplier if matrix.shift is None else matrix.shift, multiplier, multiplier if matrix.bias is None else matrix.bias
+
+
+def _activation(experts: HopperExperts) -> tuple[Any, ...]:
+    activation = experts.activation
+    return KINDS[activation.kind], activation.alpha, activation.beta, activation.limit or 0.0
+
+
+def _padded(size: int) -> int:
+    return -(-size // TILE) * TILE
+
+
+_ARRIVALS: dict[tuple[torch.device, int], torch.Tensor] = {}
+
+
+def _arrivals(device: torch.device) -> torch.Tensor:
+    """The counter of `permute`, one a stream: calls on one stream follow each other. Every call leaves it at zero."""
+    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    if key not in _ARRIVALS:
+        _ARRIVALS[key] = torch.zeros(1, dtype=torch.int32, device=device)
+    return _ARRIVALS[key]

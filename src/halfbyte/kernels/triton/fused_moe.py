@@ -1,0 +1,81 @@
+"""The mixture-of-experts layer on canonical FP4 weights, every GPU from sm_80 on: `grouped_gemm_w4a16` twice, between a sort and a sum in torch.
+
+Defined by `kernels.reference.fused_moe`; computes the same with activations "bf16". Nothing waits for the device, so a call can be captured in a CUDA
+graph, and no kernel is compiled for a number of tokens. Gradients reach weights; asking for hidden's raises.
+
+Memory beside the result: R rows of I elements in hidden's dtype and of H in fp32, and 12 bytes x T x H for the sum; R = T * k.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from halfbyte.checkpoint.experts import ExpertWeights
+from halfbyte.errors import UnsupportedError
+from halfbyte.formats.activations import ActivationFormat
+from halfbyte.kernels.reference.fused_moe import combine
+from halfbyte.kernels.triton.grouped_gemm_w4a16 import grouped_gemm_w4a16
+
+
+class DevicePermutation(NamedTuple):
+    """Rows sorted by expert, every length known to the host: the slots whose expert is not held here come last and belong to no expert.
+
+    `slot_of_row` int64 [T*k]: index into the flattened ids; `row_of_slot` int64 [T*k]: its inverse, -1 where the expert is not held here;
+    `row_start` int32 [E+1]: expert e owns rows row_start[e] .. row_start[e+1].
+    """
+
+    slot_of_row: torch.Tensor
+    row_of_slot: torch.Tensor
+    row_start: torch.Tensor
+
+
+def fused_moe(
+    hidden: torch.Tensor,
+    experts: ExpertWeights,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    *,
+    activations: ActivationFormat = "bf16",
+    expert_offset: int = 0,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """hidden [T, H], ids int [T, k], weights float [T, k] to [T, H] of hidden's dtype (or out's); `moe.functional.fused_moe` checks the arguments."""
+    assert activations == "bf16", "the kernel table gives this kernel nothing else"
+    permutation = sort_by_expert(ids, expert_offset, experts.num_experts)
+    rows = _ExpertRows.apply(hidden, experts, permutation, ids.shape[1])
+    result = combine(rows, weights, permutation.row_of_slot)
+    return result.to(hidden.dtype) if out is None else out.copy_(result)
+
+
+class _ExpertRows(torch.autograd.Function):
+    """Run each row of `permutation` through its expert: fp32 [T*k, H]; rows of experts that are not held here are left unset."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, experts: ExpertWeights, permutation: DevicePermutation, top_k: int) -> torch.Tensor:
+        slot_of_row, _, row_start = permutation
+        h = torch.empty((len(slot_of_row), experts.intermediate), dtype=hidden.dtype, device=hidden.device)
+        grouped_gemm_w4a16(
+            hidden, experts.w13, row_start, h, bias=experts.w13_bias, activation=experts.activation, slot_of_row=slot_of_row, top_k=top_k
+        )
+        rows = torch.empty((len(slot_of_row), experts.hidden), dtype=torch.float32, device=hidden.device)
+        return grouped_gemm_w4a16(h, experts.w2, row_start, rows, bias=experts.w2_bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        raise UnsupportedError("the Triton kernel has no gradient", where="fused_moe", needed="backend='reference', which has")
+
+
+def sort_by_expert(ids: torch.Tensor, expert_offset: int, num_experts: int) -> DevicePermutation:
+    """`kernels.reference.fused_moe.sort_by_expert` without reading anything back to the host.
+
+    >>> sort_by_expert(torch.tensor([[2, 0], [-1, 2]]), 0, 3).row_start.tolist()
+    [0, 1, 1, 3]
+    """
+    local = ids.flatten().long() - expert_offset
+    key, slot_of_row = torch.where((local >= 0) & (local < num_experts), local, num_experts).sort(stable=True)
+    row_start = torch.searchsorted(key, torch.arange(num_experts + 1, device=ids.device), out_int32=True)
+    row = torch.arange(len(key), device=ids.device)
+    row_of_slot = torch.empty_like(slot_of_row).scatter_(0, slot_of_row, torch.where(row < row_start[-1], row, -1))
+    return DevicePermutation(slot_of_row, row_of_slot, row_start)

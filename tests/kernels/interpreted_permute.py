@@ -1,0 +1,54 @@
+"""Run by test_permute.py under TRITON_INTERPRET=1: permute, gather and combine against plain Python."""
+
+import random
+
+import torch
+
+from halfbyte.kernels.triton.combine import combine
+from halfbyte.kernels.triton.permute import gather, permute
+from halfbyte.weights.layouts.hopper import SLOT_TO_COLUMN
+
+
+def check_permute(ids: torch.Tensor, offset: int, num_experts: int, max_rows: int) -> None:
+    arrivals = torch.zeros(1, dtype=torch.int32)
+    result = permute(ids, offset, num_experts, max_rows, arrivals)
+    assert arrivals.item() == 0
+    flat = ids.flatten().tolist()
+    slots = [slot for expert in range(num_experts) for slot, name in enumerate(flat) if name - offset == expert]
+    assert result.token_of_row[: len(slots)].tolist() == [slot // ids.shape[1] for slot in slots]
+    row_of_slot = {slot: row for row, slot in enumerate(slots)}
+    assert result.row_of_slot.tolist() == [row_of_slot.get(slot, -1) for slot in range(len(flat))]
+    items = result.items[: result.num_items.item()].tolist()
+    covered = [(expert, row) for expert, start, rows, _ in items for row in range(start, start + rows)]
+    assert covered == [(flat[slot] - offset, row) for row, slot in enumerate(slots)]  # every row once, in order, with its expert
+    assert all(0 < rows <= max_rows for _, _, rows, _ in items)
+
+
+def check_gather_and_combine() -> None:
+    ids = torch.tensor([[2, 0], [-1, 2], [1, 9]], dtype=torch.int32)
+    rows = permute(ids, 0, 3, 16, torch.zeros(1, dtype=torch.int32))
+    hidden = torch.randn(3, 96).bfloat16()
+    gathered = gather(hidden, rows, 6, 128)
+    padded = torch.nn.functional.pad(hidden, (0, 32)).view(3, 2, 64)[:, :, list(SLOT_TO_COLUMN)].reshape(3, 128)
+    assert torch.equal(gathered[:4], padded[[0, 2, 0, 1]])
+    y, weights = torch.randn(1, 6, 96), torch.rand(3, 2)
+    out = combine(y, rows.row_of_slot, ids, weights, torch.full((3, 96), torch.nan), 0, 3)
+    expected = torch.stack([weights[0, 0] * y[0, 2] + weights[0, 1] * y[0, 0], weights[1, 1] * y[0, 3], weights[2, 0] * y[0, 1]])
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=0)
+    direct_ids = torch.tensor([[4, 4, 7]], dtype=torch.int32)  # the second 4 has its row at the first; 7 is not held
+    y, weights = torch.randn(2, 3, 96), torch.rand(1, 3)
+    out = combine(y, None, direct_ids, weights, torch.empty(1, 96), 4, 3)
+    torch.testing.assert_close(out, (weights[0, 0] + weights[0, 1]) * y[:, 0].sum(0, keepdim=True), rtol=1e-5, atol=1e-6)
+
+
+if __name__ == "__main__":
+    random.seed(0)
+    sizes = [(1, 1, 1, 8), (3, 2, 5, 8), (40, 3, 7, 8), (40, 3, 7, 64), (200, 2, 4, 192), (17, 4, 33, 16), (700, 8, 3, 64)]
+    for num_tokens, top_k, num_experts, max_rows in sizes:
+        ids = torch.tensor([[random.randrange(-1, num_experts + 2) for _ in range(top_k)] for _ in range(num_tokens)], dtype=torch.int32)
+        check_permute(ids, 0, num_experts, max_rows)
+        check_permute(ids.long() + 10, 10, num_experts, max_rows)
+        check_permute(torch.full_like(ids, num_experts - 1), 0, num_experts, max_rows)
+        check_permute(torch.full_like(ids, -1), 0, num_experts, max_rows)
+    check_gather_and_combine()
+    print("ok")

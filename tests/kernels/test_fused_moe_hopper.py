@@ -1,0 +1,155 @@
+"""The Hopper layer against the reference, on a GPU: every kernel x format x activation x tail, odd routings, graphs, repeats."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import assert_close_rel, assert_equal_bits
+
+import halfbyte as hb
+from halfbyte.checkpoint.experts import DEEPSEEK_V4_SWIGLU, GEGLU, GEGLU_TANH, GPT_OSS_SWIGLU, RELU2, SWIGLU, Activation, ExpertWeights
+from halfbyte.errors import UnsupportedError
+from halfbyte.kernels.reference.fused_moe import fused_moe as reference
+
+HAS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_HOPPER, reason="no GPU of compute capability 9.0")]
+ACTIVATIONS = {"swiglu": SWIGLU, "gpt-oss": GPT_OSS_SWIGLU, "deepseek-v4": DEEPSEEK_V4_SWIGLU, "geglu": GEGLU, "tanh": GEGLU_TANH, "relu2": RELU2}
+
+
+def configs() -> dict[str, object]:
+    from halfbyte.kernels.gluon_sm90.fused_moe import HUGE, LARGE, MEDIUM, SMALL, TINY, DecodeConfig
+
+    return {
+        "rows8": DecodeConfig(direct=False, rows=8, tiles=1),
+        "rows16": DecodeConfig(direct=False, rows=16, tiles=2),
+        "rows32": DecodeConfig(direct=False, rows=32, tiles=2, ahead=1),
+        "tiny": TINY,
+        "small": SMALL,
+        "medium": MEDIUM,
+        "large": LARGE,
+        "huge": HUGE,
+    }
+
+
+def make_experts(num_experts: int, hidden: int, intermediate: int, format: hb.BlockFormat, activation: Activation = SWIGLU) -> ExpertWeights:
+    """Random experts on the GPU; gate and up have different global scales, biases with the gpt-oss activation."""
+    random = torch.Generator("cuda").manual_seed(hidden + intermediate)
+    halves = 2 if activation.gated else 1
+    gate_up = torch.randn(num_experts, halves, intermediate, hidden, generator=random, device="cuda") / hidden**0.5
+    gate_up[:, -1] *= 1.7
+    w2 = torch.randn(num_experts, hidden, intermediate, generator=random, device="cuda") / intermediate**0.5
+    scale = gate_up.abs().amax((2, 3)) / (6 * 448) if format is hb.NVFP4 else None
+    if scale is not None and halves == 1:
+        scale = scale[:, 0]
+    bias = {}
+    if activation is GPT_OSS_SWIGLU:
+        bias = {
+            "w13_bias": torch.randn(num_experts, halves * intermediate, generator=random, device="cuda"),
+            "w2_bias": torch.randn(num_experts, hidden, generator=random, device="cuda"),
+        }
+    return ExpertWeights(hb.quantize(gate_up.flatten(1, 2), format, scale), hb.quantize(w2, format), activation, **bias)
+
+
+def make_tokens(num_tokens: int, hidden: int, num_experts: int, top_k: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    random = torch.Generator("cuda").manual_seed(seed)
+    x = torch.randn(num_tokens, hidden, generator=random, device="cuda").bfloat16()
+    ids = torch.rand(num_tokens, num_experts, generator=random, device="cuda").argsort(dim=1)[:, :top_k].int()
+    return x, ids, torch.rand(num_tokens, top_k, generator=random, device="cuda") + 0.1
+
+
+def check(w: ExpertWeights, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, config: object = None, offset: int = 0) -> torch.Tensor:
+    """Compare with the reference; the output starts as NaN."""
+    from halfbyte.kernels.gluon_sm90.fused_moe import fused_moe
+
+    out = torch.full_like(x, torch.nan)
+    prepared = hb.prepare(w)
+    assert prepared.layout == "hopper"
+    fused_moe(x, prepared.experts, ids, weights, out=out, config=config, expert_offset=offset)
+    assert_close_rel(out, reference(x, w, ids, weights, expert_offset=offset))
+    return out
+
+
+@pytest.mark.parametrize("name", ["rows8", "rows16", "rows32", "tiny", "small", "medium", "large", "huge"])
+@pytest.mark.parametrize("format", [hb.NVFP4, hb.MXFP4], ids=repr)
+@pytest.mark.parametrize(("hidden", "intermediate"), [(256, 128), (2880, 96), (768, 1408), (320, 2688), (1536, 736)])
+def test_every_kernel_on_every_tail(name: str, format: hb.BlockFormat, hidden: int, intermediate: int) -> None:
+    w = make_experts(5, hidden, intermediate, format)
+    check(w, *make_tokens(201, hidden, 5, 3), config=configs()[name])
+
+
+@pytest.mark.parametrize("name", ["direct", "rows8", "large"])
+@pytest.mark.parametrize("format", [hb.NVFP4, hb.MXFP4], ids=repr)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation(name: str, format: hb.BlockFormat, activation: str) -> None:
+    w = make_experts(6, 320, 160, format, ACTIVATIONS[activation])
+    tokens = make_tokens(7 if name == "direct" else 90, 320, 6, 2)
+    check(w, *tokens, config=None if name == "direct" else configs()[name])
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 7, 8, 9, 16, 33, 64, 127, 128, 129, 500, 2000])
+@pytest.mark.parametrize("num_experts", [1, 7, 60])
+def test_chosen_kernels_at_every_size(num_tokens: int, num_experts: int) -> None:
+    w = make_experts(num_experts, 512, 256, hb.NVFP4)
+    check(w, *make_tokens(num_tokens, 512, num_experts, min(4, num_experts)))
+
+
+@pytest.mark.parametrize("name", ["direct", "rows8", "small", "large"])
+def test_odd_routings(name: str) -> None:
+    w = make_experts(9, 256, 128, hb.NVFP4)
+    config = None if name == "direct" else configs()[name]
+    num_tokens = 6 if name == "direct" else 150
+    x, ids, weights = make_tokens(num_tokens, 256, 9, 4)
+    check(w, x, torch.full_like(ids, 8), weights, config)  # everything to one expert, four times over
+    check(w, x, torch.full_like(ids, -1), weights, config)  # nothing is held here: zeros
+    some = ids.clone()
+    some[::2, 1], some[1] = -1, 77
+    check(w, x, some.long(), weights.bfloat16(), config)
+    check(w, x, ids + 100, weights, config, offset=100)
+    parts = [
+        replace(w, **{n: replace(q, codes=q.codes[s], scales=q.scales[s], global_scale=q.global_scale[s]) for n, q in (("w13", w.w13), ("w2", w.w2))})
+        for s in (slice(0, 4), slice(4, 9))
+    ]
+    first, second = (
+        check(replace(part, num_global_experts=None), x, ids, weights, config, offset) for part, offset in zip(parts, (0, 4), strict=True)
+    )
+    assert_close_rel(first.float() + second.float(), reference(x, w, ids, weights))
+
+
+def test_no_tokens() -> None:
+    w = make_experts(4, 128, 64, hb.NVFP4)
+    x, ids, weights = make_tokens(0, 128, 4, 2)
+    assert hb.fused_moe(x, hb.prepare(w), ids, weights).shape == (0, 128)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 8, 32, 400, 3000])
+def test_a_graph_follows_its_routing_and_repeats_bit_for_bit(num_tokens: int) -> None:
+    w = make_experts(32, 512, 256, hb.NVFP4)
+    prepared = hb.prepare(w)
+    x, ids, weights = make_tokens(num_tokens, 512, 32, 4)
+    hb.fused_moe(x, prepared, ids, weights)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = hb.fused_moe(x, prepared, ids, weights)
+    for seed in range(3):
+        new = make_tokens(num_tokens, 512, 32, 4, seed=seed)
+        if seed == 2:
+            new[1].fill_(5)
+        for old, fresh in zip((x, ids, weights), new, strict=True):
+            old.copy_(fresh)
+        out.fill_(torch.nan)
+        graph.replay()
+        assert_close_rel(out, reference(x, w, ids, weights))
+        first = out.clone()
+        for _ in range(350):
+            out.fill_(torch.nan)
+            graph.replay()
+            assert_equal_bits(out, first)
+
+
+def test_other_dtypes_are_refused() -> None:
+    prepared = hb.prepare(make_experts(4, 128, 64, hb.NVFP4))
+    x, ids, weights = make_tokens(3, 128, 4, 2)
+    with pytest.raises(UnsupportedError, match="bf16"):
+        hb.fused_moe(x.half(), prepared, ids, weights)

@@ -1,0 +1,87 @@
+"""Compile the Hopper kernels for sm_90 without a GPU: tensor-core instruction, registers, spills; and what `choose_config` picks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compile_only import compiling
+
+import halfbyte as hb
+from halfbyte.checkpoint.experts import GPT_OSS_SWIGLU, SWIGLU
+from halfbyte.weights.layouts.hopper import HopperExperts, HopperMatrix
+
+pytest.importorskip("triton")
+
+from halfbyte.kernels.gluon_sm90 import fused_moe as layer
+from halfbyte.kernels.triton.permute import Items
+
+DECODE = {
+    "direct": layer.DecodeConfig(direct=True, rows=8, tiles=1, split=2),
+    "rows8": layer.DecodeConfig(direct=False, rows=8, tiles=1),
+    "rows16": layer.DecodeConfig(direct=False, rows=16, tiles=2),
+}
+PREFILL = {"tiny": layer.TINY, "small": layer.SMALL, "medium": layer.MEDIUM, "large": layer.LARGE, "huge": layer.HUGE}
+
+
+def empty_matrix(rows: int, columns: int, *, nvfp4: bool, bias: bool) -> HopperMatrix:
+    """A matrix of the right sizes without memory behind it: only dtypes and sizes reach the compiler."""
+    tiles = (-(-rows // 64), -(-columns // 64))
+    return HopperMatrix(
+        torch.empty((1, *tiles, 512), dtype=torch.int32, device="meta"),
+        torch.empty((1, tiles[0], -(-tiles[1] // 4), 128 if nvfp4 else 64), dtype=torch.int64, device="meta"),
+        None if nvfp4 else torch.empty(1, dtype=torch.int32),
+        torch.empty((1, 2)),
+        torch.empty((1, rows)) if bias else None,
+    )
+
+
+def empty_experts(*, nvfp4: bool) -> HopperExperts:
+    """DeepSeek-R1 in NVFP4, or gpt-oss in MXFP4 with biases and odd sizes."""
+    hidden, intermediate, activation = (7168, 2048, SWIGLU) if nvfp4 else (2880, 2880, GPT_OSS_SWIGLU)
+    w13 = empty_matrix(2 * intermediate, hidden, nvfp4=nvfp4, bias=not nvfp4)
+    w2 = empty_matrix(hidden, intermediate, nvfp4=nvfp4, bias=not nvfp4)
+    return HopperExperts(w13, w2, hb.NVFP4 if nvfp4 else hb.MXFP4, activation, hidden, intermediate, 0, 1)
+
+
+ITEMS = Items(*(torch.empty((4, 4), dtype=torch.int32) for _ in range(4)))
+
+
+@pytest.mark.parametrize("nvfp4", [True, False], ids=["nvfp4", "mxfp4"])
+@pytest.mark.parametrize("name", DECODE)
+def test_decode_kernels_use_mma_without_spills(name: str, nvfp4: bool) -> None:
+    config, experts = DECODE[name], empty_experts(nvfp4=nvfp4)
+    ids, items = torch.zeros((4, 8), dtype=torch.int32), None if DECODE[name].direct else ITEMS
+    h = torch.empty((1, 32, experts.intermediate), dtype=torch.bfloat16)
+    y = torch.empty((config.split, 32, experts.hidden), dtype=torch.float32 if config.direct else torch.bfloat16)
+    with compiling(90) as compiled:
+        layer._decode_gemm(torch.empty((4, experts.hidden), dtype=torch.bfloat16), experts.w13, h, experts, ids, items, 0, config, is_w13=True)
+        layer._decode_gemm(h[0], experts.w2, y, experts, ids, items, 0, config, is_w13=False)
+    assert len(compiled) == 2
+    for kernel in compiled:
+        assert "mma.sync.aligned.m16n8k16" in kernel.ptx
+        assert kernel.spill_bytes == 0
+        assert kernel.registers <= (72 if config.rows == 8 else 144)
+        assert kernel.shared_bytes <= 256  # the one reduction of the direct variant
+
+
+@pytest.mark.parametrize(("name", "nvfp4"), [("tiny", True), ("small", False), ("medium", True), ("large", False), ("huge", True)])
+def test_prefill_kernels_use_wgmma_within_their_registers(name: str, nvfp4: bool) -> None:
+    config, experts = PREFILL[name], empty_experts(nvfp4=nvfp4)
+    y = torch.empty((64, experts.intermediate), dtype=torch.bfloat16)
+    with compiling(90) as compiled:
+        layer._prefill_gemm(torch.empty((64, experts.hidden), dtype=torch.bfloat16), experts.w13, y, experts, ITEMS, config, is_w13=True)
+    (kernel,) = compiled
+    assert all(f"wgmma.mma_async.sync.aligned.m64n{size}k16" in kernel.ptx for pair in config.sizes for size in pair if size)
+    assert kernel.spill_bytes == 0
+    assert kernel.registers <= config.max_registers
+    assert kernel.shared_bytes <= 227 * 1024
+
+
+def test_the_choice_follows_the_rows_an_expert_has() -> None:
+    names = {id(config): name for name, config in PREFILL.items()}
+    chosen = [layer.choose_config(num_tokens, 8, 128) for num_tokens in (1, 8, 9, 64, 128, 256, 512, 1024, 4096, 16384)]
+    assert [names.get(id(config), getattr(config, "rows", None)) for config in chosen] == [
+        8, 8, 8, 8, 16, "tiny", "small", "medium", "large", "huge",
+    ]  # fmt: skip
+    assert chosen[0].direct and chosen[1].direct and not chosen[2].direct
+    assert not layer.choose_config(8, 9, 128).direct  # 72 slots
