@@ -84,8 +84,8 @@ def test_every_kernel_on_every_tail(name: str, format: hb.BlockFormat, hidden: i
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation(name: str, format: hb.BlockFormat, activation: str) -> None:
     w = make_experts(6, 320, 160, format, ACTIVATIONS[activation])
-    tokens = make_tokens(7 if name == "direct" else 90, 320, 6, 2)
-    check(w, *tokens, config=None if name == "direct" else configs()[name])
+    for num_tokens in (1, 7) if name == "direct" else (90,):  # one token splits K
+        check(w, *make_tokens(num_tokens, 320, 6, 2), config=None if name == "direct" else configs()[name])
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 7, 8, 9, 16, 33, 64, 127, 128, 129, 500, 2000])

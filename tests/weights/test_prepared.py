@@ -18,17 +18,25 @@ def w():
 def test_canonical_is_the_same_storage(w, layout):
     prepared = hb.prepare(w, layout)
     assert prepared.layout == "canonical" and prepared.target == hb.Target.of("cpu") and prepared.policy == "packed"
-    assert prepared.reason == ("asked for" if layout == "canonical" else "the only layout there is for cpu")
+    assert prepared.reason == ("asked for" if layout == "canonical" else "read by every kernel for FP4 experts on cpu")
     assert prepared.experts.w13.codes.data_ptr() == w.w13.codes.data_ptr()
     assert prepared.nbytes == w.nbytes
     described = (prepared.format, prepared.activation, prepared.num_experts, prepared.hidden, prepared.intermediate, prepared.device)
     assert described == (hb.NVFP4, w.activation, 4, 32, 32, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("layout", ["hopper", "trtllm_gen", "cutlass", "triton"])
+@pytest.mark.parametrize("layout", ["trtllm_gen", "cutlass", "triton"])
 def test_planned_layout(w, layout):
     with pytest.raises(UnsupportedError, match=f"'{layout}' is not built by this version .*'canonical'"):
         hb.prepare(w, layout)
+
+
+def test_hopper_can_be_packed_anywhere_and_read_by_no_other_kernel(w):
+    prepared = hb.prepare(w, "hopper")
+    assert prepared.layout == "hopper" and (prepared.num_experts, prepared.hidden, prepared.intermediate) == (4, 32, 32)
+    assert prepared.to("cpu").nbytes == prepared.nbytes
+    with pytest.raises(UnsupportedError, match=r"hopper: needs compute capability 9\.0, this is cpu"):
+        hb.fused_moe(torch.randn(2, 32).bfloat16(), prepared, torch.zeros(2, 1, dtype=torch.int32), torch.ones(2, 1))
 
 
 def test_unknown_names(w):

@@ -17,7 +17,7 @@ LAYOUTS = {
     "canonical": "the checkpoint's own arrangement, read by the portable kernels on any device",
     "hopper": "register fragments in 64 x 64 tiles, read by the sm_90 kernels",
 }
-PLANNED_LAYOUTS = ("trtllm_gen", "cutlass")
+PLANNED_LAYOUTS = ("trtllm_gen", "cutlass", "triton")
 POLICIES = {"packed": "weights stay in 4 bits"}
 
 

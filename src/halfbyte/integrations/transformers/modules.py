@@ -172,7 +172,7 @@ def _prepared(module: ExpertsModule) -> PreparedExperts:
     state = module.halfbyte
     addresses = tuple(tensor.data_ptr() for tensor in module.parameters(recurse=False))
     if state.prepared is None or state.addresses != addresses:
-        state.prepared, state.addresses = prepare(expert_weights(module)), addresses
+        state.prepared, state.addresses = prepare(expert_weights(module), "canonical"), addresses
     return state.prepared
 
 

@@ -81,7 +81,7 @@ def choose_config(num_tokens: int, top_k: int, num_experts: int) -> DecodeConfig
     """
     rows = num_tokens * top_k
     if num_tokens <= MAX_DIRECT_TOKENS and rows <= MAX_DIRECT_SLOTS:
-        return DecodeConfig(direct=True, rows=8, tiles=1, split=2 if num_tokens == 1 else 1)
+        return DecodeConfig(direct=True, rows=8, tiles=1)
     average = rows / num_experts
     if average <= 4:
         return DecodeConfig(direct=False, rows=8, tiles=1)
@@ -158,7 +158,7 @@ def _decode_gemm(
     grouped_gemm_w4a16_decode[(work * groups * parts,)](
         x, matrix.words, matrix.scales, *_optional(matrix), y, ids, item_list, num_items, token_of_row,
         ids.shape[0], expert_offset, experts.num_experts, y.stride(0),
-        ids.shape[1], k, x.stride(0), matrix.row_tiles, columns, columns, experts.format is NVFP4, is_w13, *_activation(experts),
+        ids.shape[1], k, x.stride(0), matrix.row_tiles, columns, columns, experts.format == NVFP4, is_w13, *_activation(experts),
         matrix.bias is not None, config.direct, config.rows, config.tiles, parts, config.ahead, True,
         num_warps=NUM_WARPS, launch_pdl=True,
     )  # fmt: skip
@@ -184,7 +184,7 @@ def _prefill_gemm(
     x_desc = TensorDescriptor.from_tensor(x, block, gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16))
     grouped_gemm_w4a16_prefill[(Target.of(x.device).num_sms,)](
         x_desc, matrix.words, matrix.scales, *_optional(matrix), y, items.items, items.num_items,
-        matrix.row_tiles, matrix.column_tiles, y.shape[1], y.shape[1], experts.format is NVFP4, is_w13, *_activation(experts),
+        matrix.row_tiles, matrix.column_tiles, y.shape[1], y.shape[1], experts.format == NVFP4, is_w13, *_activation(experts),
         matrix.bias is not None, config.sizes, config.consumers, config.step_k, config.stages, config.ahead, config.registers,
         num_warps=4, maxnreg=config.max_registers,
     )  # fmt: skip

@@ -51,8 +51,8 @@ def grouped_gemm_w4a16_decode(
     ids_ptr, items_ptr, num_items_ptr, token_of_row_ptr,
     num_tokens, expert_offset, num_experts, split_stride,
     TOP_K: gl.constexpr, K: gl.constexpr, X_STRIDE: gl.constexpr, ROW_TILES: gl.constexpr, N: gl.constexpr, Y_STRIDE: gl.constexpr,
-    NVFP4: gl.constexpr, IS_W13: gl.constexpr, KIND: gl.constexpr, ALPHA: gl.constexpr, BETA: gl.constexpr, LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr,
-    DIRECT: gl.constexpr, TB: gl.constexpr, NB: gl.constexpr, SPLIT: gl.constexpr, X_AHEAD: gl.constexpr, PDL: gl.constexpr,
+    NVFP4: gl.constexpr, IS_W13: gl.constexpr, KIND: gl.constexpr, ALPHA: gl.constexpr, BETA: gl.constexpr, LIMIT: gl.constexpr,
+    HAS_BIAS: gl.constexpr, DIRECT: gl.constexpr, TB: gl.constexpr, NB: gl.constexpr, SPLIT: gl.constexpr, X_AHEAD: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     GROUPS: gl.constexpr = (ROW_TILES + NB - 1) // NB
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [4, 1], [16, 8])
@@ -96,8 +96,9 @@ def _tile(
     x_ptr, words_ptr, scales_ptr, shift_ptr, multiplier_ptr, bias_ptr, y_ptr, ids_ptr, token_of_row_ptr, num_tokens, split_stride,
     expert, expert_id, row_start, num_rows, group, part,
     TOP_K: gl.constexpr, K: gl.constexpr, X_STRIDE: gl.constexpr, ROW_TILES: gl.constexpr, N: gl.constexpr, Y_STRIDE: gl.constexpr,
-    NVFP4: gl.constexpr, IS_W13: gl.constexpr, KIND: gl.constexpr, ALPHA: gl.constexpr, BETA: gl.constexpr, LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr,
-    DIRECT: gl.constexpr, TB: gl.constexpr, NB: gl.constexpr, SPLIT: gl.constexpr, X_AHEAD: gl.constexpr, PDL: gl.constexpr, MMA: gl.constexpr,
+    NVFP4: gl.constexpr, IS_W13: gl.constexpr, KIND: gl.constexpr, ALPHA: gl.constexpr, BETA: gl.constexpr, LIMIT: gl.constexpr,
+    HAS_BIAS: gl.constexpr, DIRECT: gl.constexpr, TB: gl.constexpr, NB: gl.constexpr, SPLIT: gl.constexpr, X_AHEAD: gl.constexpr,
+    PDL: gl.constexpr, MMA: gl.constexpr,
 ):  # fmt: skip
     TILES: gl.constexpr = (K + 63) // 64
     RUNS: gl.constexpr = (TILES + 3) // 4
@@ -147,7 +148,7 @@ def _tile(
         x_queue = x_queue + (_load_x(x_pointers + c * 64, x_mask, column + c * 64, MMA, TB, K, K_MASK),)
 
     accumulators = ()
-    for b in gl.static_range(NB):
+    for _ in gl.static_range(NB):
         accumulators = accumulators + (gl.zeros((64, TB), gl.float32, layout=MMA),)
     for run in range(RUNS_PER_PART):
         upcoming = gl.minimum(first + run + 1, RUNS - 1)
@@ -198,7 +199,7 @@ def _tile(
                 i = gl.arange(0, 64, layout=gl.SliceLayout(1, MMA))
                 value = accumulators[b] * multiplier0
                 if HAS_BIAS:
-                    value = value + gl.load(tile_bias + i)[:, None]
+                    value = value + gl.load(tile_bias + i, mask=(i >= 0) & (part == 0), other=0.0)[:, None]  # the parts are added up later
                 n = tile * 64 + i
                 if IS_W13:
                     value = activate(value, value, KIND, ALPHA, BETA, LIMIT)

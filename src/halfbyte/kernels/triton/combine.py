@@ -48,8 +48,8 @@ def _combine(
 
 
 def combine(
-    y: torch.Tensor, row_of_slot: torch.Tensor | None, ids: torch.Tensor, weights: torch.Tensor, out: torch.Tensor, expert_offset: int, num_experts: int,
-    *, launch_early: bool = False,
+    y: torch.Tensor, row_of_slot: torch.Tensor | None, ids: torch.Tensor, weights: torch.Tensor, out: torch.Tensor, expert_offset: int,
+    num_experts: int, *, launch_early: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """y [parts, rows, H], ids and weights [T, k] to out [T, H]."""
     num_tokens, top_k = ids.shape

@@ -7,9 +7,9 @@
     items          [max_items, 4] int32: expert, first row, number of rows, 0; `max_rows` rows at most
     num_items      [1] int32
 
-Program e counts the slots of expert e and of those before it, then writes the rows of its own: every program reads all ids (L2 serves them), none waits
-for another. The program that finishes last lays out the items; it is found by a counter that it sets back to zero. An expert with more than `max_rows`
-rows is cut into equal items.
+Program e counts the slots of expert e and of those before it, then writes the rows of its own: every program reads all ids (L2 serves them), none
+waits for another. The program that finishes last lays out the items; it is found by a counter that it sets back to zero. An expert with more than
+`max_rows` rows is cut into equal items.
 """
 
 from __future__ import annotations
@@ -120,7 +120,8 @@ def permute(ids: torch.Tensor, expert_offset: int, num_experts: int, max_rows: i
 
 @triton.jit
 def _gather(
-    x_ptr, token_of_row_ptr, num_items_ptr, items_ptr, out_ptr, PAIRS: tl.constexpr, PADDED_PAIRS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+    x_ptr, token_of_row_ptr, num_items_ptr, items_ptr, out_ptr,
+    PAIRS: tl.constexpr, PADDED_PAIRS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     if PDL:
@@ -141,12 +142,13 @@ def _gather(
 
 
 def gather(hidden: torch.Tensor, rows: Items, num_rows: int, padded: int, *, launch_early: bool = False) -> torch.Tensor:
-    """hidden [T, H], 16-bit, contiguous, H even, to [num_rows, padded]: the rows of `rows`, columns in the slot order of the Hopper layout, zeros beyond H."""
+    """hidden [T, H] (16-bit, contiguous, H even) to [num_rows, padded]: columns in the slot order of the Hopper layout, zeros beyond H."""
     out = torch.empty((num_rows, padded), dtype=hidden.dtype, device=hidden.device)
     pairs = padded // 2
     block = min(1024, triton.next_power_of_2(pairs))
     _gather[(num_rows,)](
-        hidden.view(torch.int32), rows.token_of_row, rows.num_items, rows.items, out.view(torch.int32), hidden.shape[1] // 2, pairs, block, launch_early,
+        hidden.view(torch.int32), rows.token_of_row, rows.num_items, rows.items, out.view(torch.int32),
+        hidden.shape[1] // 2, pairs, block, launch_early,
         num_warps=4, **({"launch_pdl": True} if launch_early else {}),
     )  # fmt: skip
     return out

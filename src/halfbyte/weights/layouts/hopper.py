@@ -15,8 +15,9 @@ A word is coded so that three shifts and masks turn it into four pairs of bf16 (
     scales  int64 [E, N/64, ceil(K/256), 128 or 64]    8 bytes a thread: byte 2 c + h is the scale of half h in tile c of a run of four.
             NVFP4: entry i. MXFP4 has one scale for two neighbouring t: entry 16 w + 2 g + t // 2
 
-NVFP4 scales are re-encoded, losslessly, from e4m3 to a byte without sign and subnormals: 2^((byte >> 3) - 21) * (1 + (byte & 7) / 8). One multiply-add makes a bf16 of it. MXFP4 scales are the e8m0 bytes as they are; each expert has a shift that brings its largest one to the top of
-bf16's range, and blocks more than 126 octaves below that are zero.
+NVFP4 scales are re-encoded, losslessly, from e4m3 to bytes without sign or subnormals: 2^((byte >> 3) - 21) * (1 + (byte & 7) / 8). One multiply-add
+makes a bf16 of it. MXFP4 scales are the e8m0 bytes as they are; each expert has a shift that brings its largest one to the top of bf16's range, and
+blocks more than 126 octaves below that are zero.
 
 Rows of w13 are ordered so that a tile holds both halves of what the activation needs: row 16 w + g is gate, row 16 w + g + 8 is up, of the
 intermediate column `64 (n // 2) + SLOT_TO_COLUMN[32 (n % 2) + 8 w + g]` (tile n). The columns of a tile are thus consecutive in slot order, in which
@@ -174,7 +175,7 @@ def _nvfp4_factor() -> float:
 
 
 def _pack_matrix(name: str, w: QuantTensor, row_order: torch.Tensor, bias: torch.Tensor | None) -> HopperMatrix:
-    num_experts, device, nvfp4 = w.codes.shape[0], w.codes.device, w.format is NVFP4
+    num_experts, device, nvfp4 = w.codes.shape[0], w.codes.device, w.format == NVFP4
     _check_scales(name, w)
     rows, columns = len(row_order), _padded(w.shape[-1])
     row_order = row_order.to(device)
@@ -203,7 +204,7 @@ def _pack_matrix(name: str, w: QuantTensor, row_order: torch.Tensor, bias: torch
 
 def _check_scales(name: str, w: QuantTensor) -> None:
     raw = w.scales.view(torch.uint8)
-    bad = int((raw > 0x7E).sum() if w.format is NVFP4 else (raw == 0xFF).sum())
+    bad = int((raw > 0x7E).sum() if w.format == NVFP4 else (raw == 0xFF).sum())
     if bad:
         raise InputError(
             f"{name} has block scales that are negative or NaN",
@@ -237,14 +238,14 @@ def _unpack_matrix(
     for expert in range(num_experts):
         raw = unpack_scales(matrix.scales[expert])[:, : scales.shape[2]]
         codes[expert, target] = unpack_codes(matrix.words[expert])[kept, : columns // 2]
-        scales[expert, target] = _decode_nvfp4_scale(raw[kept]) if fmt is NVFP4 else raw[kept]
+        scales[expert, target] = _decode_nvfp4_scale(raw[kept]) if fmt == NVFP4 else raw[kept]
     bias = None
     if matrix.bias is not None:
         bias = matrix.bias.new_empty((num_experts, rows))
         bias[:, target] = matrix.bias[:, kept]
-    if fmt is MXFP4:
+    if fmt == MXFP4:
         return QuantTensor(codes, scales, None, fmt), bias
-    global_scale = (matrix.multiplier / _nvfp4_factor())[:, :halves].squeeze(1).contiguous()
+    global_scale = (matrix.multiplier if halves == 2 else matrix.multiplier[:, 0]) / _nvfp4_factor()
     return QuantTensor(codes, scales.view(torch.float8_e4m3fn), global_scale, fmt), bias
 
 

@@ -1,0 +1,117 @@
+"""The Hopper layout byte by byte against index arithmetic in plain Python, and back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import assert_equal_bits
+
+import halfbyte as hb
+from halfbyte.checkpoint.experts import RELU2, SWIGLU, Activation, ExpertWeights
+from halfbyte.errors import InputError
+from halfbyte.weights.layouts import hopper
+
+
+def make_experts(num_experts: int, hidden: int, intermediate: int, format: hb.BlockFormat, activation: Activation = SWIGLU) -> ExpertWeights:
+    random = torch.Generator().manual_seed(0)
+    halves = 2 if activation.gated else 1
+
+    def matrix(rows: int, columns: int, groups: int) -> hb.QuantTensor:
+        codes = torch.randint(0, 256, (num_experts, rows, columns // 2), dtype=torch.uint8, generator=random)
+        low, high = (1, 0x7F) if format is hb.NVFP4 else (90, 130)
+        scales = torch.randint(low, high, (num_experts, rows, columns // format.block), dtype=torch.uint8, generator=random)
+        scale = torch.rand((num_experts, groups) if groups > 1 else (num_experts,), generator=random) + 0.5 if format is hb.NVFP4 else None
+        return hb.QuantTensor(codes, scales, scale, format)
+
+    bias13, bias2 = torch.randn(num_experts, halves * intermediate, generator=random), torch.randn(num_experts, hidden, generator=random)
+    return ExpertWeights(matrix(halves * intermediate, hidden, halves), matrix(hidden, intermediate, 1), activation, bias13, bias2)
+
+
+def code_of_word(word: int, p: int, h: int, e: int) -> int:
+    """What the kernel's masks and shifts make of a word: the sign and magnitude bits of one bf16 of one register."""
+    rotate = {(0, 0): 0, (0, 1): 4, (1, 0): 10}
+    if (p, h) in rotate:
+        turned = (word << rotate[p, h] | word >> (32 - rotate[p, h])) & 0x81C081C0
+    else:
+        turned = ((word >> 2 | word << 30) & 0x81808180) | ((word << 6) & 0x00400040)
+    half = turned >> (16 * e) & 0xFFFF
+    return half >> 15 << 3 | half >> 6 & 7
+
+
+@pytest.mark.parametrize("format", [hb.NVFP4, hb.MXFP4], ids=repr)
+@pytest.mark.parametrize("activation", [SWIGLU, RELU2], ids=["gated", "plain"])
+def test_every_code_and_scale_is_where_the_kernel_looks(format: hb.BlockFormat, activation: Activation) -> None:
+    w = make_experts(1, 160, 96, format, activation)
+    packed = hopper.pack(w).w13
+    slot_to_column = [16 * (slot // 2 % 4) + 4 * (slot // 16) + 2 * (slot // 8 % 2) + slot % 2 for slot in range(64)]
+    words, scale_bytes = packed.words[0].tolist(), packed.scales[0].contiguous().view(torch.uint8).tolist()
+    codes, scales = w.w13.codes[0].tolist(), w.w13.scales[0].view(torch.uint8).tolist()
+    for tile in range(packed.row_tiles):
+        for row in range(64):
+            warp, h, g = row // 16, row % 16 // 8, row % 8
+            if activation.gated:
+                column = 64 * (tile // 2) + slot_to_column[32 * (tile % 2) + 8 * warp + g]
+                source = column + h * 96 if column < 96 else None
+            else:
+                column = 64 * tile + slot_to_column[row]
+                source = column if column < 96 else None
+            for k in range(192):
+                t, s, p, e = k % 64 // 16, k % 16 // 4, k % 4 // 2, k % 2
+                word = words[tile][k // 64][4 * (32 * warp + 4 * g + t) + s] & 0xFFFFFFFF
+                given = 0 if source is None or k >= 160 else codes[source][k // 2] >> 4 * (k % 2) & 0xF
+                assert code_of_word(word, p, h, e) == given
+                if source is not None and k < 160:
+                    entry = 32 * warp + 4 * g + t if format is hb.NVFP4 else 16 * warp + 2 * g + t // 2
+                    stored, original = scale_bytes[tile][0][8 * entry + 2 * (k // 64) + h], scales[source][k // format.block]
+                    if format is hb.NVFP4:
+                        value = torch.tensor(original, dtype=torch.uint8).view(torch.float8_e4m3fn).item()
+                        assert 2.0 ** ((stored >> 3) - 21) * (1 + (stored & 7) / 8) == value
+                    else:
+                        assert stored == original
+
+
+@pytest.mark.parametrize("format", [hb.NVFP4, hb.MXFP4], ids=repr)
+@pytest.mark.parametrize("activation", [SWIGLU, RELU2], ids=["gated", "plain"])
+@pytest.mark.parametrize(("num_experts", "hidden", "intermediate"), [(1, 64, 64), (3, 160, 96), (2, 288, 1408), (7, 32, 32)])
+def test_unpack_gives_everything_back(num_experts: int, hidden: int, intermediate: int, format: hb.BlockFormat, activation: Activation) -> None:
+    w = make_experts(num_experts, hidden, intermediate, format, activation)
+    back = hopper.unpack(hopper.pack(w))
+    for name in ("w13", "w2"):
+        ours, theirs = getattr(back, name), getattr(w, name)
+        assert_equal_bits(ours.codes, theirs.codes)
+        assert_equal_bits(ours.scales, theirs.scales)
+        if format is hb.NVFP4:
+            assert_equal_bits(ours.global_scale, theirs.global_scale)
+        assert_equal_bits(getattr(back, f"{name}_bias"), getattr(w, f"{name}_bias"))
+
+
+def test_codes_under_a_zero_scale_become_zero() -> None:
+    w = make_experts(1, 64, 64, hb.NVFP4)
+    w.w2.scales.view(torch.uint8)[0, 3, 1] = 0
+    back = hopper.unpack(hopper.pack(w)).w2
+    assert not back.codes[0, 3, 8:16].any()
+    assert torch.equal(back.dequantize(), w.w2.dequantize() + 0.0)  # + 0.0: codes of -0 become +0
+
+
+def test_the_shift_of_mxfp4_brings_the_largest_scale_to_the_top() -> None:
+    packed = hopper.pack(make_experts(2, 64, 64, hb.MXFP4))
+    largest = packed.w13.scales.view(torch.uint8).flatten(1).amax(1).int()
+    assert (largest + packed.w13.shift == 254).all()
+    assert torch.equal(packed.w13.multiplier[:, 0], torch.exp2(126.0 - packed.w13.shift))
+
+
+def test_a_format_that_was_copied_is_still_that_format() -> None:
+    w = make_experts(1, 64, 64, hb.NVFP4)
+    copied = replace(w, **{name: replace(getattr(w, name), format=replace(hb.NVFP4)) for name in ("w13", "w2")})
+    assert_equal_bits(hopper.pack(copied).w13.scales, hopper.pack(w).w13.scales)
+
+
+def test_bad_weights_are_refused() -> None:
+    with pytest.raises(InputError, match="dense experts"):
+        hopper.pack(ExpertWeights(torch.randn(2, 64, 64), torch.randn(2, 64, 32)))
+    w = make_experts(1, 64, 64, hb.NVFP4)
+    w.w13.scales.view(torch.uint8)[0, 0, 0] = 0x7F
+    with pytest.raises(InputError, match="w13 has block scales that are negative or NaN"):
+        hopper.pack(w)
