@@ -77,3 +77,9 @@ def test_a_failing_probe_is_one_line(monkeypatch, error):
     monkeypatch.setattr(doctor, "_gpus", fail)
     broken = [finding for finding in doctor.report() if not finding.ok]
     assert [(finding.name, finding.value) for finding in broken] == [("cuda", f"broken: {error.__name__}: no luck")]
+
+
+def test_the_kernels_are_asked_about_bf16_activations() -> None:
+    lines = [f"{finding.name} {finding.value}" for finding in doctor.report() if finding.section == "kernels"]
+    assert "cpu fused_moe NVFP4 hopper hopper: no: needs compute capability 9.0, this is cpu" in lines
+    assert not any("not None" in line for line in lines)

@@ -123,7 +123,7 @@ def _environment() -> Iterable[tuple[str, str]]:
 
 
 def _kernels() -> Iterable[tuple[str, str]]:
-    """Every kernel of the table on every device, with the reason where it cannot be used."""
+    """Every kernel of the table on every device (bf16 activations), with the reason where it cannot be used."""
     import torch
 
     from halfbyte.device import Target
@@ -131,12 +131,12 @@ def _kernels() -> Iterable[tuple[str, str]]:
     from halfbyte.kernels.table import OPS, Problem, obstacles
     from halfbyte.weights.prepared import LAYOUTS
 
-    weights = [(format, layout) for format in (*FORMATS.values(), None) for layout in LAYOUTS]
+    weights = [(format, layout) for format in (*FORMATS.values(), None) for layout in LAYOUTS if format or layout == "canonical"]
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     for target in dict.fromkeys(Target.of(device) for device in devices):
         for op in OPS:
             for format, layout in weights if op == "fused_moe" else [(None, None)]:
                 label = f"{target.arch} {op}" + (f" {repr(format) if format else 'dense'} {layout}" if layout else "")
-                for candidate, obstacle in obstacles(Problem(op, target, format, layout)):
+                for candidate, obstacle in obstacles(Problem(op, target, format, layout, "bf16" if op == "fused_moe" else None)):
                     verdict = f"no: {obstacle}" if obstacle else "yes" if target.is_cpu or not candidate.fallback else "yes, as a slow fallback"
                     yield label, f"{candidate.name}: {verdict}"

@@ -148,8 +148,10 @@ def test_a_graph_follows_its_routing_and_repeats_bit_for_bit(num_tokens: int) ->
             assert_equal_bits(out, first)
 
 
-def test_other_dtypes_are_refused() -> None:
+def test_other_dtypes_and_gradients_are_refused() -> None:
     prepared = hb.prepare(make_experts(4, 128, 64, hb.NVFP4))
     x, ids, weights = make_tokens(3, 128, 4, 2)
     with pytest.raises(UnsupportedError, match="bf16"):
         hb.fused_moe(x.half(), prepared, ids, weights)
+    with pytest.raises(UnsupportedError, match="no backward pass"):
+        hb.fused_moe(x.requires_grad_(), prepared, ids, weights)

@@ -8,6 +8,7 @@ from compile_only import compiling
 
 import halfbyte as hb
 from halfbyte.checkpoint.experts import GPT_OSS_SWIGLU, SWIGLU
+from halfbyte.errors import UnsupportedError
 from halfbyte.weights.layouts.hopper import HopperExperts, HopperMatrix
 
 pytest.importorskip("triton")
@@ -90,3 +91,13 @@ def test_the_choice_follows_the_rows_an_expert_has() -> None:
     ]  # fmt: skip
     assert chosen[0].direct and chosen[1].direct and not chosen[2].direct
     assert not layer.choose_config(8, 9, 128).direct  # 72 slots
+
+
+def test_gradients_and_other_dtypes_are_refused_before_anything_runs() -> None:
+    experts = empty_experts(nvfp4=True)
+    x, ids, weights = torch.zeros((2, 7168), dtype=torch.bfloat16), torch.zeros((2, 1), dtype=torch.int32), torch.ones((2, 1))
+    with pytest.raises(UnsupportedError, match="multiply bf16"):
+        layer.fused_moe(x.half(), experts, ids, weights)
+    with pytest.raises(UnsupportedError, match="no backward pass"):
+        layer.fused_moe(x.requires_grad_(), experts, ids, weights)
+    assert layer.fused_moe(torch.zeros((0, 7168), dtype=torch.bfloat16), experts, ids[:0], weights[:0]).shape == (0, 7168)

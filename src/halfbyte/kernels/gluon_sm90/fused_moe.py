@@ -107,8 +107,12 @@ def fused_moe(
     """hidden [T, H] bf16, ids int [T, k], weights float [T, k] to [T, H]; `moe.functional.fused_moe` checks the arguments.
 
     Raises:
-        UnsupportedError: hidden is not bf16.
+        UnsupportedError: hidden is not bf16, or a gradient is asked for.
     """
+    if torch.is_grad_enabled() and (hidden.requires_grad or weights.requires_grad):
+        raise UnsupportedError(
+            "the Hopper kernels have no backward pass", where="fused_moe", next_step="run under torch.no_grad(), or prepare(w, 'canonical')"
+        )
     if hidden.dtype != torch.bfloat16:
         raise UnsupportedError(
             "the Hopper kernels multiply bf16", where="fused_moe", given=hidden.dtype, needed=torch.bfloat16, next_step="pass hidden.bfloat16()"
