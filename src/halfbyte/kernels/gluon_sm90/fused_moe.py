@@ -28,7 +28,7 @@ from halfbyte.kernels.gluon_sm90.grouped_gemm_w4a16_decode import NUM_WARPS, gro
 from halfbyte.kernels.gluon_sm90.grouped_gemm_w4a16_prefill import grouped_gemm_w4a16_prefill
 from halfbyte.kernels.triton.combine import combine
 from halfbyte.kernels.triton.permute import Items, gather, permute
-from halfbyte.weights.layouts.hopper import TILE, HopperExperts, HopperMatrix
+from halfbyte.weights.layouts.hopper import HopperExperts, HopperMatrix, padded_size
 
 MAX_DIRECT_TOKENS = 8
 MAX_DIRECT_SLOTS = 64
@@ -138,7 +138,7 @@ def _decode(
     hidden: torch.Tensor, experts: HopperExperts, ids: torch.Tensor, expert_offset: int, config: DecodeConfig
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     rows, device = ids.numel(), hidden.device
-    h = torch.empty((1, rows, _padded(experts.intermediate)), dtype=torch.bfloat16, device=device)
+    h = torch.empty((1, rows, padded_size(experts.intermediate)), dtype=torch.bfloat16, device=device)
     if config.direct:
         y = torch.empty((config.split, rows, experts.hidden), dtype=torch.float32, device=device)
         items = None
@@ -173,8 +173,8 @@ def _prefill(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows, device = ids.numel(), hidden.device
     items = permute(ids, expert_offset, experts.num_experts, config.max_rows, _arrivals(device), launch_early=True)
-    x = gather(hidden, items, rows, _padded(experts.hidden), launch_early=True)
-    h = torch.empty((rows, _padded(experts.intermediate)), dtype=torch.bfloat16, device=device)
+    x = gather(hidden, items, rows, padded_size(experts.hidden), launch_early=True)
+    h = torch.empty((rows, padded_size(experts.intermediate)), dtype=torch.bfloat16, device=device)
     y = torch.empty((1, rows, experts.hidden), dtype=torch.bfloat16, device=device)
     _prefill_gemm(x, experts.w13, h, experts, items, config, is_w13=True)
     _prefill_gemm(h, experts.w2, y[0], experts, items, config, is_w13=False)
@@ -203,10 +203,6 @@ def _optional(matrix: HopperMatrix) -> tuple[torch.Tensor, torch.Tensor, torch.T
 def _activation(experts: HopperExperts) -> tuple[Any, ...]:
     activation = experts.activation
     return KINDS[activation.kind], activation.alpha, activation.beta, activation.limit or 0.0
-
-
-def _padded(size: int) -> int:
-    return -(-size // TILE) * TILE
 
 
 _ARRIVALS: dict[tuple[torch.device, int], torch.Tensor] = {}

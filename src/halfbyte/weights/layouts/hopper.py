@@ -149,7 +149,7 @@ def w13_row_order(intermediate: int, halves: int) -> torch.Tensor:
     >>> w13_row_order(64, 2)[:10].tolist()
     [0, 1, 16, 17, 32, 33, 48, 49, 64, 65]
     """
-    padded = _padded(intermediate)
+    padded = padded_size(intermediate)
     column = torch.arange(padded).view(-1, TILE)[:, list(SLOT_TO_COLUMN)].reshape(-1)
     column = torch.where(column < intermediate, column, -1)
     if halves == 1:
@@ -161,11 +161,12 @@ def w13_row_order(intermediate: int, halves: int) -> torch.Tensor:
 
 def w2_row_order(hidden: int) -> torch.Tensor:
     """int64 [N]: canonical w2 row of each tile row, -1 for padding: rows stay in order."""
-    rows = torch.arange(_padded(hidden))
+    rows = torch.arange(padded_size(hidden))
     return torch.where(rows < hidden, rows, -1)
 
 
-def _padded(size: int) -> int:
+def padded_size(size: int) -> int:
+    """Round up to whole tiles."""
     return -(-size // TILE) * TILE
 
 
@@ -177,7 +178,7 @@ def _nvfp4_factor() -> float:
 def _pack_matrix(name: str, w: QuantTensor, row_order: torch.Tensor, bias: torch.Tensor | None) -> HopperMatrix:
     num_experts, device, nvfp4 = w.codes.shape[0], w.codes.device, w.format == NVFP4
     _check_scales(name, w)
-    rows, columns = len(row_order), _padded(w.shape[-1])
+    rows, columns = len(row_order), padded_size(w.shape[-1])
     row_order = row_order.to(device)
     row_tiles, column_tiles, scale_words = rows // TILE, columns // TILE, -(-columns // (TILE * TILES_PER_SCALE_WORD))
     words = torch.empty((num_experts, row_tiles, column_tiles, 512), dtype=torch.int32, device=device)
