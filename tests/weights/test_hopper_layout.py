@@ -29,6 +29,12 @@ def make_experts(num_experts: int, hidden: int, intermediate: int, format: hb.Bl
     return ExpertWeights(matrix(halves * intermediate, hidden, halves), matrix(hidden, intermediate, 1), activation, bias13, bias2)
 
 
+def packed_hopper(w: ExpertWeights) -> hopper.HopperExperts:
+    out = hopper.allocate(w, "cpu")
+    hopper.pack(w, out)
+    return out
+
+
 def code_of_word(word: int, p: int, h: int, e: int) -> int:
     """What the kernel's masks and shifts make of a word: the sign and magnitude bits of one bf16 of one register."""
     rotate = {(0, 0): 0, (0, 1): 4, (1, 0): 10}
@@ -44,7 +50,7 @@ def code_of_word(word: int, p: int, h: int, e: int) -> int:
 @pytest.mark.parametrize("activation", [SWIGLU, RELU2], ids=["gated", "plain"])
 def test_every_code_and_scale_is_where_the_kernel_looks(format: hb.BlockFormat, activation: Activation) -> None:
     w = make_experts(1, 160, 96, format, activation)
-    packed = hopper.pack(w).w13
+    packed = packed_hopper(w).w13
     slot_to_column = [16 * (slot // 2 % 4) + 4 * (slot // 16) + 2 * (slot // 8 % 2) + slot % 2 for slot in range(64)]
     words, scale_bytes = packed.words[0].tolist(), packed.scales[0].contiguous().view(torch.uint8).tolist()
     codes, scales = w.w13.codes[0].tolist(), w.w13.scales[0].view(torch.uint8).tolist()
@@ -77,7 +83,7 @@ def test_every_code_and_scale_is_where_the_kernel_looks(format: hb.BlockFormat, 
 @pytest.mark.parametrize(("num_experts", "hidden", "intermediate"), [(1, 64, 64), (3, 160, 96), (2, 288, 1408), (7, 32, 32)])
 def test_unpack_gives_everything_back(num_experts: int, hidden: int, intermediate: int, format: hb.BlockFormat, activation: Activation) -> None:
     w = make_experts(num_experts, hidden, intermediate, format, activation)
-    back = hopper.unpack(hopper.pack(w))
+    back = hopper.unpack(packed_hopper(w))
     for name in ("w13", "w2"):
         ours, theirs = getattr(back, name), getattr(w, name)
         assert_equal_bits(ours.codes, theirs.codes)
@@ -87,16 +93,26 @@ def test_unpack_gives_everything_back(num_experts: int, hidden: int, intermediat
         assert_equal_bits(getattr(back, f"{name}_bias"), getattr(w, f"{name}_bias"))
 
 
+def test_experts_packed_in_slices_are_those_packed_at_once() -> None:
+    w = make_experts(5, 96, 64, hb.MXFP4)
+    out = hopper.allocate(w, "cpu")
+    for first, last in ((0, 2), (2, 5)):
+        slice_ = {name: tensor[first:last] for name, tensor in w.tensors.items()}
+        hopper.pack(w.with_tensors(slice_), out, first)
+    for name, tensor in packed_hopper(w).tensors.items():
+        assert_equal_bits(out.tensors[name], tensor)
+
+
 def test_codes_under_a_zero_scale_become_zero() -> None:
     w = make_experts(1, 64, 64, hb.NVFP4)
     w.w2.scales.view(torch.uint8)[0, 3, 1] = 0
-    back = hopper.unpack(hopper.pack(w)).w2
+    back = hopper.unpack(packed_hopper(w)).w2
     assert not back.codes[0, 3, 8:16].any()
     assert torch.equal(back.dequantize(), w.w2.dequantize() + 0.0)  # + 0.0: codes of -0 become +0
 
 
 def test_the_shift_of_mxfp4_brings_the_largest_scale_to_the_top() -> None:
-    packed = hopper.pack(make_experts(2, 64, 64, hb.MXFP4))
+    packed = packed_hopper(make_experts(2, 64, 64, hb.MXFP4))
     largest = packed.w13.scales.view(torch.uint8).flatten(1).amax(1).int()
     assert (largest + packed.w13.shift == 254).all()
     assert torch.equal(packed.w13.multiplier[:, 0], torch.exp2(126.0 - packed.w13.shift))
@@ -105,13 +121,13 @@ def test_the_shift_of_mxfp4_brings_the_largest_scale_to_the_top() -> None:
 def test_a_format_that_was_copied_is_still_that_format() -> None:
     w = make_experts(1, 64, 64, hb.NVFP4)
     copied = replace(w, **{name: replace(getattr(w, name), format=replace(hb.NVFP4)) for name in ("w13", "w2")})
-    assert_equal_bits(hopper.pack(copied).w13.scales, hopper.pack(w).w13.scales)
+    assert_equal_bits(packed_hopper(copied).w13.scales, packed_hopper(w).w13.scales)
 
 
 def test_bad_weights_are_refused() -> None:
     with pytest.raises(InputError, match="dense experts"):
-        hopper.pack(ExpertWeights(torch.randn(2, 64, 64), torch.randn(2, 64, 32)))
+        packed_hopper(ExpertWeights(torch.randn(2, 64, 64), torch.randn(2, 64, 32)))
     w = make_experts(1, 64, 64, hb.NVFP4)
     w.w13.scales.view(torch.uint8)[0, 0, 0] = 0x7F
     with pytest.raises(InputError, match="w13 has block scales that are negative or NaN"):
-        hopper.pack(w)
+        packed_hopper(w)

@@ -35,6 +35,7 @@ def test_hopper_can_be_packed_anywhere_and_read_by_no_other_kernel(w):
     prepared = hb.prepare(w, "hopper")
     assert prepared.layout == "hopper" and (prepared.num_experts, prepared.hidden, prepared.intermediate) == (4, 32, 32)
     assert prepared.to("cpu").nbytes == prepared.nbytes
+    assert torch.equal(prepared.unprepare().w13.codes, w.w13.codes)
     with pytest.raises(UnsupportedError, match=r"hopper: needs compute capability 9\.0, this is cpu"):
         hb.fused_moe(torch.randn(2, 32).bfloat16(), prepared, torch.zeros(2, 1, dtype=torch.int32), torch.ones(2, 1))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -114,25 +114,41 @@ class ExpertWeights:
     def nbytes(self) -> int:
         return self.w13.nbytes + self.w2.nbytes + sum(bias.nbytes for bias in (self.w13_bias, self.w2_bias) if bias is not None)
 
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor by name: "w13.codes", "w13.scales", "w13.global_scale", ... (or "w13", dense), "w13_bias", ..."""
+        result: dict[str, torch.Tensor] = {}
+        for name, value in ((name, getattr(self, name)) for name in _TENSOR_FIELDS):
+            if isinstance(value, QuantTensor):
+                parts = {f"{name}.codes": value.codes, f"{name}.scales": value.scales, f"{name}.global_scale": value.global_scale}
+                result |= {part: tensor for part, tensor in parts.items() if tensor is not None}
+            elif value is not None:
+                result[name] = value
+        return result
+
+    def with_tensors(self, tensors: dict[str, torch.Tensor]) -> ExpertWeights:
+        """The same experts with other storage; names as in `tensors`."""
+
+        def renewed(name: str, value: QuantTensor | torch.Tensor | None) -> QuantTensor | torch.Tensor | None:
+            if isinstance(value, QuantTensor):
+                return replace(
+                    value, codes=tensors[f"{name}.codes"], scales=tensors[f"{name}.scales"], global_scale=tensors.get(f"{name}.global_scale")
+                )
+            return tensors.get(name)
+
+        fields: dict[str, Any] = {name: renewed(name, getattr(self, name)) for name in _TENSOR_FIELDS}
+        return replace(self, **fields)
+
     def to(self, device: torch.device | str) -> ExpertWeights:
         """Copy every tensor to `device`."""
-
-        def move(tensor: torch.Tensor | None) -> torch.Tensor | None:
-            return None if tensor is None else tensor.to(device)
-
-        return replace(
-            self,
-            w13=self.w13.to(device),
-            w2=self.w2.to(device),
-            w13_bias=move(self.w13_bias),
-            w2_bias=move(self.w2_bias),
-            w13_input_scale=move(self.w13_input_scale),
-            w2_input_scale=move(self.w2_input_scale),
-        )
+        return self.with_tensors({name: tensor.to(device) for name, tensor in self.tensors.items()})
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> ExpertWeights:
         """Return the same experts dense in `dtype`."""
         return replace(self, w13=_dense(self.w13, dtype), w2=_dense(self.w2, dtype))
+
+
+_TENSOR_FIELDS = ("w13", "w2", "w13_bias", "w2_bias", "w13_input_scale", "w2_input_scale")
 
 
 def _dense(weight: QuantTensor | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -12,10 +14,27 @@ from halfbyte.errors import InputError, UnsupportedError
 from halfbyte.formats import BlockFormat
 from halfbyte.weights.layouts import hopper
 
-# Each layout that can be built here, and each that is planned but not built, with what it is for.
+
+@dataclass(frozen=True)
+class Layout:
+    """An arrangement of experts in storage of its own, a dataclass with `tensors` and `with_tensors`.
+
+    Attributes:
+        allocate: (w, device) to uninitialised storage for the experts of w.
+        pack: (w, storage, first) arranges the experts of w, one at a time, as experts `first` and following of the storage.
+        unpack: storage to canonical experts.
+    """
+
+    purpose: str
+    allocate: Callable[[ExpertWeights, torch.device | str], Any]
+    pack: Callable[[ExpertWeights, Any, int], None]
+    unpack: Callable[[Any], ExpertWeights]
+
+
+# What can be built here. "canonical" is the checkpoint's own arrangement, which needs no building.
+CANONICAL = "the checkpoint's own arrangement, read by the portable kernels on any device"
 LAYOUTS = {
-    "canonical": "the checkpoint's own arrangement, read by the portable kernels on any device",
-    "hopper": "register fragments in 64 x 64 tiles, read by the sm_90 kernels",
+    "hopper": Layout("register fragments in 64 x 64 tiles, read by the sm_90 kernels", hopper.allocate, hopper.pack, hopper.unpack),
 }
 PLANNED_LAYOUTS = ("trtllm_gen", "cutlass", "triton")
 POLICIES = {"packed": "weights stay in 4 bits"}
@@ -70,7 +89,12 @@ class PreparedExperts:
 
     def to(self, device: torch.device | str) -> PreparedExperts:
         """Copy every tensor to `device`, in the same layout: prepare again for a device of another kind."""
-        return replace(self, experts=self.experts.to(device), target=Target.of(device))
+        moved = {name: tensor.to(device) for name, tensor in self.experts.tensors.items()}
+        return replace(self, experts=self.experts.with_tensors(moved), target=Target.of(device))
+
+    def unprepare(self) -> ExpertWeights:
+        """Return the canonical experts: every value exactly, without what the layout has no use for (calibrated input scales)."""
+        return self.experts if isinstance(self.experts, ExpertWeights) else LAYOUTS[self.layout].unpack(self.experts)
 
 
 def prepare(w: ExpertWeights, layout: str = "auto", policy: str = "packed") -> PreparedExperts:
@@ -93,10 +117,10 @@ def prepare(w: ExpertWeights, layout: str = "auto", policy: str = "packed") -> P
     """
     if policy not in POLICIES:
         raise InputError("unknown residency policy", where="prepare", given=repr(policy), needed=" or ".join(map(repr, POLICIES)))
-    available = ", ".join(f"{name!r} ({purpose})" for name, purpose in LAYOUTS.items())
+    available = ", ".join([f"'canonical' ({CANONICAL})", *(f"{name!r} ({known.purpose})" for name, known in LAYOUTS.items())])
     if layout in PLANNED_LAYOUTS:
         raise UnsupportedError(f"layout {layout!r} is not built by this version", where="prepare", needed=available)
-    if layout != "auto" and layout not in LAYOUTS:
+    if layout not in ("auto", "canonical", *LAYOUTS):
         raise InputError("unknown layout", where="prepare", given=repr(layout), needed=f"'auto' or {available}")
     target = Target.of(w.device)
     is_hopper = target.arch == "sm_90" and w.format is not None
@@ -104,4 +128,8 @@ def prepare(w: ExpertWeights, layout: str = "auto", policy: str = "packed") -> P
     if layout == "auto":
         layout = "hopper" if is_hopper else "canonical"
         reason = "FP4 experts on a Hopper GPU" if is_hopper else f"read by every kernel for {'FP4' if w.format else 'dense'} experts on {target.arch}"
-    return PreparedExperts(hopper.pack(w) if layout == "hopper" else w, layout, policy, target, reason)
+    if layout == "canonical":
+        return PreparedExperts(w, layout, policy, target, reason)
+    packed = LAYOUTS[layout].allocate(w, w.device)
+    LAYOUTS[layout].pack(w, packed, 0)
+    return PreparedExperts(packed, layout, policy, target, reason)

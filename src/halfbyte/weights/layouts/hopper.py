@@ -106,30 +106,50 @@ class HopperExperts:
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for matrix in (self.w13, self.w2) for tensor in matrix.tensors.values())
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def to(self, device: torch.device | str) -> HopperExperts:
-        """Copy every tensor to `device`; the bytes are the same everywhere."""
-        w13, w2 = (replace(matrix, **{name: tensor.to(device) for name, tensor in matrix.tensors.items()}) for matrix in (self.w13, self.w2))
-        return replace(self, w13=w13, w2=w2)
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor by name: "w13.words", "w2.scales", ..."""
+        return {f"{side}.{name}": tensor for side, matrix in (("w13", self.w13), ("w2", self.w2)) for name, tensor in matrix.tensors.items()}
+
+    def with_tensors(self, tensors: dict[str, torch.Tensor]) -> HopperExperts:
+        """The same experts with other storage; names as in `tensors`."""
+        sides = {side: replace(getattr(self, side), **{n: tensors[f"{side}.{n}"] for n in getattr(self, side).tensors}) for side in ("w13", "w2")}
+        return replace(self, **sides)
 
 
-def pack(w: ExpertWeights) -> HopperExperts:
-    """Arrange `w` in tiles, on its own device, one expert at a time into preallocated tensors.
-
-    Beside the result this needs about 12 bytes for each weight of one expert's larger projection. Exact: `unpack` gives every value back, and every
-    byte except codes under a zero scale, which become zero.
+def allocate(w: ExpertWeights, device: torch.device | str) -> HopperExperts:
+    """Return storage for all experts of `w`, uninitialised, on `device` ("meta" too).
 
     Raises:
-        InputError: the weights are dense, or a scale is negative or NaN.
+        InputError: the weights are dense.
     """
     if not isinstance(w.w13, QuantTensor) or not isinstance(w.w2, QuantTensor):
         raise InputError("the Hopper layout holds FP4 weights", where="prepare", given="dense experts", needed="NVFP4 or MXFP4 experts")
     halves = 2 if w.activation.gated else 1
-    w13 = _pack_matrix("w13", w.w13, w13_row_order(w.intermediate, halves), w.w13_bias)
-    w2 = _pack_matrix("w2", w.w2, w2_row_order(w.hidden), w.w2_bias)
+    w13 = _allocate_matrix(w.w13, halves * padded_size(w.intermediate), w.w13_bias is not None, device)
+    w2 = _allocate_matrix(w.w2, padded_size(w.hidden), w.w2_bias is not None, device)
     num_global = w.num_experts if w.num_global_experts is None else w.num_global_experts
     return HopperExperts(w13, w2, w.w13.format, w.activation, w.hidden, w.intermediate, w.first_expert, num_global)
+
+
+def pack(w: ExpertWeights, out: HopperExperts, first: int = 0) -> None:
+    """Arrange the experts of `w` in tiles, one at a time, and write them to the experts `first` and following of `out`.
+
+    `w` may lie on another device than `out`: an expert is copied to the device of `out` and arranged there. Beside `out` this needs about 12 bytes
+    for each weight of one expert's larger projection. Exact: `unpack` gives every value back, and every byte except codes under a zero scale, which
+    become zero.
+
+    Raises:
+        InputError: a scale is negative or NaN; nothing was written.
+    """
+    assert isinstance(w.w13, QuantTensor) and isinstance(w.w2, QuantTensor)
+    halves = 2 if w.activation.gated else 1
+    _check_scales("w13", w.w13)
+    _check_scales("w2", w.w2)
+    _pack_matrix(w.w13, w13_row_order(w.intermediate, halves), w.w13_bias, out.w13, first)
+    _pack_matrix(w.w2, w2_row_order(w.hidden), w.w2_bias, out.w2, first)
 
 
 def unpack(experts: HopperExperts) -> ExpertWeights:
@@ -175,32 +195,46 @@ def _nvfp4_factor() -> float:
     return 2.0 ** -(NVFP4_SCALE_EXPONENT + ELEMENT_EXPONENT)
 
 
-def _pack_matrix(name: str, w: QuantTensor, row_order: torch.Tensor, bias: torch.Tensor | None) -> HopperMatrix:
-    num_experts, device, nvfp4 = w.codes.shape[0], w.codes.device, w.format == NVFP4
-    _check_scales(name, w)
-    rows, columns = len(row_order), padded_size(w.shape[-1])
+def _allocate_matrix(w: QuantTensor, rows: int, has_bias: bool, device: torch.device | str) -> HopperMatrix:
+    num_experts, row_tiles, columns = w.codes.shape[0], rows // TILE, padded_size(w.shape[-1])
+
+    def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty((num_experts, *shape), dtype=dtype, device=device)
+
+    return HopperMatrix(
+        words=empty(row_tiles, columns // TILE, 512, dtype=torch.int32),
+        scales=empty(row_tiles, -(-columns // (TILE * TILES_PER_SCALE_WORD)), 128 if w.format == NVFP4 else 64, dtype=torch.int64),
+        shift=None if w.format == NVFP4 else empty(dtype=torch.int32),
+        multiplier=empty(2, dtype=torch.float32),
+        bias=empty(rows, dtype=torch.float32) if has_bias else None,
+    )
+
+
+def _pack_matrix(w: QuantTensor, row_order: torch.Tensor, bias: torch.Tensor | None, out: HopperMatrix, first: int) -> None:
+    num_experts, device, nvfp4 = w.codes.shape[0], out.words.device, w.format == NVFP4
+    columns = out.column_tiles * TILE
     row_order = row_order.to(device)
-    row_tiles, column_tiles, scale_words = rows // TILE, columns // TILE, -(-columns // (TILE * TILES_PER_SCALE_WORD))
-    words = torch.empty((num_experts, row_tiles, column_tiles, 512), dtype=torch.int32, device=device)
-    scales = torch.empty((num_experts, row_tiles, scale_words, 128 if nvfp4 else 64), dtype=torch.int64, device=device)
     raw_scales = w.scales.view(torch.uint8)
     for expert in range(num_experts):
-        codes, raw = _ordered(w.codes[expert], row_order, columns // 2), _ordered(raw_scales[expert], row_order, columns // w.format.block)
+        codes = _ordered(w.codes[expert].to(device), row_order, columns // 2)
+        raw = _ordered(raw_scales[expert].to(device), row_order, columns // w.format.block)
         if nvfp4:
             codes = torch.where((raw == 0).repeat_interleave(w.format.block // 2, dim=-1), 0, codes)
             raw = _encode_nvfp4_scale(raw)
-        words[expert] = pack_codes(codes)
-        scales[expert] = pack_scales(raw, w.format.block)
-    halves_multiplier = torch.ones((num_experts, 2), dtype=torch.float32, device=device)
-    shift = None
+        out.words[first + expert] = pack_codes(codes)
+        out.scales[first + expert] = pack_scales(raw, w.format.block)
+    here = slice(first, first + num_experts)
     if nvfp4:
-        global_scale = w.global_scale
-        assert global_scale is not None
-        halves_multiplier = (global_scale.view(num_experts, -1).expand(num_experts, 2) * _nvfp4_factor()).contiguous()
+        assert w.global_scale is not None
+        out.multiplier[here] = (w.global_scale.view(num_experts, -1).expand(num_experts, 2) * _nvfp4_factor()).to(device)
     else:
+        assert out.shift is not None
         shift = (MAX_SHIFTED_EXPONENT - raw_scales.flatten(1).amax(1).int()).clamp(max=MAX_SHIFTED_EXPONENT - 4)
-        halves_multiplier *= torch.exp2((-ELEMENT_EXPONENT - shift).float()).unsqueeze(1)
-    return HopperMatrix(words, scales, shift, halves_multiplier, None if bias is None else _ordered_bias(bias, row_order))
+        out.shift[here] = shift.to(device)
+        out.multiplier[here] = torch.exp2((-ELEMENT_EXPONENT - shift).float()).unsqueeze(1).to(device)
+    if bias is not None:
+        assert out.bias is not None
+        out.bias[here] = _ordered(bias.to(device).float().T, row_order, num_experts).T
 
 
 def _check_scales(name: str, w: QuantTensor) -> None:
@@ -222,10 +256,6 @@ def _ordered(matrix: torch.Tensor, row_order: torch.Tensor, columns: int) -> tor
     kept = row_order >= 0
     result[kept, : matrix.shape[1]] = matrix[row_order[kept]]
     return result
-
-
-def _ordered_bias(bias: torch.Tensor, row_order: torch.Tensor) -> torch.Tensor:
-    return _ordered(bias.float().T, row_order, bias.shape[0]).T.contiguous()
 
 
 def _unpack_matrix(
