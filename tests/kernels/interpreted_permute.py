@@ -1,5 +1,6 @@
 """Run by test_permute.py under TRITON_INTERPRET=1: permute, gather and combine against plain Python."""
 
+import itertools
 import random
 
 import torch
@@ -20,7 +21,9 @@ def check_permute(ids: torch.Tensor, offset: int, num_experts: int, max_rows: in
     assert result.row_of_slot.tolist() == [row_of_slot.get(slot, -1) for slot in range(len(flat))]
     items = result.items[: result.num_items.item()].tolist()
     covered = [(expert, row) for expert, start, rows, _ in items for row in range(start, start + rows)]
-    assert covered == [(flat[slot] - offset, row) for row, slot in enumerate(slots)]  # every row once, in order, with its expert
+    assert sorted(covered) == [(flat[slot] - offset, row) for row, slot in enumerate(slots)]  # every row once, with its expert
+    sizes = [rows for _, _, rows, _ in items]
+    assert max_rows <= 16 or all(-(-later // 16) <= -(-earlier // 16) or earlier < max_rows for earlier, later in itertools.pairwise(sizes))
     assert all(0 < rows <= max_rows for _, _, rows, _ in items)
 
 
@@ -28,7 +31,7 @@ def check_gather_and_combine() -> None:
     ids = torch.tensor([[2, 0], [-1, 2], [1, 9]], dtype=torch.int32)
     rows = permute(ids, 0, 3, 16, torch.zeros(1, dtype=torch.int32))
     hidden = torch.randn(3, 96).bfloat16()
-    gathered = gather(hidden, rows, 6, 128)
+    gathered = gather(hidden, rows, 2, 128)
     padded = torch.nn.functional.pad(hidden, (0, 32)).view(3, 2, 64)[:, :, list(SLOT_TO_COLUMN)].reshape(3, 128)
     assert torch.equal(gathered[:4], padded[[0, 2, 0, 1]])
     y, weights = torch.randn(1, 6, 96), torch.rand(3, 2)
@@ -43,7 +46,17 @@ def check_gather_and_combine() -> None:
 
 if __name__ == "__main__":
     random.seed(0)
-    sizes = [(1, 1, 1, 8), (3, 2, 5, 8), (40, 3, 7, 8), (40, 3, 7, 64), (200, 2, 4, 192), (17, 4, 33, 16), (700, 8, 3, 64)]
+    sizes = [
+        (1, 1, 1, 8),
+        (3, 2, 5, 8),
+        (40, 3, 7, 8),
+        (40, 3, 7, 64),
+        (200, 2, 4, 192),
+        (17, 4, 33, 16),
+        (700, 8, 3, 64),
+        (300, 4, 40, 64),
+        (65, 8, 300, 8),
+    ]
     for num_tokens, top_k, num_experts, max_rows in sizes:
         ids = torch.tensor([[random.randrange(-1, num_experts + 2) for _ in range(top_k)] for _ in range(num_tokens)], dtype=torch.int32)
         check_permute(ids, 0, num_experts, max_rows)

@@ -68,13 +68,13 @@ class PrefillConfig:
 TINY = PrefillConfig(((16, 0), (32, 0)), consumers=4, step_k=256, x_stages=4, w_stages=4, box=16, registers=112, max_registers=96)
 SMALL = PrefillConfig(((16, 0), (32, 0), (64, 0)), consumers=4, step_k=128, x_stages=6, w_stages=3, box=16, registers=112, max_registers=96)
 MEDIUM = PrefillConfig(
-    ((32, 0), (64, 0), (64, 32), (128, 0)), consumers=3, step_k=64, x_stages=7, w_stages=3, box=32, registers=160, max_registers=128
+    ((32, 0), (64, 0), (64, 32), (128, 0)), consumers=3, step_k=128, x_stages=4, w_stages=2, box=32, registers=160, max_registers=128
 )
 LARGE = PrefillConfig(
-    ((64, 0), (128, 0), (128, 32), (128, 64)), consumers=3, step_k=64, x_stages=5, w_stages=3, box=64, registers=160, max_registers=128
+    ((64, 0), (128, 0), (128, 32), (128, 64)), consumers=3, step_k=64, x_stages=6, w_stages=2, box=64, registers=160, max_registers=128
 )
 HUGE = PrefillConfig(
-    ((64, 0), (128, 0), (128, 32), (128, 64), (256, 0)), consumers=2, step_k=64, x_stages=4, w_stages=3, box=64, registers=240, max_registers=168
+    ((64, 0), (128, 0), (128, 32), (128, 64), (256, 0)), consumers=2, step_k=64, x_stages=5, w_stages=2, box=64, registers=240, max_registers=168
 )
 
 
@@ -178,7 +178,7 @@ def _prefill(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows, device = ids.numel(), hidden.device
     items = permute(ids, expert_offset, experts.num_experts, config.max_rows, _arrivals(device), launch_early=True)
-    x = gather(hidden, items, rows, padded_size(experts.hidden), launch_early=True)
+    x = gather(hidden, items, ids.shape[1], padded_size(experts.hidden), launch_early=True)
     h = torch.empty((rows, padded_size(experts.intermediate)), dtype=torch.bfloat16, device=device)
     y = torch.empty((1, rows, experts.hidden), dtype=torch.bfloat16, device=device)
     _prefill_gemm(x, experts.w13, h, experts, items, config, is_w13=True)

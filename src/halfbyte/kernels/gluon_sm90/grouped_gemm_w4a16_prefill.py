@@ -10,8 +10,8 @@ own. The operands are swapped: dequantised weights are the register operand of w
 the expert has to give. `SIZES` lists the token counts a tile can have, each as one or two accumulators (a wgmma's N is a power of two in Gluon):
 (128, 32) is 160 tokens whose weights are dequantised once.
 
-wgmma reads its register operand asynchronously: every two products are followed by a wait that drains them before those registers are written again,
-also across the loop's back edge (a group in flight there makes ptxas serialise, or overwrites live operands).
+wgmma reads its register operand asynchronously: one product stays in flight while the next weights are dequantised into other registers, and none
+across the loop's back edge (a group in flight there makes ptxas serialise, or overwrites live operands).
 """
 
 from triton.experimental import gluon
@@ -26,6 +26,13 @@ RUN = gl.constexpr(4)  # tiles of 64 columns that share a word of scales: the un
 
 
 @gluon.jit
+def _stage_and_phase(it, barriers):
+    """Where the it-th use of a ring falls."""
+    STAGES: gl.constexpr = barriers.shape[0]
+    return it % STAGES, it // STAGES & 1
+
+
+@gluon.jit
 def _produce_x(
     x_desc, low, high, full, empty, items_ptr, num_tiles, GROUPS: gl.constexpr, STEPS: gl.constexpr, MAX_TOKENS: gl.constexpr,
 ):  # fmt: skip
@@ -33,14 +40,13 @@ def _produce_x(
     STEP_K: gl.constexpr = x_desc.block_type.shape[1]
     BOXES: gl.constexpr = (MAX_TOKENS + BOX - 1) // BOX
     LOW_BOXES: gl.constexpr = low.shape[1] // BOX
-    STAGES: gl.constexpr = low.shape[0]
     it = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         row_start = gl.load(items_ptr + tile // GROUPS * 4 + 1)
         boxes = (gl.load(items_ptr + tile // GROUPS * 4 + 2) + (BOX - 1)) // BOX
         for step in range(STEPS):
-            stage = it % STAGES
-            mbarrier.wait(empty.index(stage), (it // STAGES & 1) ^ 1)
+            stage, phase = _stage_and_phase(it, empty)
+            mbarrier.wait(empty.index(stage), phase ^ 1)
             for box in gl.static_range(BOXES):
                 mbarrier.expect(full.index(stage), (box + 1) * x_desc.block_type.nbytes, pred=boxes == box + 1)
             for box in gl.static_range(BOXES):
@@ -68,21 +74,21 @@ def _produce_w(
         first_row_tile = tile % GROUPS * CONSUMERS
         matrix = gl.load(items_ptr + tile // GROUPS * 4) * ROW_TILES
         for run in range(RUNS):
-            stage = it % STAGES
+            stage, phase = _stage_and_phase(it, empty)
             whole = run < RUNS - 1
-            mbarrier.wait(empty.index(stage), (it // STAGES & 1) ^ 1)
+            mbarrier.wait(empty.index(stage), phase ^ 1)
             scales_bytes: gl.constexpr = CONSUMERS * scales_desc.block_type.nbytes
             mbarrier.expect(full.index(stage), CONSUMERS * PIECES * words_desc.block_type.nbytes + scales_bytes, pred=whole)
             mbarrier.expect(full.index(stage), CONSUMERS * LAST_PIECES * words_desc.block_type.nbytes + scales_bytes, pred=run == RUNS - 1)
             for consumer in gl.static_range(CONSUMERS):
                 # The last group may be short: its spare consumers repeat the last row tile.
                 matrix_tile = matrix + gl.minimum(first_row_tile + consumer, ROW_TILES - 1)
-                destination = words.index(stage * CONSUMERS + consumer)
+                destination = words.index(consumer * STAGES + stage)
                 for piece in gl.static_range(PIECES):
                     row = (matrix_tile * TILES + run * RUN + piece * BOX) * 16
                     part = destination if PIECES == 1 else destination.slice(piece * BOX * 16, BOX * 16, dim=0)
                     tma_load(words_desc, [row, 0], full.index(stage), part, pred=whole | (piece < LAST_PIECES))
-                tma_load(scales_desc, [(matrix_tile * RUNS + run) * SCALE_ROWS, 0], full.index(stage), scales.index(stage * CONSUMERS + consumer))
+                tma_load(scales_desc, [(matrix_tile * RUNS + run) * SCALE_ROWS, 0], full.index(stage), scales.index(consumer * STAGES + stage))
             it += 1
 
 
@@ -104,6 +110,15 @@ def _step(w, accumulator0, accumulator1, low, high, stage, COLUMN: gl.constexpr,
 
 
 @gluon.jit
+def _wait(accumulator0, accumulator1, LEAVE_ONE: gl.constexpr, SIZE1: gl.constexpr):
+    """Wait for the steps before the last (LEAVE_ONE) or for all; a step is one wgmma group an accumulator."""
+    if SIZE1 > 0:
+        return warpgroup_mma_wait(2 if LEAVE_ONE else 0, deps=(accumulator0, accumulator1))
+    else:
+        return warpgroup_mma_wait(1 if LEAVE_ONE else 0, deps=(accumulator0,)), accumulator1
+
+
+@gluon.jit
 def _columns(x, FIRST: gl.constexpr, ROWS: gl.constexpr, COLUMN: gl.constexpr):
     if x.shape[1] != 64:
         x = x.slice(COLUMN, 64, dim=1)
@@ -119,42 +134,34 @@ def _multiply(
 ):  # fmt: skip
     """One tile of 64 weight rows times SIZE0 + SIZE1 tokens, over all of K: the two accumulators and the advanced stage counters."""
     low, high, x_full, x_empty, words, scales, w_full, w_empty = rings
-    X_STAGES: gl.constexpr = low.shape[0]
     STEP_K: gl.constexpr = low.shape[2]
-    W_STAGES: gl.constexpr = words.shape[0] // CONSUMERS
+    FIRST_STAGE: gl.constexpr = CONSUMER * w_full.shape[0]
     SPARE: gl.constexpr = SIZE1 if SIZE1 > 0 else 16  # an accumulator that is not used costs no register
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, _accumulator_layout(SIZE0), 2)
     accumulator0 = gl.zeros((64, SIZE0), gl.float32, layout=_accumulator_layout(SIZE0))
     accumulator1 = gl.zeros((64, SPARE), gl.float32, layout=_accumulator_layout(SPARE))
     for _ in range((TILES + RUN - 1) // RUN):
-        w_stage = w_it % W_STAGES
-        mbarrier.wait(w_full.index(w_stage), w_it // W_STAGES & 1)
-        low_scales, high_scales = load_scales(scales.index(w_stage * CONSUMERS + CONSUMER), NVFP4)
-        run_words = words.index(w_stage * CONSUMERS + CONSUMER)
-        for pair in gl.static_range(2):
-            pair_words = (
-                run_words.slice(pair * 32, 16, dim=0).load(WORD_LAYOUT),
-                run_words.slice(pair * 32 + 16, 16, dim=0).load(WORD_LAYOUT),
-            )
-            if pair == 1:
+        w_stage, w_phase = _stage_and_phase(w_it, w_full)
+        mbarrier.wait(w_full.index(w_stage), w_phase)
+        low_scales, high_scales = load_scales(scales.index(FIRST_STAGE + w_stage), NVFP4)
+        run_words = words.index(FIRST_STAGE + w_stage)
+        for c in gl.static_range(RUN):
+            tile_words = run_words.slice(c * 16, 16, dim=0).load(WORD_LAYOUT)
+            if c == RUN - 1:
                 mbarrier.arrive(w_empty.index(w_stage), count=1)
-            for odd in gl.static_range(2):
-                w = dequantize(pair_words[odd], low_scales if pair == 0 else high_scales, bias, OPERAND, odd == 1, NVFP4)
-                if (pair * 2 + odd) * 64 % STEP_K == 0:
-                    mbarrier.wait(x_full.index(x_it % X_STAGES), x_it // X_STAGES & 1)
-                accumulator0, accumulator1 = _step(
-                    w, accumulator0, accumulator1, low, high, x_it % X_STAGES, (pair * 2 + odd) * 64 % STEP_K, SIZE0, SIZE1
-                )  # fmt: skip
-                if (pair * 2 + odd + 1) * 64 % STEP_K == 0:
-                    x_it += 1
-            if SIZE1 > 0:
-                accumulator0, accumulator1 = warpgroup_mma_wait(0, deps=(accumulator0, accumulator1))
-            else:
-                accumulator0 = warpgroup_mma_wait(0, deps=(accumulator0,))
-            if STEP_K == 64:
-                mbarrier.arrive(x_empty.index((x_it + X_STAGES - 2) % X_STAGES), count=1)
-            if STEP_K <= 128 or pair == 1:
-                mbarrier.arrive(x_empty.index((x_it + X_STAGES - 1) % X_STAGES), count=1)
+            w = dequantize(tile_words, low_scales if c < 2 else high_scales, bias, OPERAND, c % 2 == 1, NVFP4)
+            x_stage, x_phase = _stage_and_phase(x_it, x_full)
+            if c * 64 % STEP_K == 0:
+                mbarrier.wait(x_full.index(x_stage), x_phase)
+            accumulator0, accumulator1 = _step(w, accumulator0, accumulator1, low, high, x_stage, c * 64 % STEP_K, SIZE0, SIZE1)
+            if (c + 1) * 64 % STEP_K == 0:
+                x_it += 1
+            # One step stays in flight while the next is dequantised, but none across the loop's back edge.
+            if c > 0:
+                accumulator0, accumulator1 = _wait(accumulator0, accumulator1, c < RUN - 1, SIZE1)
+                if c * 64 % STEP_K == 0:
+                    mbarrier.arrive(x_empty.index(_stage_and_phase(x_it - (2 if STEP_K == 64 else 1), x_empty)[0]), count=1)
+        mbarrier.arrive(x_empty.index(_stage_and_phase(x_it - 1, x_empty)[0]), count=1)
         w_it += 1
     return accumulator0, accumulator1, x_it, w_it
 
