@@ -345,7 +345,7 @@ BAD_WEIGHTS = {
     "dense": (lambda w: w.dequantize(), "holds FP4 weights .given dense experts"),
     "NaN block scale": (lambda w: spoiled(w, "w13.scales", 0x7F), "w13 has block scales that are negative or NaN .given 1 of "),
     "negative block scale": (lambda w: spoiled(w, "w2.scales", 0x81, 5), "w2 has block scales that are negative or NaN .given 1 of "),
-    "scales in tiles": (lambda w: replace(w, w2=w.w2.with_scale_layout("128x4")), "w2 has its block scales in tiles already"),
+    "scales in tiles": (lambda w: replace(w, w2=w.w2.with_scale_layout("128x4")), "w2 has its block scales in tiles .given '128x4'"),
     "NaN global scale": (lambda w: spoiled(w, "w13.global_scale", torch.nan, 1), r"w13.global_scale is not usable \(given 1 of 4"),
     "zero global scale": (lambda w: spoiled(w, "w2.global_scale", 0.0), r"w2.global_scale is not usable \(given 1 of 2"),
     "negative input scale": (lambda w: spoiled(w, "w2_input_scale", -1.0), "w2_input_scale is not usable"),
@@ -360,7 +360,8 @@ BAD_WEIGHTS = {
     "other sizes": (lambda w: with_input_scales(make_experts(2, 64, 96, hb.NVFP4)), "the experts do not fit the storage"),
     "other format": (lambda w: make_experts(2, 64, 64, hb.MXFP4), "the experts do not fit the storage"),
     "no bias": (lambda w: replace(w, w2_bias=None), "the experts do not fit the storage"),
-    "too many": (lambda w: with_input_scales(make_experts(3, 64, 64, hb.NVFP4)), "no room for these experts .given experts 0 to 3; needed 0 to 2"),
+    "bias of another dtype": (lambda w: replace(w, w2_bias=w.w2_bias.bfloat16()), "the experts do not fit the storage"),
+    "no column for up": (lambda w: replace(w, w13_input_scale=w.w13_input_scale[:, 0]), "the experts do not fit the storage"),
 }
 
 
@@ -375,6 +376,14 @@ def test_bad_weights_are_refused_before_anything_is_written(layout: ModuleType, 
     with pytest.raises(InputError, match=message):
         layout.pack(spoil(w), out)
     assert all(bool((tensor.view(torch.uint8) == 0xAB).all()) for tensor in out.tensors.values())
+
+
+@both_layouts
+@pytest.mark.parametrize("first", [-1, 1])
+def test_experts_beyond_the_storage_are_refused(layout: ModuleType, first: int) -> None:
+    w = make_experts(2, 64, 64, hb.NVFP4)
+    with pytest.raises(InputError, match=f"no room for these experts .given experts {first} to {first + 2}; needed 0 to 2"):
+        layout.pack(w, layout.allocate(w, "cpu"), first)
 
 
 @both_layouts

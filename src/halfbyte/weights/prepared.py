@@ -21,23 +21,34 @@ class Layout:
     """An arrangement of experts in storage of its own, a dataclass with `tensors` and `with_tensors`.
 
     Attributes:
+        purpose: what it is, and who reads it.
         allocate: (w, device) to uninitialised storage for the experts of w.
         pack: (w, storage, first) arranges the experts of w, one at a time, as experts `first` and following of the storage.
         unpack: storage to canonical experts.
+        foreign: no kernel of halfbyte reads it, only the engine it is named after.
     """
 
     purpose: str
     allocate: Callable[[ExpertWeights, torch.device | str], Any]
     pack: Callable[[ExpertWeights, Any, int], None]
     unpack: Callable[[Any], ExpertWeights]
+    foreign: bool = False
 
 
 # What is built here. "canonical" is the checkpoint's own arrangement, which needs no building; "triton" names the kernels that read it.
 CANONICAL = "the checkpoint's own arrangement, read by the portable kernels on any device"
 LAYOUTS = {
     "hopper": Layout("register fragments in 64 x 64 tiles, read by the sm_90 kernels", hopper.allocate, hopper.pack, hopper.unpack),
-    "trtllm_gen": Layout("shuffled rows for the trtllm-gen kernels of Blackwell engines", trtllm_gen.allocate, trtllm_gen.pack, trtllm_gen.unpack),
-    "cutlass": Layout("128x4 scales for the CUTLASS kernels of Blackwell engines", cutlass.allocate, cutlass.pack, cutlass.unpack),
+    "trtllm_gen": Layout(
+        "shuffled rows and 128x4 scales, for the trtllm-gen kernels of Blackwell engines",
+        trtllm_gen.allocate,
+        trtllm_gen.pack,
+        trtllm_gen.unpack,
+        foreign=True,
+    ),
+    "cutlass": Layout(
+        "rows in order and 128x4 scales, for the CUTLASS kernels of Blackwell engines", cutlass.allocate, cutlass.pack, cutlass.unpack, foreign=True
+    ),
 }
 POLICIES = {"packed": "weights stay in 4 bits"}
 

@@ -22,8 +22,9 @@ import torch
 
 from halfbyte.checkpoint.experts import Activation, ExpertWeights
 from halfbyte.errors import InputError
-from halfbyte.formats import NVFP4, BlockFormat, QuantTensor
+from halfbyte.formats import BlockFormat, QuantTensor
 from halfbyte.formats.scale_layout import padded_shape, words_128x4
+from halfbyte.weights.layouts.checks import check_block_scales, fp4_matrices
 
 # Experts whose scales are rearranged at a time: the scratch is then at most as large as the codes of one expert (NVFP4 has 8 bytes of codes a scale).
 SCALES_AT_A_TIME = 8
@@ -140,7 +141,7 @@ def allocate(w: ExpertWeights, device: torch.device | str, arrangement: Arrangem
     Raises:
         InputError: the weights are dense, or their scales are not in layout "linear".
     """
-    w13, _ = _matrices(w, arrangement)
+    w13, _ = fp4_matrices(w, arrangement.name)
     num_experts, gated = w.num_experts, w.activation.gated
     multiple_h, multiple_i = arrangement.multiples(w13.format, gated)
     hidden, intermediate = _round_up(w.hidden, multiple_h), _round_up(w.intermediate, multiple_i)
@@ -185,9 +186,9 @@ def pack(w: ExpertWeights, out: EngineExperts, first: int, arrangement: Arrangem
         InputError: `w` does not fit `out`; a scale is negative, NaN or otherwise not usable; gate and up have different global scales and the
             activation a limit, which an engine has only one of. Nothing was written.
     """
-    w13, w2 = _matrices(w, arrangement)
-    _check_fit(w, out, first, arrangement)
+    w13, w2 = fp4_matrices(w, arrangement.name)
     _check_scales(w, arrangement)
+    _check_fit(w, out, first, arrangement)
     halves = 2 if w.activation.gated else 1
     _pack_matrix(w13, out.w13_codes, out.w13_scales, first, halves, arrangement)
     _pack_matrix(w2, out.w2_codes, out.w2_scales, first, 1, arrangement)
@@ -241,16 +242,6 @@ def activation_scalars(activation: Activation, limit_divisor: torch.Tensor, beta
     return values
 
 
-def _matrices(w: ExpertWeights, arrangement: Arrangement) -> tuple[QuantTensor, QuantTensor]:
-    """Both projections, known to be in FP4 with scales in rows."""
-    if not isinstance(w.w13, QuantTensor) or not isinstance(w.w2, QuantTensor):
-        raise InputError(f"layout {arrangement.name!r} holds FP4 weights", where="prepare", given="dense experts", needed="NVFP4 or MXFP4 experts")
-    for name, matrix in (("w13", w.w13), ("w2", w.w2)):
-        if matrix.scale_layout != "linear":
-            raise InputError(f"{name} has its block scales in tiles already", where="prepare", given=matrix.scale_layout, needed="linear")
-    return w.w13, w.w2
-
-
 def _vectors(w: ExpertWeights) -> dict[str, torch.Tensor]:
     """Global scales, biases and input scales, by their canonical names."""
     return {name: tensor for name, tensor in w.tensors.items() if not name.endswith((".codes", ".scales"))}
@@ -258,7 +249,9 @@ def _vectors(w: ExpertWeights) -> dict[str, torch.Tensor]:
 
 def _check_fit(w: ExpertWeights, out: EngineExperts, first: int, arrangement: Arrangement) -> None:
     def described(x: ExpertWeights | EngineExperts, vectors: dict[str, torch.Tensor]) -> str:
-        return f"{x.format!r} experts of hidden {x.hidden}, intermediate {x.intermediate}, {x.activation}, with {', '.join(vectors) or 'no vectors'}"
+        sizes = {name: tuple(tensor.shape[0 if name.endswith("input_scale") else 1 :]) for name, tensor in vectors.items()}
+        listed = ", ".join(f"{name} {tensor.dtype} {sizes[name]}" for name, tensor in vectors.items())
+        return f"{x.format!r} experts of hidden {x.hidden}, intermediate {x.intermediate}, {x.activation}, with {listed or 'no vectors'}"
 
     given, needed = described(w, _vectors(w)), described(out, out.canonical)
     if given != needed:
@@ -282,16 +275,9 @@ def _check_scales(w: ExpertWeights, arrangement: Arrangement) -> None:
         if name in shapes and tuple(tensor.shape) not in shapes[name]:
             needed = " or ".join(map(str, shapes[name]))
             raise InputError(f"{name} does not fit", where="prepare", given=tuple(tensor.shape), needed=needed)
+    check_block_scales(w)
     if w.device.type == "meta":
         return
-    for name, matrix in (("w13", w.w13), ("w2", w.w2)):
-        assert isinstance(matrix, QuantTensor)
-        raw, largest = matrix.scales.view(torch.uint8), 0x7E if matrix.format == NVFP4 else 0xFE
-        if raw.numel() and raw.amax() > largest:
-            given = f"{sum(int((expert > largest).sum()) for expert in raw)} of {raw.numel()}"
-            next_step = "run `halfbyte inspect` on the checkpoint"
-            needed = "finite scales >= 0"
-            raise InputError(f"{name} has block scales that are negative or NaN", where="prepare", given=given, needed=needed, next_step=next_step)
     for name, tensor in _vectors(w).items():
         bad = int((~(tensor.isfinite() & (tensor > 0))).sum()) if name in shapes else 0
         if bad:
