@@ -208,11 +208,11 @@ def with_input_scales(w: ExpertWeights) -> ExpertWeights:
 @both_layouts
 @both_formats
 def test_packing_needs_one_expert_of_memory_beside_the_result(layout: ModuleType, format: hb.BlockFormat, tmp_path: Path) -> None:
-    w = make_experts(64, 256, 128, format)
+    w = replace(make_experts(64, 256, 128, format), w13_bias=None, w2_bias=None)
     out = layout.allocate(w, "cpu")
     one_expert = sum(tensor[0].nbytes for tensor in out.tensors.values())
-    assert peak_bytes(lambda: layout.pack(w, out), tmp_path) <= one_expert + 2 * sum(t.nbytes for t in out.canonical.values())
-    canonical = w.nbytes + 4096
+    assert peak_bytes(lambda: layout.pack(w, out), tmp_path) <= one_expert
+    canonical = w.nbytes
     assert canonical * 0.9 < peak_bytes(lambda: layout.unpack(out), tmp_path) <= canonical + one_expert
 
 
@@ -419,11 +419,11 @@ def test_gpu_storage_is_that_of_the_cpu(layout: ModuleType, format: hb.BlockForm
 @on_gpu
 @both_layouts
 def test_packing_on_a_gpu_needs_one_expert_of_memory(layout: ModuleType) -> None:
-    w = make_experts(32, 1024, 512, hb.NVFP4).to("cuda")
+    w = replace(make_experts(32, 1024, 512, hb.NVFP4), w13_bias=None, w2_bias=None).to("cuda")
     out = layout.allocate(w, "cuda")
     layout.pack(w, out)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     layout.pack(w, out)
     one_expert = sum(tensor[0].nbytes for tensor in out.tensors.values())
-    assert torch.cuda.max_memory_allocated() - before <= one_expert + 2 * sum(tensor.nbytes for tensor in out.canonical.values())
+    assert torch.cuda.max_memory_allocated() - before <= one_expert
