@@ -140,7 +140,10 @@ def test_unpack_gives_every_byte_back(
 ) -> None:
     w = with_input_scales(make_experts(num_experts, hidden, intermediate, format, activation))
     w = replace(w, first_expert=3, num_global_experts=num_experts, w2_bias=w.w2_bias.bfloat16())
-    back = layout.unpack(packed(layout, w))
+    out = packed(layout, w)
+    back = layout.unpack(out)
+    for tensor in out.tensors.values():  # nothing is shared with the storage
+        tensor.view(torch.uint8).fill_(0xAB)
     assert (back.activation, back.first_expert, back.num_global_experts) == (activation, 3, num_experts)
     assert list(back.tensors) == list(w.tensors)
     for name, tensor in w.tensors.items():

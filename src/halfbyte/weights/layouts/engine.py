@@ -211,7 +211,7 @@ def pack(w: ExpertWeights, out: EngineExperts, first: int, arrangement: Arrangem
 def unpack(experts: EngineExperts, arrangement: Arrangement) -> ExpertWeights:
     """Give the canonical experts back: the inverse of `pack`, byte by byte."""
     halves = 2 if experts.activation.gated else 1
-    vectors = experts.canonical
+    vectors = {name: tensor.clone() for name, tensor in experts.canonical.items()}
     w13 = _unpack_matrix(experts.w13_codes, experts.w13_scales, halves, experts.intermediate, experts.hidden, experts.format, arrangement)
     w2 = _unpack_matrix(experts.w2_codes, experts.w2_scales, 1, experts.hidden, experts.intermediate, experts.format, arrangement)
     return ExpertWeights(
