@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from halfbyte.device import Target
     from halfbyte.formats import MXFP4, NVFP4, BlockFormat, QuantTensor, quantize, swizzle_scales, unswizzle_scales
     from halfbyte.moe import MoE, Routing, fused_moe, route
-    from halfbyte.weights import PreparedExperts, prepare
+    from halfbyte.weights import PreparedExperts, prepare, trtllm_gen_row_order
 
 __version__ = "0.1.0"
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "quantize",
     "route",
     "swizzle_scales",
+    "trtllm_gen_row_order",
     "unswizzle_scales",
 ]
 
@@ -40,7 +41,7 @@ _HOMES = {
     "halfbyte.device": ("Target",),
     "halfbyte.formats": ("MXFP4", "NVFP4", "BlockFormat", "QuantTensor", "quantize", "swizzle_scales", "unswizzle_scales"),
     "halfbyte.moe": ("MoE", "Routing", "fused_moe", "route"),
-    "halfbyte.weights": ("PreparedExperts", "prepare"),
+    "halfbyte.weights": ("PreparedExperts", "prepare", "trtllm_gen_row_order"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

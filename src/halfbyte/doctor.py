@@ -131,7 +131,8 @@ def _kernels() -> Iterable[tuple[str, str]]:
     from halfbyte.kernels.table import OPS, Problem, obstacles
     from halfbyte.weights.prepared import LAYOUTS
 
-    weights = [(format, layout) for format in (*FORMATS.values(), None) for layout in ("canonical", *LAYOUTS) if format or layout == "canonical"]
+    layouts = ("canonical", *(name for name, layout in LAYOUTS.items() if not layout.foreign))
+    weights = [(format, layout) for format in (*FORMATS.values(), None) for layout in layouts if format or layout == "canonical"]
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     for target in dict.fromkeys(Target.of(device) for device in devices):
         for op in OPS:

@@ -25,10 +25,23 @@ def test_canonical_is_the_same_storage(w, layout):
     assert described == (hb.NVFP4, w.activation, 4, 32, 32, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("layout", ["trtllm_gen", "cutlass", "triton"])
-def test_planned_layout(w, layout):
-    with pytest.raises(UnsupportedError, match=f"'{layout}' is not built by this version .*'canonical'"):
-        hb.prepare(w, layout)
+def test_triton_is_a_name_of_the_canonical_layout(w):
+    prepared = hb.prepare(w, "triton")
+    assert prepared.layout == "canonical" and prepared.experts is w
+    assert prepared.reason == "asked for as 'triton', whose kernels read the checkpoint's own arrangement"
+    assert hb.fused_moe(torch.randn(2, 32).bfloat16(), prepared, torch.zeros(2, 1, dtype=torch.int32), torch.ones(2, 1)).shape == (2, 32)
+
+
+@pytest.mark.parametrize("layout", ["trtllm_gen", "cutlass"])
+def test_layouts_of_engines_are_packed_anywhere_and_read_by_no_kernel_here(w, layout):
+    prepared = hb.prepare(w, layout)
+    assert (prepared.layout, prepared.reason) == (layout, "asked for")
+    assert (prepared.format, prepared.num_experts, prepared.hidden, prepared.intermediate) == (hb.NVFP4, 4, 32, 32)
+    assert prepared.to("cpu").nbytes == prepared.nbytes > w.nbytes
+    back = prepared.unprepare()
+    assert all(torch.equal(back.tensors[name].view(torch.uint8), tensor.view(torch.uint8)) for name, tensor in w.tensors.items())
+    with pytest.raises(UnsupportedError, match=f"reads layout 'canonical', the weights are in '{layout}'"):
+        hb.fused_moe(torch.randn(2, 32).bfloat16(), prepared, torch.zeros(2, 1, dtype=torch.int32), torch.ones(2, 1))
 
 
 def test_hopper_can_be_packed_anywhere_and_read_by_no_other_kernel(w):

@@ -85,6 +85,18 @@ def unswizzle_scales(scales: torch.Tensor, layout: ScaleLayout, rows: int, cols:
     return linear[..., :rows, :cols].contiguous().view(scales.dtype)
 
 
+def words_128x4(scales: torch.Tensor) -> torch.Tensor:
+    """View a buffer [n, Rp, Cp] in layout "128x4" as words of four scales in row-major order, int32 [n, Rp/128, 4, 32, Cp/4]: nothing is copied.
+
+    >>> s = torch.arange(1024).to(torch.uint8).view(1, 128, 8)
+    >>> words = words_128x4(swizzle_scales(s, "128x4"))
+    >>> torch.equal(words.reshape(1, 128, 2), s.view(torch.int32))
+    True
+    """
+    n, rows, cols = scales.shape
+    return scales.view(torch.int32).view(n, rows // 128, cols // 4, 32, 4).permute(0, 1, 4, 3, 2)
+
+
 def _row_split(layout: ScaleLayout) -> tuple[int, ...]:
     """How a tile's rows split: 128 = 4 groups of 32, whose order is exchanged; 8 stays whole."""
     return (4, 32) if layout == "128x4" else (8,)

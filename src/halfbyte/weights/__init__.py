@@ -1,5 +1,6 @@
 """Canonical experts to kernel-ready ones."""
 
+from halfbyte.weights.layouts.trtllm_gen import trtllm_gen_row_order
 from halfbyte.weights.prepared import PreparedExperts, prepare
 
-__all__ = ["PreparedExperts", "prepare"]
+__all__ = ["PreparedExperts", "prepare", "trtllm_gen_row_order"]

@@ -10,9 +10,10 @@ import torch
 
 from halfbyte.checkpoint.experts import Activation, ExpertWeights
 from halfbyte.device import Target
-from halfbyte.errors import InputError, UnsupportedError
+from halfbyte.errors import InputError
 from halfbyte.formats import BlockFormat
-from halfbyte.weights.layouts import hopper
+from halfbyte.weights.layouts import cutlass, hopper, trtllm_gen
+from halfbyte.weights.layouts.engine import EngineExperts
 
 
 @dataclass(frozen=True)
@@ -20,23 +21,35 @@ class Layout:
     """An arrangement of experts in storage of its own, a dataclass with `tensors` and `with_tensors`.
 
     Attributes:
+        purpose: what it is, and who reads it.
         allocate: (w, device) to uninitialised storage for the experts of w.
         pack: (w, storage, first) arranges the experts of w, one at a time, as experts `first` and following of the storage.
         unpack: storage to canonical experts.
+        foreign: no kernel of halfbyte reads it, only the engine it is named after.
     """
 
     purpose: str
     allocate: Callable[[ExpertWeights, torch.device | str], Any]
     pack: Callable[[ExpertWeights, Any, int], None]
     unpack: Callable[[Any], ExpertWeights]
+    foreign: bool = False
 
 
-# What can be built here. "canonical" is the checkpoint's own arrangement, which needs no building.
+# What is built here. "canonical" is the checkpoint's own arrangement, which needs no building; "triton" names the kernels that read it.
 CANONICAL = "the checkpoint's own arrangement, read by the portable kernels on any device"
 LAYOUTS = {
     "hopper": Layout("register fragments in 64 x 64 tiles, read by the sm_90 kernels", hopper.allocate, hopper.pack, hopper.unpack),
+    "trtllm_gen": Layout(
+        "shuffled rows and 128x4 scales, for the trtllm-gen kernels of Blackwell engines",
+        trtllm_gen.allocate,
+        trtllm_gen.pack,
+        trtllm_gen.unpack,
+        foreign=True,
+    ),
+    "cutlass": Layout(
+        "rows in order and 128x4 scales, for the CUTLASS kernels of Blackwell engines", cutlass.allocate, cutlass.pack, cutlass.unpack, foreign=True
+    ),
 }
-PLANNED_LAYOUTS = ("trtllm_gen", "cutlass", "triton")
 POLICIES = {"packed": "weights stay in 4 bits"}
 
 
@@ -46,13 +59,14 @@ class PreparedExperts:
 
     Attributes:
         experts: the tensors, arranged as `layout` says.
-        layout: "canonical" (`experts` is an ExpertWeights) or "hopper" (a `layouts.hopper.HopperExperts`).
+        layout: "canonical" (`experts` is an ExpertWeights), "hopper" (a `layouts.hopper.HopperExperts`), "trtllm_gen" or "cutlass" (a
+            `layouts.engine.EngineExperts`).
         policy: how the weights reside in memory; "packed" keeps 4 bits.
         target: the hardware they lie on.
         reason: why this layout was taken.
     """
 
-    experts: ExpertWeights | hopper.HopperExperts
+    experts: ExpertWeights | hopper.HopperExperts | EngineExperts
     layout: str
     policy: str
     target: Target
@@ -93,7 +107,7 @@ class PreparedExperts:
         return replace(self, experts=self.experts.with_tensors(moved), target=Target.of(device))
 
     def unprepare(self) -> ExpertWeights:
-        """Return the canonical experts: every value exactly, without what the layout has no use for (calibrated input scales)."""
+        """Return the canonical experts: every value exactly, without what the layout has no use for (hopper: calibrated input scales)."""
         return self.experts if isinstance(self.experts, ExpertWeights) else LAYOUTS[self.layout].unpack(self.experts)
 
 
@@ -102,13 +116,14 @@ def prepare(w: ExpertWeights, layout: str = "auto", policy: str = "packed") -> P
 
     Args:
         w: the experts of one layer (NVFP4, MXFP4 or dense).
-        layout: "canonical" (no copy: the result shares storage with `w`); "hopper" (FP4 only; packed one expert at a time, with room for a second
-            copy while `w` is alive); or "auto": hopper for FP4 experts on a GPU of compute capability 9.0, else canonical.
+        layout: "canonical" (no copy: the result shares storage with `w`; "triton", the name of the kernels that read it, means the same);
+            "hopper", "trtllm_gen" or "cutlass" (FP4 only; packed with about one expert of working memory, and room for a second copy while `w` is
+            alive; the latter two are read by the engines they are named after, not by `fused_moe`); or "auto": hopper for FP4 experts on a GPU of
+            compute capability 9.0, else canonical.
         policy: "packed".
 
     Raises:
         InputError: no such layout or policy; the layout does not hold these weights.
-        UnsupportedError: a layout that is known but cannot be built by this version.
 
     >>> w13, w2 = torch.randn(4, 64, 32), torch.randn(4, 32, 32)
     >>> w = halfbyte.ExpertWeights(halfbyte.quantize(w13, halfbyte.NVFP4), halfbyte.quantize(w2, halfbyte.NVFP4))
@@ -118,9 +133,7 @@ def prepare(w: ExpertWeights, layout: str = "auto", policy: str = "packed") -> P
     if policy not in POLICIES:
         raise InputError("unknown residency policy", where="prepare", given=repr(policy), needed=" or ".join(map(repr, POLICIES)))
     available = ", ".join([f"'canonical' ({CANONICAL})", *(f"{name!r} ({known.purpose})" for name, known in LAYOUTS.items())])
-    if layout in PLANNED_LAYOUTS:
-        raise UnsupportedError(f"layout {layout!r} is not built by this version", where="prepare", needed=available)
-    if layout not in ("auto", "canonical", *LAYOUTS):
+    if layout not in ("auto", "canonical", "triton", *LAYOUTS):
         raise InputError("unknown layout", where="prepare", given=repr(layout), needed=f"'auto' or {available}")
     target = Target.of(w.device)
     is_hopper = target.arch == "sm_90" and w.format is not None
@@ -128,6 +141,8 @@ def prepare(w: ExpertWeights, layout: str = "auto", policy: str = "packed") -> P
     if layout == "auto":
         layout = "hopper" if is_hopper else "canonical"
         reason = "FP4 experts on a Hopper GPU" if is_hopper else f"read by every kernel for {'FP4' if w.format else 'dense'} experts on {target.arch}"
+    elif layout == "triton":
+        layout, reason = "canonical", "asked for as 'triton', whose kernels read the checkpoint's own arrangement"
     if layout == "canonical":
         return PreparedExperts(w, layout, policy, target, reason)
     packed = LAYOUTS[layout].allocate(w, w.device)

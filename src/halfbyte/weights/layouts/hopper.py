@@ -33,8 +33,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from halfbyte.checkpoint.experts import Activation, ExpertWeights
-from halfbyte.errors import InputError
 from halfbyte.formats import MXFP4, NVFP4, BlockFormat, QuantTensor
+from halfbyte.weights.layouts.checks import check_block_scales, fp4_matrices
 
 TILE = 64
 TILES_PER_SCALE_WORD = 4
@@ -123,15 +123,14 @@ def allocate(w: ExpertWeights, device: torch.device | str) -> HopperExperts:
     """Return storage for all experts of `w`, uninitialised, on `device` ("meta" too).
 
     Raises:
-        InputError: the weights are dense.
+        InputError: the weights are dense, or their scales are not in layout "linear".
     """
-    if not isinstance(w.w13, QuantTensor) or not isinstance(w.w2, QuantTensor):
-        raise InputError("the Hopper layout holds FP4 weights", where="prepare", given="dense experts", needed="NVFP4 or MXFP4 experts")
+    w13, w2 = fp4_matrices(w, "hopper")
     halves = 2 if w.activation.gated else 1
-    w13 = _allocate_matrix(w.w13, halves * padded_size(w.intermediate), w.w13_bias is not None, device)
-    w2 = _allocate_matrix(w.w2, padded_size(w.hidden), w.w2_bias is not None, device)
+    w13_out = _allocate_matrix(w13, halves * padded_size(w.intermediate), w.w13_bias is not None, device)
+    w2_out = _allocate_matrix(w2, padded_size(w.hidden), w.w2_bias is not None, device)
     num_global = w.num_experts if w.num_global_experts is None else w.num_global_experts
-    return HopperExperts(w13, w2, w.w13.format, w.activation, w.hidden, w.intermediate, w.first_expert, num_global)
+    return HopperExperts(w13_out, w2_out, w13.format, w.activation, w.hidden, w.intermediate, w.first_expert, num_global)
 
 
 def pack(w: ExpertWeights, out: HopperExperts, first: int = 0) -> None:
@@ -144,12 +143,10 @@ def pack(w: ExpertWeights, out: HopperExperts, first: int = 0) -> None:
     Raises:
         InputError: a scale is negative or NaN; nothing was written.
     """
-    assert isinstance(w.w13, QuantTensor) and isinstance(w.w2, QuantTensor)
-    halves = 2 if w.activation.gated else 1
-    _check_scales("w13", w.w13)
-    _check_scales("w2", w.w2)
-    _pack_matrix(w.w13, w13_row_order(w.intermediate, halves), w.w13_bias, out.w13, first)
-    _pack_matrix(w.w2, w2_row_order(w.hidden), w.w2_bias, out.w2, first)
+    w13, w2 = fp4_matrices(w, "hopper")
+    check_block_scales(w)
+    _pack_matrix(w13, w13_row_order(w.intermediate, 2 if w.activation.gated else 1), w.w13_bias, out.w13, first)
+    _pack_matrix(w2, w2_row_order(w.hidden), w.w2_bias, out.w2, first)
 
 
 def unpack(experts: HopperExperts) -> ExpertWeights:
@@ -235,19 +232,6 @@ def _pack_matrix(w: QuantTensor, row_order: torch.Tensor, bias: torch.Tensor | N
     if bias is not None:
         assert out.bias is not None
         out.bias[here] = _ordered(bias.to(device).float().T, row_order, num_experts).T
-
-
-def _check_scales(name: str, w: QuantTensor) -> None:
-    raw = w.scales.view(torch.uint8)
-    bad = int((raw > 0x7E).sum() if w.format == NVFP4 else (raw == 0xFF).sum())
-    if bad:
-        raise InputError(
-            f"{name} has block scales that are negative or NaN",
-            where="prepare",
-            given=f"{bad} of {raw.numel()}",
-            needed="finite scales >= 0",
-            next_step="run `halfbyte inspect` on the checkpoint",
-        )
 
 
 def _ordered(matrix: torch.Tensor, row_order: torch.Tensor, columns: int) -> torch.Tensor:
