@@ -13,6 +13,7 @@ from halfbyte.device import Target
 from halfbyte.errors import InputError, UnsupportedError
 from halfbyte.formats import BlockFormat
 from halfbyte.weights.layouts import hopper
+from halfbyte.weights.reload import check_same_kind, check_scales
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,29 @@ class PreparedExperts:
     def unprepare(self) -> ExpertWeights:
         """Return the canonical experts: every value exactly, without what the layout has no use for (calibrated input scales)."""
         return self.experts if isinstance(self.experts, ExpertWeights) else LAYOUTS[self.layout].unpack(self.experts)
+
+    @torch.no_grad()
+    def update_(self, w: ExpertWeights) -> None:
+        """Replace the weights by those of `w`, in place: no address changes, so CUDA graphs that were captured with these experts go on with the new ones.
+
+        The work is queued on the current stream of the device, like any kernel. `w` may lie on another device, and may have been loaded in any format
+        of file; it must be what these experts were prepared from in all but the values.
+
+        Raises:
+            InputError: another format, size, activation, range of experts or set of tensors, or unusable scales; nothing was written.
+
+        >>> w = halfbyte.ExpertWeights(*(halfbyte.quantize(torch.randn(4, n, 32), halfbyte.MXFP4) for n in (64, 32)))
+        >>> prepared = halfbyte.prepare(w, "hopper")
+        >>> prepared.update_(w)
+        """
+        layout = LAYOUTS.get(self.layout)
+        check_same_kind(self.experts, w if layout is None else layout.allocate(w, "meta"))
+        check_scales(w)
+        if layout is not None:
+            layout.pack(w, self.experts, 0)
+            return
+        for name, tensor in self.experts.tensors.items():
+            tensor.copy_(w.tensors[name])
 
 
 def prepare(w: ExpertWeights, layout: str = "auto", policy: str = "packed") -> PreparedExperts:
