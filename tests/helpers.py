@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 
 def relative_errors(actual: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
@@ -33,3 +38,14 @@ def assert_equal_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:
     assert actual.dtype == expected.dtype, f"{actual.dtype} != {expected.dtype}"
     different = actual.contiguous().view(torch.uint8) != expected.contiguous().view(torch.uint8)
     assert not different.any(), f"{int(different.sum())} of {different.numel()} bytes differ"
+
+
+def peak_bytes(function: Callable[[], object], folder: Path) -> int:
+    """Largest sum of live CPU tensors during a call of `function`, over what was live before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        function()
+    trace = folder / "trace.json"
+    recorded.export_chrome_trace(str(trace))
+    events = [event["args"] for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]"]
+    before = events[0]["Total Allocated"] - events[0]["Bytes"]
+    return max(event["Total Allocated"] for event in events) - before

@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
+from helpers import peak_bytes
 
 import halfbyte as hb
 
 MIB = 1 << 20
-
-
-def peak_bytes(function: Callable[[], object], folder: Path) -> int:
-    """Largest sum of live CPU tensors during a call of `function`, over what was live before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        function()
-    trace = folder / "trace.json"
-    recorded.export_chrome_trace(str(trace))
-    events = [event["args"] for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]"]
-    before = events[0]["Total Allocated"] - events[0]["Bytes"]
-    return max(event["Total Allocated"] for event in events) - before
 
 
 def random_experts(num_experts: int, hidden: int, intermediate: int) -> hb.PreparedExperts:

@@ -15,7 +15,7 @@ from halfbyte.checkpoint.experts import GPT_OSS_SWIGLU, SWIGLU
 from halfbyte.errors import InputError
 from halfbyte.weights.prepared import LAYOUTS
 
-HAS_HOPPER = torch.cuda.is_available() and hb.Target.of("cuda").arch == "sm_90"
+HAS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 SHAPE = MoEShape("tiny", 64, 96, 5, 2, SWIGLU, True, hb.NVFP4)
 
 

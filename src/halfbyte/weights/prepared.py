@@ -99,7 +99,7 @@ class PreparedExperts:
 
     @torch.no_grad()
     def update_(self, w: ExpertWeights) -> None:
-        """Replace the weights by those of `w`, in place: no address changes, so CUDA graphs that were captured with these experts go on with the new ones.
+        """Replace the weights by those of `w`, in place: no address changes, so CUDA graphs captured with these experts go on with the new ones.
 
         The work is queued on the current stream of the device, like any kernel. `w` may lie on another device, and may have been loaded in any format
         of file; it must be what these experts were prepared from in all but the values.
@@ -121,6 +121,27 @@ class PreparedExperts:
             tensor.copy_(w.tensors[name])
 
 
+def resolve_layout(layout: str, policy: str, format: BlockFormat | None, target: Target) -> tuple[str, str]:
+    """Return the layout that "auto" means for experts in `format` on `target`, any other as it is, and why.
+
+    Raises:
+        InputError, UnsupportedError: as `prepare`.
+    """
+    if policy not in POLICIES:
+        raise InputError("unknown residency policy", where="prepare", given=repr(policy), needed=" or ".join(map(repr, POLICIES)))
+    available = ", ".join([f"'canonical' ({CANONICAL})", *(f"{name!r} ({known.purpose})" for name, known in LAYOUTS.items())])
+    if layout in PLANNED_LAYOUTS:
+        raise UnsupportedError(f"layout {layout!r} is not built by this version", where="prepare", needed=available)
+    if layout not in ("auto", "canonical", *LAYOUTS):
+        raise InputError("unknown layout", where="prepare", given=repr(layout), needed=f"'auto' or {available}")
+    is_hopper = target.arch == "sm_90" and format is not None
+    reason = "asked for"
+    if layout == "auto":
+        layout = "hopper" if is_hopper else "canonical"
+        reason = "FP4 experts on a Hopper GPU" if is_hopper else f"read by every kernel for {'FP4' if format else 'dense'} experts on {target.arch}"
+    return layout, reason
+
+
 def prepare(w: ExpertWeights, layout: str = "auto", policy: str = "packed") -> PreparedExperts:
     """Arrange expert weights for the kernels of the device they are on.
 
@@ -139,19 +160,8 @@ def prepare(w: ExpertWeights, layout: str = "auto", policy: str = "packed") -> P
     >>> halfbyte.prepare(w).layout
     'canonical'
     """
-    if policy not in POLICIES:
-        raise InputError("unknown residency policy", where="prepare", given=repr(policy), needed=" or ".join(map(repr, POLICIES)))
-    available = ", ".join([f"'canonical' ({CANONICAL})", *(f"{name!r} ({known.purpose})" for name, known in LAYOUTS.items())])
-    if layout in PLANNED_LAYOUTS:
-        raise UnsupportedError(f"layout {layout!r} is not built by this version", where="prepare", needed=available)
-    if layout not in ("auto", "canonical", *LAYOUTS):
-        raise InputError("unknown layout", where="prepare", given=repr(layout), needed=f"'auto' or {available}")
     target = Target.of(w.device)
-    is_hopper = target.arch == "sm_90" and w.format is not None
-    reason = "asked for"
-    if layout == "auto":
-        layout = "hopper" if is_hopper else "canonical"
-        reason = "FP4 experts on a Hopper GPU" if is_hopper else f"read by every kernel for {'FP4' if w.format else 'dense'} experts on {target.arch}"
+    layout, reason = resolve_layout(layout, policy, w.format, target)
     if layout == "canonical":
         return PreparedExperts(w, layout, policy, target, reason)
     packed = LAYOUTS[layout].allocate(w, w.device)

@@ -32,7 +32,7 @@ def check_scales(w: ExpertWeights) -> None:
     """Refuse what no kernel can use.
 
     Raises:
-        InputError: scales in another layout than "linear", a block scale that is negative or NaN, a global or input scale that is not finite and >= 0.
+        InputError: scales in another layout than "linear", a block scale that is negative or NaN, another scale that is negative or not finite.
     """
     for name, weight in (("w13", w.w13), ("w2", w.w2)):
         if not isinstance(weight, QuantTensor):
