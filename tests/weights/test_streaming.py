@@ -14,7 +14,6 @@ import halfbyte as hb
 from halfbyte.checkpoint import Checkpoint
 from halfbyte.errors import CheckpointError, InputError
 from halfbyte.weights import streaming
-from halfbyte.weights.load import load_prepared
 from halfbyte.weights.prepared import LAYOUTS
 
 SOURCES = {
@@ -57,9 +56,9 @@ def test_bytes_of_load_and_prepare(
     w = hb.load_experts(files, 1, experts=experts)
     if w.format is None and layout != "auto":
         with pytest.raises(InputError, match="dense experts"):
-            load_prepared(files, 1, layout=layout, experts=experts)
+            hb.load_prepared(files, 1, layout=layout, experts=experts)
         return
-    assert_same(load_prepared(files, 1, layout=layout, experts=experts), hb.prepare(w, layout))
+    assert_same(hb.load_prepared(files, 1, layout=layout, experts=experts), hb.prepare(w, layout))
 
 
 @pytest.mark.parametrize("layout", ["canonical", *LAYOUTS])
@@ -68,7 +67,7 @@ def test_a_rank_reads_its_experts_and_all_input_scales(tmp_path: Path, layout: s
     names: list[str] = []
     original = Checkpoint.read
     monkeypatch.setattr(Checkpoint, "read", lambda self, name: (names.append(name), original(self, name))[1])
-    load_prepared(checkpoint, 1, layout=layout, experts=range(1, 2))
+    hb.load_prepared(checkpoint, 1, layout=layout, experts=range(1, 2))
     assert {int(name.split(".")[5]) for name in names if not name.endswith("input_scale")} == {1}
     assert len(names) == len(set(names)) and sum(name.endswith("input_scale") for name in names) == 3 * cf.E
 
@@ -97,7 +96,7 @@ def test_progress_counts_up_to_the_whole(tmp_path: Path, monkeypatch: pytest.Mon
     files = cf.nvfp4("modelopt").write(tmp_path)
     for layout in ("canonical", "hopper"):
         calls: list[tuple[int, int]] = []
-        prepared = load_prepared(files, 1, layout=layout, progress=lambda done, total, calls=calls: calls.append((done, total)))
+        prepared = hb.load_prepared(files, 1, layout=layout, progress=lambda done, total, calls=calls: calls.append((done, total)))
         total = calls[-1][1]
         assert calls == [(total * 2 // 3, total), (total, total)] and (layout != "canonical" or total == prepared.nbytes)
 
@@ -107,13 +106,13 @@ def test_errors_of_the_reading_thread_arrive(tmp_path: Path, layout: str) -> Non
     files = cf.nvfp4("modelopt")
     del files.tensors["model.layers.1.mlp.experts.2.up_proj.weight"]
     with pytest.raises(CheckpointError, match=r"missing tensor: .*experts\.2\.up_proj\.weight"):
-        load_prepared(files.write(tmp_path), 1, layout=layout)
+        hb.load_prepared(files.write(tmp_path), 1, layout=layout)
     with pytest.raises(InputError, match="contiguous slice"):
-        load_prepared(tmp_path, 1, experts=range(2, 9))
+        hb.load_prepared(tmp_path, 1, experts=range(2, 9))
     with pytest.raises(InputError, match="unknown layout"):
-        load_prepared(tmp_path, 1, layout="blackwell")
+        hb.load_prepared(tmp_path, 1, layout="blackwell")
     with pytest.raises(InputError, match="unknown residency policy"):
-        load_prepared(tmp_path, 1, policy="dense")
+        hb.load_prepared(tmp_path, 1, policy="dense")
 
 
 def many_experts(path: Path, num_experts: int) -> Path:
@@ -135,10 +134,10 @@ def many_experts(path: Path, num_experts: int) -> Path:
 def test_memory_beside_the_result_is_a_few_experts(tmp_path: Path, layout: str) -> None:
     files = many_experts(tmp_path / "m", 48)
     checkpoint = Checkpoint.open(files)
-    result = load_prepared(checkpoint, 1, layout=layout)
+    result = hb.load_prepared(checkpoint, 1, layout=layout)
     expert = result.nbytes / 48
     weights = 512 * 512  # of the larger projection of an expert
-    peak = peak_bytes(lambda: load_prepared(checkpoint, 1, layout=layout), tmp_path)
+    peak = peak_bytes(lambda: hb.load_prepared(checkpoint, 1, layout=layout), tmp_path)
     assert peak - result.nbytes <= 2 * 4 * expert + 20 * weights + (1 << 20)
     if layout != "canonical":  # negative control: a second copy is seen
         whole = peak_bytes(lambda: hb.prepare(hb.load_experts(checkpoint, 1), layout), tmp_path)
@@ -153,12 +152,12 @@ def test_streaming_to_a_gpu(tmp_path: Path, layout: str, monkeypatch: pytest.Mon
     expected = hb.prepare(hb.load_experts(checkpoint, 1, "cuda"), layout)
     for chunk in (1, 4):
         monkeypatch.setattr(streaming, "_MAX_CHUNK_EXPERTS", chunk)
-        assert_same(load_prepared(checkpoint, 1, device="cuda", layout=layout), expected)
+        assert_same(hb.load_prepared(checkpoint, 1, device="cuda", layout=layout), expected)
     monkeypatch.setattr(streaming, "_MAX_CHUNK_EXPERTS", 5)  # the last chunk is smaller
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    result = load_prepared(checkpoint, 1, device="cuda", layout=layout)
+    result = hb.load_prepared(checkpoint, 1, device="cuda", layout=layout)
     beside = torch.cuda.max_memory_allocated() - before - result.nbytes
     assert_same(result, expected)
     assert beside <= 2 * 5 * result.nbytes / 48 + 20 * 512 * 512 + (1 << 20)

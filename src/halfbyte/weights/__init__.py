@@ -1,5 +1,6 @@
 """Canonical experts to kernel-ready ones."""
 
+from halfbyte.weights.load import iter_prepared, load_prepared
 from halfbyte.weights.prepared import PreparedExperts, prepare
 
-__all__ = ["PreparedExperts", "prepare"]
+__all__ = ["PreparedExperts", "iter_prepared", "load_prepared", "prepare"]
