@@ -49,7 +49,7 @@ def write_tensors(stream: BinaryIO, tensors: Mapping[str, torch.Tensor], metadat
     _write(stream, memoryview(struct.pack("<Q", len(header)) + header))
     for tensor in tensors.values():
         for block in _bytes_of(tensor).split(_BLOCK_BYTES):
-            _write(stream, _memory_of(block.cpu()))
+            _write(stream, memory_of(block.cpu()))
 
 
 @dataclass(frozen=True)
@@ -204,17 +204,17 @@ def _page_sums(data: torch.Tensor) -> torch.Tensor:
 def _digest(sums: list[torch.Tensor]) -> str:
     crc = 0
     for part in sums:
-        crc = zlib.crc32(_memory_of(part.cpu()), crc)
+        crc = zlib.crc32(memory_of(part.cpu()), crc)
     return f"{crc:08x}"
 
 
-def _memory_of(tensor: torch.Tensor) -> memoryview:
+def memory_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor, while the tensor lives (torch's own way to it, numpy, need not be installed)."""
     return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B") if tensor.nbytes else memoryview(b"")
 
 
 def _read_exactly(descriptor: int, place: torch.Tensor, offset: int) -> None:
-    memory, done = _memory_of(place), 0
+    memory, done = memory_of(place), 0
     while done < len(memory):
         count = os.preadv(descriptor, [memory[done:]], offset + done)
         if count == 0:
