@@ -59,8 +59,10 @@ def stream_experts(reader: ExpertReader, storage: Any, pack: Pack | None, progre
     else:
         with torch.cuda.device(storage.device):
             route = _CudaRoute(reader, storage, pack, step)
-            _pipeline(reader, chunks, route, report)
-            route.finish()
+            try:
+                _pipeline(reader, chunks, route, report)
+            finally:
+                route.finish()
 
 
 class _Route(Protocol):
@@ -130,5 +132,5 @@ class _CudaRoute:
             self._packed[slot].record(self._current)
 
     def finish(self) -> None:
-        """Whatever comes next on the current stream finds the storage filled."""
+        """Whatever comes next on the current stream finds the storage filled, and no copy on its way to memory that has gone to somebody else."""
         self._current.wait_stream(self._copies)

@@ -125,8 +125,9 @@ class TensorFile:
                 os.close(descriptor)
         except OSError as error:
             raise CheckpointError(f"cannot read the file: {error}", where=str(self.path)) from error
-        if copier is not None:
-            copier.finish()
+        finally:
+            if copier is not None:
+                copier.finish()  # after an error too: no copy may arrive in memory that has gone to somebody else
         return {name: _digest([part for block, part in zip(blocks, sums, strict=True) if block.name == name]) for name in tensors}
 
     def _blocks(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[_Block]:
