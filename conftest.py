@@ -14,6 +14,12 @@ def pytest_configure() -> None:
 
 
 @pytest.fixture(autouse=True)
+def empty_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads what the user keeps."""
+    monkeypatch.setenv("HALFBYTE_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "no cache"))
+
+
+@pytest.fixture(autouse=True)
 def example_names(doctest_namespace: dict[str, object]) -> None:
     """Names that every docstring example may use without importing them."""
     doctest_namespace.update(torch=torch, halfbyte=halfbyte)

@@ -3,15 +3,16 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from halfbyte.version import __version__
+
 if TYPE_CHECKING:
     from halfbyte.checkpoint import load_experts, load_router
     from halfbyte.checkpoint.experts import Activation, ExpertWeights
     from halfbyte.device import Target
     from halfbyte.formats import MXFP4, NVFP4, BlockFormat, QuantTensor, quantize, swizzle_scales, unswizzle_scales
     from halfbyte.moe import MoE, Routing, fused_moe, route
-    from halfbyte.weights import PreparedExperts, prepare, trtllm_gen_row_order
+    from halfbyte.weights import PreparedExperts, iter_prepared, load_prepared, prepare, trtllm_gen_row_order
 
-__version__ = "0.1.0"
 __all__ = [
     "MXFP4",
     "NVFP4",
@@ -23,8 +24,11 @@ __all__ = [
     "QuantTensor",
     "Routing",
     "Target",
+    "__version__",
     "fused_moe",
+    "iter_prepared",
     "load_experts",
+    "load_prepared",
     "load_router",
     "prepare",
     "quantize",
@@ -41,7 +45,7 @@ _HOMES = {
     "halfbyte.device": ("Target",),
     "halfbyte.formats": ("MXFP4", "NVFP4", "BlockFormat", "QuantTensor", "quantize", "swizzle_scales", "unswizzle_scales"),
     "halfbyte.moe": ("MoE", "Routing", "fused_moe", "route"),
-    "halfbyte.weights": ("PreparedExperts", "prepare", "trtllm_gen_row_order"),
+    "halfbyte.weights": ("PreparedExperts", "iter_prepared", "load_prepared", "prepare", "trtllm_gen_row_order"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

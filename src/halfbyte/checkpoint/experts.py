@@ -139,6 +139,14 @@ class ExpertWeights:
         fields: dict[str, Any] = {name: renewed(name, getattr(self, name)) for name in _TENSOR_FIELDS}
         return replace(self, **fields)
 
+    def __getitem__(self, experts: slice) -> ExpertWeights:
+        """The experts of a contiguous slice, sharing storage; input scales go on to cover all experts of the layer."""
+        first, last, step = experts.indices(self.num_experts)
+        if step != 1:
+            raise InputError("experts are taken in contiguous slices", given=experts, needed="a step of 1")
+        parts = {name: tensor if name.endswith("input_scale") else tensor[first:last] for name, tensor in self.tensors.items()}
+        return replace(self.with_tensors(parts), first_expert=self.first_expert + first)
+
     def to(self, device: torch.device | str) -> ExpertWeights:
         """Copy every tensor to `device`."""
         return self.with_tensors({name: tensor.to(device) for name, tensor in self.tensors.items()})

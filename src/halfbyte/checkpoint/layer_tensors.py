@@ -145,6 +145,10 @@ class LayerTensors:
     def has_bias(self, projection: str) -> bool:
         return self.stacked and self.name(0, projection, "_bias") in self.checkpoint
 
+    def bias_dtype(self, projection: str) -> torch.dtype:
+        """dtype of the bias, which all experts share."""
+        return self.checkpoint.info(self.name(0, projection, "_bias")).dtype
+
     def bias(self, expert: int, projection: str) -> torch.Tensor:
         """The bias [N] of a projection (stacked experts only)."""
         stacked = self._read(self.name(expert, projection, "_bias"), _DENSE, (self.moe.num_experts, self._stacked_rows(projection)))
@@ -163,10 +167,16 @@ class LayerTensors:
         Raises:
             CheckpointError: some experts have one and some do not, or a value is not positive and finite.
         """
+        return self._scalars(self._input_scale_names()) if self.has_input_scales() else None
+
+    def has_input_scales(self) -> bool:
+        """Whether any expert has one."""
+        return any(name in self.checkpoint for name in self._input_scale_names())
+
+    def _input_scale_names(self) -> list[str]:
         if self.format is None or self.parts is None or not self.parts.input_scale:
-            return None
-        names = [self.name(e, p, self.parts.input_scale) for e in range(self.moe.num_experts) for p in PROJECTIONS]
-        return self._scalars(names) if any(name in self.checkpoint for name in names) else None
+            return []
+        return [self.name(e, p, self.parts.input_scale) for e in range(self.moe.num_experts) for p in PROJECTIONS]
 
     def _scalars(self, names: list[str]) -> torch.Tensor:
         values = torch.empty(len(names))
@@ -180,7 +190,7 @@ class LayerTensors:
             values[index] = decode_scale_from_encode(stored) if self.parts and self.parts.encode else stored
             if not 0 < values[index] < torch.inf:
                 raise self._error("scale is not a positive finite number", name, given=stored.item(), needed="a positive finite number")
-        return values.view(-1, 3)
+        return values.view(len(names) // 3, 3)
 
     def _read(self, name: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> torch.Tensor:
         if name not in self.checkpoint:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from halfbyte.checkpoint.layer_tensors import DOWN, GATE, UP, LayerTensors
 from halfbyte.checkpoint.problems import describe_scatter
 from halfbyte.checkpoint.source import Checkpoint
 from halfbyte.errors import CheckpointError, InputError
-from halfbyte.formats import BlockFormat, QuantTensor
+from halfbyte.formats import QuantTensor
 
 _log = logging.getLogger("halfbyte")
 
@@ -60,27 +61,103 @@ def load_experts(model: str | Path | Checkpoint, layer: int, device: torch.devic
     (torch.Size([16, 256, 256]), torch.Size([16, 256, 128]))
     """
     checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.open(model)
-    tensors = LayerTensors(checkpoint, layer)
-    moe = checkpoint.moe
-    chosen = range(moe.num_experts) if experts is None else experts
-    if chosen.step != 1 or not 0 <= chosen.start <= chosen.stop <= moe.num_experts:
-        raise InputError("experts must be a contiguous slice of the layer's experts", given=experts, needed=f"within range(0, {moe.num_experts})")
-    input_scales = tensors.input_scales()
-    if input_scales is not None:
-        for message in describe_scatter(input_scales):
-            _log.warning("%s, layer %d: %s", checkpoint.path, layer, message)
-    w13, w2 = _weights(tensors, chosen, torch.device(device))
-    return ExpertWeights(
-        w13,
-        w2,
-        moe.activation,
-        _bias(tensors, chosen, (GATE, UP), device),
-        _bias(tensors, chosen, (DOWN,), device),
-        None if input_scales is None else input_scales[:, :2].contiguous().to(device),
-        None if input_scales is None else input_scales[:, 2].contiguous().to(device),
-        first_expert=chosen.start,
-        num_global_experts=moe.num_experts,
-    )
+    reader = ExpertReader(checkpoint, layer, experts)
+    result = reader.allocate(device)
+    reader.read(reader.experts, result)
+    return result
+
+
+class ExpertReader:
+    """Reads the experts of one layer, in slices, into canonical tensors that are there already.
+
+    Attributes:
+        experts: those that may be read.
+        format: block format of the experts, None when dense.
+
+    >>> from pathlib import Path
+    >>> checkpoint = halfbyte.checkpoint.Checkpoint.open(Path(halfbyte.__file__).parent / "demo_model")
+    >>> reader = ExpertReader(checkpoint, 0)
+    >>> two = reader.allocate("cpu", 2)
+    >>> reader.read(range(6, 8), two)
+    >>> torch.equal(two.w2, load_experts(checkpoint, 0).w2[6:8])
+    True
+    """
+
+    def __init__(self, checkpoint: Checkpoint, layer: int, experts: range | None = None):
+        """Look the layer's tensors up; no data is read. `experts` and errors as in `load_experts`."""
+        self._tensors = LayerTensors(checkpoint, layer)
+        self._layer, moe = layer, checkpoint.moe
+        self.experts = range(moe.num_experts) if experts is None else experts
+        if self.experts.step != 1 or not 0 <= self.experts.start <= self.experts.stop <= moe.num_experts:
+            raise InputError("experts must be a contiguous slice of the layer's experts", given=experts, needed=f"within range(0, {moe.num_experts})")
+        self.format = self._tensors.format
+
+    def allocate(self, device: torch.device | str, num_experts: int | None = None) -> ExpertWeights:
+        """Uninitialised storage for `num_experts` experts from the first on, by default for all of them, on `device` ("meta" too)."""
+        tensors, moe = self._tensors, self._tensors.moe
+        count, total = len(self.experts) if num_experts is None else num_experts, moe.num_experts
+
+        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        def weight(rows: int, columns: int, *scale_shape: int) -> QuantTensor | torch.Tensor:
+            if self.format is None:
+                return empty(count, rows, columns, dtype=tensors.dense_dtype())
+            codes = empty(count, rows, columns // 2, dtype=torch.uint8)
+            scales = empty(count, rows, columns // self.format.block, dtype=self.format.scale_dtype)
+            return QuantTensor(codes, scales, empty(*scale_shape) if self.format.has_global_scale else None, self.format)
+
+        def bias(projection: str, rows: int) -> torch.Tensor | None:
+            return empty(count, rows, dtype=tensors.bias_dtype(projection)) if tensors.has_bias(projection) else None
+
+        calibrated = tensors.has_input_scales()
+        return ExpertWeights(
+            weight(2 * moe.intermediate, moe.hidden, count, 2),
+            weight(moe.hidden, moe.intermediate, count),
+            moe.activation,
+            bias(GATE, 2 * moe.intermediate),
+            bias(DOWN, moe.hidden),
+            empty(total, 2) if calibrated else None,
+            empty(total) if calibrated else None,
+            first_expert=self.experts.start,
+            num_global_experts=total,
+        )
+
+    def read(self, experts: range, out: ExpertWeights) -> None:
+        """Fill all of `out` with these experts, one projection at a time, and with the input scales of all experts of the layer.
+
+        Raises:
+            CheckpointError: a missing tensor, one of another dtype or shape, a missing, NaN or non-positive scale.
+        """
+        tensors, middle = self._tensors, self._tensors.moe.intermediate
+        gate, up = slice(0, middle), slice(middle, None)
+        scales = tensors.global_scales(experts)
+        if scales is not None:
+            for weight, of_weight in ((out.w13, scales[:, :2]), (out.w2, scales[:, 2])):
+                assert isinstance(weight, QuantTensor) and weight.global_scale is not None
+                weight.global_scale.copy_(of_weight)
+        places = ((GATE, out.w13, out.w13_bias, gate), (UP, out.w13, out.w13_bias, up), (DOWN, out.w2, out.w2_bias, slice(None)))
+        for slot, expert in enumerate(experts):
+            for projection, weight, bias, rows in places:
+                if isinstance(weight, QuantTensor):
+                    weight.codes[slot, rows].copy_(tensors.codes(expert, projection))
+                    weight.scales.view(torch.uint8)[slot, rows].copy_(tensors.scales(expert, projection))
+                else:
+                    weight[slot, rows].copy_(tensors.dense(expert, projection))
+                if bias is not None:
+                    bias[slot, rows].copy_(tensors.bias(expert, projection))
+        if out.w13_input_scale is not None and out.w2_input_scale is not None:
+            out.w13_input_scale.copy_(self._input_scales[:, :2])
+            out.w2_input_scale.copy_(self._input_scales[:, 2])
+
+    @cached_property
+    def _input_scales(self) -> torch.Tensor:
+        """fp32 [E, 3] of all experts of the layer; scattered ones are logged."""
+        scales = self._tensors.input_scales()
+        assert scales is not None
+        for message in describe_scatter(scales):
+            _log.warning("%s, layer %d: %s", self._tensors.checkpoint.path, self._layer, message)
+        return scales
 
 
 def load_router(model: str | Path | Checkpoint, layer: int, device: torch.device | str = "cpu") -> RouterWeights:
@@ -117,39 +194,3 @@ def load_router(model: str | Path | Checkpoint, layer: int, device: torch.device
         correction, bias = bias, None  # its own files call the correction bias gate.bias
     correction = None if correction is None else correction.float()
     return RouterWeights(weight, moe.routing, bias, correction, read(f"{gate}.tid2eid"))
-
-
-def _weights(tensors: LayerTensors, chosen: range, device: torch.device) -> tuple[QuantTensor, QuantTensor] | tuple[torch.Tensor, torch.Tensor]:
-    hidden, intermediate = tensors.moe.hidden, tensors.moe.intermediate
-    shape13, shape2 = (len(chosen), 2 * intermediate, hidden), (len(chosen), hidden, intermediate)
-    place = {GATE: (0, slice(0, intermediate)), UP: (0, slice(intermediate, None)), DOWN: (1, slice(None))}
-    if tensors.format is None:
-        dense = tuple(torch.empty(shape, dtype=tensors.dense_dtype(), device=device) for shape in (shape13, shape2))
-        for slot, expert in enumerate(chosen):
-            for projection, (which, rows) in place.items():
-                dense[which][slot, rows].copy_(tensors.dense(expert, projection))
-        return dense[0], dense[1]
-    scales = tensors.global_scales(chosen)
-    scales = None if scales is None else scales.to(device)
-    w13 = _empty(tensors.format, shape13, None if scales is None else scales[:, :2].contiguous(), device)
-    w2 = _empty(tensors.format, shape2, None if scales is None else scales[:, 2].contiguous(), device)
-    for slot, expert in enumerate(chosen):
-        for projection, (which, rows) in place.items():
-            target = (w13, w2)[which]
-            target.codes[slot, rows].copy_(tensors.codes(expert, projection))
-            target.scales.view(torch.uint8)[slot, rows].copy_(tensors.scales(expert, projection))
-    return w13, w2
-
-
-def _empty(format: BlockFormat, shape: tuple[int, int, int], global_scale: torch.Tensor | None, device: torch.device) -> QuantTensor:
-    experts, rows, columns = shape
-    codes = torch.empty(experts, rows, columns // 2, dtype=torch.uint8, device=device)
-    scales = torch.empty(experts, rows, columns // format.block, dtype=format.scale_dtype, device=device)
-    return QuantTensor(codes, scales, global_scale, format)
-
-
-def _bias(tensors: LayerTensors, chosen: range, projections: tuple[str, ...], device: torch.device | str) -> torch.Tensor | None:
-    if not tensors.has_bias(projections[0]):
-        return None
-    parts = [torch.stack([tensors.bias(expert, projection) for expert in chosen]) for projection in projections]
-    return torch.cat(parts, dim=1).to(device)

@@ -13,12 +13,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from halfbyte.checkpoint.families import MoEConfig, describe_moe
+from halfbyte.checkpoint.fingerprint import fingerprint
 from halfbyte.checkpoint.quantization import Quantization, describe_quantization
 from halfbyte.errors import CheckpointError, UnsupportedError
 
 DEMO_MODEL = "demo"  # the model inside this package, wherever a model is asked for; a directory of that name comes first
 INDEX = "model.safetensors.index.json"
-_DTYPES = {
+SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -176,6 +177,11 @@ class Checkpoint:
         return self._open_files[file].get_tensor(name)
 
     @cached_property
+    def fingerprint(self) -> str:
+        """Changes when the files do: see `checkpoint.fingerprint`."""
+        return fingerprint(self.path, set(self._files.values()))
+
+    @cached_property
     def moe(self) -> MoEConfig:
         return describe_moe(self.config, self.names, where=str(self.path / "config.json"))
 
@@ -229,9 +235,11 @@ def read_header(file: Path, *, named_by: Path | None = None) -> dict[str, Tensor
 
 
 def _tensor_info(file: Path, name: str, entry: dict[str, Any]) -> TensorInfo:
-    dtype = _DTYPES.get(entry["dtype"])
+    dtype = SAFETENSORS_DTYPES.get(entry["dtype"])
     if dtype is None:
-        raise UnsupportedError(f"tensor {name} has a dtype halfbyte does not know", where=str(file), given=entry["dtype"], needed=", ".join(_DTYPES))
+        raise UnsupportedError(
+            f"tensor {name} has a dtype halfbyte does not know", where=str(file), given=entry["dtype"], needed=", ".join(SAFETENSORS_DTYPES)
+        )
     *leading, last = entry["shape"] or [1]
     shape = (*leading, last // 2) if entry["dtype"] == "F4" else tuple(entry["shape"])
     return TensorInfo(dtype, shape, entry["data_offsets"][1] - entry["data_offsets"][0])

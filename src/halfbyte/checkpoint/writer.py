@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from halfbyte.errors import CheckpointError
 
 JOURNAL = ".halfbyte-job.json"
 DEFAULT_SHARD_BYTES = 5_000_000_000
-_PARTIAL = ".halfbyte-partial"
+PARTIAL = ".halfbyte-partial"
 
 
 class CheckpointWriter:
@@ -53,11 +54,11 @@ class CheckpointWriter:
         self._job = json.loads(json.dumps(job))
         journal = check_destination(path, job)
         if journal is None:
-            _make_directory(path)
+            make_directory(path)
             self._save_journal()
         else:
             self._files, self._notes = journal["files"], journal["notes"]
-            for leftover in path.rglob(f"*{_PARTIAL}"):
+            for leftover in path.rglob(f"*{PARTIAL}"):
                 leftover.unlink()
 
     def is_finished(self, name: str) -> bool:
@@ -84,20 +85,20 @@ class CheckpointWriter:
         Raises:
             CheckpointError: the disk is full or the file cannot be written; the shards finished before stay.
         """
-        with _replacing(self.path / name) as partial:
+        with replacing(self.path / name) as partial:
             save_file(dict(tensors), partial, metadata={"format": "pt"})
         self._files[name] = {"bytes": (self.path / name).stat().st_size, "record": record}
         self._save_journal()
 
     def write_json(self, name: str, document: Any) -> None:
         """Write one JSON file."""
-        with _replacing(self.path / name) as partial:
+        with replacing(self.path / name) as partial:
             partial.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def copy_file(self, source: Path, name: str) -> None:
         """Copy a file to `name` (may contain folders)."""
-        _make_directory((self.path / name).parent)
-        with _replacing(self.path / name) as partial:
+        make_directory((self.path / name).parent)
+        with replacing(self.path / name) as partial:
             shutil.copyfile(source, partial)
 
     def finish(self, weight_map: Mapping[str, str], total_bytes: int, config: Mapping[str, Any]) -> None:
@@ -123,7 +124,7 @@ def check_destination(path: Path, job: Mapping[str, Any]) -> dict[str, Any] | No
     if not path.is_dir():
         raise CheckpointError("the destination is a file", where=str(path), needed="a new directory", next_step=choose)
     if not (path / JOURNAL).exists():
-        if any(file for file in path.iterdir() if not file.name.endswith(_PARTIAL)):
+        if any(file for file in path.iterdir() if not file.name.endswith(PARTIAL)):
             raise CheckpointError("the destination exists and is never overwritten", where=str(path), needed="a new directory", next_step=choose)
         return None
     try:
@@ -165,11 +166,15 @@ def shard_name(index: int, count: int) -> str:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary file beside `path`; on success sync it and rename it to `path`, on any failure remove it."""
-    partial = path.with_name(path.name + _PARTIAL)
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary file beside `path`, of a name of its own; on success sync it and rename it to `path`, on any failure remove it.
+
+    Raises:
+        CheckpointError: the disk is full or the file cannot be written.
+    """
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL}")
     try:
-        partial.touch()
+        partial.touch(exist_ok=False)
         mode = partial.stat().st_mode
         yield partial
         partial.chmod(mode)  # safetensors 0.8 leaves files readable by their owner alone
@@ -190,11 +195,12 @@ def _write_error(path: Path, error: OSError | SafetensorError) -> CheckpointErro
         "the disk is full" if full else "cannot write the file",
         where=str(path),
         given=error,
-        next_step=("free some space" if full else "make the destination writable") + " and repeat the command: the finished shards are kept",
+        next_step=("free some space" if full else "make the destination writable") + " and repeat the command: what was finished is kept",
     )
 
 
-def _make_directory(path: Path) -> None:
+def make_directory(path: Path) -> None:
+    """Make `path` and its parents, or raise CheckpointError."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

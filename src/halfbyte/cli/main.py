@@ -16,6 +16,7 @@ from halfbyte.errors import HalfbyteError
 COMMANDS = {
     "demo": "quantise the embedded model, measure it against bf16 and solve word problems, on a CPU",
     "quantize": "quantise a Mixture-of-Experts checkpoint to NVFP4 or MXFP4",
+    "prepare": "arrange a model's experts for this machine's kernels once, so that later starts only read them",
     "inspect": "show format, sizes, scale statistics and problems of a checkpoint",
     "generate": "continue a prompt with a model, streaming to the terminal",
     "eval": "measure exact match, answer likelihood, perplexity and KL divergence of a model",

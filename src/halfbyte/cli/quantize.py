@@ -6,9 +6,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from halfbyte.errors import InputError
 
@@ -44,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from halfbyte.cli.progress import ByteBar
     from halfbyte.convert import QuantizeOptions, quantize_model
 
     try:
@@ -61,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     except InputError as error:  # options that contradict each other: wrong usage, as argparse reports it
         print(f"halfbyte quantize: error: {error}", file=sys.stderr)
         return 2
-    with _Bar() as bar:
+    with ByteBar("quantize") as bar:
         report = quantize_model(args.source, args.destination, options, dry_run=args.dry_run, progress=bar.update)
     print(json.dumps(report.as_dict(), indent=2) if args.json else report)
     return 0
@@ -77,31 +76,3 @@ def parse_size(text: str) -> int:
     if match is None or match[2].upper() not in _UNITS or (size := int(float(match[1]) * _UNITS[match[2].upper()])) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size like 5GB, 500MB or 4096")
     return size
-
-
-class _Bar:
-    """A tqdm bar over the bytes of the source, on stderr; silent, after one line, where tqdm is not installed."""
-
-    def __init__(self) -> None:
-        self._bar: Any = None
-        self._make: Callable[..., Any] | None = None
-
-    def __enter__(self) -> _Bar:
-        try:
-            from tqdm import tqdm
-        except ImportError:
-            print("halfbyte: no progress bar, tqdm is not installed", file=sys.stderr)
-        else:
-            self._make = tqdm
-        return self
-
-    def update(self, done: int, total: int) -> None:
-        if self._make is None:
-            return
-        if self._bar is None:
-            self._bar = self._make(total=total, unit="B", unit_scale=True, desc="quantise", file=sys.stderr)
-        self._bar.update(done - self._bar.n)
-
-    def __exit__(self, *exception: object) -> None:
-        if self._bar is not None:
-            self._bar.close()

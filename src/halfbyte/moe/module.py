@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 
-from halfbyte.checkpoint import Checkpoint, RouterWeights, load_experts, load_router
+from halfbyte.checkpoint import Checkpoint, RouterWeights, load_router
 from halfbyte.errors import UnsupportedError
 from halfbyte.formats.activations import ActivationFormat
 from halfbyte.moe.functional import fused_moe
 from halfbyte.moe.routing import Routing, route
-from halfbyte.weights import PreparedExperts, prepare
+from halfbyte.weights import PreparedExperts, load_prepared
+from halfbyte.weights.load import CacheUse
 
 
 class MoE(torch.nn.Module):
@@ -40,9 +41,17 @@ class MoE(torch.nn.Module):
 
     @classmethod
     def from_checkpoint(
-        cls, model: str | Path | Checkpoint, layer: int, *, device: torch.device | str = "cpu", activations: ActivationFormat = "bf16"
+        cls,
+        model: str | Path | Checkpoint,
+        layer: int,
+        *,
+        device: torch.device | str = "cpu",
+        activations: ActivationFormat = "bf16",
+        cache: CacheUse = "read",
     ) -> MoE:
-        """Read one layer of a checkpoint directory, Hub model `org/name` or open `Checkpoint`; errors as `load_experts` and `load_router`.
+        """Read one layer of a checkpoint directory, Hub model `org/name` or open `Checkpoint`.
+
+        `cache` and errors as `load_prepared`, and `load_router`.
 
         >>> from pathlib import Path
         >>> layer = halfbyte.MoE.from_checkpoint(Path(halfbyte.__file__).parent / "demo_model", 0)
@@ -50,7 +59,7 @@ class MoE(torch.nn.Module):
         torch.Size([2, 5, 256])
         """
         checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.open(model)
-        return cls(load_router(checkpoint, layer, device), prepare(load_experts(checkpoint, layer, device)), activations=activations)
+        return cls(load_router(checkpoint, layer, device), load_prepared(checkpoint, layer, device=device, cache=cache), activations=activations)
 
     def route(self, hidden: torch.Tensor) -> Routing:
         """Choose experts for hidden [T, H]; the logits are computed in fp32 whatever the dtype of the router's weight."""

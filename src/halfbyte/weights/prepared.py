@@ -14,6 +14,7 @@ from halfbyte.errors import InputError
 from halfbyte.formats import BlockFormat
 from halfbyte.weights.layouts import cutlass, hopper, trtllm_gen
 from halfbyte.weights.layouts.engine import EngineExperts
+from halfbyte.weights.reload import check_same_kind, check_scales
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,50 @@ class PreparedExperts:
         """Return the canonical experts: every value exactly, without what the layout has no use for (hopper: calibrated input scales)."""
         return self.experts if isinstance(self.experts, ExpertWeights) else LAYOUTS[self.layout].unpack(self.experts)
 
+    @torch.no_grad()
+    def update_(self, w: ExpertWeights) -> None:
+        """Replace the weights by those of `w`, in place: no address changes, so CUDA graphs captured with these experts go on with the new ones.
+
+        The work is queued on the current stream of the device, like any kernel. `w` may lie on another device, and may have been loaded in any format
+        of file; it must be what these experts were prepared from in all but the values.
+
+        Raises:
+            InputError: another format, size, activation, range of experts or set of tensors, or unusable scales; nothing was written.
+
+        >>> w = halfbyte.ExpertWeights(*(halfbyte.quantize(torch.randn(4, n, 32), halfbyte.MXFP4) for n in (64, 32)))
+        >>> prepared = halfbyte.prepare(w, "hopper")
+        >>> prepared.update_(w)
+        """
+        layout = LAYOUTS.get(self.layout)
+        check_same_kind(self.experts, w if layout is None else layout.allocate(w, "meta"))
+        check_scales(w)
+        if layout is not None:
+            layout.pack(w, self.experts, 0)
+            return
+        for name, tensor in self.experts.tensors.items():
+            tensor.copy_(w.tensors[name])
+
+
+def resolve_layout(layout: str, policy: str, format: BlockFormat | None, target: Target) -> tuple[str, str]:
+    """Return the layout that "auto" means for experts in `format` on `target`, any other as it is, and why.
+
+    Raises:
+        InputError: as `prepare`.
+    """
+    if policy not in POLICIES:
+        raise InputError("unknown residency policy", where="prepare", given=repr(policy), needed=" or ".join(map(repr, POLICIES)))
+    available = ", ".join([f"'canonical' ({CANONICAL})", *(f"{name!r} ({known.purpose})" for name, known in LAYOUTS.items())])
+    if layout not in ("auto", "canonical", "triton", *LAYOUTS):
+        raise InputError("unknown layout", where="prepare", given=repr(layout), needed=f"'auto' or {available}")
+    is_hopper = target.arch == "sm_90" and format is not None
+    reason = "asked for"
+    if layout == "auto":
+        layout = "hopper" if is_hopper else "canonical"
+        reason = "FP4 experts on a Hopper GPU" if is_hopper else f"read by every kernel for {'FP4' if format else 'dense'} experts on {target.arch}"
+    elif layout == "triton":
+        layout, reason = "canonical", "asked for as 'triton', whose kernels read the checkpoint's own arrangement"
+    return layout, reason
+
 
 def prepare(w: ExpertWeights, layout: str = "auto", policy: str = "packed") -> PreparedExperts:
     """Arrange expert weights for the kernels of the device they are on.
@@ -130,19 +175,8 @@ def prepare(w: ExpertWeights, layout: str = "auto", policy: str = "packed") -> P
     >>> halfbyte.prepare(w).layout
     'canonical'
     """
-    if policy not in POLICIES:
-        raise InputError("unknown residency policy", where="prepare", given=repr(policy), needed=" or ".join(map(repr, POLICIES)))
-    available = ", ".join([f"'canonical' ({CANONICAL})", *(f"{name!r} ({known.purpose})" for name, known in LAYOUTS.items())])
-    if layout not in ("auto", "canonical", "triton", *LAYOUTS):
-        raise InputError("unknown layout", where="prepare", given=repr(layout), needed=f"'auto' or {available}")
     target = Target.of(w.device)
-    is_hopper = target.arch == "sm_90" and w.format is not None
-    reason = "asked for"
-    if layout == "auto":
-        layout = "hopper" if is_hopper else "canonical"
-        reason = "FP4 experts on a Hopper GPU" if is_hopper else f"read by every kernel for {'FP4' if w.format else 'dense'} experts on {target.arch}"
-    elif layout == "triton":
-        layout, reason = "canonical", "asked for as 'triton', whose kernels read the checkpoint's own arrangement"
+    layout, reason = resolve_layout(layout, policy, w.format, target)
     if layout == "canonical":
         return PreparedExperts(w, layout, policy, target, reason)
     packed = LAYOUTS[layout].allocate(w, w.device)

@@ -47,8 +47,8 @@ class DecodeConfig:
 
 @dataclass(frozen=True)
 class PrefillConfig:
-    """`sizes`: token counts of a tile, each (first, second accumulator). x is copied in boxes of `box` rows and `step_k` columns, in `x_stages` stages,
-    weights in `w_stages` stages of 256 columns. See `grouped_gemm_w4a16_prefill`."""
+    """`sizes`: token counts of a tile, each (first, second accumulator). x is copied in boxes of `box` rows and `step_k` columns, in `x_stages`
+    stages, weights in `w_stages` stages of 256 columns. See `grouped_gemm_w4a16_prefill`."""
 
     sizes: tuple[tuple[int, int], ...]
     consumers: int

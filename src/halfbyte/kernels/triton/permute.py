@@ -8,8 +8,8 @@
 
 A program counts the experts of one chunk of slots, and the rank of each slot among those of its expert in the chunk. The program that finishes last
 (found by a counter that it sets back to zero) adds up over the chunks and lays out the items; a second launch adds base and rank, unless there is
-only one chunk. An expert with more than `max_rows` rows is cut into equal items. Large items come first, where `max_rows` leaves a choice of tiles: what
-the persistent GEMMs do last is then small.
+only one chunk. An expert with more than `max_rows` rows is cut into equal items. Large items come first, where `max_rows` leaves a choice of tiles:
+what the persistent GEMMs do last is then small.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ def _item_size(counts, MAX_ROWS: tl.constexpr, ALIGNMENT: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_slots", "num_chunks", "expert_offset"])
 def _count(
-    ids_ptr, token_of_row_ptr, row_of_slot_ptr, rank_ptr, base_ptr, count_ptr, start_ptr, items_ptr, num_items_ptr, arrivals_ptr, num_slots, num_chunks,
-    expert_offset, NUM_EXPERTS: tl.constexpr, BINS: tl.constexpr, TOP_K: tl.constexpr, MAX_ROWS: tl.constexpr, ALIGNMENT: tl.constexpr,
+    ids_ptr, token_of_row_ptr, row_of_slot_ptr, rank_ptr, base_ptr, count_ptr, start_ptr, items_ptr, num_items_ptr, arrivals_ptr, num_slots,
+    num_chunks, expert_offset, NUM_EXPERTS: tl.constexpr, BINS: tl.constexpr, TOP_K: tl.constexpr, MAX_ROWS: tl.constexpr, ALIGNMENT: tl.constexpr,
     CHUNK: tl.constexpr, SCAN_CHUNKS: tl.constexpr, SINGLE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0)

@@ -1,0 +1,112 @@
+"""`halfbyte prepare`: arrange a model's experts for this machine's kernels once, and keep them on disk."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+HELP = "arrange a model's experts for this machine's kernels once, so that later starts only read them"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from halfbyte.weights.prepared import LAYOUTS
+
+    parser.add_argument("model", metavar="MODEL", help="model directory, or org/name on the Hugging Face Hub")
+    parser.add_argument("--layout", choices=("auto", "canonical", *LAYOUTS), default="auto", help="auto: what the kernels of the device read best")
+    parser.add_argument("--device", help="where the model will run, and where the work is done (default: the GPU where there is one)")
+    parser.add_argument("--layers", type=parse_layers, metavar="N,N-N,...", help="only these decoder layers (default: all with experts)")
+    parser.add_argument("--experts", type=parse_experts, metavar="A:B", help="only experts A to B - 1, those of one rank (default: all)")
+    parser.add_argument(
+        "--cache-dir", type=Path, metavar="DIR", help="default: $HALFBYTE_CACHE_DIR, or $XDG_CACHE_HOME/halfbyte, or ~/.cache/halfbyte"
+    )
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--force", action="store_true", help="write files that are there already again")
+    existing.add_argument("--verify", action="store_true", help="check every byte of files that are there already, not only their headers")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prepare layer by layer; a layer that is done stays when a later one fails.
+
+    Raises:
+        CheckpointError, UnsupportedError, InputError: as `load_experts` and `prepare`; the disk is full, the directory cannot be written.
+    """
+    from halfbyte.checkpoint import Checkpoint
+    from halfbyte.cli.progress import ByteBar
+    from halfbyte.cli.terminal import usable_device
+    from halfbyte.weights.load import prepare_on_disk
+
+    device = usable_device(args.device)
+    checkpoint = Checkpoint.open(args.model)
+    layers = args.layers or checkpoint.moe.moe_layers
+    for layer in layers:
+        checkpoint.moe.block_of(layer)  # before any work: a layer that is not there
+    options: dict[str, Any] = {
+        "layout": args.layout,
+        "experts": args.experts,
+        "cache_dir": args.cache_dir,
+        "force": args.force,
+        "verify": args.verify,
+    }
+    start, rows = time.perf_counter(), []
+    with ByteBar("prepare") as bar:
+        for index, layer in enumerate(layers):
+
+            def progress(done: int, total: int, before: int = index) -> None:
+                bar.update(before * total + done, len(layers) * total)
+
+            rows.append(prepare_on_disk(checkpoint, layer, device=device, progress=progress, **options))
+    report = {
+        "model": str(checkpoint.path),
+        "device": str(device),
+        "seconds": round(time.perf_counter() - start, 3),
+        "bytes": sum(row.nbytes for row in rows),
+        "layers": [
+            {"layer": row.layer, "layout": row.layout, "file": str(row.file), "bytes": row.nbytes, "written": row.written, "reason": row.reason}
+            for row in rows
+        ],
+    }
+    print(json.dumps(report, indent=2) if args.json else _render(report))
+    return 0
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """An argparse type: layers and ranges of layers, in order, none twice.
+
+    >>> parse_layers("0,3-5,4")
+    (0, 3, 4, 5)
+    """
+    layers: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if last < first:
+            raise argparse.ArgumentTypeError(f"{part!r} is no layer like 3 and no range like 3-5")
+        layers |= set(range(first, last + 1))
+    return tuple(sorted(layers))
+
+
+def parse_experts(text: str) -> range:
+    """An argparse type: the range A:B, B not included.
+
+    >>> parse_experts("32:64")
+    range(32, 64)
+    """
+    match = re.fullmatch(r"\s*(\d+):(\d+)\s*", text)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no range of experts like 0:32 (32 not included)")
+    return range(int(match[1]), int(match[2]))
+
+
+def _render(report: dict[str, Any]) -> str:
+    rows = report["layers"]
+    lines = [report["model"], f"  in {Path(rows[0]['file']).parent}" if rows else "  no layers with experts"]
+    for row in rows:
+        state = f"written: {row['reason']}" if row["written"] else row["reason"]
+        lines.append(f"  layer {row['layer']:>3}  {row['layout']}  {row['bytes'] / 1e6:10.2f} MB  {state}")
+    written = sum(row["written"] for row in rows)
+    return "\n".join([*lines, f"{written} written, {len(rows) - written} kept, {report['bytes'] / 1e9:.2f} GB, {report['seconds']:.1f} s"])
