@@ -212,7 +212,7 @@ def test_experts_packed_in_place_are_saved_reloaded_and_restored(checkpoint, fam
         after = model.state_dict()
         assert after.keys() == before.keys()
         for name, tensor in before.items():
-            assert_equal_bits(after[name].atleast_1d(), tensor.atleast_1d())
+            assert_equal_bits(torch.atleast_1d(after[name]), torch.atleast_1d(tensor))
 
     pack_all()
     assert_same_state()
@@ -259,7 +259,7 @@ def test_models_on_hopper_run_its_layout(checkpoint, family: str, output: str) -
     assert all(module.halfbyte.prepared.layout == "hopper" for module in packed_experts(model))
     assert torch.equal(on_gpu(), packed)
     for name, tensor in model.state_dict().items():
-        assert_equal_bits(tensor.cpu().atleast_1d(), before[name].atleast_1d())
+        assert_equal_bits(torch.atleast_1d(tensor.cpu()), torch.atleast_1d(before[name]))
     hbt.set_layout(model, "canonical")
     canonical = on_gpu()
     assert all(module.halfbyte.prepared.layout == "canonical" for module in packed_experts(model))

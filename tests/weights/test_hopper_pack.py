@@ -15,7 +15,7 @@ from test_hopper_layout import make_experts
 import halfbyte as hb
 from halfbyte.checkpoint.experts import RELU2, SWIGLU, Activation, ExpertWeights
 from halfbyte.errors import InputError
-from halfbyte.weights.layouts import hopper
+from halfbyte.weights.layouts import hopper, hopper_bits
 
 pytest.importorskip("triton")
 HAS_GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
@@ -76,11 +76,11 @@ def test_compiles_to_wide_loads_and_stores_without_spills(order: hopper.RowOrder
 
 def test_scales_are_encoded_without_loss() -> None:
     e4m3 = torch.arange(0x7F, dtype=torch.uint8)
-    encoded = hopper._encode_nvfp4_scale(e4m3)
+    encoded = hopper_bits.encode_nvfp4_scale(e4m3)
     value = torch.exp2((encoded >> 3).float() - 21) * (1 + (encoded & 7) / 8)
     value[0] = 0
     assert encoded[0] == 0 and torch.equal(value, e4m3.view(torch.float8_e4m3fn).float())
-    assert torch.equal(hopper._decode_nvfp4_scale(encoded), e4m3)
+    assert torch.equal(hopper_bits.decode_nvfp4_scale(encoded), e4m3)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -6,6 +6,8 @@ loads ModelOpt NVFP4, compressed-tensors nvfp4-pack-quantized and mxfp4-pack-qua
 4 bits, on the model's own Experts modules. Every other format, and `Mxfp4Config(dequantize=True)`, stays with transformers. Registering is the
 only thing the import changes.
 
+On a GPU of compute capability 9.0 the experts are rearranged for its kernels, at the first call and in the memory they have (`set_layout`).
+
 | checkpoint | transformers alone (5.23) | with halfbyte |
 |---|---|---|
 | ModelOpt NVFP4 | quant_method unknown: tensors of the wrong shape | runs |

@@ -43,7 +43,7 @@ def _rows_of_pairs(tile, half: tl.constexpr, intermediate, ORDER: tl.constexpr):
 
 @triton.jit
 def _encode_nvfp4_scale(m):
-    """`hopper._encode_nvfp4_scale` in int32."""
+    """`hopper_bits.encode_nvfp4_scale` in int32."""
     return tl.minimum(tl.minimum(m + 112, 2 * m + 104), tl.minimum(4 * m + 96, 96 * m))
 
 
@@ -100,7 +100,7 @@ def _pack(
 
 @triton.jit
 def _word_of_nibbles(nibbles):
-    """uint32: codes of even columns in the low half and of odd ones in the high half, as `hopper._half_words_of_nibbles` takes them, to a word."""
+    """uint32 with even columns in the low half and odd ones in the high half, as `hopper_bits._half_words_of_nibbles` has them, to a word."""
     word = (nibbles << 8 & 0x88008800) | (nibbles << 2 & 0x01DC01DC) | (nibbles >> 10 & 0x00200020)
     word |= (nibbles & 0x06000600) | (nibbles >> 8 & 0x00010001)
     return word | ((nibbles << 16 | nibbles >> 16) & 0x70007000) | ((nibbles << 6 | nibbles >> 26) & 0x00020002)
