@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import shutil
@@ -14,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from helpers import assert_close_rel, relative_errors
+from helpers import assert_close_rel, assert_equal_bits, relative_errors
 from safetensors.torch import load_file, save_file
 from tiny_models import build, write
 from transformers import AutoConfig, AutoModelForCausalLM, Mxfp4Config
@@ -25,7 +26,7 @@ import halfbyte
 import halfbyte.integrations.transformers as hbt
 from halfbyte.checkpoint.experts import DEEPSEEK_V4_SWIGLU, GEGLU, GEGLU_TANH, GPT_OSS_SWIGLU, RELU2, SWIGLU
 from halfbyte.errors import CheckpointError, InputError, UnsupportedError
-from halfbyte.integrations.transformers.modules import QuantLinear, find_activation
+from halfbyte.integrations.transformers.modules import QuantLinear, find_activation, pack_in_place
 
 DEMO = Path(halfbyte.__file__).parent / "demo_model"
 IDS = torch.arange(22).view(2, 11) * 7 % 128
@@ -192,6 +193,82 @@ def test_prepared_experts_follow_their_tensors(checkpoint) -> None:
         assert relative_errors(logits(model), expected)[1] > 0.01  # the old storage is in use
         module.down_proj.data = moved
     assert_close_rel(logits(model), expected, **EXACT)
+
+
+@pytest.mark.parametrize(("family", "output"), [("qwen3_moe", "modelopt"), ("qwen3_moe", "mxfp4-pack-quantized"), ("gpt_oss", "gpt-oss")])
+def test_experts_packed_in_place_are_saved_reloaded_and_restored(checkpoint, family: str, output: str) -> None:
+    """Packed by hand: no kernel reads the layout on a CPU, so that a call brings the canonical tensors back."""
+    fp4, dense = checkpoint(family, output, all_linear=family != "gpt_oss")
+    model, expected = load(fp4), logits(load(dense))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def pack_all() -> None:
+        for module in packed_experts(model):
+            pack_in_place(module)
+            assert not any(name in dict(module.named_parameters()) for name in ("gate_up_proj", "down_proj", "down_proj_scale"))
+            assert module.halfbyte.prepared.layout == "hopper" and module.packed_w2_words.dtype == torch.int32
+
+    def assert_same_state() -> None:
+        after = model.state_dict()
+        assert after.keys() == before.keys()
+        for name, tensor in before.items():
+            assert_equal_bits(torch.atleast_1d(after[name]), torch.atleast_1d(tensor))
+
+    pack_all()
+    assert_same_state()
+    assert_close_rel(logits(model), expected, **EXACT)  # on a CPU, from restored tensors
+    assert all(module.down_proj.dtype == torch.uint8 and not module.halfbyte.replaced for module in packed_experts(model))
+    assert_same_state()
+    pack_all()
+    moved = copy.deepcopy(model).to("cpu")
+    assert_close_rel(logits(moved), expected, **EXACT)
+    zeroed = {
+        name: torch.zeros_like(tensor) if "experts.down_proj" in name and tensor.dtype == torch.uint8 else tensor for name, tensor in before.items()
+    }
+    model.load_state_dict(zeroed)
+    assert relative_errors(logits(model), expected)[1] > 0.01
+    pack_all()
+    model.load_state_dict(before)
+    assert_close_rel(logits(model), expected, **EXACT)
+    pack_all()
+    hbt.set_layout(model, "canonical")
+    assert_same_state()
+    pack_all()
+    for module in packed_experts(model):
+        module.half()
+    with pytest.raises(UnsupportedError, match="packed experts cannot be cast"):
+        logits(model)
+    with pytest.raises(InputError, match="hopper"):
+        hbt.set_layout(model, "hopper")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not (torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)), reason="no GPU of compute capability 9.0")
+@pytest.mark.parametrize(("family", "output"), [("qwen3_moe", "modelopt"), ("qwen3_moe", "mxfp4-pack-quantized"), ("gpt_oss", "gpt-oss")])
+def test_models_on_hopper_run_its_layout(checkpoint, family: str, output: str) -> None:
+    fp4, dense = checkpoint(family, output, all_linear=family != "gpt_oss")
+    model, expected = load(fp4, torch.bfloat16), logits(load(dense))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def on_gpu() -> torch.Tensor:
+        with torch.no_grad():
+            return model(IDS.cuda()).logits.float().flatten(0, 1).cpu()
+
+    model.cuda()
+    packed = on_gpu()
+    assert all(module.halfbyte.prepared.layout == "hopper" for module in packed_experts(model))
+    assert torch.equal(on_gpu(), packed)
+    for name, tensor in model.state_dict().items():
+        assert_equal_bits(torch.atleast_1d(tensor.cpu()), torch.atleast_1d(before[name]))
+    hbt.set_layout(model, "canonical")
+    canonical = on_gpu()
+    assert all(module.halfbyte.prepared.layout == "canonical" for module in packed_experts(model))
+    assert relative_errors(packed, canonical)[1] < 0.02 and relative_errors(packed, expected)[1] < 0.05
+    hbt.set_layout(model, "auto")
+    assert torch.equal(on_gpu(), packed)
+    model.cpu()
+    assert relative_errors(logits(model), expected)[1] < 0.05
+    assert all(module.halfbyte.prepared.layout == "canonical" for module in packed_experts(model))
 
 
 def test_a_gradient_is_refused(checkpoint) -> None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from halfbyte.checkpoint.experts import Activation, ExpertWeights
 from halfbyte.device import Target
-from halfbyte.errors import InputError
+from halfbyte.errors import InputError, UnsupportedError
 from halfbyte.formats import BlockFormat
 from halfbyte.weights.layouts import cutlass, hopper, trtllm_gen
 from halfbyte.weights.layouts.engine import EngineExperts
@@ -26,6 +26,7 @@ class Layout:
         allocate: (w, device) to uninitialised storage for the experts of w.
         pack: (w, storage, first) arranges the experts of w, one at a time, as experts `first` and following of the storage.
         unpack: storage to canonical experts.
+        reused: canonical tensor in whose storage each tensor may lie while `pack` runs, where the sizes are the same.
         foreign: no kernel of halfbyte reads it, only the engine it is named after.
     """
 
@@ -33,13 +34,14 @@ class Layout:
     allocate: Callable[[ExpertWeights, torch.device | str], Any]
     pack: Callable[[ExpertWeights, Any, int], None]
     unpack: Callable[[Any], ExpertWeights]
+    reused: Mapping[str, str] = field(default_factory=dict)
     foreign: bool = False
 
 
 # What is built here. "canonical" is the checkpoint's own arrangement, which needs no building; "triton" names the kernels that read it.
 CANONICAL = "the checkpoint's own arrangement, read by the portable kernels on any device"
 LAYOUTS = {
-    "hopper": Layout("register fragments in 64 x 64 tiles, read by the sm_90 kernels", hopper.allocate, hopper.pack, hopper.unpack),
+    "hopper": Layout("register fragments in 64 x 64 tiles, read by the sm_90 kernels", hopper.allocate, hopper.pack, hopper.unpack, hopper.REUSED),
     "trtllm_gen": Layout(
         "shuffled rows and 128x4 scales, for the trtllm-gen kernels of Blackwell engines",
         trtllm_gen.allocate,
@@ -156,8 +158,10 @@ def resolve_layout(layout: str, policy: str, format: BlockFormat | None, target:
     return layout, reason
 
 
-def prepare(w: ExpertWeights, layout: str = "auto", policy: str = "packed") -> PreparedExperts:
-    """Arrange expert weights for the kernels of the device they are on.
+def prepare(
+    w: ExpertWeights, layout: str = "auto", policy: str = "packed", *, in_place: bool = False, device: torch.device | str | None = None
+) -> PreparedExperts:
+    """Arrange expert weights for the kernels of the device they are on, or of `device`.
 
     Args:
         w: the experts of one layer (NVFP4, MXFP4 or dense).
@@ -166,19 +170,44 @@ def prepare(w: ExpertWeights, layout: str = "auto", policy: str = "packed") -> P
             alive; the latter two are read by the engines they are named after, not by `fused_moe`); or "auto": hopper for FP4 experts on a GPU of
             compute capability 9.0, else canonical.
         policy: "packed".
+        in_place: consume `w`. Its tensors become the result wherever they have the right size, and afterwards hold bytes that mean nothing as
+            canonical weights; drop `w` then. "hopper" reuses codes when H and I are multiples of 64, scales when they are multiples of 256. Memory
+            needed beside `w`: what is not reused, and a buffer of 32 MiB or one expert. "canonical" shares storage in any case.
+        device: where the result goes; by default where `w` is. Host weights stream to a GPU through a buffer of the same size.
 
     Raises:
-        InputError: no such layout or policy; the layout does not hold these weights.
+        InputError: no such layout or policy; the layout does not hold these weights; in place on another device. Nothing was written to `w`.
+        UnsupportedError: the layout is not arranged in place. Nothing was written to `w`.
+
 
     >>> w13, w2 = torch.randn(4, 64, 32), torch.randn(4, 32, 32)
     >>> w = halfbyte.ExpertWeights(halfbyte.quantize(w13, halfbyte.NVFP4), halfbyte.quantize(w2, halfbyte.NVFP4))
     >>> halfbyte.prepare(w).layout
     'canonical'
     """
-    target = Target.of(w.device)
+    place = w.device if device is None else torch.empty(0, device=device).device
+    if in_place and place != w.device:
+        raise InputError("weights cannot be arranged in place on another device", where="prepare", given=f"{place}", needed=f"{w.device}")
+    target = Target.of(place)
     layout, reason = resolve_layout(layout, policy, w.format, target)
     if layout == "canonical":
-        return PreparedExperts(w, layout, policy, target, reason)
-    packed = LAYOUTS[layout].allocate(w, w.device)
+        return PreparedExperts(w if place == w.device else w.to(place), layout, policy, target, reason)
+    packed = _storage_within(w, layout) if in_place else LAYOUTS[layout].allocate(w, place)
     LAYOUTS[layout].pack(w, packed, 0)
     return PreparedExperts(packed, layout, policy, target, reason)
+
+
+def _storage_within(w: ExpertWeights, layout: str) -> Any:
+    """Storage of the layout that lies in the tensors of `w` where those have the right size."""
+    reused, sources = LAYOUTS[layout].reused, w.tensors
+    if not reused:
+        raise UnsupportedError(f"layout {layout!r} is not arranged in place", where="prepare", needed="in_place=False")
+    wanted = LAYOUTS[layout].allocate(w, "meta")
+
+    def storage(name: str, meta: torch.Tensor) -> torch.Tensor:
+        source = sources.get(reused.get(name, ""))
+        if source is None or source.nbytes != meta.nbytes or not source.is_contiguous() or source.data_ptr() % 16:  # kernels read 16 bytes at a time
+            return torch.empty_like(meta, device=w.device)
+        return source.view(torch.uint8).flatten().view(meta.dtype).view(meta.shape)
+
+    return wanted.with_tensors({name: storage(name, meta) for name, meta in wanted.tensors.items()})

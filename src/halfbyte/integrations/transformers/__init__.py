@@ -6,6 +6,8 @@ loads ModelOpt NVFP4, compressed-tensors nvfp4-pack-quantized and mxfp4-pack-qua
 4 bits, on the model's own Experts modules. Every other format, and `Mxfp4Config(dequantize=True)`, stays with transformers. Registering is the
 only thing the import changes.
 
+On a GPU of compute capability 9.0 the experts are rearranged for its kernels, at the first call and in the memory they have (`set_layout`).
+
 | checkpoint | transformers alone (5.23) | with halfbyte |
 |---|---|---|
 | ModelOpt NVFP4 | quant_method unknown: tensors of the wrong shape | runs |
@@ -19,7 +21,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -34,11 +36,11 @@ except ImportError as error:
     raise UnsupportedError(f"this needs transformers 5.17 or newer: {error}", where=__name__, next_step="run: pip install 'halfbyte[hf]'") from error
 
 from halfbyte.formats.activations import ACTIVATION_FORMATS, ActivationFormat
-from halfbyte.integrations.transformers.modules import ExpertsState, experts_forward
+from halfbyte.integrations.transformers.modules import ExpertsState, experts_forward, restore_canonical
 from halfbyte.integrations.transformers.plan import GPT_OSS, MODELOPT
 from halfbyte.integrations.transformers.quantizers import IMPLEMENTATION, FP4Config, FP4Quantizer, compressed_scheme
 
-__all__ = ["load", "register", "set_activations"]
+__all__ = ["load", "register", "set_activations", "set_layout"]
 
 
 def register() -> None:
@@ -120,6 +122,24 @@ def set_activations(model: Any, activations: ActivationFormat) -> None:
     for module in model.modules():
         if isinstance(getattr(module, "halfbyte", None), ExpertsState):
             module.halfbyte.activations = activations
+
+
+def set_layout(model: Any, layout: Literal["auto", "canonical"]) -> None:
+    """Choose whether the packed experts of `model` may be rearranged, in the memory they have, for the kernels of their device.
+
+    "auto", the default, does so at the first call on a GPU of compute capability 9.0 for activations that its kernels take. The experts' Parameters
+    are then buffers; `state_dict()` still has their canonical tensors. "canonical" leaves them as they were loaded, and slower.
+
+    Raises:
+        InputError: no such layout.
+    """
+    if layout not in ("auto", "canonical"):
+        raise InputError("unknown layout", where="set_layout", given=repr(layout), needed="'auto' or 'canonical'")
+    for module in model.modules():
+        if isinstance(getattr(module, "halfbyte", None), ExpertsState):
+            module.halfbyte.layout = layout
+            if layout == "canonical":
+                restore_canonical(module)
 
 
 register()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +14,13 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from halfbyte.checkpoint.experts import GEGLU, GEGLU_TANH, RELU2, Activation, ExpertWeights
+from halfbyte.device import Target
 from halfbyte.errors import CheckpointError, UnsupportedError
 from halfbyte.formats import BlockFormat, QuantTensor
 from halfbyte.formats.activations import ActivationFormat
 from halfbyte.integrations.transformers.plan import PackedParameter
 from halfbyte.kernels.reference.activation import activate
+from halfbyte.kernels.table import Problem, obstacles
 from halfbyte.moe.functional import fused_moe
 from halfbyte.weights.prepared import PreparedExperts, prepare
 
@@ -30,13 +33,21 @@ CODES, BLOCK_SCALE, GLOBAL_SCALE, INPUT_SCALE = "", "_scale", "_scale_2", "_inpu
 
 @dataclass
 class ExpertsState:
-    """What halfbyte keeps beside the tensors of one Experts module."""
+    """What halfbyte keeps beside the tensors of one Experts module.
+
+    Attributes:
+        layout: "auto" packs the experts in place where the kernels of the device read a layout of their own; "canonical" never does.
+        prepared: what the next call uses, as long as its tensors are at `addresses`.
+        replaced: while packed in place, the dtypes of the Parameters that are gone, by name.
+    """
 
     format: BlockFormat
     activation: Activation
     activations: ActivationFormat = "bf16"
+    layout: Literal["auto", "canonical"] = "auto"
     prepared: PreparedExperts | None = None
     addresses: tuple[int, ...] = ()
+    replaced: dict[str, torch.dtype] = field(default_factory=dict)
 
 
 def first_projection(module: ExpertsModule) -> str:
@@ -62,6 +73,8 @@ def pack_experts(module: ExpertsModule, format: BlockFormat, packed: dict[str, P
         groups = (experts, sources) if sources > 1 else (experts,)
         delattr(module, projection)
         _register(module, projection, projection, format, (experts, rows, columns), groups, packed[projection])
+    module.register_state_dict_post_hook(_save_canonical)
+    module.register_load_state_dict_pre_hook(lambda module, *_: restore_canonical(module))
 
 
 def _check_complete(parameter: PackedParameter | None, tensors: int, where: str) -> None:
@@ -170,10 +183,93 @@ def experts_forward(self: ExpertsModule, hidden_states: torch.Tensor, top_k_inde
 def _prepared(module: ExpertsModule) -> PreparedExperts:
     """Prepare the experts at the first call, and again when a tensor has moved (`model.to(device)`, offloading, a reload)."""
     state = module.halfbyte
-    addresses = tuple(tensor.data_ptr() for tensor in module.parameters(recurse=False))
+    in_place = state.layout == "auto" and _hopper_kernels_run(_device(module), state.format, state.activations) and not _is_offloaded(module)
+    if state.replaced and not in_place:
+        restore_canonical(module)
+    if in_place and not state.replaced:
+        pack_in_place(module)
+    addresses = tuple(tensor.data_ptr() for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
     if state.prepared is None or state.addresses != addresses:
-        state.prepared, state.addresses = prepare(expert_weights(module), "canonical"), addresses
+        state.prepared = _packed(module) if state.replaced else prepare(expert_weights(module), "canonical")
+        state.addresses = addresses
     return state.prepared
+
+
+def pack_in_place(module: ExpertsModule) -> None:
+    """Arrange the experts for the Hopper kernels in the memory of their Parameters, and put buffers, which state_dict does not see, in their place.
+
+    `state_dict()` still holds the canonical tensors (in new memory, codes under a zero scale as zeros), `load_state_dict` fills them, and when the
+    module is moved to a device without such kernels, or calls for activations that they do not take, they come back.
+    """
+    state = module.halfbyte
+    state.prepared = prepare(expert_weights(module), "hopper", in_place=True)
+    for name in (projection + suffix for projection in (first_projection(module), "down_proj") for suffix in (CODES, BLOCK_SCALE)):
+        state.replaced[name] = module.get_parameter(name).dtype
+        delattr(module, name)
+    for name, tensor in state.prepared.experts.tensors.items():
+        module.register_buffer(_buffer_name(name), tensor, persistent=False)
+
+
+def restore_canonical(module: ExpertsModule) -> None:
+    """Undo `pack_in_place`; nothing to do where the module is not packed."""
+    state = module.halfbyte
+    if not state.replaced:
+        return
+    packed = _packed(module)
+    for name, tensor in _canonical_parameters(module, packed).items():
+        module.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+    for name in packed.experts.tensors:
+        delattr(module, _buffer_name(name))
+    state.prepared, state.replaced = None, {}
+
+
+def _packed(module: ExpertsModule) -> PreparedExperts:
+    """The packed experts, in the module's buffers as they are now.
+
+    Raises:
+        UnsupportedError: the module was cast to another dtype, which packed weights do not survive.
+    """
+    prepared = module.halfbyte.prepared
+    tensors = {name: module.get_buffer(_buffer_name(name)) for name in prepared.experts.tensors}
+    for name, tensor in prepared.experts.tensors.items():
+        if tensors[name].dtype != tensor.dtype:
+            raise UnsupportedError("packed experts cannot be cast", where=f"{type(module).__name__}.{name}", given=tensors[name].dtype)
+    return replace(prepared, experts=prepared.experts.with_tensors(tensors), target=Target.of(_device(module)))
+
+
+def _canonical_parameters(module: ExpertsModule, packed: PreparedExperts) -> dict[str, torch.Tensor]:
+    """The tensors that `pack_in_place` replaced, by the names of their Parameters."""
+    canonical, dtypes = packed.unprepare(), module.halfbyte.replaced
+    tensors: dict[str, torch.Tensor] = {}
+    for projection, weight in ((first_projection(module), canonical.w13), ("down_proj", canonical.w2)):
+        assert isinstance(weight, QuantTensor)
+        tensors |= {projection + CODES: weight.codes, projection + BLOCK_SCALE: weight.scales}
+    return {name: tensor.view(dtypes[name]) for name, tensor in tensors.items()}
+
+
+def _save_canonical(module: ExpertsModule, state_dict: dict[str, torch.Tensor], prefix: str, _: object) -> None:
+    if module.halfbyte.replaced:
+        state_dict.update({prefix + name: tensor for name, tensor in _canonical_parameters(module, _packed(module)).items()})
+
+
+def _buffer_name(name: str) -> str:
+    return f"packed_{name.replace('.', '_')}"
+
+
+def _device(module: ExpertsModule) -> torch.device:
+    return next(itertools.chain(module.buffers(recurse=False), module.parameters(recurse=False))).device
+
+
+@functools.cache
+def _hopper_kernels_run(device: torch.device, format: BlockFormat, activations: ActivationFormat) -> bool:
+    problem = Problem("fused_moe", Target.of(device), format, "hopper", activations)
+    return any(obstacle is None for _, obstacle in obstacles(problem))
+
+
+def _is_offloaded(module: ExpertsModule) -> bool:
+    """Whether accelerate brings other copies of the tensors to the device at every call: what is packed then would be gone at the next."""
+    hook = getattr(module, "_hf_hook", None)
+    return hook is not None and getattr(hook, "offload", True)
 
 
 def halves_from_alternating(x: torch.Tensor, dim: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ import torch
 
 from halfbyte.checkpoint.experts import ExpertWeights
 from halfbyte.errors import InputError
-from halfbyte.formats import NVFP4, QuantTensor
+from halfbyte.formats import NVFP4, BlockFormat, QuantTensor
 
 
 def fp4_matrices(w: ExpertWeights, layout: str) -> tuple[QuantTensor, QuantTensor]:
@@ -23,11 +23,16 @@ def fp4_matrices(w: ExpertWeights, layout: str) -> tuple[QuantTensor, QuantTenso
     return w.w13, w.w2
 
 
+def largest_valid_scale(format: BlockFormat) -> int:
+    """The byte of the largest finite scale; above it lie NaN and, for e4m3, the negative half."""
+    return 0x7E if format == NVFP4 else 0xFE
+
+
 def check_block_scales(w: ExpertWeights) -> None:
     """Raise InputError if a block scale is negative or NaN. Reads every scale once; weights without data ("meta") have nothing to refuse."""
     for name, matrix in (("w13", w.w13), ("w2", w.w2)):
         assert isinstance(matrix, QuantTensor)
-        raw, largest = matrix.scales.view(torch.uint8), 0x7E if matrix.format == NVFP4 else 0xFE  # above: NaN, and for e4m3 the negative half
+        raw, largest = matrix.scales.view(torch.uint8), largest_valid_scale(matrix.format)
         if raw.device.type == "meta" or not raw.numel() or raw.amax() <= largest:
             continue
         raise InputError(

@@ -28,19 +28,39 @@ Sizes are padded with zero codes: H and I to multiples of 64, each half of w13 o
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
 from halfbyte.checkpoint.experts import Activation, ExpertWeights
 from halfbyte.formats import MXFP4, NVFP4, BlockFormat, QuantTensor
-from halfbyte.weights.layouts.checks import check_block_scales, fp4_matrices
+from halfbyte.weights.layouts.checks import check_block_scales, fp4_matrices, largest_valid_scale
+from halfbyte.weights.layouts.hopper_bits import (
+    TILE,
+    TILES_PER_SCALE_WORD,
+    decode_nvfp4_scale,
+    encode_nvfp4_scale,
+    pack_codes,
+    pack_scales,
+    unpack_codes,
+    unpack_scales,
+)
 
-TILE = 64
-TILES_PER_SCALE_WORD = 4
 NVFP4_SCALE_EXPONENT = 118  # the kernels' bf16 scale is s * 2^118: 448 * 2^120 would overflow
 ELEMENT_EXPONENT = -126  # a code's bits at the bottom of bf16's exponent are worth e2m1 * 2^-126
 MAX_SHIFTED_EXPONENT = 254  # of a bf16
+BUFFER_BYTES = 32 << 20  # fits the L2 of an sm_90 GPU: what goes through it is read from there
+CACHED_BYTES = 512 << 10  # a piece of work on a CPU: its operations are too short for torch to share among threads
+
+# Which row of the canonical matrix a row of a tile is: gate and up rows in turns, in slot order; rows in slot order; rows as they are.
+RowOrder = Literal["gate_up", "slots", "straight"]
+
+# The canonical tensor in whose storage each tensor of this layout fits where neither needs padding.
+REUSED = {f"{side}.{ours}": f"{side}.{theirs}" for side in ("w13", "w2") for ours, theirs in (("words", "codes"), ("scales", "scales"))}
 
 
 def _slot_to_column() -> tuple[int, ...]:
@@ -134,52 +154,56 @@ def allocate(w: ExpertWeights, device: torch.device | str) -> HopperExperts:
 
 
 def pack(w: ExpertWeights, out: HopperExperts, first: int = 0) -> None:
-    """Arrange the experts of `w` in tiles, one at a time, and write them to the experts `first` and following of `out`.
+    """Arrange the experts of `w` in tiles and write them to the experts `first` and following of `out`.
 
-    `w` may lie on another device than `out`: an expert is copied to the device of `out` and arranged there. Beside `out` this needs about 12 bytes
-    for each weight of one expert's larger projection. Exact: `unpack` gives every value back, and every byte except codes under a zero scale, which
-    become zero.
+    `w` may lie on another device than `out`, and `out` may lie in the storage of `w`, expert upon expert (`REUSED`). On a GPU a kernel reads and
+    writes every byte once; from another device, and in place, experts go through a buffer of 32 MiB or one projection of one expert. Elsewhere, and
+    without Triton, torch does the same, one expert at a time, from a copy of one projection of it.
+
+    Exact: `unpack` gives every value back, and every byte except codes under a zero scale, which become zero.
 
     Raises:
         InputError: a scale is negative or NaN; nothing was written.
     """
     w13, w2 = fp4_matrices(w, "hopper")
-    check_block_scales(w)
-    _pack_matrix(w13, w13_row_order(w.intermediate, 2 if w.activation.gated else 1), w.w13_bias, out.w13, first)
-    _pack_matrix(w2, w2_row_order(w.hidden), w.w2_bias, out.w2, first)
+    largest13, largest2 = _largest_scales(w13), _largest_scales(w2)
+    # The one time the host waits for the device.
+    if w.num_experts and int(torch.maximum(largest13, largest2).max()) > largest_valid_scale(w13.format):
+        check_block_scales(w)
+    _pack_matrix(w13, w.w13_bias, w13_order(w.activation), largest13, out.w13, first)
+    _pack_matrix(w2, w.w2_bias, "straight", largest2, out.w2, first)
 
 
 def unpack(experts: HopperExperts) -> ExpertWeights:
     """Give the canonical experts back: the inverse of `pack`, without input scales."""
-    halves = 2 if experts.activation.gated else 1
-    order = w13_row_order(experts.intermediate, halves)
-    w13, w13_bias = _unpack_matrix(experts.w13, experts.format, halves, halves * experts.intermediate, experts.hidden, order)
-    w2, w2_bias = _unpack_matrix(experts.w2, experts.format, 1, experts.hidden, experts.intermediate, w2_row_order(experts.hidden))
+    order, halves = w13_order(experts.activation), 2 if experts.activation.gated else 1
+    w13, w13_bias = _unpack_matrix(experts.w13, experts.format, order, halves * experts.intermediate, experts.hidden)
+    w2, w2_bias = _unpack_matrix(experts.w2, experts.format, "straight", experts.hidden, experts.intermediate)
     return ExpertWeights(
         w13, w2, experts.activation, w13_bias, w2_bias, first_expert=experts.first_expert, num_global_experts=experts.num_global_experts
     )
 
 
-def w13_row_order(intermediate: int, halves: int) -> torch.Tensor:
-    """int64 [N]: canonical w13 row of each tile row, -1 for padding; N = halves * intermediate padded to 64.
+def w13_order(activation: Activation) -> RowOrder:
+    return "gate_up" if activation.gated else "slots"
 
-    >>> w13_row_order(64, 2)[:10].tolist()
+
+def source_rows(order: RowOrder, rows: int) -> torch.Tensor:
+    """int64: the canonical row of each tile row of a matrix with `rows` rows, -1 for padding.
+
+    >>> source_rows("gate_up", 128)[:10].tolist()
     [0, 1, 16, 17, 32, 33, 48, 49, 64, 65]
     """
-    padded = padded_size(intermediate)
-    column = torch.arange(padded).view(-1, TILE)[:, list(SLOT_TO_COLUMN)].reshape(-1)
-    column = torch.where(column < intermediate, column, -1)
-    if halves == 1:
-        return column
-    gate = column.view(-1, 4, 1, 8)  # tile, warp, half, g
-    up = torch.where(gate >= 0, gate + intermediate, -1)
+    size = rows // 2 if order == "gate_up" else rows
+    row = torch.arange(padded_size(size))
+    if order != "straight":
+        row = row.view(-1, TILE)[:, list(SLOT_TO_COLUMN)].reshape(-1)
+    row = torch.where(row < size, row, -1)
+    if order != "gate_up":
+        return row
+    gate = row.view(-1, 4, 1, 8)  # tile, warp, half, g
+    up = torch.where(gate >= 0, gate + size, -1)
     return torch.cat([gate, up], dim=2).reshape(-1)
-
-
-def w2_row_order(hidden: int) -> torch.Tensor:
-    """int64 [N]: canonical w2 row of each tile row, -1 for padding: rows stay in order."""
-    rows = torch.arange(padded_size(hidden))
-    return torch.where(rows < hidden, rows, -1)
 
 
 def padded_size(size: int) -> int:
@@ -207,132 +231,131 @@ def _allocate_matrix(w: QuantTensor, rows: int, has_bias: bool, device: torch.de
     )
 
 
-def _pack_matrix(w: QuantTensor, row_order: torch.Tensor, bias: torch.Tensor | None, out: HopperMatrix, first: int) -> None:
-    num_experts, device, nvfp4 = w.codes.shape[0], out.words.device, w.format == NVFP4
-    columns = out.column_tiles * TILE
-    row_order = row_order.to(device)
-    raw_scales = w.scales.view(torch.uint8)
-    for expert in range(num_experts):
-        codes = _ordered(w.codes[expert].to(device), row_order, columns // 2)
-        raw = _ordered(raw_scales[expert].to(device), row_order, columns // w.format.block)
-        if nvfp4:
-            codes = torch.where((raw == 0).repeat_interleave(w.format.block // 2, dim=-1), 0, codes)
-            raw = _encode_nvfp4_scale(raw)
-        out.words[first + expert] = pack_codes(codes)
-        out.scales[first + expert] = pack_scales(raw, w.format.block)
+def _pack_matrix(w: QuantTensor, bias: torch.Tensor | None, order: RowOrder, largest: torch.Tensor, out: HopperMatrix, first: int) -> None:
+    """`largest`: int32 [E], the largest scale byte of each expert."""
+    num_experts, device = w.codes.shape[0], out.words.device
     here = slice(first, first + num_experts)
-    if nvfp4:
+    pack_weights = _pack_weights_on_gpu if _has_kernels(device) else _pack_weights
+    pack_weights(w.codes, w.scales.view(torch.uint8), order, out.words[here], out.scales[here])
+    if w.format == NVFP4:
         assert w.global_scale is not None
         out.multiplier[here] = (w.global_scale.view(num_experts, -1).expand(num_experts, 2) * _nvfp4_factor()).to(device)
     else:
         assert out.shift is not None
-        shift = (MAX_SHIFTED_EXPONENT - raw_scales.flatten(1).amax(1).int()).clamp(max=MAX_SHIFTED_EXPONENT - 4)
-        out.shift[here] = shift.to(device)
-        out.multiplier[here] = torch.exp2((-ELEMENT_EXPONENT - shift).float()).unsqueeze(1).to(device)
+        shift = (MAX_SHIFTED_EXPONENT - largest.to(device)).clamp(max=MAX_SHIFTED_EXPONENT - 4)
+        out.shift[here] = shift
+        power_of_two = (127 - ELEMENT_EXPONENT - shift) << 23  # its bits in fp32
+        out.multiplier[here] = power_of_two.view(torch.float32).unsqueeze(1)
     if bias is not None:
         assert out.bias is not None
-        out.bias[here] = _ordered(bias.to(device).float().T, row_order, num_experts).T
+        rows = source_rows(order, w.codes.shape[1]).to(device)
+        out.bias[here] = _ordered(bias.to(device).float().T, rows, num_experts).T
 
 
-def _ordered(matrix: torch.Tensor, row_order: torch.Tensor, columns: int) -> torch.Tensor:
-    """Rows of `matrix` [rows, c] in tile order, zero where the order says -1, padded with zeros to `columns`."""
-    result = matrix.new_zeros((len(row_order), columns))
-    kept = row_order >= 0
-    result[kept, : matrix.shape[1]] = matrix[row_order[kept]]
-    return result
+def _pack_weights(codes: torch.Tensor, scales: torch.Tensor, order: RowOrder, words: torch.Tensor, scale_words: torch.Tensor) -> None:
+    """Codes uint8 [E, N, K/2] and scale bytes [E, N, K/block] to tiles, with torch. `words` and `scale_words` may be the storage of the two."""
+    _, row_tiles, column_tiles, _ = words.shape
+    device, inference = words.device, torch.is_inference_mode_enabled()
+    rows = source_rows(order, codes.shape[1]).to(device)
+    step = max(1, CACHED_BYTES // (column_tiles * TILE * TILE // 2)) if device.type == "cpu" else row_tiles
+
+    def pack_some(first: int) -> None:
+        tiles = slice(first, first + step)
+        with torch.inference_mode(inference):  # which every thread has its own of
+            _pack_row_tiles(expert_codes, expert_scales, rows[first * TILE : (first + step) * TILE], words[expert, tiles], scale_words[expert, tiles])
+
+    # Threads over pieces that fit a cache: torch's own would wait for one another after each of some forty operations.
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        run = pool.map if device.type == "cpu" else map
+        for expert in range(len(codes)):
+            expert_codes, expert_scales = (tensor[expert].to(device, copy=True) for tensor in (codes, scales))
+            list(run(pack_some, range(0, row_tiles, step)))
 
 
-def _unpack_matrix(
-    matrix: HopperMatrix, fmt: BlockFormat, halves: int, rows: int, columns: int, row_order: torch.Tensor
-) -> tuple[QuantTensor, torch.Tensor | None]:
+def _pack_row_tiles(codes: torch.Tensor, scales: torch.Tensor, rows: torch.Tensor, words: torch.Tensor, scale_words: torch.Tensor) -> None:
+    """Write these rows of one expert."""
+    block = 2 * codes.shape[1] // scales.shape[1]
+    columns = words.shape[1] * TILE
+    lanes = _ordered(codes.view(torch.int64), rows, columns // 16)
+    raw = _ordered(scales, rows, columns // block)
+    if block == NVFP4.block:
+        lanes &= -(raw != 0).long()  # 16 codes have one scale
+        raw = encode_nvfp4_scale(raw)
+    pack_codes(lanes.view(torch.uint8), words)
+    scale_words.copy_(pack_scales(raw, block))
+
+
+def _pack_weights_on_gpu(codes: torch.Tensor, scales: torch.Tensor, order: RowOrder, words: torch.Tensor, scale_words: torch.Tensor) -> None:
+    """The same with a kernel, on the device of `words`."""
+    from halfbyte.weights.layouts.hopper_pack import pack_matrix
+
+    written = {tensor.untyped_storage().data_ptr() for tensor in (words, scale_words)}
+    sources = (codes, scales)
+    aligned = all(tensor.is_contiguous() and tensor.data_ptr() % 8 == 0 for tensor in sources)
+    if aligned and codes.device == words.device and not any(tensor.untyped_storage().data_ptr() in written for tensor in sources):
+        pack_matrix(codes, scales, words, scale_words, order)
+        return
+    step = max(1, BUFFER_BYTES // (codes[0].nbytes + scales[0].nbytes))
+    buffers = [torch.empty((min(step, len(codes)), *tensor.shape[1:]), dtype=torch.uint8, device=words.device) for tensor in sources]
+    for expert in range(0, len(codes), step):
+        batch = slice(expert, expert + step)
+        staged_codes, staged_scales = (
+            buffer[: len(tensor[batch])].copy_(tensor[batch], non_blocking=True) for buffer, tensor in zip(buffers, sources, strict=True)
+        )
+        pack_matrix(staged_codes, staged_scales, words[batch], scale_words[batch], order)
+    if codes.device.type == "cpu":
+        torch.cuda.current_stream(words.device).synchronize()  # pinned memory may still be read, and is the caller's to change
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _has_kernels(device: torch.device) -> bool:
+    return device.type == "cuda" and _has_triton()
+
+
+def _largest_scales(w: QuantTensor) -> torch.Tensor:
+    """int32 [E]: the largest scale byte of each expert. Negative scales and NaN have larger bytes than all others."""
+    raw = w.scales.view(torch.uint8)
+    if _has_kernels(raw.device):
+        from halfbyte.weights.layouts.hopper_pack import largest_bytes
+
+        return largest_bytes(raw.contiguous())
+    return raw.flatten(1).amax(1).int()
+
+
+def _ordered(matrix: torch.Tensor, source: torch.Tensor, columns: int) -> torch.Tensor:
+    """The rows of `matrix` [rows, c] that `source` names, zeros where it says -1, and zeros up to `columns`."""
+    ordered = matrix.index_select(0, source.clamp(min=0))
+    missing = source < 0
+    if missing.any():
+        ordered[missing] = 0
+    return ordered if matrix.shape[1] == columns else torch.nn.functional.pad(ordered, (0, columns - matrix.shape[1]))
+
+
+def _unpack_matrix(matrix: HopperMatrix, format: BlockFormat, order: RowOrder, rows: int, columns: int) -> tuple[QuantTensor, torch.Tensor | None]:
     num_experts, device = matrix.words.shape[0], matrix.words.device
-    kept = (row_order >= 0).to(device)
-    target = row_order.to(device)[kept]
+    source = source_rows(order, rows).to(device)
+    kept = source >= 0
+    target = source[kept]
     codes = torch.empty((num_experts, rows, columns // 2), dtype=torch.uint8, device=device)
-    scales = torch.empty((num_experts, rows, columns // fmt.block), dtype=torch.uint8, device=device)
-    for expert in range(num_experts):
-        raw = unpack_scales(matrix.scales[expert])[:, : scales.shape[2]]
-        codes[expert, target] = unpack_codes(matrix.words[expert])[kept, : columns // 2]
-        scales[expert, target] = _decode_nvfp4_scale(raw[kept]) if fmt == NVFP4 else raw[kept]
+    scales = torch.empty((num_experts, rows, columns // format.block), dtype=torch.uint8, device=device)
+    if _has_kernels(device):
+        from halfbyte.weights.layouts.hopper_pack import unpack_matrix
+
+        unpack_matrix(matrix.words, matrix.scales, codes, scales, order)
+    else:
+        for expert in range(num_experts):
+            raw = unpack_scales(matrix.scales[expert])[:, : scales.shape[2]]
+            codes[expert, target] = unpack_codes(matrix.words[expert])[kept, : columns // 2]
+            scales[expert, target] = decode_nvfp4_scale(raw[kept]) if format == NVFP4 else raw[kept]
     bias = None
     if matrix.bias is not None:
         bias = matrix.bias.new_empty((num_experts, rows))
         bias[:, target] = matrix.bias[:, kept]
-    if fmt == MXFP4:
-        return QuantTensor(codes, scales, None, fmt), bias
-    global_scale = (matrix.multiplier if halves == 2 else matrix.multiplier[:, 0]) / _nvfp4_factor()
-    return QuantTensor(codes, scales.view(torch.float8_e4m3fn), global_scale, fmt), bias
-
-
-def pack_codes(codes: torch.Tensor) -> torch.Tensor:
-    """uint8 [N, K/2] (low nibble = even column) to int32 words [N/64, K/64, 512]."""
-    rows, half_columns = codes.shape
-    b = codes.view(rows // TILE, 4, 2, 8, half_columns // 32, 4, 4, 2)  # tile, w, h, g, column tile, t, s, p
-    b = b.permute(0, 4, 1, 3, 5, 6, 7, 2).int()  # tile, column tile, w, g, t, s, p, h
-    v = (b & 0xF) | ((b >> 4) << 16)  # element e = 0 in the low half of the word, e = 1 in the high half
-    sign, magnitude = v & 0x00080008, v & 0x00070007
-    word = (sign[..., 0, 0] << 12) | (magnitude[..., 0, 0] << 6) | (sign[..., 0, 1] << 8) | (magnitude[..., 0, 1] << 2)
-    word |= (sign[..., 1, 0] << 2) | (_swap_halves(magnitude[..., 1, 0]) << 12)
-    last = magnitude[..., 1, 1]
-    word |= _swap_halves(sign[..., 1, 1] >> 2) | ((last & 0x00060006) << 8) | (last & 0x00010001)
-    return word.reshape(rows // TILE, half_columns // 32, 512)
-
-
-def unpack_codes(words: torch.Tensor) -> torch.Tensor:
-    """The inverse of `pack_codes`."""
-    row_tiles, column_tiles, _ = words.shape
-    swapped = _swap_halves(words)
-    fragments = (
-        ((words >> 12) & 0x00080008) | ((words >> 6) & 0x00070007),  # p = 0, h = 0
-        ((words >> 8) & 0x00080008) | ((words >> 2) & 0x00070007),  # p = 0, h = 1
-        ((words >> 2) & 0x00080008) | ((swapped >> 12) & 0x00070007),  # p = 1, h = 0
-        ((swapped << 2) & 0x00080008) | ((words >> 8) & 0x00060006) | (words & 0x00010001),  # p = 1, h = 1
-    )
-    v = torch.stack(fragments, dim=-1).view(row_tiles, column_tiles, 4, 8, 4, 4, 2, 2)  # tile, column tile, w, g, t, s, p, h
-    b = ((v & 0xF) | (v >> 12)).to(torch.uint8)
-    return b.permute(0, 2, 7, 3, 1, 4, 5, 6).reshape(row_tiles * TILE, column_tiles * 32)
-
-
-def _swap_halves(words: torch.Tensor) -> torch.Tensor:
-    return (words << 16) | ((words >> 16) & 0xFFFF)
-
-
-def pack_scales(raw: torch.Tensor, block: int) -> torch.Tensor:
-    """uint8 [N, K/block] to int64 [N/64, ceil(K/256), 2048/block]."""
-    (rows, columns), per_tile = raw.shape, TILE // block
-    scale_words = -(-columns // (TILES_PER_SCALE_WORD * per_tile))
-    padded = raw.new_zeros((rows, scale_words * TILES_PER_SCALE_WORD * per_tile))
-    padded[:, :columns] = raw
-    b = padded.view(rows // TILE, 4, 2, 8, scale_words, TILES_PER_SCALE_WORD, per_tile)  # tile, w, h, g, word, c, t
-    b = b.permute(0, 4, 1, 3, 6, 5, 2).contiguous()  # tile, word, w, g, t, c, h
-    return b.view(rows // TILE, scale_words, 32 * per_tile, 8).view(torch.int64).squeeze(-1)
-
-
-def unpack_scales(scales: torch.Tensor) -> torch.Tensor:
-    """The inverse of `pack_scales`, padding included: uint8 [N, 16 or 8 a scale word]."""
-    row_tiles, scale_words, entries = scales.shape
-    b = scales.contiguous().view(torch.uint8).view(row_tiles, scale_words, 4, 8, entries // 32, TILES_PER_SCALE_WORD, 2)
-    return b.permute(0, 2, 6, 3, 1, 5, 4).reshape(row_tiles * TILE, -1)
-
-
-def _encode_nvfp4_scale(e4m3: torch.Tensor) -> torch.Tensor:
-    """e4m3 bytes >= 0 to (exponent + 21) << 3 | mantissa; zero stays zero."""
-    return _NVFP4_SCALE_CODE.to(e4m3.device)[e4m3.int()]
-
-
-def _decode_nvfp4_scale(encoded: torch.Tensor) -> torch.Tensor:
-    return _NVFP4_SCALE_BYTE.to(encoded.device)[encoded.int()]
-
-
-def _scale_tables() -> tuple[torch.Tensor, torch.Tensor]:
-    """Both directions of the scale encoding, 256 entries each."""
-    e4m3 = torch.arange(0x7F, dtype=torch.uint8)
-    mantissa, exponent = torch.frexp(e4m3.view(torch.float8_e4m3fn).float())  # value = mantissa * 2^exponent, mantissa in [0.5, 1)
-    code = torch.where(e4m3 == 0, 0, ((exponent - 1 + 21) << 3) | ((mantissa * 2 - 1) * 8).int())
-    encode, decode = torch.zeros(256, dtype=torch.uint8), torch.zeros(256, dtype=torch.uint8)
-    encode[: len(code)] = code.to(torch.uint8)
-    decode[code.long()] = e4m3
-    return encode, decode
-
-
-_NVFP4_SCALE_CODE, _NVFP4_SCALE_BYTE = _scale_tables()
+    if format == MXFP4:
+        return QuantTensor(codes, scales, None, format), bias
+    global_scale = (matrix.multiplier if order == "gate_up" else matrix.multiplier[:, 0]) / _nvfp4_factor()
+    return QuantTensor(codes, scales.view(torch.float8_e4m3fn), global_scale, format), bias

@@ -1,0 +1,43 @@
+"""Run by test_hopper_pack.py under TRITON_INTERPRET=1: the kernels against the torch code, byte for byte, into memory that holds something else."""
+
+import torch
+from helpers import assert_equal_bits
+from test_hopper_layout import make_experts
+
+import halfbyte as hb
+from halfbyte.checkpoint.experts import RELU2, SWIGLU, Activation
+from halfbyte.weights.layouts import hopper, hopper_pack
+
+
+def check(num_experts: int, hidden: int, intermediate: int, format: hb.BlockFormat, activation: Activation) -> None:
+    w = make_experts(num_experts, hidden, intermediate, format, activation)
+    for q in (w.w13, w.w2):
+        raw = q.scales.view(torch.uint8).flatten(1)
+        raw[:, :0x7F:3] = torch.arange(0, 0x7F, 3, dtype=torch.uint8)[: raw.shape[1] // 3 + 1]  # zero, subnormal and largest scales
+        raw[:, 1:9] = torch.arange(8, dtype=torch.uint8)
+    expected = hopper.allocate(w, "cpu")
+    hopper.pack(w, expected)
+    unpacked = hopper.unpack(expected)
+    for name, order in (("w13", hopper.w13_order(activation)), ("w2", "straight")):
+        q, matrix, back = getattr(w, name), getattr(expected, name), getattr(unpacked, name)
+        scales = q.scales.view(torch.uint8)
+        words, scale_words = torch.full_like(matrix.words, -1), torch.full_like(matrix.scales, -1)
+        hopper_pack.pack_matrix(q.codes, scales, words, scale_words, order)
+        assert_equal_bits(words, matrix.words)
+        assert_equal_bits(scale_words, matrix.scales)
+        codes, scale_bytes = torch.full_like(q.codes, 0x55), torch.full_like(scales, 0x55)
+        hopper_pack.unpack_matrix(words, scale_words, codes, scale_bytes, order)
+        assert_equal_bits(codes, back.codes)
+        assert_equal_bits(scale_bytes, scales)
+        assert_equal_bits(hopper_pack.largest_bytes(scales), scales.flatten(1).amax(1).int())
+
+
+if __name__ == "__main__":
+    for format in (hb.NVFP4, hb.MXFP4):
+        for activation in (SWIGLU, RELU2):
+            for sizes in ((1, 64, 64), (3, 160, 96), (2, 288, 320)):
+                check(*sizes, format, activation)
+    check(1, 64, 48, hb.NVFP4, SWIGLU)
+    check(1, 32, 1408, hb.MXFP4, SWIGLU)
+    check(1, 64, 2688, hb.NVFP4, RELU2)
+    print("ok")
