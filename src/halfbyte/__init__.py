@@ -7,7 +7,8 @@ if TYPE_CHECKING:
     from halfbyte.checkpoint import load_experts, load_router
     from halfbyte.checkpoint.experts import Activation, ExpertWeights
     from halfbyte.device import Target
-    from halfbyte.formats import MXFP4, NVFP4, BlockFormat, QuantTensor, quantize, swizzle_scales, unswizzle_scales
+    from halfbyte.formats import MXFP4, NVFP4, BlockFormat, QuantTensor, swizzle_scales, unswizzle_scales
+    from halfbyte.kernels.quantize import QuantizedExperts, quantize, quantize_experts
     from halfbyte.moe import MoE, Routing, fused_moe, route
     from halfbyte.weights import PreparedExperts, prepare
 
@@ -21,6 +22,7 @@ __all__ = [
     "MoE",
     "PreparedExperts",
     "QuantTensor",
+    "QuantizedExperts",
     "Routing",
     "Target",
     "fused_moe",
@@ -28,6 +30,7 @@ __all__ = [
     "load_router",
     "prepare",
     "quantize",
+    "quantize_experts",
     "route",
     "swizzle_scales",
     "unswizzle_scales",
@@ -38,7 +41,8 @@ _HOMES = {
     "halfbyte.checkpoint": ("load_experts", "load_router"),
     "halfbyte.checkpoint.experts": ("Activation", "ExpertWeights"),
     "halfbyte.device": ("Target",),
-    "halfbyte.formats": ("MXFP4", "NVFP4", "BlockFormat", "QuantTensor", "quantize", "swizzle_scales", "unswizzle_scales"),
+    "halfbyte.formats": ("MXFP4", "NVFP4", "BlockFormat", "QuantTensor", "swizzle_scales", "unswizzle_scales"),
+    "halfbyte.kernels.quantize": ("QuantizedExperts", "quantize", "quantize_experts"),
     "halfbyte.moe": ("MoE", "Routing", "fused_moe", "route"),
     "halfbyte.weights": ("PreparedExperts", "prepare"),
 }

@@ -1,0 +1,150 @@
+"""Activations to FP4: the public functions, which check, allocate, and ask the table for a kernel. `formats.quantizer` defines what comes out."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from halfbyte.device import Target
+from halfbyte.errors import InputError
+from halfbyte.formats import NVFP4, BlockFormat, QuantTensor
+from halfbyte.formats.block_format import check_blocks
+from halfbyte.formats.e8m0 import ScaleRule
+from halfbyte.formats.quantizer import check_arguments
+from halfbyte.formats.scale_layout import ScaleLayout, max_padded_rows, padded_shape, tile_rows
+from halfbyte.kernels.table import Problem, choose
+
+
+def quantize(
+    x: torch.Tensor,
+    format: BlockFormat,
+    global_scale: torch.Tensor | float | None = None,
+    *,
+    four_over_six: bool = False,
+    scale_rule: ScaleRule = "ceil",
+    scale_layout: ScaleLayout = "linear",
+    backend: str | None = None,
+) -> QuantTensor:
+    """Quantise x [..., N, K] to `format`, blocks along K. The bits are the same on every device and with every kernel.
+
+    Args:
+        x: fp32, bf16 or fp16, [..., N, K]; K a multiple of the block (16 or 32). On a GPU, bf16 and fp16 take one pass.
+        format: NVFP4 or MXFP4.
+        global_scale: NVFP4 only: the fp32 *decode* multiplier, > 0, one a matrix [...] or one a row group [..., G]; None computes it from the
+            finite values of each matrix, in passes of its own.
+        four_over_six: NVFP4 only: choose per block between mapping its maximum to 6 and to 4, by squared error.
+        scale_rule: MXFP4 only: "ceil", "floor" or "even" (see `formats.e8m0`).
+        scale_layout: layout of the returned scales: "linear", "128x4" or "8x4"; padding is zero.
+        backend: the only kernel allowed.
+
+    Raises:
+        InputError: dtype not floating point, fewer than two dimensions, K not a multiple of the block, or an option of the other format.
+
+    >>> q = halfbyte.quantize(torch.linspace(-1, 1, 64).view(2, 32), halfbyte.MXFP4)
+    >>> q.codes.shape, q.scales.shape, q.global_scale
+    (torch.Size([2, 16]), torch.Size([2, 1]), None)
+    """
+    check_arguments(x, format, global_scale, four_over_six, scale_rule)
+    padded_shape(scale_layout, 0, 0)  # an unknown layout is an error before anything runs
+    kernel = choose(Problem("quantize", Target.of(x.device), format, dtype=x.dtype), backend)
+    return kernel.function(x, format, global_scale, four_over_six=four_over_six, scale_rule=scale_rule, scale_layout=scale_layout)
+
+
+class QuantizedExperts(NamedTuple):
+    """Rows sorted by expert, in FP4.
+
+    Attributes:
+        codes: uint8 [M, K/2].
+        scales: e4m3 (NVFP4) or uint8 e8m0 (MXFP4). "128x4" and "8x4": [rows, columns padded to 4], the scales of expert e from row
+            scale_offsets[e] on, its rows padded to whole tiles with zeros. "linear": [M, K/block].
+        scale_offsets: int32 [E + 1]; for "linear", the expert offsets.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    scale_offsets: torch.Tensor
+
+
+def quantize_experts(
+    x: torch.Tensor,
+    expert_offsets: torch.Tensor,
+    global_scales: torch.Tensor | None,
+    fmt: BlockFormat = NVFP4,
+    *,
+    scale_layout: ScaleLayout = "128x4",
+    out: QuantizedExperts | None = None,
+    backend: str | None = None,
+) -> QuantizedExperts:
+    """Quantise rows sorted by expert, each expert with its own global scale and its own tiles of block scales.
+
+    Rows expert_offsets[e] to expert_offsets[e + 1] belong to expert e. The scale buffer holds M rows and as many more as the experts present can
+    need to fill their tiles: nothing waits for the device to learn how many. Rows that no expert covers, and scale rows beyond the last expert's,
+    are not written. Deterministic.
+
+    Args:
+        x: fp32, bf16 or fp16 [M, K], K a multiple of the block.
+        expert_offsets: int32 [E + 1], rising, within 0 .. M.
+        global_scales: NVFP4 only: fp32 [E], decode multipliers, > 0.
+        fmt: NVFP4 or MXFP4.
+        scale_layout: "128x4", "8x4" or "linear".
+        out: the result of an earlier call with the same sizes, to write into.
+        backend: the only kernel allowed.
+
+    Raises:
+        InputError: an argument does not fit.
+
+    >>> x, offsets = torch.ones(3, 32), torch.tensor([0, 2, 2, 3], dtype=torch.int32)
+    >>> q = halfbyte.quantize_experts(x, offsets, torch.ones(3))
+    >>> q.codes.shape, q.scales.shape, q.scale_offsets.tolist()
+    (torch.Size([3, 16]), torch.Size([384, 4]), [0, 128, 128, 256])
+    """
+    _check_experts(x, expert_offsets, global_scales, fmt)
+    shapes = _expert_shapes(x, expert_offsets, fmt, scale_layout)
+    if out is None:
+        out = QuantizedExperts(
+            torch.empty(shapes[0], dtype=torch.uint8, device=x.device),
+            torch.empty(shapes[1], dtype=fmt.scale_dtype, device=x.device),
+            expert_offsets if scale_layout == "linear" else torch.empty_like(expert_offsets),
+        )
+    given = [(part.dtype, tuple(part.shape), part.is_contiguous(), part.device) for part in out]
+    dtypes = (torch.uint8, fmt.scale_dtype, torch.int32)
+    needed = [(dtype, shape, True, x.device) for dtype, shape in zip(dtypes, shapes, strict=True)]
+    if given != needed:
+        raise InputError("out does not fit", where="quantize_experts", given=given, needed=needed)
+    if x.numel() == 0:
+        if scale_layout != "linear":
+            out.scale_offsets.zero_()
+        return out
+    kernel = choose(Problem("quantize_experts", Target.of(x.device), fmt, dtype=x.dtype), backend)
+    kernel.function(x, expert_offsets, global_scales, fmt, scale_layout, *out)
+    return out
+
+
+def _expert_shapes(x: torch.Tensor, expert_offsets: torch.Tensor, fmt: BlockFormat, layout: ScaleLayout) -> tuple[tuple[int, ...], ...]:
+    num_rows, width = x.shape
+    scale_rows = max_padded_rows(num_rows, expert_offsets.numel() - 1, tile_rows(layout))
+    return (num_rows, width // 2), (scale_rows, padded_shape(layout, 0, width // fmt.block)[1]), tuple(expert_offsets.shape)
+
+
+def _check_experts(x: torch.Tensor, expert_offsets: torch.Tensor, global_scales: torch.Tensor | None, fmt: BlockFormat) -> None:
+    where = "quantize_experts"
+    if x.ndim != 2 or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        given = f"{x.dtype} {tuple(x.shape)}"
+        raise InputError("cannot quantise these rows", where=where, given=given, needed="float32, bfloat16 or float16 [M, K]")
+    check_blocks(x.shape[1], fmt, where)
+    if expert_offsets.dtype != torch.int32 or expert_offsets.ndim != 1 or expert_offsets.numel() < 2 or not expert_offsets.is_contiguous():
+        given = f"{expert_offsets.dtype} {tuple(expert_offsets.shape)}"
+        raise InputError("expert_offsets do not fit", where=where, given=given, needed="contiguous int32 [E + 1], E >= 1")
+    num_experts = expert_offsets.numel() - 1
+    if not fmt.has_global_scale:
+        if global_scales is not None:
+            raise InputError(f"{fmt!r} has no global scales", where=where, given=tuple(global_scales.shape), needed=None)
+    elif global_scales is None or global_scales.dtype != torch.float32 or global_scales.shape != (num_experts,) or not global_scales.is_contiguous():
+        scales = None if global_scales is None else f"{global_scales.dtype} {tuple(global_scales.shape)}"
+        raise InputError("global_scales do not fit", where=where, given=scales, needed=f"contiguous float32 ({num_experts},)")
+    devices = {part.device for part in (x, expert_offsets, global_scales) if part is not None}
+    if len(devices) > 1:
+        raise InputError("tensors are on different devices", where=where, given=", ".join(sorted(map(str, devices))), needed="one device")
+    if x.shape[0] + 128 * num_experts >= 2**31:
+        raise InputError("too many rows", where=where, given=x.shape[0], needed="rows + 128 * experts below 2^31")
