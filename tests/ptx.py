@@ -1,6 +1,6 @@
 """Run the inline assembly of kernels on a CPU: the few PTX instructions they use, elementwise on numpy arrays, rounded as the hardware rounds.
 
-    run(asm, outputs=["f"], inputs=[words, factor])     int32 arrays are "r" registers, float32 arrays "f"
+run(asm, outputs=["f"], inputs=[words, factor])     int32 arrays are "r" registers, float32 arrays "f"
 """
 
 from __future__ import annotations

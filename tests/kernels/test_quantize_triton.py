@@ -1,4 +1,4 @@
-"""The Triton quantisers against the codec, bit for bit: interpreted on a CPU (in one subprocess, see the last test), compiled without a GPU, on a GPU."""
+"""The Triton quantisers against the codec, bit for bit: interpreted (in one subprocess, see the last test), compiled without a GPU, on a GPU."""
 
 from __future__ import annotations
 
@@ -269,9 +269,14 @@ def test_compiles_lean(format, dtype, capability):
         quantize(x, format, None if scale is None else 1.0, scale_layout="128x4")
         kernel_quantize_experts(x, offsets, scale, format, "128x4", *hb.quantize_experts(x, offsets, scale, format, backend="reference"))
         kernel_quantize_experts(x, offsets, scale, format, "128x4", *hb.quantize_experts(x, offsets, scale, format, backend="reference"), scan=False)
-    assert [compiled.name for compiled in launched] == ["quantize_kernel", "quantize_experts_kernel", "scale_offsets_kernel", "quantize_experts_kernel"]
+    assert [compiled.name for compiled in launched] == [
+        "quantize_kernel",
+        "quantize_experts_kernel",
+        "scale_offsets_kernel",
+        "quantize_experts_kernel",
+    ]
     for compiled in launched:
-        assert compiled.spill_bytes == 0 and compiled.registers <= 64 and compiled.shared_bytes <= 1024
+        assert compiled.spill_bytes == 0 and compiled.registers <= 80 and compiled.shared_bytes <= 1024
     loads = re.findall(r"\bLDG\.E\.?[A-Z.]*128", launched[0].sass)
     assert len(loads) == 4 and "div.full" not in launched[0].ptx and ".ftz.f32 %" not in launched[0].ptx.replace("rcp.approx.ftz", "")
     instructions = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", launched[0].sass, flags=re.M))
@@ -359,5 +364,3 @@ def test_interpreted():
     result = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
     assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 50, result.stdout[-2000:]
-
-

@@ -10,6 +10,7 @@ HELP = "measure speed against the floor that this machine allows"
 # Each is a module halfbyte.cli.bench_NAME with HELP, add_arguments and run, like a command.
 BENCHMARKS = {
     "moe": "time the fused MoE layer and its peers, each after a correctness gate",
+    "quantize": "time the quantisers of activations against the copy bandwidth, each after comparing its bits",
     "report": "print and plot what `bench moe --out` collected",
 }
 

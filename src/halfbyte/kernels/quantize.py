@@ -100,18 +100,12 @@ def quantize_experts(
     (torch.Size([3, 16]), torch.Size([384, 4]), [0, 128, 128, 256])
     """
     _check_experts(x, expert_offsets, global_scales, fmt)
-    shapes = _expert_shapes(x, expert_offsets, fmt, scale_layout)
     if out is None:
-        out = QuantizedExperts(
-            torch.empty(shapes[0], dtype=torch.uint8, device=x.device),
-            torch.empty(shapes[1], dtype=fmt.scale_dtype, device=x.device),
-            expert_offsets if scale_layout == "linear" else torch.empty_like(expert_offsets),
-        )
-    given = [(part.dtype, tuple(part.shape), part.is_contiguous(), part.device) for part in out]
-    dtypes = (torch.uint8, fmt.scale_dtype, torch.int32)
-    needed = [(dtype, shape, True, x.device) for dtype, shape in zip(dtypes, shapes, strict=True)]
-    if given != needed:
-        raise InputError("out does not fit", where="quantize_experts", given=given, needed=needed)
+        out = allocate_experts(x, expert_offsets, fmt, scale_layout)
+    else:
+        given, needed = _description(out), _description(allocate_experts(x.to("meta"), expert_offsets, fmt, scale_layout))
+        if given != needed or out.codes.device != x.device:
+            raise InputError("out does not fit", where="quantize_experts", given=given, needed=f"{needed} on {x.device}")
     if x.numel() == 0:
         if scale_layout != "linear":
             out.scale_offsets.zero_()
@@ -121,10 +115,18 @@ def quantize_experts(
     return out
 
 
-def _expert_shapes(x: torch.Tensor, expert_offsets: torch.Tensor, fmt: BlockFormat, layout: ScaleLayout) -> tuple[tuple[int, ...], ...]:
+def allocate_experts(x: torch.Tensor, expert_offsets: torch.Tensor, fmt: BlockFormat, layout: ScaleLayout) -> QuantizedExperts:
+    """What `quantize_experts` fills for x [M, K], uninitialised."""
     num_rows, width = x.shape
+    columns = padded_shape(layout, 0, width // fmt.block)[1]
     scale_rows = max_padded_rows(num_rows, expert_offsets.numel() - 1, tile_rows(layout))
-    return (num_rows, width // 2), (scale_rows, padded_shape(layout, 0, width // fmt.block)[1]), tuple(expert_offsets.shape)
+    codes = torch.empty((num_rows, width // 2), dtype=torch.uint8, device=x.device)
+    scales = torch.empty((scale_rows, columns), dtype=fmt.scale_dtype, device=x.device)
+    return QuantizedExperts(codes, scales, expert_offsets if layout == "linear" else torch.empty_like(expert_offsets))
+
+
+def _description(parts: QuantizedExperts) -> str:
+    return ", ".join(f"{part.dtype} {tuple(part.shape)}{'' if part.is_contiguous() else ' not contiguous'}" for part in parts)
 
 
 def _check_experts(x: torch.Tensor, expert_offsets: torch.Tensor, global_scales: torch.Tensor | None, fmt: BlockFormat) -> None:

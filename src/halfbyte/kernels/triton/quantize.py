@@ -10,9 +10,9 @@ Codes and scales are those of `formats.quantizer`, bit for bit. Target: any CUDA
 A thread owns whole blocks (16 columns, 32 for MXFP4), loads them 16 bytes at a time and needs no other thread. A program walks over chunks of rows
 with the stride of the grid, which has as many programs as the GPU can hold at once.
 
-**Experts.** Rows are sorted by expert. Chunks are cut from the *padded* rows of the scale buffer, where every expert starts a tile: so a chunk belongs
-to one expert, and what is looked up (expert, first row, global scale) is looked up once a chunk. By comparing with all experts at once, in registers
-(SCAN), or by bisection in memory, after a one-program kernel that adds the sizes up. Rows that no expert covers are never touched.
+**Experts.** Rows are sorted by expert. Chunks are cut from the *padded* rows of the scale buffer, where every expert starts a tile: a chunk belongs
+to one expert, and what is looked up (expert, first row, global scale) is looked up once a chunk. By comparing with all experts at once, in
+registers (SCAN), or by bisection in memory, after a one-program kernel that adds the sizes up. Rows that no expert covers are never touched.
 """
 
 from __future__ import annotations
@@ -285,12 +285,11 @@ def choose_config(num_rows: int, num_columns: int, block: int, layout: ScaleLayo
     """
     blocks, blocks_of_thread = (256, 2) if block == 16 else (128, 1)
     block_columns = min(64, max(4, triton.next_power_of_2(num_columns)))
-    block_rows = min(blocks // block_columns, tile_rows(layout))
-    rows = block_rows
-    limit = tile_rows(layout) if layout != "linear" else 16 * block_rows
+    tile = 128 if layout == "linear" else tile_rows(layout)
+    rows = block_rows = min(blocks // block_columns, tile)
     if num_experts and num_rows < 32 * num_experts:
-        rows = min(limit, 128)
-    while rows < min(limit, 4 * block_rows) and num_rows * triton.cdiv(num_columns, block_columns) > 16 * num_sms * rows:
+        rows = tile
+    while rows < min(tile, 4 * block_rows) and num_rows * triton.cdiv(num_columns, block_columns) > 16 * num_sms * rows:
         rows *= 2
     return Config(rows, block_rows, block_columns, max(1, block_rows * block_columns // blocks_of_thread // 32))
 
