@@ -15,10 +15,12 @@ from compile_only import compiling
 from helpers import assert_equal_bits
 
 import halfbyte as hb
+from halfbyte.checkpoint.experts import GPT_OSS_SWIGLU, RELU2, SWIGLU
 from halfbyte.errors import InputError
 from halfbyte.formats import quantize as codec
 from halfbyte.formats.scale_layout import max_padded_rows, tile_rows
 from halfbyte.kernels.quantize import QuantizedExperts
+from halfbyte.kernels.reference import quantize as reference
 from halfbyte.kernels.table import Problem, obstacles
 from halfbyte.kernels.triton.quantize import choose_config, programs_per_sm, quantize
 from halfbyte.kernels.triton.quantize import quantize_experts as kernel_quantize_experts
@@ -179,6 +181,62 @@ def test_offsets_outside_of_the_rows_write_nothing_there():
     q = [torch.full(shape, 99, dtype=torch.uint8, device=DEVICE) for shape in ((4, 16), (256, 4))]
     kernel_quantize_experts(x, offsets, torch.ones(2, device=DEVICE), hb.NVFP4, "128x4", *q, torch.empty_like(offsets))
     assert_equal_bits(q[0].cpu(), codec(x.cpu(), hb.NVFP4, 1.0).codes)
+
+
+def differing(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """The fraction of bytes that differ."""
+    assert actual.shape == expected.shape
+    return (actual.cpu().view(torch.uint8) != expected.cpu().view(torch.uint8)).float().mean().item()
+
+
+@numeric
+@pytest.mark.parametrize("activation", [SWIGLU, GPT_OSS_SWIGLU], ids=["silu", "gpt-oss"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_activation(dtype, activation):
+    """exp is the device's: one product in a thousand may round the other way. Whatever else is wrong changes most bytes."""
+    gate_up = (3 * torch.randn(133, 384, generator=torch.Generator().manual_seed(0))).to(dtype)
+    for format, scale, layout in ((hb.NVFP4, 0.01, "128x4"), (hb.MXFP4, None, "linear")):
+        expected = reference.quantize(gate_up, format, scale, activation=activation, scale_layout=layout)
+        actual = quantize(gate_up.to(DEVICE), format, scale, activation=activation, scale_layout=layout)
+        assert differing(actual.codes, expected.codes) < 1e-3 and differing(actual.scales, expected.scales) < 1e-3
+        swapped = reference.quantize(gate_up.roll(192, 1), format, scale, activation=activation, scale_layout=layout)
+        assert differing(swapped.codes, expected.codes) > 0.5
+
+
+@numeric
+def test_activation_of_experts():
+    gate_up, offsets, scales = rows_of(40, 192) * 3, offsets_of([13, 0, 20], before=3), torch.tensor([0.01, 1.0, 0.02])
+    actual, expected = [
+        QuantizedExperts(torch.full((40, 48), 9, dtype=torch.uint8), torch.full((384, 8), 9, dtype=torch.uint8), torch.zeros(4, dtype=torch.int32))
+        for _ in range(2)
+    ]
+    on_device = [part.to(DEVICE) for part in (gate_up, offsets, scales, *actual)]
+    kernel_quantize_experts(*on_device[:3], hb.NVFP4, "128x4", *on_device[3:], activation=SWIGLU)
+    hb.quantize_experts(
+        gate_up,
+        offsets,
+        scales,
+        activation=SWIGLU,
+        out=QuantizedExperts(expected.codes, expected.scales.view(torch.float8_e4m3fn), expected.scale_offsets),
+    )
+    assert differing(on_device[3], expected.codes) < 1e-3 and differing(on_device[4], expected.scales) < 1e-3
+    assert on_device[5].tolist() == expected.scale_offsets.tolist() == [0, 128, 128, 256]
+
+
+def test_silu_mul_quantize_rounds_the_product_first():
+    gate_up = rows_of(9, 128) * 3
+    gate, up = gate_up.float().chunk(2, dim=1)
+    product = (torch.nn.functional.silu(gate) * up).bfloat16()
+    assert differing(hb.silu_mul_quantize(gate_up, hb.NVFP4, 0.01).codes, codec(product, hb.NVFP4, 0.01).codes) < 1e-3
+    for bad, message in (
+        ({"activation": RELU2}, "not fused"),
+        ({"global_scale": None}, "needs a global scale"),
+        ({"gate_up": gate_up[:, :127]}, "differ in number"),
+        ({"gate_up": gate_up[:, :72]}, "does not divide"),
+        ({"scale_layout": "4x4"}, "unknown scale layout"),
+    ):
+        with pytest.raises(InputError, match=message):
+            hb.silu_mul_quantize(**{"gate_up": gate_up, "format": hb.NVFP4, "global_scale": 0.01, **bad})
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -42,7 +42,7 @@ def max_padded_rows(num_rows: int, num_experts: int, tile: int) -> int:
     """The most rows that `num_rows` rows of `num_experts` experts fill, each expert starting a tile, whoever has how many of them.
 
     >>> max_padded_rows(3, 256, 128), max_padded_rows(300, 2, 128)
-    (384, 384)
+    (384, 512)
     """
     return (num_rows + (tile - 1) * min(num_experts, num_rows)) // tile * tile
 

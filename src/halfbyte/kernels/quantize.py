@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from halfbyte.checkpoint.experts import SWIGLU, Activation
 from halfbyte.device import Target
 from halfbyte.errors import InputError
 from halfbyte.formats import NVFP4, BlockFormat, QuantTensor
@@ -51,6 +52,54 @@ def quantize(
     return kernel.function(x, format, global_scale, four_over_six=four_over_six, scale_rule=scale_rule, scale_layout=scale_layout)
 
 
+def silu_mul_quantize(
+    gate_up: torch.Tensor,
+    format: BlockFormat,
+    global_scale: torch.Tensor | float | None = None,
+    *,
+    activation: Activation = SWIGLU,
+    four_over_six: bool = False,
+    scale_rule: ScaleRule = "ceil",
+    scale_layout: ScaleLayout = "linear",
+    backend: str | None = None,
+) -> QuantTensor:
+    """quantize(round(silu(gate) * up)) of gate_up [..., N, 2K], gate columns then up columns, in one pass.
+
+    The product is computed in fp32 and rounded to the dtype of `gate_up` before it is quantised, as FlashInfer, SGLang and vLLM do. exp is the
+    device's: a product can differ by one rounding between devices, and its code with it.
+
+    Args:
+        gate_up: fp32, bf16 or fp16 [..., N, 2K]; K a multiple of the block.
+        format: NVFP4 or MXFP4.
+        global_scale: NVFP4 only, and needed: nobody knows the largest product yet. As in `quantize`.
+        activation: any of kind "swiglu", with its alpha, beta and limit.
+        four_over_six, scale_rule, scale_layout, backend: as in `quantize`.
+
+    Raises:
+        InputError: an argument does not fit.
+
+    >>> gate_up = torch.tensor([[0.0, 20.0] * 16 + [6.0] * 32])
+    >>> halfbyte.silu_mul_quantize(gate_up, halfbyte.NVFP4, 1.0).dequantize()[0, :2].tolist()
+    [0.0, 120.0]
+    """
+    where = "silu_mul_quantize"
+    _check_activation(gate_up, activation, where)
+    check_arguments(gate_up[..., : gate_up.shape[-1] // 2], format, global_scale, four_over_six, scale_rule)
+    if format.has_global_scale and global_scale is None:
+        raise InputError("needs a global scale", where=where, given=None, needed="the calibrated decode multiplier of the product")
+    padded_shape(scale_layout, 0, 0)
+    kernel = choose(Problem("quantize", Target.of(gate_up.device), format, dtype=gate_up.dtype), backend)
+    options = {"four_over_six": four_over_six, "scale_rule": scale_rule, "scale_layout": scale_layout}
+    return kernel.function(gate_up, format, global_scale, activation=activation, **options)
+
+
+def _check_activation(x: torch.Tensor, activation: Activation, where: str) -> None:
+    if activation.kind != "swiglu":
+        raise InputError("this activation is not fused", where=where, given=activation.kind, needed="swiglu", next_step="activate, then quantize")
+    if x.shape[-1] % 2:
+        raise InputError("gate and up columns differ in number", where=where, given=tuple(x.shape), needed="[..., N, 2K]")
+
+
 class QuantizedExperts(NamedTuple):
     """Rows sorted by expert, in FP4.
 
@@ -73,6 +122,7 @@ def quantize_experts(
     fmt: BlockFormat = NVFP4,
     *,
     scale_layout: ScaleLayout = "128x4",
+    activation: Activation | None = None,
     out: QuantizedExperts | None = None,
     backend: str | None = None,
 ) -> QuantizedExperts:
@@ -88,6 +138,7 @@ def quantize_experts(
         global_scales: NVFP4 only: fp32 [E], decode multipliers, > 0.
         fmt: NVFP4 or MXFP4.
         scale_layout: "128x4", "8x4" or "linear".
+        activation: x is [M, 2K], gate columns then up columns, and this is applied first, as in `silu_mul_quantize`.
         out: the result of an earlier call with the same sizes, to write into.
         backend: the only kernel allowed.
 
@@ -99,11 +150,14 @@ def quantize_experts(
     >>> q.codes.shape, q.scales.shape, q.scale_offsets.tolist()
     (torch.Size([3, 16]), torch.Size([384, 4]), [0, 128, 128, 256])
     """
-    _check_experts(x, expert_offsets, global_scales, fmt)
+    if activation is not None:
+        _check_activation(x, activation, "quantize_experts")
+    _check_experts(x, expert_offsets, global_scales, fmt, halves=1 if activation is None else 2)
+    width = x.shape[1] if activation is None else x.shape[1] // 2
     if out is None:
-        out = allocate_experts(x, expert_offsets, fmt, scale_layout)
+        out = allocate_experts(x[:, :width], expert_offsets, fmt, scale_layout)
     else:
-        given, needed = _description(out), _description(allocate_experts(x.to("meta"), expert_offsets, fmt, scale_layout))
+        given, needed = _description(out), _description(allocate_experts(x[:, :width].to("meta"), expert_offsets, fmt, scale_layout))
         if given != needed or out.codes.device != x.device:
             raise InputError("out does not fit", where="quantize_experts", given=given, needed=f"{needed} on {x.device}")
     if x.numel() == 0:
@@ -111,7 +165,7 @@ def quantize_experts(
             out.scale_offsets.zero_()
         return out
     kernel = choose(Problem("quantize_experts", Target.of(x.device), fmt, dtype=x.dtype), backend)
-    kernel.function(x, expert_offsets, global_scales, fmt, scale_layout, *out)
+    kernel.function(x, expert_offsets, global_scales, fmt, scale_layout, *out, activation=activation)
     return out
 
 
@@ -129,12 +183,12 @@ def _description(parts: QuantizedExperts) -> str:
     return ", ".join(f"{part.dtype} {tuple(part.shape)}{'' if part.is_contiguous() else ' not contiguous'}" for part in parts)
 
 
-def _check_experts(x: torch.Tensor, expert_offsets: torch.Tensor, global_scales: torch.Tensor | None, fmt: BlockFormat) -> None:
+def _check_experts(x: torch.Tensor, expert_offsets: torch.Tensor, global_scales: torch.Tensor | None, fmt: BlockFormat, halves: int) -> None:
     where = "quantize_experts"
     if x.ndim != 2 or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         given = f"{x.dtype} {tuple(x.shape)}"
         raise InputError("cannot quantise these rows", where=where, given=given, needed="float32, bfloat16 or float16 [M, K]")
-    check_blocks(x.shape[1], fmt, where)
+    check_blocks(x.shape[1] // halves, fmt, where)
     if expert_offsets.dtype != torch.int32 or expert_offsets.ndim != 1 or expert_offsets.numel() < 2 or not expert_offsets.is_contiguous():
         given = f"{expert_offsets.dtype} {tuple(expert_offsets.shape)}"
         raise InputError("expert_offsets do not fit", where=where, given=given, needed="contiguous int32 [E + 1], E >= 1")

@@ -14,9 +14,9 @@ import torch
 from halfbyte.device import Target
 from halfbyte.errors import InputError, UnsupportedError
 from halfbyte.formats import BlockFormat
-from halfbyte.formats import quantize as reference_quantize
 from halfbyte.kernels.reference.fused_moe import fused_moe as reference_fused_moe
-from halfbyte.kernels.reference.quantize_experts import quantize_experts as reference_quantize_experts
+from halfbyte.kernels.reference.quantize import quantize as reference_quantize
+from halfbyte.kernels.reference.quantize import quantize_experts as reference_quantize_experts
 from halfbyte.kernels.reference.routing import route as reference_route
 
 logger = logging.getLogger(__name__)

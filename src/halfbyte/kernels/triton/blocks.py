@@ -65,6 +65,7 @@ def _codes_asm(dtype: str, divide: bool) -> str:
 
 
 _AMAX_BF16, _AMAX_F16 = tl.constexpr(_amax_asm("bf16")), tl.constexpr(_amax_asm("f16"))
+_PACK_BF16, _PACK_F16 = tl.constexpr("cvt.rn.bf16x2.f32 $0, $1, $2;"), tl.constexpr("cvt.rn.f16x2.f32 $0, $1, $2;")
 _RECIPROCAL = tl.constexpr("{ .reg .f32 y, n, e; rcp.approx.ftz.f32 y, $1; neg.f32 n, $1; fma.rn.f32 e, n, y, 0f3F800000; fma.rn.f32 $0, e, y, y; }")
 _CODES_BF16_DIVIDE, _CODES_BF16 = tl.constexpr(_codes_asm("bf16", True)), tl.constexpr(_codes_asm("bf16", False))
 _CODES_F16_DIVIDE, _CODES_F16 = tl.constexpr(_codes_asm("f16", True)), tl.constexpr(_codes_asm("f16", False))
@@ -76,6 +77,37 @@ def half(word, HALF: tl.constexpr, BF16: tl.constexpr):
     if BF16:
         return (word << 16 if HALF == 0 else word & -65536).to(tl.float32, bitcast=True)
     return (word >> (16 * HALF)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def pack(low, high, BF16: tl.constexpr, ASM: tl.constexpr):
+    """Two fp32 numbers rounded to the 16-bit dtype, as a word."""
+    if ASM:
+        return tl.inline_asm_elementwise(_PACK_BF16 if BF16 else _PACK_F16, "=r,f,f", [high, low], dtype=tl.int32, is_pure=True, pack=1)
+    return _rounded(low, BF16) | (_rounded(high, BF16) << 16)
+
+
+@triton.jit
+def _rounded(x, BF16: tl.constexpr):
+    if BF16:
+        bits = x.to(tl.int32, bitcast=True)
+        return tl.where(x != x, 0x7FFF, ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) & 0xFFFF)
+    return x.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+
+
+@triton.jit
+def _swiglu(gate, up, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr):
+    if LIMIT is not None:
+        gate = tl.where(gate > LIMIT, LIMIT, gate)
+        up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
+    return (up + BETA) * gate * (1.0 / (1.0 + tl.exp(-ALPHA * gate)))
+
+
+@triton.jit
+def swiglu(gate, up, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr):
+    """The activation of two words, rounded to their dtype."""
+    low = _swiglu(half(gate, 0, BF16), half(up, 0, BF16), ALPHA, BETA, LIMIT)
+    return pack(low, _swiglu(half(gate, 1, BF16), half(up, 1, BF16), ALPHA, BETA, LIMIT), BF16, ASM)
 
 
 @triton.jit

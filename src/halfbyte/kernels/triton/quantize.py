@@ -26,11 +26,12 @@ import torch
 import triton
 import triton.language as tl
 
+from halfbyte.checkpoint.experts import Activation
 from halfbyte.device import Target
 from halfbyte.formats import NVFP4, BlockFormat, QuantTensor
-from halfbyte.formats.quantizer import check_arguments, decode_scale_of
+from halfbyte.formats.quantizer import decode_scale_of
 from halfbyte.formats.scale_layout import ScaleLayout, max_padded_rows, padded_shape, tile_rows
-from halfbyte.kernels.triton.blocks import amax8, codes4, e4m3_of, e8m0_of, half, quotient, range_factor, reciprocal
+from halfbyte.kernels.triton.blocks import amax8, codes4, e4m3_of, e8m0_of, half, quotient, range_factor, reciprocal, swiglu
 
 INTERPRETED = triton.knobs.runtime.interpret
 MAX_SCANNED_EXPERTS = 256
@@ -52,6 +53,28 @@ def _load_words(pointers, mask):
     w0, w1, w2, w3 = _split4(tl.load(quads, mask=mask[:, :, None], other=0))
     w4, w5, w6, w7 = _split4(tl.load(quads + 4, mask=mask[:, :, None], other=0))
     return w0, w1, w2, w3, w4, w5, w6, w7
+
+
+@triton.jit
+def _load_block(
+    pointers, mask, up_words, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr,
+    BF16: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Eight words of x, or of the activation of x and what lies `up_words` words behind it."""
+    w = _load_words(pointers, mask)
+    if ACTIVATION:
+        u = _load_words(pointers + up_words, mask)
+        w = (
+            swiglu(w[0], u[0], ALPHA, BETA, LIMIT, BF16, ASM),
+            swiglu(w[1], u[1], ALPHA, BETA, LIMIT, BF16, ASM),
+            swiglu(w[2], u[2], ALPHA, BETA, LIMIT, BF16, ASM),
+            swiglu(w[3], u[3], ALPHA, BETA, LIMIT, BF16, ASM),
+            swiglu(w[4], u[4], ALPHA, BETA, LIMIT, BF16, ASM),
+            swiglu(w[5], u[5], ALPHA, BETA, LIMIT, BF16, ASM),
+            swiglu(w[6], u[6], ALPHA, BETA, LIMIT, BF16, ASM),
+            swiglu(w[7], u[7], ALPHA, BETA, LIMIT, BF16, ASM),
+        )
+    return w
 
 
 @triton.jit
@@ -132,6 +155,7 @@ def _quantize_rows(
     row_blocks, num_columns, scale_columns, rows_per_global,
     NVFP4: tl.constexpr, BF16: tl.constexpr, RULE: tl.constexpr, FOUR_OVER_SIX: tl.constexpr, LAYOUT: tl.constexpr, GLOBAL_ROWS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, NATIVE: tl.constexpr, ASM: tl.constexpr,
+    ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     """Quantise `present` rows from `x_row` on, and write zero scales for those up to ROWS. Columns are blocks; int64 `x_row` and `scale_row`.
 
@@ -149,7 +173,7 @@ def _quantize_rows(
         mask = (row < present) & (column < num_columns)
         words = x_base + (row * row_blocks + column) * (8 * GROUPS)
         codes = codes_base + ((row * num_columns + column) * (2 * GROUPS))[:, :, None]
-        w = _load_words(words, mask)
+        w = _load_block(words, mask, num_columns * (8 * GROUPS), ACTIVATION, ALPHA, BETA, LIMIT, BF16, ASM)
         if NVFP4:
             if GLOBAL_ROWS:
                 global_scale = tl.load(global_ptr + (x_row + row) // rows_per_global, mask=row < present, other=1.0)
@@ -158,7 +182,7 @@ def _quantize_rows(
             byte, low, high = _nvfp4_block(w, global_scale, BF16, FOUR_OVER_SIX, NATIVE, ASM)
             tl.store(codes + tl.arange(0, 2)[None, None, :], tl.join(low, high), mask=mask[:, :, None])
         else:
-            v = _load_words(words + 8, mask)
+            v = _load_block(words + 8, mask, num_columns * (8 * GROUPS), ACTIVATION, ALPHA, BETA, LIMIT, BF16, ASM)
             byte, factor = e8m0_of(tl.maximum(amax8(w, BF16, ASM), amax8(v, BF16, ASM)), RULE)
             c0 = codes4(w[0], w[1], w[2], w[3], factor, factor, factor, BF16, False, ASM)
             c1 = codes4(w[4], w[5], w[6], w[7], factor, factor, factor, BF16, False, ASM)
@@ -189,6 +213,7 @@ def quantize_kernel(
     rows_per_global,
     NVFP4: tl.constexpr, BF16: tl.constexpr, RULE: tl.constexpr, FOUR_OVER_SIX: tl.constexpr, LAYOUT: tl.constexpr, GLOBAL_ROWS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, NATIVE: tl.constexpr, ASM: tl.constexpr,
+    ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     for chunk in range(tl.program_id(0), num_chunks, tl.num_programs(0)):
         matrix = (chunk // chunks_of_matrix).to(tl.int64)
@@ -198,6 +223,7 @@ def quantize_kernel(
             x_ptr, codes_ptr, scales_ptr, global_ptr, matrix * num_rows + row, matrix * padded_rows + row, present,
             tl.program_id(1) * BLOCK_COLUMNS, matrix, row_blocks, num_columns, scale_columns, rows_per_global,
             NVFP4, BF16, RULE, FOUR_OVER_SIX, LAYOUT, GLOBAL_ROWS, ROWS, BLOCK_ROWS, BLOCK_COLUMNS, NATIVE, ASM,
+            ACTIVATION, ALPHA, BETA, LIMIT,
         )  # fmt: skip
 
 
@@ -227,6 +253,7 @@ def quantize_experts_kernel(
     NVFP4: tl.constexpr, BF16: tl.constexpr, RULE: tl.constexpr, LAYOUT: tl.constexpr, TILE: tl.constexpr, NUM_EXPERTS: tl.constexpr,
     SCAN: tl.constexpr, EXPERTS_PADDED: tl.constexpr, STEPS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, NATIVE: tl.constexpr, ASM: tl.constexpr,
+    ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     if SCAN:
         experts = tl.arange(0, EXPERTS_PADDED)
@@ -262,6 +289,7 @@ def quantize_experts_kernel(
             x_ptr, codes_ptr, scales_ptr, global_ptr, x_row, scale_row, present,
             tl.program_id(1) * BLOCK_COLUMNS, expert, row_blocks, num_columns, scale_columns, 1,
             NVFP4, BF16, RULE, False, LAYOUT, False, ROWS, BLOCK_ROWS, BLOCK_COLUMNS, NATIVE, ASM,
+            ACTIVATION, ALPHA, BETA, LIMIT,
         )  # fmt: skip
 
 
@@ -299,13 +327,14 @@ def quantize(
     format: BlockFormat,
     global_scale: torch.Tensor | float | None = None,
     *,
+    activation: Activation | None = None,
     four_over_six: bool = False,
     scale_rule: str = "ceil",
     scale_layout: ScaleLayout = "linear",
 ) -> QuantTensor:
-    """As `formats.quantizer.quantize`, of bf16 and fp16. A global scale that is not given costs passes over x of its own."""
-    check_arguments(x, format, global_scale, four_over_six, scale_rule)
+    """As `kernels.reference.quantize`, of bf16 and fp16. A global scale that is not given costs passes over x of its own."""
     *batch, num_rows, width = x.shape
+    width = width if activation is None else width // 2
     num_columns = width // format.block
     padded = padded_shape(scale_layout, num_rows, num_columns)
     decode_scale = decode_scale_of(x, global_scale, four_over_six) if format.has_global_scale else None
@@ -323,7 +352,7 @@ def quantize(
         words, codes.view(torch.int32), scales, words if decode_scale is None else decode_scale.contiguous(),
         num_rows, padded[0], chunks_of_matrix, matrices * chunks_of_matrix, row_blocks, num_columns, padded[1], rows_per_global,
     )  # fmt: skip
-    constants = _constants(x, format, scale_rule, scale_layout, config)
+    constants = _constants(x, format, scale_rule, scale_layout, config, activation)
     constants |= {"FOUR_OVER_SIX": four_over_six, "GLOBAL_ROWS": rows_per_global != num_rows and format.has_global_scale}
     _launch(quantize_kernel, arguments, constants, config, matrices * chunks_of_matrix, x.device)
     return result
@@ -339,14 +368,15 @@ def quantize_experts(
     scales: torch.Tensor,
     scale_offsets: torch.Tensor,
     *,
+    activation: Activation | None = None,
     scan: bool | None = None,
 ) -> None:
     """Quantise rows sorted by expert into `codes`, `scales` and `scale_offsets`, which `kernels.quantize` allocates and describes.
 
     `scan` chooses how a chunk finds its expert; by default, by the number of experts.
     """
-    num_rows, width = x.shape
-    num_experts, num_columns = expert_offsets.numel() - 1, width // format.block
+    num_rows = x.shape[0]
+    num_experts, num_columns = expert_offsets.numel() - 1, codes.shape[1] * 2 // format.block
     scan = num_experts <= MAX_SCANNED_EXPERTS if scan is None else scan
     config = choose_config(num_rows, num_columns, format.block, scale_layout, Target.of(x.device).num_sms, num_experts)
     tile = config.rows if scale_layout == "linear" else tile_rows(scale_layout)
@@ -361,7 +391,7 @@ def quantize_experts(
         words, codes.view(torch.int32), scales.view(torch.uint8), words if global_scales is None else global_scales, expert_offsets, scale_offsets,
         num_rows, row_blocks, num_columns, padded_shape(scale_layout, 0, num_columns)[1],
     )  # fmt: skip
-    constants = _constants(x, format, "ceil", scale_layout, config)
+    constants = _constants(x, format, "ceil", scale_layout, config, activation)
     constants |= {"TILE": tile, "NUM_EXPERTS": num_experts, "SCAN": scan, "STEPS": 0 if scan else num_experts.bit_length()}
     constants |= {"EXPERTS_PADDED": triton.next_power_of_2(num_experts) if scan else 1}
     most_chunks = max_padded_rows(num_rows, num_experts, tile) // config.rows
@@ -376,7 +406,9 @@ def _words(x: torch.Tensor, block: int) -> tuple[torch.Tensor, int]:
     return rows.view(torch.int32), rows.stride(0) // block if rows.shape[0] > 1 else rows.shape[1] // block
 
 
-def _constants(x: torch.Tensor, format: BlockFormat, scale_rule: str, scale_layout: ScaleLayout, config: Config) -> dict[str, Any]:
+def _constants(
+    x: torch.Tensor, format: BlockFormat, scale_rule: str, scale_layout: ScaleLayout, config: Config, activation: Activation | None
+) -> dict[str, Any]:
     capability = 0 if INTERPRETED else triton.runtime.driver.active.get_current_target().arch
     return {
         "NVFP4": format is NVFP4,
@@ -388,6 +420,10 @@ def _constants(x: torch.Tensor, format: BlockFormat, scale_rule: str, scale_layo
         "BLOCK_COLUMNS": config.block_columns,
         "NATIVE": capability >= 89,
         "ASM": not INTERPRETED,
+        "ACTIVATION": activation is not None,
+        "ALPHA": 1.0 if activation is None else activation.alpha,
+        "BETA": 0.0 if activation is None else activation.beta,
+        "LIMIT": None if activation is None else activation.limit,
     }
 
 
