@@ -12,6 +12,7 @@ from halfbyte.errors import InputError
 from halfbyte.formats import NVFP4, BlockFormat, QuantTensor
 from halfbyte.formats.block_format import check_blocks
 from halfbyte.formats.e8m0 import ScaleRule
+from halfbyte.formats.fp8_tensor import ColumnOrder, Fp8Scaling, Fp8Tensor, check_fp8
 from halfbyte.formats.quantizer import check_arguments
 from halfbyte.formats.scale_layout import ScaleLayout, max_padded_rows, padded_shape, tile_rows
 from halfbyte.kernels.table import Problem, choose
@@ -91,6 +92,34 @@ def silu_mul_quantize(
     kernel = choose(Problem("quantize", Target.of(gate_up.device), format, dtype=gate_up.dtype), backend)
     options = {"four_over_six": four_over_six, "scale_rule": scale_rule, "scale_layout": scale_layout}
     return kernel.function(gate_up, format, global_scale, activation=activation, **options)
+
+
+def quantize_fp8(
+    x: torch.Tensor,
+    scaling: Fp8Scaling = "token",
+    *,
+    scale_layout: ScaleLayout = "linear",
+    column_order: ColumnOrder = "natural",
+    backend: str | None = None,
+) -> Fp8Tensor:
+    """Quantise x [..., N, K] to e4m3 with one scale a token, a block of 128 ("block") or a block of 32 ("mx", MXFP8), each by its own maximum.
+
+    Args:
+        x: fp32, bf16 or fp16 [..., N, K]; K a multiple of the block.
+        scaling: "token", "block" or "mx".
+        scale_layout: of "mx" scales: "linear", "128x4" or "8x4".
+        column_order: "hopper" puts the columns of every 64 in the slots of the Hopper layout ("token" and "block").
+        backend: the only kernel allowed.
+
+    Raises:
+        InputError: an argument does not fit.
+
+    >>> halfbyte.quantize_fp8(torch.full((1, 32), 449.0), "mx").scales.tolist()
+    [[128]]
+    """
+    check_fp8(x, scaling, scale_layout, column_order)
+    kernel = choose(Problem("quantize_fp8", Target.of(x.device), dtype=x.dtype), backend)
+    return kernel.function(x, scaling, scale_layout=scale_layout, column_order=column_order)
 
 
 def _check_activation(x: torch.Tensor, activation: Activation, where: str) -> None:

@@ -14,6 +14,7 @@ import torch
 from halfbyte.device import Target
 from halfbyte.errors import InputError, UnsupportedError
 from halfbyte.formats import BlockFormat
+from halfbyte.formats.fp8_tensor import quantize_fp8 as reference_quantize_fp8
 from halfbyte.kernels.reference.fused_moe import fused_moe as reference_fused_moe
 from halfbyte.kernels.reference.quantize import quantize as reference_quantize
 from halfbyte.kernels.reference.quantize import quantize_experts as reference_quantize_experts
@@ -132,6 +133,12 @@ def _triton_quantize_experts(*args: Any, **kwargs: Any) -> Any:
     return quantize_experts(*args, **kwargs)
 
 
+def _triton_quantize_fp8(*args: Any, **kwargs: Any) -> Any:
+    from halfbyte.kernels.triton.quantize_fp8 import quantize_fp8
+
+    return quantize_fp8(*args, **kwargs)
+
+
 # In order of preference: the first that has no obstacle is taken.
 CANDIDATES = (
     Candidate("route", "triton", _triton_route, _triton_obstacle),
@@ -143,6 +150,8 @@ CANDIDATES = (
     Candidate("quantize", "reference", reference_quantize, _runs_anywhere, fallback=True),
     Candidate("quantize_experts", "triton", _triton_quantize_experts, _triton_quantize_obstacle),
     Candidate("quantize_experts", "reference", reference_quantize_experts, _runs_anywhere, fallback=True),
+    Candidate("quantize_fp8", "triton", _triton_quantize_fp8, _triton_quantize_obstacle),
+    Candidate("quantize_fp8", "reference", reference_quantize_fp8, _runs_anywhere, fallback=True),
 )
 OPS = tuple(dict.fromkeys(candidate.op for candidate in CANDIDATES))
 
@@ -197,5 +206,5 @@ def _describe(problem: Problem) -> str:
     if problem.layout is not None:
         parts += [repr(problem.format) if problem.format else "dense weights", f"layout {problem.layout}", f"activations {problem.activations}"]
     if problem.dtype is not None:
-        parts += [repr(problem.format), str(problem.dtype)]
+        parts += [*([repr(problem.format)] if problem.format else []), str(problem.dtype)]
     return ", ".join(parts)
