@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from halfbyte.checkpoint.experts import Activation, ExpertWeights
     from halfbyte.device import Target
     from halfbyte.formats import MXFP4, NVFP4, BlockFormat, QuantTensor, swizzle_scales, unswizzle_scales
-    from halfbyte.kernels.quantize import QuantizedExperts, quantize, quantize_experts, quantize_fp8, silu_mul_quantize
+    from halfbyte.kernels.quantize import QuantizedExperts, quantize, quantize_experts, quantize_fp8, rms_norm_quantize, silu_mul_quantize
     from halfbyte.moe import MoE, Routing, fused_moe, route
     from halfbyte.weights import PreparedExperts, prepare
 
@@ -32,6 +32,7 @@ __all__ = [
     "quantize",
     "quantize_experts",
     "quantize_fp8",
+    "rms_norm_quantize",
     "route",
     "silu_mul_quantize",
     "swizzle_scales",
@@ -44,7 +45,7 @@ _HOMES = {
     "halfbyte.checkpoint.experts": ("Activation", "ExpertWeights"),
     "halfbyte.device": ("Target",),
     "halfbyte.formats": ("MXFP4", "NVFP4", "BlockFormat", "QuantTensor", "swizzle_scales", "unswizzle_scales"),
-    "halfbyte.kernels.quantize": ("QuantizedExperts", "quantize", "quantize_experts", "quantize_fp8", "silu_mul_quantize"),
+    "halfbyte.kernels.quantize": ("QuantizedExperts", "quantize", "quantize_experts", "quantize_fp8", "rms_norm_quantize", "silu_mul_quantize"),
     "halfbyte.moe": ("MoE", "Routing", "fused_moe", "route"),
     "halfbyte.weights": ("PreparedExperts", "prepare"),
 }

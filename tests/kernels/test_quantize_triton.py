@@ -204,6 +204,34 @@ def test_activation(dtype, activation):
 
 
 @numeric
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norm(dtype):
+    """As in test_activation, the sum of squares has another order."""
+    x, weight = rows_of(37, 160, dtype=dtype), (1 + torch.randn(160, generator=torch.Generator().manual_seed(2)) / 4).to(dtype)
+    for format, scale in ((hb.NVFP4, 0.002), (hb.MXFP4, None)):
+        expected = reference.quantize(x, format, scale, norm=(weight, 1e-6), scale_layout="128x4")
+        actual = quantize(x.to(DEVICE), format, scale, norm=(weight.to(DEVICE), 1e-6), scale_layout="128x4")
+        assert differing(actual.codes, expected.codes) < 2e-3 and differing(actual.scales, expected.scales) < 2e-3
+        assert differing(reference.quantize(x, format, scale, norm=(weight.flip(0), 1e-6)).codes, expected.codes) > 0.3
+        assert differing(reference.quantize(x, format, scale, norm=(weight, 1e-2)).codes, expected.codes) > 0.01
+
+
+def test_rms_norm_quantize():
+    x, weight = rows_of(5, 64), torch.linspace(0.5, 2, 64).bfloat16()
+    normed = torch.nn.functional.rms_norm(x.float(), (64,), weight.float(), 1e-5).bfloat16()
+    q = hb.rms_norm_quantize(x, weight, hb.NVFP4, 0.002, eps=1e-5)
+    assert differing(q.codes, codec(normed, hb.NVFP4, 0.002).codes) < 2e-3
+    for bad, message in (
+        ({"weight": weight[:32]}, "weight does not fit"),
+        ({"weight": weight.half()}, "weight does not fit"),
+        ({"global_scale": None}, "needs a global scale"),
+        ({"x": x[:, :40]}, "does not divide"),
+    ):
+        with pytest.raises(InputError, match=message):
+            hb.rms_norm_quantize(**{"x": x, "weight": weight, "format": hb.NVFP4, "global_scale": 0.002, **bad})
+
+
+@numeric
 def test_activation_of_experts():
     gate_up, offsets, scales = rows_of(40, 192) * 3, offsets_of([13, 0, 20], before=3), torch.tensor([0.01, 1.0, 0.02])
     actual, expected = [
@@ -339,6 +367,24 @@ def test_compiles_lean(format, dtype, capability):
     assert len(loads) == 4 and "div.full" not in launched[0].ptx and ".ftz.f32 %" not in launched[0].ptx.replace("rcp.approx.ftz", "")
     instructions = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", launched[0].sass, flags=re.M))
     assert instructions < 25 * 32 * 1.2, f"{instructions} instructions for 32 elements a thread"
+
+
+@not_interpreted
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("format", [hb.NVFP4, hb.MXFP4])
+def test_compiles_with_an_activation_or_a_norm(format, dtype):
+    x, scale, offsets = torch.empty(64, 4096, dtype=dtype), 1.0 if format is hb.NVFP4 else None, offsets_of([30, 34])
+    scales = None if scale is None else torch.ones(2)
+    with compiling(90) as launched:
+        quantize(x, format, scale, activation=GPT_OSS_SWIGLU)
+        quantize(x, format, scale, norm=(torch.empty(4096, dtype=dtype), 1e-6))
+        out = hb.quantize_experts(x, offsets, scales, format, activation=SWIGLU, backend="reference")
+        kernel_quantize_experts(x, offsets, scales, format, "128x4", *out, activation=SWIGLU)
+        if format is hb.NVFP4:
+            quantize(x, format, scale, four_over_six=True)
+    names = ["quantize_kernel", "inverse_rms_kernel", "quantize_kernel", "quantize_experts_kernel"] + ["quantize_kernel"] * (format is hb.NVFP4)
+    assert [compiled.name for compiled in launched] == names
+    assert all(compiled.registers <= 128 and compiled.spill_bytes <= 64 for compiled in launched)
 
 
 @on_gpu

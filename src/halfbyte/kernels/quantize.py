@@ -94,6 +94,50 @@ def silu_mul_quantize(
     return kernel.function(gate_up, format, global_scale, activation=activation, **options)
 
 
+def rms_norm_quantize(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    format: BlockFormat,
+    global_scale: torch.Tensor | float | None = None,
+    *,
+    eps: float = 1e-6,
+    four_over_six: bool = False,
+    scale_rule: ScaleRule = "ceil",
+    scale_layout: ScaleLayout = "linear",
+    backend: str | None = None,
+) -> QuantTensor:
+    """quantize(round(x / sqrt(mean(x^2) + eps) * weight)) of x [..., N, K]; the normed rows are never written.
+
+    Computed in fp32 and rounded to the dtype of x before quantising. The sum of a row is added up in another order than torch's, so that one element
+    in thousands can round the other way.
+
+    Args:
+        x: fp32, bf16 or fp16 [..., N, K]; K a multiple of the block.
+        weight: [K], dtype and device of x.
+        format: NVFP4 or MXFP4.
+        global_scale: NVFP4 only, and needed. As in `quantize`.
+        eps: added to the mean square.
+        four_over_six, scale_rule, scale_layout, backend: as in `quantize`.
+
+    Raises:
+        InputError: an argument does not fit.
+
+    >>> halfbyte.rms_norm_quantize(torch.full((1, 32), 5.0), torch.ones(32), halfbyte.MXFP4, eps=0.0).dequantize()[0, 0].item()
+    1.0
+    """
+    where = "rms_norm_quantize"
+    check_arguments(x, format, global_scale, four_over_six, scale_rule)
+    if weight.shape != x.shape[-1:] or weight.dtype != x.dtype or weight.device != x.device:
+        given = f"{weight.dtype} {tuple(weight.shape)} on {weight.device}"
+        raise InputError("the weight does not fit", where=where, given=given, needed=f"{x.dtype} ({x.shape[-1]},) on {x.device}")
+    if format.has_global_scale and global_scale is None:
+        raise InputError("needs a global scale", where=where, given=None, needed="the calibrated decode multiplier of the normed rows")
+    padded_shape(scale_layout, 0, 0)
+    kernel = choose(Problem("quantize", Target.of(x.device), format, dtype=x.dtype), backend)
+    options = {"four_over_six": four_over_six, "scale_rule": scale_rule, "scale_layout": scale_layout}
+    return kernel.function(x, format, global_scale, norm=(weight, eps), **options)
+
+
 def quantize_fp8(
     x: torch.Tensor,
     scaling: Fp8Scaling = "token",

@@ -19,18 +19,28 @@ def activated(x: torch.Tensor, activation: Activation | None) -> torch.Tensor:
     return x if activation is None else activate(x.float(), activation).to(x.dtype)
 
 
+def normed(x: torch.Tensor, norm: tuple[torch.Tensor, float] | None) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight with norm = (weight, eps), computed in fp32 and rounded to the dtype of x; x itself without one."""
+    if norm is None:
+        return x
+    weight, eps = norm
+    factor = 1.0 / torch.sqrt(x.float().square().mean(dim=-1, keepdim=True) + eps)
+    return (x.float() * factor * weight.float()).to(x.dtype)
+
+
 def quantize(
     x: torch.Tensor,
     format: BlockFormat,
     global_scale: torch.Tensor | float | None = None,
     *,
     activation: Activation | None = None,
+    norm: tuple[torch.Tensor, float] | None = None,
     four_over_six: bool = False,
     scale_rule: ScaleRule = "ceil",
     scale_layout: ScaleLayout = "linear",
 ) -> QuantTensor:
-    """The codec on activation(x)."""
-    x = activated(x, activation)
+    """The codec on activation(x), or on the normed x."""
+    x = normed(activated(x, activation), norm)
     return codec(x, format, global_scale, four_over_six=four_over_six, scale_rule=scale_rule, scale_layout=scale_layout)
 
 

@@ -111,6 +111,13 @@ def swiglu(gate, up, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexp
 
 
 @triton.jit
+def normed(word, weight, factor, BF16: tl.constexpr, ASM: tl.constexpr):
+    """x * factor * weight of two words, rounded to their dtype."""
+    low = half(word, 0, BF16) * factor * half(weight, 0, BF16)
+    return pack(low, half(word, 1, BF16) * factor * half(weight, 1, BF16), BF16, ASM)
+
+
+@triton.jit
 def _finite_abs(word, HALF: tl.constexpr, BF16: tl.constexpr):
     magnitude = tl.abs(half(word, HALF, BF16))
     return tl.where(magnitude != magnitude, 0.0, magnitude)

@@ -31,7 +31,7 @@ from halfbyte.device import Target
 from halfbyte.formats import NVFP4, BlockFormat, QuantTensor
 from halfbyte.formats.quantizer import decode_scale_of
 from halfbyte.formats.scale_layout import ScaleLayout, max_padded_rows, padded_shape, tile_rows
-from halfbyte.kernels.triton.blocks import amax8, codes4, e4m3_of, e8m0_of, half, quotient, range_factor, reciprocal, swiglu
+from halfbyte.kernels.triton.blocks import amax8, codes4, e4m3_of, e8m0_of, half, normed, quotient, range_factor, reciprocal, swiglu
 
 INTERPRETED = triton.knobs.runtime.interpret
 MAX_SCANNED_EXPERTS = 256
@@ -57,12 +57,12 @@ def _load_words(pointers, mask):
 
 @triton.jit
 def _load_block(
-    pointers, mask, up_words, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr,
-    BF16: tl.constexpr, ASM: tl.constexpr,
+    pointers, mask, up_words, weights, weight_mask, factor,
+    SOURCE: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Eight words of x, or of the activation of x and what lies `up_words` words behind it."""
+    """Eight words of x ("x"), of the activation of x and what lies `up_words` words behind it ("swiglu"), or of x * factor * weights ("norm")."""
     w = _load_words(pointers, mask)
-    if ACTIVATION:
+    if SOURCE == "swiglu":
         u = _load_words(pointers + up_words, mask)
         w = (
             swiglu(w[0], u[0], ALPHA, BETA, LIMIT, BF16, ASM),
@@ -73,6 +73,18 @@ def _load_block(
             swiglu(w[5], u[5], ALPHA, BETA, LIMIT, BF16, ASM),
             swiglu(w[6], u[6], ALPHA, BETA, LIMIT, BF16, ASM),
             swiglu(w[7], u[7], ALPHA, BETA, LIMIT, BF16, ASM),
+        )
+    if SOURCE == "norm":
+        v = _load_words(weights, weight_mask)
+        w = (
+            normed(w[0], v[0], factor, BF16, ASM),
+            normed(w[1], v[1], factor, BF16, ASM),
+            normed(w[2], v[2], factor, BF16, ASM),
+            normed(w[3], v[3], factor, BF16, ASM),
+            normed(w[4], v[4], factor, BF16, ASM),
+            normed(w[5], v[5], factor, BF16, ASM),
+            normed(w[6], v[6], factor, BF16, ASM),
+            normed(w[7], v[7], factor, BF16, ASM),
         )
     return w
 
@@ -151,11 +163,11 @@ def _scale_offset(row, column, scale_columns, LAYOUT: tl.constexpr):
 
 @triton.jit
 def _quantize_rows(
-    x_ptr, codes_ptr, scales_ptr, global_ptr, x_row, scale_row, present, first_column, global_index,
+    x_ptr, weight_ptr, factor_ptr, codes_ptr, scales_ptr, global_ptr, x_row, scale_row, present, first_column, global_index,
     row_blocks, num_columns, scale_columns, rows_per_global,
     NVFP4: tl.constexpr, BF16: tl.constexpr, RULE: tl.constexpr, FOUR_OVER_SIX: tl.constexpr, LAYOUT: tl.constexpr, GLOBAL_ROWS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, NATIVE: tl.constexpr, ASM: tl.constexpr,
-    ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr,
+    SOURCE: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     """Quantise `present` rows from `x_row` on, and write zero scales for those up to ROWS. Columns are blocks; int64 `x_row` and `scale_row`.
 
@@ -173,7 +185,12 @@ def _quantize_rows(
         mask = (row < present) & (column < num_columns)
         words = x_base + (row * row_blocks + column) * (8 * GROUPS)
         codes = codes_base + ((row * num_columns + column) * (2 * GROUPS))[:, :, None]
-        w = _load_block(words, mask, num_columns * (8 * GROUPS), ACTIVATION, ALPHA, BETA, LIMIT, BF16, ASM)
+        up_words = num_columns * (8 * GROUPS)
+        weights = weight_ptr + column * (8 * GROUPS)
+        factor_of_row = 1.0
+        if SOURCE == "norm":
+            factor_of_row = tl.load(factor_ptr + x_row + row, mask=row < present, other=0.0)
+        w = _load_block(words, mask, up_words, weights, column < num_columns, factor_of_row, SOURCE, ALPHA, BETA, LIMIT, BF16, ASM)
         if NVFP4:
             if GLOBAL_ROWS:
                 global_scale = tl.load(global_ptr + (x_row + row) // rows_per_global, mask=row < present, other=1.0)
@@ -182,7 +199,7 @@ def _quantize_rows(
             byte, low, high = _nvfp4_block(w, global_scale, BF16, FOUR_OVER_SIX, NATIVE, ASM)
             tl.store(codes + tl.arange(0, 2)[None, None, :], tl.join(low, high), mask=mask[:, :, None])
         else:
-            v = _load_block(words + 8, mask, num_columns * (8 * GROUPS), ACTIVATION, ALPHA, BETA, LIMIT, BF16, ASM)
+            v = _load_block(words + 8, mask, up_words, weights + 8, column < num_columns, factor_of_row, SOURCE, ALPHA, BETA, LIMIT, BF16, ASM)
             byte, factor = e8m0_of(tl.maximum(amax8(w, BF16, ASM), amax8(v, BF16, ASM)), RULE)
             c0 = codes4(w[0], w[1], w[2], w[3], factor, factor, factor, BF16, False, ASM)
             c1 = codes4(w[4], w[5], w[6], w[7], factor, factor, factor, BF16, False, ASM)
@@ -209,22 +226,34 @@ def _zero_scales(scales_base, tile_row, present, first_column, scale_columns, LA
 
 @triton.jit(do_not_specialize=["num_rows", "padded_rows", "chunks_of_matrix", "num_chunks"])
 def quantize_kernel(
-    x_ptr, codes_ptr, scales_ptr, global_ptr, num_rows, padded_rows, chunks_of_matrix, num_chunks, row_blocks, num_columns, scale_columns,
-    rows_per_global,
+    x_ptr, weight_ptr, factor_ptr, codes_ptr, scales_ptr, global_ptr, num_rows, padded_rows, chunks_of_matrix, num_chunks,
+    row_blocks, num_columns, scale_columns, rows_per_global,
     NVFP4: tl.constexpr, BF16: tl.constexpr, RULE: tl.constexpr, FOUR_OVER_SIX: tl.constexpr, LAYOUT: tl.constexpr, GLOBAL_ROWS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, NATIVE: tl.constexpr, ASM: tl.constexpr,
-    ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr,
+    SOURCE: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     for chunk in range(tl.program_id(0), num_chunks, tl.num_programs(0)):
         matrix = (chunk // chunks_of_matrix).to(tl.int64)
         row = chunk % chunks_of_matrix * ROWS
         present = tl.maximum(tl.minimum(num_rows - row, ROWS), 0)
         _quantize_rows(
-            x_ptr, codes_ptr, scales_ptr, global_ptr, matrix * num_rows + row, matrix * padded_rows + row, present,
+            x_ptr, weight_ptr, factor_ptr, codes_ptr, scales_ptr, global_ptr, matrix * num_rows + row, matrix * padded_rows + row, present,
             tl.program_id(1) * BLOCK_COLUMNS, matrix, row_blocks, num_columns, scale_columns, rows_per_global,
             NVFP4, BF16, RULE, FOUR_OVER_SIX, LAYOUT, GLOBAL_ROWS, ROWS, BLOCK_ROWS, BLOCK_COLUMNS, NATIVE, ASM,
-            ACTIVATION, ALPHA, BETA, LIMIT,
+            SOURCE, ALPHA, BETA, LIMIT,
         )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["eps"])
+def inverse_rms_kernel(x_ptr, factor_ptr, width, eps, BLOCK: tl.constexpr):
+    """factor[row] = 1 / sqrt(mean(x^2) + eps) of contiguous rows, fp32. One program a row."""
+    row = tl.program_id(0).to(tl.int64)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, width, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + row * width + column, mask=column < width, other=0.0).to(tl.float32)
+        total += x * x
+    tl.store(factor_ptr + row, 1.0 / tl.sqrt(tl.sum(total) / width + eps))
 
 
 @triton.jit
@@ -253,7 +282,7 @@ def quantize_experts_kernel(
     NVFP4: tl.constexpr, BF16: tl.constexpr, RULE: tl.constexpr, LAYOUT: tl.constexpr, TILE: tl.constexpr, NUM_EXPERTS: tl.constexpr,
     SCAN: tl.constexpr, EXPERTS_PADDED: tl.constexpr, STEPS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, NATIVE: tl.constexpr, ASM: tl.constexpr,
-    ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr,
+    SOURCE: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     if SCAN:
         experts = tl.arange(0, EXPERTS_PADDED)
@@ -286,10 +315,10 @@ def quantize_experts_kernel(
         present = tl.maximum(tl.minimum(count - (padded_row - start), ROWS), 0)
         scale_row = x_row if LAYOUT == "linear" else tl.cast(padded_row, tl.int64)
         _quantize_rows(
-            x_ptr, codes_ptr, scales_ptr, global_ptr, x_row, scale_row, present,
+            x_ptr, x_ptr, x_ptr, codes_ptr, scales_ptr, global_ptr, x_row, scale_row, present,
             tl.program_id(1) * BLOCK_COLUMNS, expert, row_blocks, num_columns, scale_columns, 1,
             NVFP4, BF16, RULE, False, LAYOUT, False, ROWS, BLOCK_ROWS, BLOCK_COLUMNS, NATIVE, ASM,
-            ACTIVATION, ALPHA, BETA, LIMIT,
+            SOURCE, ALPHA, BETA, LIMIT,
         )  # fmt: skip
 
 
@@ -328,6 +357,7 @@ def quantize(
     global_scale: torch.Tensor | float | None = None,
     *,
     activation: Activation | None = None,
+    norm: tuple[torch.Tensor, float] | None = None,
     four_over_six: bool = False,
     scale_rule: str = "ceil",
     scale_layout: ScaleLayout = "linear",
@@ -349,10 +379,11 @@ def quantize(
     chunks_of_matrix = triton.cdiv(padded[0], config.rows)
     words, row_blocks = _words(x, format.block)
     arguments = (
-        words, codes.view(torch.int32), scales, words if decode_scale is None else decode_scale.contiguous(),
+        words, *((words, words) if norm is None else (_words(norm[0][None], format.block)[0], _inverse_rms(x, norm[1]))),
+        codes.view(torch.int32), scales, words if decode_scale is None else decode_scale.contiguous(),
         num_rows, padded[0], chunks_of_matrix, matrices * chunks_of_matrix, row_blocks, num_columns, padded[1], rows_per_global,
     )  # fmt: skip
-    constants = _constants(x, format, scale_rule, scale_layout, config, activation)
+    constants = _constants(x, format, scale_rule, scale_layout, config, activation, norm)
     constants |= {"FOUR_OVER_SIX": four_over_six, "GLOBAL_ROWS": rows_per_global != num_rows and format.has_global_scale}
     _launch(quantize_kernel, arguments, constants, config, matrices * chunks_of_matrix, x.device)
     return result
@@ -398,6 +429,16 @@ def quantize_experts(
     _launch(quantize_experts_kernel, arguments, constants, config, most_chunks, x.device)
 
 
+def _inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """1 / sqrt(mean(x^2) + eps) of every row: fp32 [rows]."""
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    factor = torch.empty(rows.shape[0], dtype=torch.float32, device=x.device)
+    block = min(4096, triton.next_power_of_2(rows.shape[1]))
+    with torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext():
+        inverse_rms_kernel[(rows.shape[0],)](rows, factor, rows.shape[1], eps, block, **({} if INTERPRETED else {"num_warps": 4}))
+    return factor
+
+
 def _words(x: torch.Tensor, block: int) -> tuple[torch.Tensor, int]:
     """x as int32 words, and the blocks from one row to the next; a copy where rows do not lie evenly, or start off 16 bytes."""
     rows = x.reshape(-1, x.shape[-1])
@@ -407,7 +448,13 @@ def _words(x: torch.Tensor, block: int) -> tuple[torch.Tensor, int]:
 
 
 def _constants(
-    x: torch.Tensor, format: BlockFormat, scale_rule: str, scale_layout: ScaleLayout, config: Config, activation: Activation | None
+    x: torch.Tensor,
+    format: BlockFormat,
+    scale_rule: str,
+    scale_layout: ScaleLayout,
+    config: Config,
+    activation: Activation | None,
+    norm: object = None,
 ) -> dict[str, Any]:
     capability = 0 if INTERPRETED else triton.runtime.driver.active.get_current_target().arch
     return {
@@ -420,7 +467,7 @@ def _constants(
         "BLOCK_COLUMNS": config.block_columns,
         "NATIVE": capability >= 89,
         "ASM": not INTERPRETED,
-        "ACTIVATION": activation is not None,
+        "SOURCE": "swiglu" if activation is not None else "norm" if norm is not None else "x",
         "ALPHA": 1.0 if activation is None else activation.alpha,
         "BETA": 0.0 if activation is None else activation.beta,
         "LIMIT": None if activation is None else activation.limit,
