@@ -5,7 +5,8 @@
     codes    uint8 [matrices, rows, K / 2]
     scales   e4m3 or e8m0 bytes, "linear", "128x4" or "8x4"; the padding of the tiles is written as zero
 
-Codes and scales are those of `formats.quantizer`, bit for bit. Target: any CUDA GPU of compute capability 8.0 or newer.
+Codes and scales are those of `formats.quantizer`, bit for bit. Target: any CUDA GPU of compute capability 8.0 or newer. Not measured yet.
+Compiled for sm_90 by Triton 3.6: 752 instructions for 32 elements a thread, 56 registers, no spills (NVFP4, bf16, 128x4).
 
 A thread owns whole blocks (16 columns, 32 for MXFP4), loads them 16 bytes at a time and needs no other thread. A program walks over chunks of rows
 with the stride of the grid, which has as many programs as the GPU can hold at once.
