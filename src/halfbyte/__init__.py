@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from halfbyte.checkpoint import load_experts, load_router
     from halfbyte.checkpoint.experts import Activation, ExpertWeights
     from halfbyte.device import Target
-    from halfbyte.formats import MXFP4, NVFP4, BlockFormat, QuantTensor, quantize, swizzle_scales, unswizzle_scales
+    from halfbyte.formats import MXFP4, NVFP4, BlockFormat, QuantTensor, swizzle_scales, unswizzle_scales
+    from halfbyte.kernels.quantize import QuantizedExperts, quantize, quantize_experts, quantize_fp8, rms_norm_quantize, silu_mul_quantize
     from halfbyte.moe import MoE, Routing, fused_moe, route
     from halfbyte.weights import PreparedExperts, iter_prepared, load_prepared, prepare, trtllm_gen_row_order
 
@@ -22,6 +23,7 @@ __all__ = [
     "MoE",
     "PreparedExperts",
     "QuantTensor",
+    "QuantizedExperts",
     "Routing",
     "Target",
     "__version__",
@@ -32,7 +34,11 @@ __all__ = [
     "load_router",
     "prepare",
     "quantize",
+    "quantize_experts",
+    "quantize_fp8",
+    "rms_norm_quantize",
     "route",
+    "silu_mul_quantize",
     "swizzle_scales",
     "trtllm_gen_row_order",
     "unswizzle_scales",
@@ -43,7 +49,8 @@ _HOMES = {
     "halfbyte.checkpoint": ("load_experts", "load_router"),
     "halfbyte.checkpoint.experts": ("Activation", "ExpertWeights"),
     "halfbyte.device": ("Target",),
-    "halfbyte.formats": ("MXFP4", "NVFP4", "BlockFormat", "QuantTensor", "quantize", "swizzle_scales", "unswizzle_scales"),
+    "halfbyte.formats": ("MXFP4", "NVFP4", "BlockFormat", "QuantTensor", "swizzle_scales", "unswizzle_scales"),
+    "halfbyte.kernels.quantize": ("QuantizedExperts", "quantize", "quantize_experts", "quantize_fp8", "rms_norm_quantize", "silu_mul_quantize"),
     "halfbyte.moe": ("MoE", "Routing", "fused_moe", "route"),
     "halfbyte.weights": ("PreparedExperts", "iter_prepared", "load_prepared", "prepare", "trtllm_gen_row_order"),
 }

@@ -138,6 +138,6 @@ def _kernels() -> Iterable[tuple[str, str]]:
         for op in OPS:
             for format, layout in weights if op == "fused_moe" else [(None, None)]:
                 label = f"{target.arch} {op}" + (f" {repr(format) if format else 'dense'} {layout}" if layout else "")
-                for candidate, obstacle in obstacles(Problem(op, target, format, layout, "bf16" if op == "fused_moe" else None)):
+                for candidate, obstacle in obstacles(Problem(op, target, format, layout, "bf16" if op == "fused_moe" else None, torch.bfloat16)):
                     verdict = f"no: {obstacle}" if obstacle else "yes" if target.is_cpu or not candidate.fallback else "yes, as a slow fallback"
                     yield label, f"{candidate.name}: {verdict}"

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -19,6 +19,9 @@ import halfbyte
 from halfbyte.bench.ceilings import Ceilings
 from halfbyte.bench.gate import GLOBAL_LIMIT
 from halfbyte.errors import InputError
+
+if TYPE_CHECKING:
+    from halfbyte.bench.quantize import QuantizeRecord
 
 Status = Literal["ok", "refused", "skipped"]
 
@@ -101,9 +104,9 @@ def environment(device: torch.device, command: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def append(file: Path, record: Record) -> None:
+def append(file: Path, record: Record | QuantizeRecord, benchmark: str = "moe") -> None:
     """Add one line to a results file; what is there stays."""
-    document = {"benchmark": "moe", **asdict(record)}
+    document = {"benchmark": benchmark, **asdict(record)}
     with file.open("a") as stream:
         stream.write(json.dumps(document, allow_nan=False) + "\n")
 

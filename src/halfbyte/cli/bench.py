@@ -11,6 +11,7 @@ HELP = "measure speed against the floor that this machine allows"
 BENCHMARKS = {
     "moe": "time the fused MoE layer and its peers, each after a correctness gate",
     "prepare": "time the arranging of weights, beside the slow ways to do it",
+    "quantize": "time the quantisers of activations against the copy bandwidth, each after comparing its bits",
     "report": "print and plot what `bench moe --out` collected",
 }
 

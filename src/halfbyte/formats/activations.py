@@ -17,16 +17,12 @@ from typing import Literal, get_args
 
 import torch
 
-from halfbyte.errors import InputError
-from halfbyte.formats import e4m3, e8m0
+from halfbyte.formats import fp8_tensor
 from halfbyte.formats.block_format import NVFP4, nvfp4_decode_scale
-from halfbyte.formats.ieee import divide
-from halfbyte.formats.quantizer import block_amax, quantize
+from halfbyte.formats.quantizer import quantize
 
 ActivationFormat = Literal["bf16", "fp8", "nvfp4", "mxfp8"]
 ACTIVATION_FORMATS: tuple[str, ...] = get_args(ActivationFormat)
-MXFP8_BLOCK = 32
-_SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 
 
 def quantize_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,9 +34,8 @@ def quantize_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     >>> codes.float().tolist(), scales.tolist()
     ([[1.0, -448.0]], [[1.0]])
     """
-    x = x.float()
-    scales = divide(_row_amax(x), e4m3.MAX).clamp(min=_SMALLEST_NORMAL)
-    return e4m3.encode(x / scales), scales
+    q = fp8_tensor.quantize_fp8(x, "token")
+    return q.codes, q.scales
 
 
 def quantize_mxfp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,11 +48,8 @@ def quantize_mxfp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     >>> codes.float()[0, 0].item(), scales.tolist()
     (224.0, [[128]])
     """
-    if x.shape[-1] % MXFP8_BLOCK:
-        raise InputError("the last dimension does not divide into mxfp8 blocks", given=x.shape[-1], needed=f"a multiple of {MXFP8_BLOCK}")
-    blocks = x.float().unflatten(-1, (-1, MXFP8_BLOCK))
-    scales = e8m0.encode(block_amax(blocks), e4m3.MAX)
-    return e4m3.encode(blocks / e8m0.decode(scales).unsqueeze(-1)).flatten(-2), scales
+    q = fp8_tensor.quantize_fp8(x, "mx")
+    return q.codes, q.scales
 
 
 def round_trip(x: torch.Tensor, kind: ActivationFormat, input_scale: torch.Tensor | None = None) -> torch.Tensor:
@@ -67,12 +59,8 @@ def round_trip(x: torch.Tensor, kind: ActivationFormat, input_scale: torch.Tenso
     """
     if kind == "bf16" or x.numel() == 0:
         return x.float()
-    if kind == "fp8":
-        codes, scales = quantize_fp8(x)
-        return codes.float() * scales
-    if kind == "mxfp8":
-        codes, scales = quantize_mxfp8(x)
-        return (codes.float().unflatten(-1, (-1, MXFP8_BLOCK)) * e8m0.decode(scales).unsqueeze(-1)).flatten(-2)
+    if kind != "nvfp4":
+        return fp8_tensor.quantize_fp8(x, "token" if kind == "fp8" else "mx").dequantize()
     scale = nvfp4_decode_scale(_row_amax(x)).squeeze(-1) if input_scale is None else input_scale.reshape(())
     return quantize(x, NVFP4, scale).dequantize(torch.float32)
 

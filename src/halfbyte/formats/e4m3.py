@@ -11,12 +11,14 @@ MAX = 448.0
 
 
 def encode(x: torch.Tensor) -> torch.Tensor:
-    """Round to nearest even and saturate at +-448 (infinities too); NaN stays NaN. Returns float8_e4m3fn of the same shape.
+    """Round to nearest even and saturate at +-448 (infinities too); NaN stays NaN, without its sign, which
+    differs between devices. Returns float8_e4m3fn of the same shape.
 
     >>> encode(torch.tensor([1000.0, 2.0**-10, -float("inf")])).float().tolist()
     [448.0, 0.0, -448.0]
     """
-    return x.float().clamp(-MAX, MAX).to(torch.float8_e4m3fn)
+    x = x.float().clamp(-MAX, MAX)
+    return torch.where(x.isnan(), torch.nan, x).to(torch.float8_e4m3fn)
 
 
 def as_e4m3(scales: torch.Tensor) -> torch.Tensor:

@@ -56,12 +56,12 @@ def quantize(
     >>> q.codes.shape, q.scales.shape, q.global_scale
     (torch.Size([2, 16]), torch.Size([2, 1]), None)
     """
-    _check_arguments(x, format, global_scale, four_over_six, scale_rule)
+    check_arguments(x, format, global_scale, four_over_six, scale_rule)
     *batch, rows, columns = x.shape
     blocks = columns // format.block
     codes = torch.empty((*batch, rows, columns // 2), dtype=torch.uint8, device=x.device)
     scales = torch.empty((*batch, rows, blocks), dtype=format.scale_dtype, device=x.device)
-    decode_scale = _global_scale(x, global_scale, four_over_six) if format.has_global_scale else None
+    decode_scale = decode_scale_of(x, global_scale, four_over_six) if format.has_global_scale else None
     result = QuantTensor(codes, scales, decode_scale, format)
     if codes.numel() == 0:
         return result.with_scale_layout(scale_layout)
@@ -111,7 +111,8 @@ def block_amax(values: torch.Tensor) -> torch.Tensor:
     return values.abs().nan_to_num_(nan=0.0, posinf=torch.inf).amax(dim=-1)
 
 
-def _global_scale(x: torch.Tensor, given: torch.Tensor | float | None, four_over_six: bool) -> torch.Tensor:
+def decode_scale_of(x: torch.Tensor, given: torch.Tensor | float | None, four_over_six: bool) -> torch.Tensor:
+    """The fp32 global scales that `quantize` uses: those given, on the device of x, or those of its matrices."""
     if given is None:
         return nvfp4_decode_scale(matrix_amax(x), four_over_six=four_over_six)
     scale = torch.as_tensor(given, dtype=torch.float32, device=x.device)
@@ -150,7 +151,8 @@ def _squared_error(values: torch.Tensor, codes: torch.Tensor, scales: torch.Tens
     return error.squeeze(-1)
 
 
-def _check_arguments(x: torch.Tensor, format: BlockFormat, global_scale: object, four_over_six: bool, scale_rule: str) -> None:
+def check_arguments(x: torch.Tensor, format: BlockFormat, global_scale: object, four_over_six: bool, scale_rule: str) -> None:
+    """Raise InputError for what `quantize` cannot do."""
     where = "quantize"
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise InputError("cannot quantise this dtype", where=where, given=x.dtype, needed="float32, bfloat16 or float16")

@@ -17,16 +17,34 @@ from halfbyte.errors import InputError
 
 ScaleLayout = Literal["linear", "128x4", "8x4"]
 LAYOUTS: tuple[str, ...] = get_args(ScaleLayout)
-_TILE_ROWS = {"128x4": 128, "8x4": 8}
+_TILE_ROWS = {"linear": 1, "128x4": 128, "8x4": 8}
 _TILE_COLUMNS = 4
 
 
 def padded_shape(layout: ScaleLayout, rows: int, cols: int) -> tuple[int, int]:
     """Rows and columns a `layout` buffer holds for `rows` x `cols` scales."""
-    if layout == "linear":
-        return rows, cols
-    tile_rows = _tile_rows(layout)
-    return -(-rows // tile_rows) * tile_rows, -(-cols // _TILE_COLUMNS) * _TILE_COLUMNS
+    tile = tile_rows(layout)
+    return (rows, cols) if layout == "linear" else (-(-rows // tile) * tile, -(-cols // _TILE_COLUMNS) * _TILE_COLUMNS)
+
+
+def tile_rows(layout: ScaleLayout) -> int:
+    """Rows are padded to a multiple of this.
+
+    Raises:
+        InputError: unknown layout.
+    """
+    if layout not in _TILE_ROWS:
+        raise InputError("unknown scale layout", given=repr(layout), needed=" or ".join(LAYOUTS))
+    return _TILE_ROWS[layout]
+
+
+def max_padded_rows(num_rows: int, num_experts: int, tile: int) -> int:
+    """The most rows that `num_rows` rows of `num_experts` experts fill, each expert starting a tile, whoever has how many of them.
+
+    >>> max_padded_rows(3, 256, 128), max_padded_rows(300, 2, 128)
+    (384, 512)
+    """
+    return (num_rows + (tile - 1) * min(num_experts, num_rows)) // tile * tile
 
 
 def swizzle_scales(scales: torch.Tensor, layout: ScaleLayout) -> torch.Tensor:
@@ -48,12 +66,11 @@ def swizzle_scales(scales: torch.Tensor, layout: ScaleLayout) -> torch.Tensor:
     _check_bytes(scales)
     if layout == "linear":
         return scales.contiguous()
-    tile_rows = _tile_rows(layout)
     *batch, rows, cols = scales.shape
     padded_rows, padded_cols = padded_shape(layout, rows, cols)
     padded = scales.new_zeros((*batch, padded_rows, padded_cols), dtype=torch.uint8)
     padded[..., :rows, :cols] = scales.view(torch.uint8)
-    tiles = padded.reshape(*batch, padded_rows // tile_rows, *_row_split(layout), padded_cols // 4, 4)
+    tiles = padded.reshape(*batch, padded_rows // tile_rows(layout), *_row_split(layout), padded_cols // 4, 4)
     swizzled = _move_tiles(tiles, layout, len(batch)).contiguous()
     return swizzled.view(scales.dtype).reshape(*batch, padded_rows, padded_cols)
 
@@ -79,7 +96,7 @@ def unswizzle_scales(scales: torch.Tensor, layout: ScaleLayout, rows: int, cols:
     if layout == "linear":
         return scales
     batch = scales.shape[:-2]
-    tile_grid = (padded_rows // _tile_rows(layout), padded_cols // 4)
+    tile_grid = (padded_rows // tile_rows(layout), padded_cols // 4)
     tiles = scales.view(torch.uint8).reshape(*batch, *tile_grid, *reversed(_row_split(layout)), 4)
     linear = _move_tiles(tiles, layout, len(batch)).reshape(*batch, padded_rows, padded_cols)
     return linear[..., :rows, :cols].contiguous().view(scales.dtype)
@@ -106,12 +123,6 @@ def _move_tiles(tiles: torch.Tensor, layout: ScaleLayout, batch: int) -> torch.T
     # 128x4: rows/128, 4, 32, cols/4, 4 <-> rows/128, cols/4, 32, 4, 4. 8x4: rows/8, 8, cols/4, 4 <-> rows/8, cols/4, 8, 4. Each its own inverse.
     order: tuple[int, ...] = (0, 3, 2, 1, 4) if layout == "128x4" else (0, 2, 1, 3)
     return tiles.permute(*range(batch), *(batch + axis for axis in order))
-
-
-def _tile_rows(layout: str) -> int:
-    if layout not in _TILE_ROWS:
-        raise InputError("unknown scale layout", given=repr(layout), needed=" or ".join(LAYOUTS))
-    return _TILE_ROWS[layout]
 
 
 def _check_bytes(scales: torch.Tensor) -> None:

@@ -9,10 +9,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from halfbyte.device import Target
 from halfbyte.errors import InputError, UnsupportedError
 from halfbyte.formats import BlockFormat
+from halfbyte.formats.fp8_tensor import quantize_fp8 as reference_quantize_fp8
 from halfbyte.kernels.reference.fused_moe import fused_moe as reference_fused_moe
+from halfbyte.kernels.reference.quantize import quantize as reference_quantize
+from halfbyte.kernels.reference.quantize import quantize_experts as reference_quantize_experts
 from halfbyte.kernels.reference.routing import route as reference_route
 
 logger = logging.getLogger(__name__)
@@ -20,13 +25,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Problem:
-    """What a kernel is asked to do. `format`, `layout` and `activations` are None for ops without weights; format None also means dense."""
+    """What a kernel is asked to do. `format`, `layout` and `activations` are None for ops without weights; format None also means dense.
+    `dtype` is that of the input, where it decides."""
 
     op: str
     target: Target
     format: BlockFormat | None = None
     layout: str | None = None
     activations: str | None = None
+    dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +115,30 @@ def _hopper_fused_moe(*args: Any, **kwargs: Any) -> Any:
     return fused_moe(*args, **kwargs)
 
 
+def _triton_quantize_obstacle(problem: Problem) -> str | None:
+    if problem.dtype not in (torch.bfloat16, torch.float16):
+        return f"takes bfloat16 and float16, not {problem.dtype}"
+    return _triton_obstacle(problem)
+
+
+def _triton_quantize(*args: Any, **kwargs: Any) -> Any:
+    from halfbyte.kernels.triton.quantize import quantize
+
+    return quantize(*args, **kwargs)
+
+
+def _triton_quantize_experts(*args: Any, **kwargs: Any) -> Any:
+    from halfbyte.kernels.triton.quantize import quantize_experts
+
+    return quantize_experts(*args, **kwargs)
+
+
+def _triton_quantize_fp8(*args: Any, **kwargs: Any) -> Any:
+    from halfbyte.kernels.triton.quantize_fp8 import quantize_fp8
+
+    return quantize_fp8(*args, **kwargs)
+
+
 # In order of preference: the first that has no obstacle is taken.
 CANDIDATES = (
     Candidate("route", "triton", _triton_route, _triton_obstacle),
@@ -115,6 +146,12 @@ CANDIDATES = (
     Candidate("fused_moe", "hopper", _hopper_fused_moe, _hopper_obstacle),
     Candidate("fused_moe", "triton", _triton_fused_moe, _triton_fused_moe_obstacle, fallback=True, instead=_PORTABLE),
     Candidate("fused_moe", "reference", reference_fused_moe, _reads_canonical, fallback=True),
+    Candidate("quantize", "triton", _triton_quantize, _triton_quantize_obstacle),
+    Candidate("quantize", "reference", reference_quantize, _runs_anywhere, fallback=True),
+    Candidate("quantize_experts", "triton", _triton_quantize_experts, _triton_quantize_obstacle),
+    Candidate("quantize_experts", "reference", reference_quantize_experts, _runs_anywhere, fallback=True),
+    Candidate("quantize_fp8", "triton", _triton_quantize_fp8, _triton_quantize_obstacle),
+    Candidate("quantize_fp8", "reference", reference_quantize_fp8, _runs_anywhere, fallback=True),
 )
 OPS = tuple(dict.fromkeys(candidate.op for candidate in CANDIDATES))
 
@@ -168,4 +205,6 @@ def _describe(problem: Problem) -> str:
     parts = [problem.target.arch]
     if problem.layout is not None:
         parts += [repr(problem.format) if problem.format else "dense weights", f"layout {problem.layout}", f"activations {problem.activations}"]
+    if problem.dtype is not None:
+        parts += [*([repr(problem.format)] if problem.format else []), str(problem.dtype)]
     return ", ".join(parts)

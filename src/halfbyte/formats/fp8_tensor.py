@@ -1,0 +1,104 @@
+"""`Fp8Tensor`: activations in e4m3, with one scale a token, a block of 128, or a block of 32 (MXFP8). `quantize_fp8` defines them.
+
+| scaling | block | scale | chosen as |
+|---|---|---|---|
+| token | the row | fp32 | amax / 448 |
+| block | 128 | fp32 | amax / 448 |
+| mx | 32 | e8m0 | smallest power of two >= amax / 448 |
+
+A block of zeros has the smallest normal scale ("mx": byte 0). NaN: "token" and "block" make their whole block NaN, and infinity makes itself NaN and
+the rest of its block 0; "mx" ignores NaN when it chooses a scale, so that only the element itself is NaN.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from halfbyte.errors import InputError
+from halfbyte.formats import e4m3, e8m0
+from halfbyte.formats.ieee import divide
+from halfbyte.formats.quantizer import block_amax
+from halfbyte.formats.scale_layout import ScaleLayout, padded_shape, swizzle_scales, unswizzle_scales
+
+Fp8Scaling = Literal["token", "block", "mx"]
+ColumnOrder = Literal["natural", "hopper"]
+SCALINGS: tuple[str, ...] = get_args(Fp8Scaling)
+COLUMN_ORDERS: tuple[str, ...] = get_args(ColumnOrder)
+BLOCKS = {"block": 128, "mx": 32}
+SLOTS = 64  # columns that "hopper" reorders among themselves
+_SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True)
+class Fp8Tensor:
+    """A tensor [..., N, K] held in e4m3.
+
+    Attributes:
+        codes: float8_e4m3fn [..., N, K].
+        scales: fp32 [..., N, 1] ("token") or [..., N, K/128] ("block"), or uint8 e8m0 [..., N, K/32] ("mx"), the last in `scale_layout`.
+        scaling: "token", "block" or "mx".
+        scale_layout: "linear"; for "mx" also "128x4" and "8x4".
+        column_order: "natural", or "hopper": slot 16 s + 8 p + 2 t + e of 64 columns holds column 16 t + 4 s + 2 p + e
+            (`weights.layouts.hopper.SLOT_TO_COLUMN`).
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    scaling: Fp8Scaling
+    scale_layout: ScaleLayout = "linear"
+    column_order: ColumnOrder = "natural"
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """code * scale, rounded to `dtype`: [..., N, K], columns in the order of the codes.
+
+        >>> q = halfbyte.quantize_fp8(torch.tensor([[1.0, -448.0]]))
+        >>> q.dequantize().tolist(), q.scales.tolist()
+        ([[1.0, -448.0]], [[1.0]])
+        """
+        scales = self.scales
+        if self.scaling == "mx":
+            rows, width = self.codes.shape[-2:]
+            scales = e8m0.decode(unswizzle_scales(scales, self.scale_layout, rows, width // BLOCKS["mx"]))
+        groups = scales.shape[-1]
+        return (self.codes.float().unflatten(-1, (groups, -1)) * scales.unsqueeze(-1)).flatten(-2).to(dtype)
+
+
+def check_fp8(x: torch.Tensor, scaling: str, scale_layout: ScaleLayout, column_order: str) -> None:
+    """Raise InputError for what `quantize_fp8` cannot do."""
+    where = "quantize_fp8"
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or x.ndim < 2:
+        raise InputError("cannot quantise this", where=where, given=f"{x.dtype} {tuple(x.shape)}", needed="float32, bfloat16 or float16 [..., N, K]")
+    if scaling not in SCALINGS:
+        raise InputError("unknown scaling", where=where, given=repr(scaling), needed=" or ".join(SCALINGS))
+    if column_order not in COLUMN_ORDERS:
+        raise InputError("unknown column order", where=where, given=repr(column_order), needed=" or ".join(COLUMN_ORDERS))
+    padded_shape(scale_layout, 0, 0)
+    if scaling != "mx" and scale_layout != "linear":
+        raise InputError("only mx scales have layouts", where=where, given=scale_layout, needed="linear")
+    if scaling == "mx" and column_order != "natural":
+        raise InputError("hopper order takes blocks of 32 apart", where=where, given="mx", needed="token or block")
+    multiple = SLOTS if column_order == "hopper" else 1
+    multiple = max(multiple, BLOCKS.get(scaling, 1))
+    if x.shape[-1] % multiple:
+        raise InputError("the last dimension does not divide into blocks", where=where, given=x.shape[-1], needed=f"a multiple of {multiple}")
+
+
+def quantize_fp8(
+    x: torch.Tensor, scaling: Fp8Scaling = "token", *, scale_layout: ScaleLayout = "linear", column_order: ColumnOrder = "natural"
+) -> Fp8Tensor:
+    """The definition: x [..., N, K] to e4m3, in plain torch."""
+    check_fp8(x, scaling, scale_layout, column_order)
+    if column_order == "hopper":
+        x = x.unflatten(-1, (-1, 4, 4, 2, 2)).movedim(-4, -2).flatten(-5)  # t, s, p, e to s, p, t, e
+    groups = x.float().unflatten(-1, (-1, BLOCKS[scaling])) if scaling in BLOCKS else x.float().unsqueeze(-2)
+    if scaling == "mx":
+        scales = e8m0.encode(block_amax(groups), e4m3.MAX)
+        codes = e4m3.encode(groups / e8m0.decode(scales).unsqueeze(-1)).flatten(-2)
+        return Fp8Tensor(codes, swizzle_scales(scales, scale_layout), scaling, scale_layout)
+    amax = groups.abs().amax(dim=-1) if x.shape[-1] else groups.new_zeros(groups.shape[:-1])
+    scales = divide(amax, e4m3.MAX).clamp(min=_SMALLEST_NORMAL)
+    scales = torch.where(scales.isnan(), torch.nan, scales)  # one NaN for all devices
+    return Fp8Tensor(e4m3.encode(groups / scales.unsqueeze(-1)).flatten(-2), scales, scaling, column_order=column_order)

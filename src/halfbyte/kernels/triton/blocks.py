@@ -1,0 +1,235 @@
+"""A block of 16-bit floats to FP4 in the registers of one thread: block maximum, scale, codes. Bit for bit what `formats.quantizer` defines.
+
+Words are int32 tensors that hold two neighbouring elements each, low half first; everything here is elementwise, so a block never leaves its thread.
+
+**Division without dividing.** The codec rounds x / d to fp32, and that to e2m1. With y = fl(1 / d), q = fl(x * y) and r = x - q * d (exact in one
+fma), fl(q + r * y) is the correctly rounded quotient (Markstein, 1990), if nothing underflows: so x and d are multiplied by 2^64, 1 or 2^-64
+before. Three instructions of the fp32 pipe, which has room; the integer pipe, at half its rate, is what bounds a quantiser.
+
+**Rounding without cases.** The code of |q| is its rank in 0, .5, 1, 1.5, 2, 3, 4, 6, and rank = round(min(2 q, q + 2, q / 2 + 4)), ties to even.
+Adding 2^23 rounds to an integer, and min commutes with rounding. MXFP4 divides by a power of two, which one multiplication does.
+
+`tests/ptx.py` runs the assembly on a CPU, so that all of this is proven without a GPU.
+
+ASM False is the same in plain Triton, for the interpreter, which has no inline assembly and rounds an fma twice.
+"""
+
+import triton
+import triton.language as tl
+
+_ROUND = tl.constexpr(8388608.0)  # 2^23: adding it rounds to an integer, found in the low bits
+_CUT = tl.constexpr(6.5)  # |q| is cut here: above 6, and below the 7 that would round to a ninth code
+_INFINITY = tl.constexpr(float("inf"))
+
+
+def _unpack(dtype: str, word: str, low: str, high: str) -> str:
+    if dtype == "bf16":
+        return f"shl.b32 t, {word}, 16; mov.b32 {low}, t; and.b32 t, {word}, 0xffff0000; mov.b32 {high}, t;"
+    return f"mov.b32 {{hl, hh}}, {word}; cvt.f32.f16 {low}, hl; cvt.f32.f16 {high}, hh;"
+
+
+def _amax_asm(dtype: str) -> str:
+    """$0 (f32) = max |x| over the words $1 .. $8: max ignores NaN, and a block of nothing else gives 0."""
+    rest = " ".join(f"abs.{dtype}x2 t, ${word}; max.{dtype}x2 m, m, t;" for word in range(2, 9))
+    halves = f"{_unpack(dtype, 'm', 'a', 'b')} max.f32 a, a, b; max.f32 $0, a, 0f00000000;"
+    return f"{{ .reg .b32 m, t; .reg .b16 hl, hh; .reg .f32 a, b; abs.{dtype}x2 m, $1; {rest} {halves} }}"
+
+
+def _codes_asm(dtype: str, divide: bool) -> str:
+    """$0 = the eight codes of the words $1 .. $4, times $5, cut at $6, divided by $7 (of which $8 is the reciprocal) if `divide`.
+
+    $5 and $6 are pairs of bf16 for bf16, fp32 for fp16. The multiplication makes every NaN the positive one, and min makes that the largest code.
+    """
+    lines = ["{ .reg .b32 s<4>, a, t, sum, even, odd; .reg .b16 hl, hh; .reg .f32 x0, x1, q, r, n, c, d;", "mov.b32 sum, 0; mov.b32 odd, 0x80008000;"]
+    if divide:
+        lines.append("neg.f32 n, $7;")
+    for word in (3, 2, 1, 0):
+        if dtype == "bf16":
+            lines.append(f"fma.rn.bf16x2 s{word}, ${1 + word}, $5, odd; abs.bf16x2 a, s{word}; min.bf16x2 a, a, $6;")
+            lines.append(_unpack(dtype, "a", "x0", "x1"))
+        else:
+            lines.append(_unpack(dtype, f"${1 + word}", "x0", "x1") + "mul.rn.f32 x0, x0, $5; mul.rn.f32 x1, x1, $5;")
+            lines.append(f"mov.b32 a, x0; mov.b32 t, x1; prmt.b32 s{word}, a, t, 0x7632;")
+            lines.append("abs.f32 x0, x0; min.f32 x0, x0, $6; abs.f32 x1, x1; min.f32 x1, x1, $6;")
+        for x in ("x1", "x0"):
+            q = "q" if divide else x
+            if divide:
+                lines.append(f"mul.rn.f32 q, {x}, $8; fma.rn.f32 r, q, n, {x}; fma.rn.f32 q, r, $8, q;")
+            lines.append(f"fma.rn.f32 c, {q}, 0f40000000, 0f4B000000; add.rn.f32 d, {q}, 0f4B000002; min.f32 c, c, d;")  # 2 q, q + 2
+            lines.append(f"fma.rn.f32 d, {q}, 0f3F000000, 0f4B000004; min.f32 c, c, d; mov.b32 t, c; mad.lo.u32 sum, sum, 16, t;")  # q / 2 + 4
+    # Signs are bits 15 and 31 of s0 .. s3; the nibbles want them at bit 3 (even elements) and 7 (odd ones) of each byte.
+    lines.append("prmt.b32 a, s0, s1, 0x7351; prmt.b32 t, s2, s3, 0x7351; prmt.b32 even, a, t, 0x5410; prmt.b32 odd, a, t, 0x7632;")
+    lines.append("shr.u32 even, even, 4; and.b32 even, even, 0x08080808; and.b32 odd, odd, 0x80808080; or.b32 even, even, odd;")
+    lines.append("add.u32 sum, sum, 0x05000000; add.u32 $0, sum, even; }")  # the sum has 0x4B000000 * 0x11111111 too much
+    return "\n".join(lines)
+
+
+_AMAX_BF16, _AMAX_F16 = tl.constexpr(_amax_asm("bf16")), tl.constexpr(_amax_asm("f16"))
+_PACK_BF16, _PACK_F16 = tl.constexpr("cvt.rn.bf16x2.f32 $0, $1, $2;"), tl.constexpr("cvt.rn.f16x2.f32 $0, $1, $2;")
+_RECIPROCAL = tl.constexpr("{ .reg .f32 y, n, e; rcp.approx.ftz.f32 y, $1; neg.f32 n, $1; fma.rn.f32 e, n, y, 0f3F800000; fma.rn.f32 $0, e, y, y; }")
+_CODES_BF16_DIVIDE, _CODES_BF16 = tl.constexpr(_codes_asm("bf16", True)), tl.constexpr(_codes_asm("bf16", False))
+_CODES_F16_DIVIDE, _CODES_F16 = tl.constexpr(_codes_asm("f16", True)), tl.constexpr(_codes_asm("f16", False))
+
+
+@triton.jit
+def half(word, HALF: tl.constexpr, BF16: tl.constexpr):
+    """The low (0) or high (1) element of a word, fp32."""
+    if BF16:
+        return (word << 16 if HALF == 0 else word & -65536).to(tl.float32, bitcast=True)
+    return (word >> (16 * HALF)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def pack(low, high, BF16: tl.constexpr, ASM: tl.constexpr):
+    """Two fp32 numbers rounded to the 16-bit dtype, as a word."""
+    if ASM:
+        return tl.inline_asm_elementwise(_PACK_BF16 if BF16 else _PACK_F16, "=r,f,f", [high, low], dtype=tl.int32, is_pure=True, pack=1)
+    return _rounded(low, BF16) | (_rounded(high, BF16) << 16)
+
+
+@triton.jit
+def _rounded(x, BF16: tl.constexpr):
+    if BF16:
+        bits = x.to(tl.int32, bitcast=True)
+        return tl.where(x != x, 0x7FFF, ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) & 0xFFFF)
+    return x.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+
+
+@triton.jit
+def _swiglu(gate, up, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr):
+    if LIMIT is not None:
+        gate = tl.where(gate > LIMIT, LIMIT, gate)
+        up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
+    return (up + BETA) * gate * (1.0 / (1.0 + tl.exp(-ALPHA * gate)))
+
+
+@triton.jit
+def swiglu(gate, up, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr):
+    """The activation of two words, rounded to their dtype."""
+    low = _swiglu(half(gate, 0, BF16), half(up, 0, BF16), ALPHA, BETA, LIMIT)
+    return pack(low, _swiglu(half(gate, 1, BF16), half(up, 1, BF16), ALPHA, BETA, LIMIT), BF16, ASM)
+
+
+@triton.jit
+def normed(word, weight, factor, BF16: tl.constexpr, ASM: tl.constexpr):
+    """x * factor * weight of two words, rounded to their dtype."""
+    low = half(word, 0, BF16) * factor * half(weight, 0, BF16)
+    return pack(low, half(word, 1, BF16) * factor * half(weight, 1, BF16), BF16, ASM)
+
+
+@triton.jit
+def _finite_abs(word, HALF: tl.constexpr, BF16: tl.constexpr):
+    magnitude = tl.abs(half(word, HALF, BF16))
+    return tl.where(magnitude != magnitude, 0.0, magnitude)
+
+
+@triton.jit
+def _amax4(w0, w1, w2, w3, BF16: tl.constexpr):
+    low = tl.maximum(tl.maximum(_finite_abs(w0, 0, BF16), _finite_abs(w1, 0, BF16)), tl.maximum(_finite_abs(w2, 0, BF16), _finite_abs(w3, 0, BF16)))
+    high = tl.maximum(tl.maximum(_finite_abs(w0, 1, BF16), _finite_abs(w1, 1, BF16)), tl.maximum(_finite_abs(w2, 1, BF16), _finite_abs(w3, 1, BF16)))
+    return tl.maximum(low, high)
+
+
+@triton.jit
+def amax8(w, BF16: tl.constexpr, ASM: tl.constexpr):
+    """max |x| of the 16 elements of eight words, NaN ignored: fp32."""
+    if ASM:
+        return tl.inline_asm_elementwise(_AMAX_BF16 if BF16 else _AMAX_F16, "=f,r,r,r,r,r,r,r,r", w, dtype=tl.float32, is_pure=True, pack=1)
+    return tl.maximum(_amax4(w[0], w[1], w[2], w[3], BF16), _amax4(w[4], w[5], w[6], w[7], BF16))
+
+
+@triton.jit
+def range_factor(d):
+    """The power of two that brings a divisor near 1, to where Markstein's division is exact."""
+    return tl.where(d < 2.0**-50, 2.0**64, tl.where(d > 2.0**50, 2.0**-64, 1.0))
+
+
+@triton.jit
+def reciprocal(d, ASM: tl.constexpr):
+    """1 / d correctly rounded, d within 2^-100 .. 2^100: what the compiler's own division starts with, without its check of the range."""
+    if ASM:
+        return tl.inline_asm_elementwise(_RECIPROCAL, "=f,f", [d], dtype=tl.float32, is_pure=True, pack=1)
+    return tl.div_rn(1.0, d)
+
+
+@triton.jit
+def quotient(x, d, inverse, ASM: tl.constexpr):
+    """x / d correctly rounded, d within 2^-100 .. 2^100 and `inverse` its reciprocal. Where it would overflow: NaN."""
+    if ASM:
+        q = x * inverse
+        return tl.fma(tl.fma(-q, d, x), inverse, q)
+    return tl.div_rn(x, d)
+
+
+@triton.jit
+def _rank(q):
+    """fp32 whose low bits are the code of q >= 0."""
+    return tl.minimum(tl.minimum(q * 2.0 + _ROUND, q + (_ROUND + 2.0)), q * 0.5 + (_ROUND + 4.0))
+
+
+@triton.jit
+def _code(word, HALF: tl.constexpr, factor, divisor, BF16: tl.constexpr, DIVIDE: tl.constexpr):
+    """The code of one element, as `_codes_asm` computes it."""
+    x = half(word, HALF, BF16) * factor
+    q = tl.div_rn(tl.abs(x), divisor) if DIVIDE else tl.abs(x)
+    is_nan = x != x
+    sign = (x.to(tl.int32, bitcast=True) >> 28) & 8
+    return tl.where(is_nan, 7, (_rank(tl.where(is_nan, 0.0, tl.minimum(q, _CUT))).to(tl.int32, bitcast=True) & 7) | sign)
+
+
+@triton.jit
+def _codes2(word, factor, divisor, BF16: tl.constexpr, DIVIDE: tl.constexpr):
+    return _code(word, 0, factor, divisor, BF16, DIVIDE) | (_code(word, 1, factor, divisor, BF16, DIVIDE) << 4)
+
+
+@triton.jit
+def codes4(w0, w1, w2, w3, factor, divisor, inverse, BF16: tl.constexpr, DIVIDE: tl.constexpr, ASM: tl.constexpr):
+    """The eight e2m1 codes of x * factor / divisor, element 0 in the lowest nibble: int32. Without DIVIDE, of x * factor.
+
+    `factor` is a power of two or 0, `divisor` within 2^-100 .. 2^100, `inverse` its correctly rounded reciprocal.
+    """
+    if ASM:
+        cut = _CUT * divisor if DIVIDE else tl.full(factor.shape, _CUT, tl.float32)
+        if BF16:  # as pairs of bf16; cutting the cut's mantissa is harmless
+            factor = ((factor.to(tl.int32, bitcast=True) >> 16) & 0xFFFF) * 0x10001
+            cut = ((cut.to(tl.int32, bitcast=True) >> 16) & 0xFFFF) * 0x10001
+        kind: tl.constexpr = "r" if BF16 else "f"
+        if DIVIDE:
+            return tl.inline_asm_elementwise(
+                _CODES_BF16_DIVIDE if BF16 else _CODES_F16_DIVIDE, "=&r,r,r,r,r," + kind + "," + kind + ",f,f",
+                [w0, w1, w2, w3, factor, cut, divisor, inverse], dtype=tl.int32, is_pure=True, pack=1,
+            )  # fmt: skip
+        return tl.inline_asm_elementwise(
+            _CODES_BF16 if BF16 else _CODES_F16, "=&r,r,r,r,r," + kind + "," + kind,
+            [w0, w1, w2, w3, factor, cut], dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    low = _codes2(w0, factor, divisor, BF16, DIVIDE) | (_codes2(w1, factor, divisor, BF16, DIVIDE) << 8)
+    return low | (_codes2(w2, factor, divisor, BF16, DIVIDE) << 16) | (_codes2(w3, factor, divisor, BF16, DIVIDE) << 24)
+
+
+@triton.jit
+def e4m3_of(x, NATIVE: tl.constexpr):
+    """Round x in 0 .. 448 to e4m3: its byte (int32) and its value (fp32). NATIVE: compute capability 8.9 has the instruction."""
+    if NATIVE:
+        rounded = x.to(tl.float8e4nv)
+        return rounded.to(tl.uint8, bitcast=True).to(tl.int32), rounded.to(tl.float32)
+    bits = x.to(tl.int32, bitcast=True)
+    normal = (bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20
+    subnormal = x + 16384.0  # 2^14, whose last bit is worth 2^-9
+    value = tl.where(x < 2.0**-6, subnormal - 16384.0, (normal << 20).to(tl.float32, bitcast=True))
+    return tl.where(x < 2.0**-6, subnormal.to(tl.int32, bitcast=True) & 15, normal - (120 << 3)), value
+
+
+@triton.jit
+def e8m0_of(amax, RULE: tl.constexpr):
+    """The e8m0 byte (int32) of a block of e2m1 elements with this maximum (a bf16 or fp16 value in fp32), and 2^-(byte - 127) as fp32.
+
+    ceil: amax / 6 is (mantissa / 1.5) * 2^(exponent - 2), so the power of two above it is exponent - 2, or - 1 when the mantissa exceeds 1.5. A
+    16-bit mantissa is too short for the rounding of amax / 6 to reach a power of two.
+    """
+    rounding: tl.constexpr = 0x3FFFFF if RULE == "ceil" else (0x200000 if RULE == "even" else 0)
+    bits = amax.to(tl.int32, bitcast=True)
+    byte = tl.maximum(((bits + rounding) >> 23) - 2, 0)
+    byte = tl.where(amax == _INFINITY, 254, byte)
+    reciprocal = (254 - byte) << 23
+    return byte, tl.where(byte == 254, 0x400000, reciprocal).to(tl.float32, bitcast=True)

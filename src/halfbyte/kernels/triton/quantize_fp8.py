@@ -1,0 +1,114 @@
+"""Activations to e4m3 in one pass: one scale a token, a block of 128, or a block of 32 (MXFP8). Bit for bit `formats.fp8_tensor.quantize_fp8`.
+
+    x        [rows, K] bf16 or fp16, K contiguous
+    codes    e4m3 [rows, K], columns in natural order or in the slots of the Hopper layout
+    scales   fp32 [rows, 1] or [rows, K / 128]; e8m0 bytes [rows, K / 32] "linear", "128x4" or "8x4", padding zero
+
+A program holds whole rows for "token", else a tile of blocks. Division as in `blocks`; "hopper" permutes what is loaded, so that stores stay whole.
+Target: any CUDA GPU of compute capability 8.0 or newer. Not measured yet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+
+from halfbyte.formats.fp8_tensor import BLOCKS, ColumnOrder, Fp8Scaling, Fp8Tensor
+from halfbyte.formats.scale_layout import ScaleLayout, padded_shape
+from halfbyte.kernels.triton.blocks import e4m3_of, quotient, range_factor, reciprocal
+
+INTERPRETED = triton.knobs.runtime.interpret
+_INFINITY = tl.constexpr(float("inf"))
+_SMALLEST_NORMAL = tl.constexpr(2.0**-126)
+
+
+@triton.jit
+def _e4m3_bytes(x, NATIVE: tl.constexpr):
+    """e4m3 of any fp32, saturating; every NaN is the positive one."""
+    if NATIVE:
+        return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    magnitude = tl.where(x != x, 0.0, tl.minimum(tl.abs(x), 448.0))
+    byte, _ = e4m3_of(magnitude, False)
+    return tl.where(x != x, 0x7F, byte | ((x.to(tl.int32, bitcast=True) >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def _fp32_scale(amax, ASM: tl.constexpr):
+    """amax / 448, and by what to multiply and divide x: by 0 and 1 for an infinite scale, by NaN for NaN."""
+    scale = tl.div_rn(amax, tl.full(amax.shape, 448.0, tl.float32))
+    scale = tl.where(scale < _SMALLEST_NORMAL, _SMALLEST_NORMAL, scale)
+    scale = tl.where(scale != scale, float("nan"), scale)  # one NaN for all devices
+    regular = scale < _INFINITY
+    factor = tl.where(regular, range_factor(scale), tl.where(scale == _INFINITY, 0.0, float("nan")))
+    return scale, factor, tl.where(regular, scale * factor, 1.0)
+
+
+@triton.jit
+def quantize_fp8_kernel(
+    x_ptr, codes_ptr, scales_ptr, num_rows, row_stride, width, scale_rows, scale_columns,
+    MX: tl.constexpr, BLOCK: tl.constexpr, LAYOUT: tl.constexpr, HOPPER: tl.constexpr,
+    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, NATIVE: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    GROUPS: tl.constexpr = TILE_COLUMNS // BLOCK
+    row = tl.program_id(0).to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)[:, None]
+    slot = tl.program_id(1) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)[None, :]
+    mask = (row < num_rows) & (slot < width)
+    column = slot
+    if HOPPER:
+        column = slot // 64 * 64 + slot // 2 % 4 * 16 + slot % 64 // 16 * 4 + slot // 8 % 2 * 2 + slot % 2
+    x = tl.load(x_ptr + row * row_stride + column, mask=mask, other=0.0)
+    if x_ptr.dtype.element_ty == tl.bfloat16:  # by hand: the interpreter's conversion spoils subnormals
+        x = (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    x = tl.reshape(x.to(tl.float32), (TILE_ROWS, GROUPS, BLOCK))
+    bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # in the order of the magnitudes, NaN above infinity
+    if MX:
+        amax = tl.max(tl.where(bits > 0x7F800000, 0, bits), axis=2)
+        byte = tl.maximum(((amax + 0x1FFFFF) >> 23) - 8, 0)  # amax / 448: 448 is 1.75 * 2^8
+        byte = tl.where(amax == 0x7F800000, 254, byte)
+        factor = tl.where(byte == 254, 0x400000, (254 - byte) << 23).to(tl.float32, bitcast=True)
+        q = x * factor[:, :, None]
+        scale = byte.to(tl.uint8)
+    else:
+        scale, factor, divisor = _fp32_scale(tl.max(bits, axis=2).to(tl.float32, bitcast=True), ASM)
+        q = quotient(x * factor[:, :, None], divisor[:, :, None], reciprocal(divisor, ASM)[:, :, None], ASM)
+    codes = tl.reshape(_e4m3_bytes(q, NATIVE), (TILE_ROWS, TILE_COLUMNS))
+    tl.store(codes_ptr + row * width + slot, codes, mask=mask)
+    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)[None, :]
+    offset = row * scale_columns + group
+    if LAYOUT == "128x4":
+        offset = (row // 128 * (scale_columns // 4) + group // 4) * 512 + row % 32 * 16 + row % 128 // 32 * 4 + group % 4
+    elif LAYOUT == "8x4":
+        offset = (row // 8 * (scale_columns // 4) + group // 4) * 32 + row % 8 * 4 + group % 4
+    tl.store(scales_ptr + offset, scale, mask=(row < scale_rows) & (group < scale_columns))
+
+
+def quantize_fp8(
+    x: torch.Tensor, scaling: Fp8Scaling = "token", *, scale_layout: ScaleLayout = "linear", column_order: ColumnOrder = "natural"
+) -> Fp8Tensor:
+    """As `formats.fp8_tensor.quantize_fp8`, of bf16 and fp16."""
+    *batch, num_rows, width = x.shape
+    groups = width // BLOCKS[scaling] if scaling in BLOCKS else 1
+    padded = padded_shape(scale_layout, num_rows, groups)
+    codes = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty((*batch, *padded), dtype=torch.uint8 if scaling == "mx" else torch.float32, device=x.device)
+    result = Fp8Tensor(codes, scales, scaling, scale_layout, column_order)
+    if x.numel() == 0:
+        return result
+    tile_columns = max(32, triton.next_power_of_2(width)) if scaling == "token" else min(1024, triton.next_power_of_2(width))
+    tile_rows = max(1, 2048 // tile_columns)
+    num_warps = min(16, max(4, tile_columns // 512))  # 16 elements a thread, up to 8192 columns
+    options = {} if INTERPRETED else {"num_warps": num_warps, "enable_fp_fusion": False}
+    native = not INTERPRETED and triton.runtime.driver.active.get_current_target().arch >= 89
+    matrices = x.reshape(-1, num_rows, width)
+    for matrix, matrix_codes, matrix_scales in zip(matrices, codes.view(-1, num_rows, width), scales.view(-1, *padded), strict=True):
+        rows = matrix if matrix.stride(1) == 1 else matrix.contiguous()
+        with torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext():
+            quantize_fp8_kernel[(triton.cdiv(padded[0], tile_rows), triton.cdiv(width, tile_columns))](
+                rows, matrix_codes.view(torch.uint8), matrix_scales, num_rows, rows.stride(0), width, *padded,
+                scaling == "mx", BLOCKS.get(scaling, tile_columns), scale_layout, column_order == "hopper", tile_rows, tile_columns,
+                native, not INTERPRETED, **options,
+            )  # fmt: skip
+    return result

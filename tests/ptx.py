@@ -1,0 +1,120 @@
+"""Run the inline assembly of kernels on a CPU: the few PTX instructions they use, elementwise on numpy arrays, rounded as the hardware rounds.
+
+run(asm, outputs=["f"], inputs=[words, factor])     int32 arrays are "r" registers, float32 arrays "f"
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+CANONICAL_NAN = {"f32": 0x7FFFFFFF, "bf16": 0x7FFF, "f16": 0x7FFF}
+
+
+def run(asm: str, outputs: Sequence[str], inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The output registers ("r": int32, "f": float32) after running `asm` with these inputs, which broadcast."""
+    arrays = np.broadcast_arrays(*inputs)
+    registers = {f"${index + len(outputs)}": np.ascontiguousarray(array).view(np.uint32) for index, array in enumerate(arrays)}
+    with np.errstate(all="ignore"):
+        for statement in re.sub(r"^\{|\}$", "", asm.strip()).split(";"):
+            statement = statement.strip()
+            if statement and not statement.startswith(".reg"):
+                _step(statement, registers)
+    return [registers[f"${index}"].view(np.int32 if kind == "r" else np.float32) for index, kind in enumerate(outputs)]
+
+
+def _step(statement: str, registers: dict[str, np.ndarray]) -> None:
+    operation, _, rest = statement.partition(" ")
+    unpacked = re.fullmatch(r"\{(\w+), (\w+)\}, (\S+)", rest)
+    if operation == "mov.b32" and unpacked:
+        low, high, word = unpacked.groups()
+        registers[low], registers[high] = registers[word] & 0xFFFF, registers[word] >> 16
+        return
+    target, *operands = (part.strip() for part in rest.split(","))
+    values = [registers[name] if name in registers else np.uint32(_literal(name)) for name in operands]
+    registers[target] = _compute(operation, values)
+
+
+def _literal(text: str) -> int:
+    return int(text[2:], 16) if text.startswith("0f") else int(text, 0)
+
+
+def _compute(operation: str, v: list[np.ndarray]) -> np.ndarray:
+    name, *rest = operation.split(".")
+    kind = rest[-1]
+    if kind in ("bf16x2", "f16x2"):
+        low = _float(name, kind[:-2], [x & np.uint32(0xFFFF) for x in v])
+        return low | _float(name, kind[:-2], [x >> np.uint32(16) for x in v]) << np.uint32(16)
+    if operation == "cvt.f32.f16":
+        return _bits(_to_double(v[0], "f16"), "f32")
+    if operation == "rcp.approx.ftz.f32":
+        return _bits(1.0 / _to_double(v[0], "f32"), "f32")
+    if kind == "f32" and name != "mov":
+        return _float(name, "f32", v)
+    integer = {
+        "mov": lambda a: a,
+        "and": lambda a, b: a & b,
+        "or": lambda a, b: a | b,
+        "add": lambda a, b: a + b,
+        "shl": lambda a, b: a << b,
+        "shr": lambda a, b: a >> b,
+        "mad": lambda a, b, c: a * b + c,
+        "prmt": _prmt,
+    }
+    return integer[name](*v).astype(np.uint32)
+
+
+def _prmt(a: np.ndarray, b: np.ndarray, selector: np.uint32) -> np.ndarray:
+    both = b.astype(np.uint64) << np.uint64(32) | a
+    picked = [(both >> np.uint64(8 * ((int(selector) >> 4 * i) & 7)) & np.uint64(0xFF)) << np.uint64(8 * i) for i in range(4)]
+    return picked[0] | picked[1] | picked[2] | picked[3]
+
+
+def _float(name: str, kind: str, v: list[np.ndarray]) -> np.ndarray:
+    sign = np.uint32(0x80000000 if kind == "f32" else 0x8000)
+    if name == "abs":
+        return v[0] & ~sign & np.uint32(0xFFFFFFFF)
+    if name == "neg":
+        return v[0] ^ sign
+    d = [_to_double(x, kind) for x in v]
+    if name in ("min", "max"):  # the number beside a NaN
+        chosen = (np.fmin if name == "min" else np.fmax)(*d)
+        return _bits(chosen, kind)
+    if name == "mul":
+        return _bits(d[0] * d[1], kind)  # at most 48 bits: exact
+    product, addend = (d[0] * d[1], d[2]) if name == "fma" else (d[0], d[1])
+    return _bits(_add_to_odd(product, addend), kind)
+
+
+def _add_to_odd(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a + b in float64 with the last bit set where inexact: rounding that to fewer bits is rounding once."""
+    total = a + b
+    part = total - a
+    error = (a - (total - part)) + (b - part)
+    inexact = np.isfinite(total) & (error != 0)
+    even = total.view(np.int64) & 1 == 0
+    return np.where(inexact & even, np.nextafter(total, np.where(error > 0, np.inf, -np.inf)), total)
+
+
+def _to_double(bits: np.ndarray, kind: str) -> np.ndarray:
+    bits = np.asarray(bits, np.uint32)
+    if kind == "f16":
+        return bits.astype(np.uint16).view(np.float16).astype(np.float64)
+    return (bits << np.uint32(16) if kind == "bf16" else bits).view(np.float32).astype(np.float64)
+
+
+def _bits(x: np.ndarray, kind: str) -> np.ndarray:
+    if kind == "f16":
+        bits = x.astype(np.float16).view(np.uint16).astype(np.uint32)
+    elif kind == "f32":
+        bits = x.astype(np.float32).view(np.uint32)
+    else:  # to nearest even on the upper half of a float32 that keeps what was cut off as a last bit
+        single = x.astype(np.float32)
+        wide = single.view(np.uint32)
+        inexact = single.astype(np.float64) != x
+        too_large = np.abs(single.astype(np.float64)) > np.abs(x)
+        wide = np.where(inexact & too_large, wide - 1, wide) | (inexact & np.isfinite(x)).astype(np.uint32)
+        bits = (wide + np.uint32(0x7FFF) + (wide >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
+    return np.where(np.isnan(x), np.uint32(CANONICAL_NAN[kind]), bits).astype(np.uint32)
