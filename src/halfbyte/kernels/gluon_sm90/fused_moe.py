@@ -1,13 +1,22 @@
-"""The mixture-of-experts layer on Hopper: FP4 weights, bf16 activations. Equation and semantics: `kernels.reference.fused_moe`.
+"""The mixture-of-experts layer on Hopper: FP4 weights, bf16 or fp8 activations. Equation and semantics: `kernels.reference.fused_moe`.
 
     up to 8 tokens        GEMM1, GEMM2 (both direct), combine
     few tokens an expert  permute, GEMM1, GEMM2 (decode), combine
     many                  permute, gather, GEMM1, GEMM2 (prefill), combine
+    many, fp8             permute, quantise tokens, GEMM1, quantise rows, GEMM2 (prefill on fp8 tensor cores), combine
+
+Activations "fp8" up to `MIN_FP8_ROWS` rows an expert, where memory limits and fp8 tensor cores gain nothing: the W4A16 kernels on activations that
+were rounded to fp8 and back to bf16, weights exact. Above, weights are rounded to e4m3 too (`weights.layouts.hopper_fp8`): `rounds_weights`.
+
+h gets one scale a row, which needs the largest value of the whole row and so a pass of its own. It moves 3 R I bytes where GEMM2 computes 2 R H I
+operations: at 3 TB/s and 1.3 Pflop/s 650 / H of GEMM2's time, 3 % of a DeepSeek-R1 layer and 10 % of a Qwen3-30B one. A scale for every 64 columns
+would save 2 of the 3 bytes and cost GEMM2 a multiply-add on every accumulator at every step: at 128 tokens 64 of them a thread, twice the decoding.
 
 Nothing synchronises with the host, and launch shapes depend on the number of tokens alone, so a captured CUDA graph serves any routing. Every sum has
 a fixed order: equal inputs give equal bits. Consecutive kernels overlap by programmatic dependent launch, except around prefill GEMMs.
 
-Workspace of a call, from torch's allocator: with R = T * k rows, 2 R I bytes, 2 R H bytes (4 R H * split for direct), and for prefill 2 R H more.
+Workspace of a call, from torch's allocator: with R = T * k rows, 2 R I bytes, 2 R H bytes (4 R H * split for direct), and for prefill 2 R H more
+(fp8: R H and R I).
 """
 
 from __future__ import annotations
@@ -24,10 +33,11 @@ from halfbyte.errors import UnsupportedError
 from halfbyte.formats import NVFP4
 from halfbyte.formats.activations import ActivationFormat
 from halfbyte.kernels.gluon_sm90.epilogue import KINDS
+from halfbyte.kernels.gluon_sm90.grouped_gemm_prefill import grouped_gemm_prefill
 from halfbyte.kernels.gluon_sm90.grouped_gemm_w4a16_decode import NUM_WARPS, grouped_gemm_w4a16_decode
-from halfbyte.kernels.gluon_sm90.grouped_gemm_w4a16_prefill import grouped_gemm_w4a16_prefill
 from halfbyte.kernels.triton.combine import combine
 from halfbyte.kernels.triton.permute import Items, gather, permute
+from halfbyte.kernels.triton.quantize_fp8 import quantize_rows, quantize_tokens, round_rows
 from halfbyte.weights.layouts.hopper import HopperExperts, HopperMatrix, padded_size
 
 MAX_DIRECT_TOKENS = 8
@@ -47,7 +57,7 @@ class DecodeConfig:
 
 @dataclass(frozen=True)
 class PrefillConfig:
-    """`sizes`: token counts of a tile, each (first, second accumulator); see `grouped_gemm_w4a16_prefill`."""
+    """`sizes`: token counts of a tile, each (first, second accumulator); see `grouped_gemm_prefill`."""
 
     sizes: tuple[tuple[int, int], ...]
     consumers: int
@@ -57,6 +67,7 @@ class PrefillConfig:
     box: int
     registers: int
     max_registers: int
+    fp8: bool = False
 
     @property
     def max_rows(self) -> int:
@@ -72,17 +83,34 @@ HUGE = PrefillConfig(
     ((64, 0), (128, 0), (128, 32), (128, 64), (256, 0)), consumers=2, step_k=64, stages=6, ahead=2, box=64, registers=240, max_registers=168
 )
 
+# Not measured yet. An fp8 product takes half the time and decoding for it twice that of bf16, so tiles are larger.
+FP8_MEDIUM = PrefillConfig(
+    ((32, 0), (64, 0), (64, 32), (128, 0)), consumers=3, step_k=128, stages=10, ahead=4, box=32, registers=160, max_registers=128, fp8=True
+)
+FP8_LARGE = PrefillConfig(
+    ((64, 0), (128, 0), (128, 32), (128, 64)), consumers=3, step_k=128, stages=6, ahead=2, box=64, registers=160, max_registers=128, fp8=True
+)
+FP8_HUGE = PrefillConfig(
+    ((64, 0), (128, 0), (128, 32), (128, 64), (256, 0)),
+    consumers=2, step_k=128, stages=6, ahead=2, box=64, registers=240, max_registers=168, fp8=True,
+)  # fmt: skip
+MIN_FP8_ROWS = 48  # an expert, on average
 
-def choose_config(num_tokens: int, top_k: int, num_experts: int) -> DecodeConfig | PrefillConfig:
+
+def choose_config(num_tokens: int, top_k: int, num_experts: int, activations: ActivationFormat = "bf16") -> DecodeConfig | PrefillConfig:
     """Pick the kernels from what the host knows: the average number of rows an expert.
 
     >>> choose_config(1, 8, 256).direct, choose_config(64, 8, 256).rows, choose_config(8192, 8, 256).max_rows
     (True, 8, 192)
+    >>> choose_config(1024, 8, 256, "fp8").fp8, choose_config(4096, 8, 256, "fp8").fp8
+    (False, True)
     """
     rows = num_tokens * top_k
     if num_tokens <= MAX_DIRECT_TOKENS and rows <= MAX_DIRECT_SLOTS:
         return DecodeConfig(direct=True, rows=8, tiles=1)
     average = rows / num_experts
+    if activations == "fp8" and average > MIN_FP8_ROWS:
+        return FP8_MEDIUM if average <= 96 else FP8_LARGE if average <= 160 else FP8_HUGE
     if average <= 4:
         return DecodeConfig(direct=False, rows=8, tiles=1)
     if average <= 12:
@@ -91,6 +119,12 @@ def choose_config(num_tokens: int, top_k: int, num_experts: int) -> DecodeConfig
         if average <= limit:
             return config
     return HUGE
+
+
+def rounds_weights(num_tokens: int, top_k: int, num_experts: int, activations: ActivationFormat) -> bool:
+    """Whether a call multiplies by weights rounded to e4m3 (`weights.layouts.hopper_fp8.round_to_fp8`) instead of by the FP4 values."""
+    config = choose_config(num_tokens, top_k, num_experts, activations)
+    return isinstance(config, PrefillConfig) and config.fp8
 
 
 def fused_moe(
@@ -123,19 +157,22 @@ def fused_moe(
     if num_tokens == 0:
         return out
     if config is None:
-        config = choose_config(num_tokens, top_k, experts.num_experts)
+        config = choose_config(num_tokens, top_k, experts.num_experts, activations)
     hidden, ids, weights = hidden.contiguous(), ids.contiguous(), weights.contiguous()
+    rounds = activations == "fp8" and not (isinstance(config, PrefillConfig) and config.fp8)
+    if rounds:
+        hidden = round_rows(hidden, launch_early=True)
     if isinstance(config, PrefillConfig):
-        y, row_of_slot = _prefill(hidden, experts, ids, expert_offset, config)
+        y, row_of_slot = _prefill(hidden, experts, ids, expert_offset, config, rounds)
     else:
-        y, row_of_slot = _decode(hidden, experts, ids, expert_offset, config)
+        y, row_of_slot = _decode(hidden, experts, ids, expert_offset, config, rounds)
     result = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
     combine(y, row_of_slot, ids, weights, result, expert_offset, experts.num_experts, launch_early=True)
     return out if result is out else out.copy_(result)
 
 
 def _decode(
-    hidden: torch.Tensor, experts: HopperExperts, ids: torch.Tensor, expert_offset: int, config: DecodeConfig
+    hidden: torch.Tensor, experts: HopperExperts, ids: torch.Tensor, expert_offset: int, config: DecodeConfig, rounds: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     rows, device = ids.numel(), hidden.device
     h = torch.empty((1, rows, padded_size(experts.intermediate)), dtype=torch.bfloat16, device=device)
@@ -146,6 +183,8 @@ def _decode(
         y = torch.empty((1, rows, experts.hidden), dtype=torch.bfloat16, device=device)
         items = permute(ids, expert_offset, experts.num_experts, config.rows, _arrivals(device), launch_early=True)
     _decode_gemm(hidden, experts.w13, h, experts, ids, items, expert_offset, config, is_w13=True)
+    if rounds:
+        round_rows(h[0], h[0], launch_early=True)
     _decode_gemm(h[0], experts.w2, y, experts, ids, items, expert_offset, config, is_w13=False)
     return y, None if items is None else items.row_of_slot
 
@@ -169,26 +208,38 @@ def _decode_gemm(
 
 
 def _prefill(
-    hidden: torch.Tensor, experts: HopperExperts, ids: torch.Tensor, expert_offset: int, config: PrefillConfig
+    hidden: torch.Tensor, experts: HopperExperts, ids: torch.Tensor, expert_offset: int, config: PrefillConfig, rounds: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    rows, device = ids.numel(), hidden.device
+    num_rows, device = ids.numel(), hidden.device
     items = permute(ids, expert_offset, experts.num_experts, config.max_rows, _arrivals(device), launch_early=True)
-    x = gather(hidden, items, rows, padded_size(experts.hidden), launch_early=True)
-    h = torch.empty((rows, padded_size(experts.intermediate)), dtype=torch.bfloat16, device=device)
-    y = torch.empty((1, rows, experts.hidden), dtype=torch.bfloat16, device=device)
-    _prefill_gemm(x, experts.w13, h, experts, items, config, is_w13=True)
-    _prefill_gemm(h, experts.w2, y[0], experts, items, config, is_w13=False)
+    x_scale, h_scale = None, None
+    if config.fp8:
+        x, x_scale = quantize_tokens(hidden, items, ids.shape[1], padded_size(experts.hidden), launch_early=True)
+    else:
+        x = gather(hidden, items, num_rows, padded_size(experts.hidden), launch_early=True)
+    h = torch.empty((num_rows, padded_size(experts.intermediate)), dtype=torch.bfloat16, device=device)
+    y = torch.empty((1, num_rows, experts.hidden), dtype=torch.bfloat16, device=device)
+    _prefill_gemm(x, x_scale, experts.w13, h, experts, items, config, is_w13=True)
+    if config.fp8:
+        h, h_scale = quantize_rows(h, items)
+    elif rounds:
+        round_rows(h, h)
+    _prefill_gemm(h, h_scale, experts.w2, y[0], experts, items, config, is_w13=False)
     return y, items.row_of_slot
 
 
 def _prefill_gemm(
-    x: torch.Tensor, matrix: HopperMatrix, y: torch.Tensor, experts: HopperExperts, items: Items, config: PrefillConfig, *, is_w13: bool
-) -> None:
-    block = [config.box, config.step_k]
-    x_desc = TensorDescriptor.from_tensor(x, block, gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16))
-    grouped_gemm_w4a16_prefill[(Target.of(x.device).num_sms,)](
-        x_desc, matrix.words, matrix.scales, *_optional(matrix), y, items.items, items.num_items,
-        matrix.row_tiles, matrix.column_tiles, y.shape[1], y.shape[1], experts.format == NVFP4, is_w13, *_activation(experts),
+    x: torch.Tensor, x_scale: torch.Tensor | None, matrix: HopperMatrix, y: torch.Tensor, experts: HopperExperts, items: Items,
+    config: PrefillConfig, *, is_w13: bool,
+) -> None:  # fmt: skip
+    """Multiply x, bf16, or e4m3 with the `x_scale` of each row."""
+    block, is_fp8 = [config.box, config.step_k], x_scale is not None
+    x_desc = TensorDescriptor.from_tensor(x, block, gl.NVMMASharedLayout.get_default_for(block, gl.float8e4nv if is_fp8 else gl.bfloat16))
+    shift, multiplier, bias = _optional(matrix)
+    grouped_gemm_prefill[(Target.of(x.device).num_sms,)](
+        x_desc, matrix.words, matrix.scales, shift, multiplier, matrix.row_exponent, multiplier if x_scale is None else x_scale, bias, y,
+        items.items, items.num_items,
+        matrix.row_tiles, matrix.column_tiles, y.shape[1], y.shape[1], experts.format == NVFP4, is_fp8, is_w13, *_activation(experts),
         matrix.bias is not None, config.sizes, config.consumers, config.step_k, config.stages, config.ahead, config.registers,
         num_warps=4, maxnreg=config.max_registers,
     )  # fmt: skip

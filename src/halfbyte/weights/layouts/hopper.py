@@ -35,6 +35,7 @@ import torch
 from halfbyte.checkpoint.experts import Activation, ExpertWeights
 from halfbyte.errors import InputError
 from halfbyte.formats import MXFP4, NVFP4, BlockFormat, QuantTensor
+from halfbyte.weights.layouts.hopper_fp8 import row_exponents
 
 TILE = 64
 TILES_PER_SCALE_WORD = 4
@@ -60,6 +61,7 @@ class HopperMatrix:
         scales: int64 [E, N/64, ceil(K/256), 128 (NVFP4) or 64 (MXFP4)].
         shift: int32 [E], MXFP4 only: exponent of bf16 = e8m0 byte + shift.
         multiplier: fp32 [E, 2] for the two halves of a tile (gate and up; equal for w2): what the accumulated product is multiplied by.
+        row_exponent: int8 [E, N], for fp8 tensor cores only: `hopper_fp8.row_exponents`.
         bias: fp32 [E, N] in tile row order, or None.
     """
 
@@ -67,11 +69,12 @@ class HopperMatrix:
     scales: torch.Tensor
     shift: torch.Tensor | None
     multiplier: torch.Tensor
+    row_exponent: torch.Tensor
     bias: torch.Tensor | None
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
-        fields = ("words", "scales", "shift", "multiplier", "bias")
+        fields = ("words", "scales", "shift", "multiplier", "row_exponent", "bias")
         return {name: getattr(self, name) for name in fields if getattr(self, name) is not None}
 
     @property
@@ -206,6 +209,7 @@ def _allocate_matrix(w: QuantTensor, rows: int, has_bias: bool, device: torch.de
         scales=empty(row_tiles, -(-columns // (TILE * TILES_PER_SCALE_WORD)), 128 if w.format == NVFP4 else 64, dtype=torch.int64),
         shift=None if w.format == NVFP4 else empty(dtype=torch.int32),
         multiplier=empty(2, dtype=torch.float32),
+        row_exponent=empty(rows, dtype=torch.int8),
         bias=empty(rows, dtype=torch.float32) if has_bias else None,
     )
 
@@ -224,6 +228,7 @@ def _pack_matrix(w: QuantTensor, row_order: torch.Tensor, bias: torch.Tensor | N
         out.words[first + expert] = pack_codes(codes)
         out.scales[first + expert] = pack_scales(raw, w.format.block)
     here = slice(first, first + num_experts)
+    out.row_exponent[here] = row_exponents(_largest_scales(out.scales[here]), w.format)
     if nvfp4:
         assert w.global_scale is not None
         out.multiplier[here] = (w.global_scale.view(num_experts, -1).expand(num_experts, 2) * _nvfp4_factor()).to(device)
@@ -329,6 +334,13 @@ def unpack_scales(scales: torch.Tensor) -> torch.Tensor:
     row_tiles, scale_words, entries = scales.shape
     b = scales.contiguous().view(torch.uint8).view(row_tiles, scale_words, 4, 8, entries // 32, TILES_PER_SCALE_WORD, 2)
     return b.permute(0, 2, 6, 3, 1, 5, 4).reshape(row_tiles * TILE, -1)
+
+
+def _largest_scales(scales: torch.Tensor) -> torch.Tensor:
+    """The largest scale byte of every row, as stored: int64 [E, N/64, ceil(K/256), entries] to uint8 [E, N]."""
+    num_experts, row_tiles, scale_words, entries = scales.shape
+    b = scales.view(torch.uint8).view(num_experts, row_tiles, scale_words, 4, 8, entries // 32, TILES_PER_SCALE_WORD, 2)  # .., w, g, t, c, h
+    return b.amax(dim=(2, 5, 6)).transpose(-1, -2).reshape(num_experts, row_tiles * TILE)
 
 
 def _encode_nvfp4_scale(e4m3: torch.Tensor) -> torch.Tensor:

@@ -64,7 +64,7 @@ def scale_offsets(NVFP4: gl.constexpr):
 
 
 @gluon.jit
-def _four_times(scale):
+def four_times(scale):
     """int32 [16, 8], one value a thread, to [16, 32] with the value beside each of the thread's words; no instruction."""
     wide, _ = gl.broadcast(gl.expand_dims(scale, 2), gl.zeros((16, 8, 4), gl.int32, layout=_WORD_LAYOUT_3D))
     return gl.convert_layout(gl.reshape(wide, (16, 32)), WORD_LAYOUT, assert_trivial=True)
@@ -73,7 +73,7 @@ def _four_times(scale):
 @gluon.jit
 def split_scales(scales):
     """int64 [16, 8] scale words to the two int32 [16, 32] that serve tiles 0, 1 and 2, 3 of the run."""
-    return _four_times(scales.to(gl.int32)), _four_times((scales >> 32).to(gl.int32))
+    return four_times(scales.to(gl.int32)), four_times((scales >> 32).to(gl.int32))
 
 
 @gluon.jit
