@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,6 +13,7 @@ from halfbyte.checkpoint.experts import ExpertWeights
 from halfbyte.formats import QuantTensor
 from halfbyte.formats.activations import ActivationFormat, round_trip
 from halfbyte.kernels.reference.activation import activate
+from halfbyte.weights.layouts.hopper_fp8 import round_to_fp8
 
 # Relative, because absolute tolerances let zeros, halves and dropped experts through. Rounding to bf16 between the two products alone gives 2.5e-3.
 # Public W4A16 systems gave 3.4e-3 to 6.0e-3 over all tokens on an H200: `--peer-limit` admits them, and every row records the limit it passed.
@@ -57,28 +58,32 @@ def poison_free_memory(like: torch.Tensor) -> None:
 
 
 @torch.no_grad()
-def expected_output(experts: ExpertWeights, call: Call, activations: ActivationFormat) -> torch.Tensor:
+def expected_output(experts: ExpertWeights, call: Call, activations: ActivationFormat, fp8_weights: bool = False) -> torch.Tensor:
     """The layer in fp32 from dequantised weights, one expert after the other, on the device of the weights: fp32 [T, H].
 
     Nothing is rounded between the two products when activations are "bf16"; other kinds are quantised where `kernels.reference.fused_moe` says.
+    `fp8_weights`: for a kernel that rounds its weights to e4m3; what that costs the weights is `hopper_fp8.weight_error`, not this gate's to judge.
     Needs one dequantised expert and its rows beside the result.
     """
+    values = round_to_fp8 if fp8_weights else QuantTensor.dequantize
     output = torch.zeros(call.hidden.shape, device=call.hidden.device)
     input_scales = [None if scale is None else scale.max() for scale in (experts.w13_input_scale, experts.w2_input_scale)]
     with _exact_matmuls():
         for expert in call.ids.unique().tolist():
             token, slot = (call.ids == expert).nonzero(as_tuple=True)
             x = round_trip(call.hidden[token], activations, input_scales[0])
-            h = activate(_linear(x, experts.w13, experts.w13_bias, expert), experts.activation)
+            h = activate(_linear(x, experts.w13, experts.w13_bias, expert, values), experts.activation)
             if activations != "bf16":
                 h = round_trip(h.to(call.hidden.dtype), activations, input_scales[1])
-            rows = _linear(h, experts.w2, experts.w2_bias, expert)
+            rows = _linear(h, experts.w2, experts.w2_bias, expert, values)
             output.index_add_(0, token, rows * call.weights[token, slot, None])
     return output
 
 
-def _linear(x: torch.Tensor, weight: QuantTensor | torch.Tensor, bias: torch.Tensor | None, expert: int) -> torch.Tensor:
-    dense = weight[expert].dequantize() if isinstance(weight, QuantTensor) else weight[expert].float()
+def _linear(
+    x: torch.Tensor, weight: QuantTensor | torch.Tensor, bias: torch.Tensor | None, expert: int, values: Callable[[QuantTensor], torch.Tensor]
+) -> torch.Tensor:
+    dense = values(weight[expert]) if isinstance(weight, QuantTensor) else weight[expert].float()
     return x @ dense.T if bias is None else x @ dense.T + bias[expert].float()
 
 
