@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 from halfbyte.kernels.gluon_sm90 import fused_moe as layer
 from halfbyte.kernels.triton.permute import Items
-from halfbyte.kernels.triton.quantize_fp8 import quantize_rows, quantize_tokens, round_rows
+from halfbyte.kernels.triton.quantize_fp8 import encode_rows, quantize_rows, quantize_tokens
 
 DECODE = {
     "direct": layer.DecodeConfig(direct=True, rows=8, tiles=1, split=2),
@@ -50,15 +50,16 @@ ITEMS = Items(*(torch.empty((4, 4), dtype=torch.int32) for _ in range(4)))
 
 
 @pytest.mark.parametrize("nvfp4", [True, False], ids=["nvfp4", "mxfp4"])
-@pytest.mark.parametrize("name", DECODE)
-def test_decode_kernels_use_mma_without_spills(name: str, nvfp4: bool) -> None:
+@pytest.mark.parametrize(("name", "scaled"), [(name, name == "rows16") for name in DECODE] + [("direct", True)])
+def test_decode_kernels_use_mma_without_spills(name: str, nvfp4: bool, scaled: bool) -> None:
     config, experts = DECODE[name], empty_experts(nvfp4=nvfp4)
     ids, items = torch.zeros((4, 8), dtype=torch.int32), None if DECODE[name].direct else ITEMS
     h = torch.empty((1, 32, experts.intermediate), dtype=torch.bfloat16)
     y = torch.empty((config.split, 32, experts.hidden), dtype=torch.float32 if config.direct else torch.bfloat16)
     with compiling(90) as compiled:
-        layer._decode_gemm(torch.empty((4, experts.hidden), dtype=torch.bfloat16), experts.w13, h, experts, ids, items, 0, config, is_w13=True)
-        layer._decode_gemm(h[0], experts.w2, y, experts, ids, items, 0, config, is_w13=False)
+        x, scales = torch.empty((4, experts.hidden), dtype=torch.bfloat16), torch.empty(4) if scaled else None
+        layer._decode_gemm(x, scales, experts.w13, h, experts, ids, items, 0, config, is_w13=True)
+        layer._decode_gemm(h[0], scales, experts.w2, y, experts, ids, items, 0, config, is_w13=False)
     assert len(compiled) == 2
     for kernel in compiled:
         assert "mma.sync.aligned.m16n8k16" in kernel.ptx
@@ -109,7 +110,7 @@ def test_quantising_kernels_compile() -> None:
     with compiling(90) as compiled:
         quantize_tokens(x, ITEMS, 8, 7168, launch_early=True)
         quantize_rows(x, ITEMS)
-        round_rows(x, x, launch_early=True)
+        encode_rows(x, x, launch_early=True)
     assert len(compiled) == 3
     assert all("cvt.rn.satfinite.e4m3x2.f32" in kernel.ptx and kernel.spill_bytes == 0 for kernel in compiled)
 

@@ -5,8 +5,8 @@
     many                  permute, gather, GEMM1, GEMM2 (prefill), combine
     many, fp8             permute, quantise tokens, GEMM1, quantise rows, GEMM2 (prefill on fp8 tensor cores), combine
 
-Activations "fp8" up to `MIN_FP8_ROWS` rows an expert, where memory limits and fp8 tensor cores gain nothing: the W4A16 kernels on activations that
-were rounded to fp8 and back to bf16, weights exact. Above, weights are rounded to e4m3 too (`weights.layouts.hopper_fp8`): `rounds_weights`.
+Activations "fp8" up to `MIN_FP8_ROWS` rows an expert, where memory limits and fp8 tensor cores gain nothing: the W4A16 kernels on activations in
+fp8 codes, which bf16 holds exactly, and exact weights. Above, weights are rounded to e4m3 too (`weights.layouts.hopper_fp8`): `rounds_weights`.
 
 h gets one scale a row, which needs the largest value of the whole row and so a pass of its own. It moves 3 R I bytes where GEMM2 computes 2 R H I
 operations: at 3 TB/s and 1.3 Pflop/s 650 / H of GEMM2's time, 3 % of a DeepSeek-R1 layer and 10 % of a Qwen3-30B one. A scale for every 64 columns
@@ -37,7 +37,7 @@ from halfbyte.kernels.gluon_sm90.grouped_gemm_prefill import grouped_gemm_prefil
 from halfbyte.kernels.gluon_sm90.grouped_gemm_w4a16_decode import NUM_WARPS, grouped_gemm_w4a16_decode
 from halfbyte.kernels.triton.combine import combine
 from halfbyte.kernels.triton.permute import Items, gather, permute
-from halfbyte.kernels.triton.quantize_fp8 import quantize_rows, quantize_tokens, round_rows
+from halfbyte.kernels.triton.quantize_fp8 import encode_rows, quantize_rows, quantize_tokens
 from halfbyte.weights.layouts.hopper import HopperExperts, HopperMatrix, padded_size
 
 MAX_DIRECT_TOKENS = 8
@@ -159,20 +159,15 @@ def fused_moe(
     if config is None:
         config = choose_config(num_tokens, top_k, experts.num_experts, activations)
     hidden, ids, weights = hidden.contiguous(), ids.contiguous(), weights.contiguous()
-    rounds = activations == "fp8" and not (isinstance(config, PrefillConfig) and config.fp8)
-    if rounds:
-        hidden = round_rows(hidden, launch_early=True)
-    if isinstance(config, PrefillConfig):
-        y, row_of_slot = _prefill(hidden, experts, ids, expert_offset, config, rounds)
-    else:
-        y, row_of_slot = _decode(hidden, experts, ids, expert_offset, config, rounds)
+    run = _decode if isinstance(config, DecodeConfig) else _prefill_fp8 if config.fp8 else _prefill
+    y, row_of_slot = run(hidden, experts, ids, expert_offset, config, activations == "fp8")
     result = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
     combine(y, row_of_slot, ids, weights, result, expert_offset, experts.num_experts, launch_early=True)
     return out if result is out else out.copy_(result)
 
 
 def _decode(
-    hidden: torch.Tensor, experts: HopperExperts, ids: torch.Tensor, expert_offset: int, config: DecodeConfig, rounds: bool
+    hidden: torch.Tensor, experts: HopperExperts, ids: torch.Tensor, expert_offset: int, config: DecodeConfig, to_fp8: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     rows, device = ids.numel(), hidden.device
     h = torch.empty((1, rows, padded_size(experts.intermediate)), dtype=torch.bfloat16, device=device)
@@ -182,16 +177,16 @@ def _decode(
     else:
         y = torch.empty((1, rows, experts.hidden), dtype=torch.bfloat16, device=device)
         items = permute(ids, expert_offset, experts.num_experts, config.rows, _arrivals(device), launch_early=True)
-    _decode_gemm(hidden, experts.w13, h, experts, ids, items, expert_offset, config, is_w13=True)
-    if rounds:
-        round_rows(h[0], h[0], launch_early=True)
-    _decode_gemm(h[0], experts.w2, y, experts, ids, items, expert_offset, config, is_w13=False)
+    x, x_scale = encode_rows(hidden, launch_early=True) if to_fp8 else (hidden, None)
+    _decode_gemm(x, x_scale, experts.w13, h, experts, ids, items, expert_offset, config, is_w13=True)
+    h_scale = encode_rows(h[0], h[0], launch_early=True)[1] if to_fp8 else None
+    _decode_gemm(h[0], h_scale, experts.w2, y, experts, ids, items, expert_offset, config, is_w13=False)
     return y, None if items is None else items.row_of_slot
 
 
 def _decode_gemm(
-    x: torch.Tensor, matrix: HopperMatrix, y: torch.Tensor, experts: HopperExperts, ids: torch.Tensor, items: Items | None, expert_offset: int,
-    config: DecodeConfig, *, is_w13: bool,
+    x: torch.Tensor, x_scale: torch.Tensor | None, matrix: HopperMatrix, y: torch.Tensor, experts: HopperExperts, ids: torch.Tensor,
+    items: Items | None, expert_offset: int, config: DecodeConfig, *, is_w13: bool,
 ) -> None:  # fmt: skip
     parts, _, columns = y.shape
     groups = -(-matrix.row_tiles // config.tiles)
@@ -199,47 +194,60 @@ def _decode_gemm(
     token_of_row, item_list, num_items = (ids, ids, ids) if items is None else (items.token_of_row, items.items, items.num_items)
     k = experts.hidden if is_w13 else experts.intermediate
     grouped_gemm_w4a16_decode[(work * groups * parts,)](
-        x, matrix.words, matrix.scales, *_optional(matrix), y, ids, item_list, num_items, token_of_row,
+        x, x if x_scale is None else x_scale, matrix.words, matrix.scales, *_optional(matrix), y, ids, item_list, num_items, token_of_row,
         ids.shape[0], expert_offset, experts.num_experts, y.stride(0),
         ids.shape[1], k, x.stride(0), matrix.row_tiles, columns, columns, experts.format == NVFP4, is_w13, *_activation(experts),
-        matrix.bias is not None, config.direct, config.rows, config.tiles, parts, config.ahead, True,
+        matrix.bias is not None, x_scale is not None, config.direct, config.rows, config.tiles, parts, config.ahead, True,
         num_warps=NUM_WARPS, launch_pdl=True,
     )  # fmt: skip
 
 
 def _prefill(
-    hidden: torch.Tensor, experts: HopperExperts, ids: torch.Tensor, expert_offset: int, config: PrefillConfig, rounds: bool
+    hidden: torch.Tensor, experts: HopperExperts, ids: torch.Tensor, expert_offset: int, config: PrefillConfig, to_fp8: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    num_rows, device = ids.numel(), hidden.device
-    items = permute(ids, expert_offset, experts.num_experts, config.max_rows, _arrivals(device), launch_early=True)
-    x_scale, h_scale = None, None
-    if config.fp8:
-        x, x_scale = quantize_tokens(hidden, items, ids.shape[1], padded_size(experts.hidden), launch_early=True)
-    else:
-        x = gather(hidden, items, num_rows, padded_size(experts.hidden), launch_early=True)
-    h = torch.empty((num_rows, padded_size(experts.intermediate)), dtype=torch.bfloat16, device=device)
-    y = torch.empty((1, num_rows, experts.hidden), dtype=torch.bfloat16, device=device)
+    items, h, y = _prefill_workspace(hidden, experts, ids, expert_offset, config)
+    codes, scales = encode_rows(hidden, launch_early=True) if to_fp8 else (hidden, None)
+    x, x_scale = gather(codes, items, ids.numel(), padded_size(experts.hidden), scales, launch_early=True)
     _prefill_gemm(x, x_scale, experts.w13, h, experts, items, config, is_w13=True)
-    if config.fp8:
-        h, h_scale = quantize_rows(h, items)
-    elif rounds:
-        round_rows(h, h)
+    h_scale = encode_rows(h, h)[1] if to_fp8 else None
     _prefill_gemm(h, h_scale, experts.w2, y[0], experts, items, config, is_w13=False)
     return y, items.row_of_slot
+
+
+def _prefill_fp8(
+    hidden: torch.Tensor, experts: HopperExperts, ids: torch.Tensor, expert_offset: int, config: PrefillConfig, to_fp8: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    assert to_fp8, "this configuration has fp8 tensor cores multiply"
+    items, h, y = _prefill_workspace(hidden, experts, ids, expert_offset, config)
+    x, x_scale = quantize_tokens(hidden, items, ids.shape[1], padded_size(experts.hidden), launch_early=True)
+    _prefill_gemm(x, x_scale, experts.w13, h, experts, items, config, is_w13=True)
+    h_codes, h_scale = quantize_rows(h, items)
+    _prefill_gemm(h_codes, h_scale, experts.w2, y[0], experts, items, config, is_w13=False)
+    return y, items.row_of_slot
+
+
+def _prefill_workspace(
+    hidden: torch.Tensor, experts: HopperExperts, ids: torch.Tensor, expert_offset: int, config: PrefillConfig
+) -> tuple[Items, torch.Tensor, torch.Tensor]:
+    """The rows sorted by expert, and memory for h [rows, I padded] and y [1, rows, H]."""
+    items = permute(ids, expert_offset, experts.num_experts, config.max_rows, _arrivals(hidden.device), launch_early=True)
+    h = torch.empty((ids.numel(), padded_size(experts.intermediate)), dtype=torch.bfloat16, device=hidden.device)
+    return items, h, torch.empty((1, ids.numel(), experts.hidden), dtype=torch.bfloat16, device=hidden.device)
 
 
 def _prefill_gemm(
     x: torch.Tensor, x_scale: torch.Tensor | None, matrix: HopperMatrix, y: torch.Tensor, experts: HopperExperts, items: Items,
     config: PrefillConfig, *, is_w13: bool,
 ) -> None:  # fmt: skip
-    """Multiply x, bf16, or e4m3 with the `x_scale` of each row."""
-    block, is_fp8 = [config.box, config.step_k], x_scale is not None
-    x_desc = TensorDescriptor.from_tensor(x, block, gl.NVMMASharedLayout.get_default_for(block, gl.float8e4nv if is_fp8 else gl.bfloat16))
+    """Multiply x, bf16 or (with a `config` for it) e4m3; rows times `x_scale` where there is one."""
+    block = [config.box, config.step_k]
+    x_desc = TensorDescriptor.from_tensor(x, block, gl.NVMMASharedLayout.get_default_for(block, gl.float8e4nv if config.fp8 else gl.bfloat16))
     shift, multiplier, bias = _optional(matrix)
     grouped_gemm_prefill[(Target.of(x.device).num_sms,)](
         x_desc, matrix.words, matrix.scales, shift, multiplier, matrix.row_exponent, multiplier if x_scale is None else x_scale, bias, y,
         items.items, items.num_items,
-        matrix.row_tiles, matrix.column_tiles, y.shape[1], y.shape[1], experts.format == NVFP4, is_fp8, is_w13, *_activation(experts),
+        matrix.row_tiles, matrix.column_tiles, y.shape[1], y.shape[1], experts.format == NVFP4, config.fp8, x_scale is not None, is_w13,
+        *_activation(experts),
         matrix.bias is not None, config.sizes, config.consumers, config.step_k, config.stages, config.ahead, config.registers,
         num_warps=4, maxnreg=config.max_registers,
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
     x        [rows, K padded to 64] bf16 (W4A16) or e4m3 (W4A8), sorted by expert, columns in the slot order of the kind (`weights.layouts.hopper`,
              `hopper_fp8`)
-    x_scale  [rows] fp32, W4A8 only: what a row's codes are multiplied by
+    x_scale  [rows] fp32, SCALED only, as W4A8 always is: what a row of x is multiplied by
     w        `HopperMatrix` [E, N, K]; W4A8 multiplies by what `hopper_fp8.round_to_fp8` gives
     y        [rows, I padded to 64] bf16, columns in bf16 slot order = activation(x @ w^T * scales + bias) where the matrix is w13, or [rows, N] bf16
 
@@ -126,13 +126,13 @@ def _row_factors(exponents_ptr, rows, multiplier, NVFP4: gl.constexpr):
 @gluon.jit
 def _store(
     accumulator, multiplier0, multiplier1, exponents_ptr, x_scale_ptr, bias_ptr, y_ptr, row_start, num_rows, n_start, TOKENS: gl.constexpr,
-    N: gl.constexpr, Y_STRIDE: gl.constexpr, NVFP4: gl.constexpr, FP8: gl.constexpr, IS_W13: gl.constexpr, KIND: gl.constexpr,
+    N: gl.constexpr, Y_STRIDE: gl.constexpr, NVFP4: gl.constexpr, FP8: gl.constexpr, SCALED: gl.constexpr, IS_W13: gl.constexpr, KIND: gl.constexpr,
     ALPHA: gl.constexpr, BETA: gl.constexpr, LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """Scale, add the bias, activate, and write [tokens, 64 or 32] of y from column `n_start` (in units of one tile) on."""
     WIDTH: gl.constexpr = 32 if IS_W13 and KIND != RELU2 else 64
     OUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (WIDTH // 8), WIDTH // 8], [4, 1], [1, 0])
-    if FP8:
+    if SCALED:
         row = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, accumulator.type.layout))
         accumulator = accumulator * gl.load(x_scale_ptr + row_start + row, mask=row < num_rows, other=0.0)[None, :]
     if WIDTH == 32:
@@ -166,7 +166,7 @@ def _store(
 @gluon.jit
 def _multiply_and_store(
     x_stages, full, empty, it, words_ptr, scales_ptr, decoding, multiplier0, multiplier1, exponents_ptr, x_scale_ptr, bias_ptr, y_ptr, row_start,
-    num_rows, row_tile, TILES: gl.constexpr, N: gl.constexpr, Y_STRIDE: gl.constexpr, NVFP4: gl.constexpr, FP8: gl.constexpr,
+    num_rows, row_tile, TILES: gl.constexpr, N: gl.constexpr, Y_STRIDE: gl.constexpr, NVFP4: gl.constexpr, FP8: gl.constexpr, SCALED: gl.constexpr,
     IS_W13: gl.constexpr, KIND: gl.constexpr, ALPHA: gl.constexpr, BETA: gl.constexpr, LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr,
     STEP_K: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr, SIZE0: gl.constexpr, SIZE1: gl.constexpr,
 ):  # fmt: skip
@@ -175,12 +175,12 @@ def _multiply_and_store(
     )  # fmt: skip
     _store(
         first, multiplier0, multiplier1, exponents_ptr, x_scale_ptr, bias_ptr, y_ptr, row_start, num_rows, row_tile, SIZE0, N, Y_STRIDE, NVFP4, FP8,
-        IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS,
+        SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS,
     )  # fmt: skip
     if SIZE1 > 0:
         _store(
             second, multiplier0, multiplier1, exponents_ptr, x_scale_ptr, bias_ptr, y_ptr, row_start + SIZE0, num_rows - SIZE0, row_tile, SIZE1, N,
-            Y_STRIDE, NVFP4, FP8, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS,
+            Y_STRIDE, NVFP4, FP8, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS,
         )  # fmt: skip
     return it
 
@@ -188,9 +188,9 @@ def _multiply_and_store(
 @gluon.jit
 def _consume(
     memory, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, ROW_TILES: gl.constexpr, TILES: gl.constexpr, N: gl.constexpr,
-    Y_STRIDE: gl.constexpr, NVFP4: gl.constexpr, FP8: gl.constexpr, IS_W13: gl.constexpr, KIND: gl.constexpr, ALPHA: gl.constexpr,
-    BETA: gl.constexpr, LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr, SIZES: gl.constexpr, STEP_K: gl.constexpr, STAGES: gl.constexpr,
-    AHEAD: gl.constexpr,
+    Y_STRIDE: gl.constexpr, NVFP4: gl.constexpr, FP8: gl.constexpr, SCALED: gl.constexpr, IS_W13: gl.constexpr, KIND: gl.constexpr,
+    ALPHA: gl.constexpr, BETA: gl.constexpr, LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr, SIZES: gl.constexpr, STEP_K: gl.constexpr,
+    STAGES: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     x_stages, full, empty, words_ptr, scales_ptr, shift_ptr, multiplier_ptr, exponents_ptr, x_scale_ptr, bias_ptr, y_ptr, items_ptr, num_tiles = (
         memory
@@ -219,8 +219,8 @@ def _consume(
             if (num_rows > (0 if s == 0 else SIZES[s - 1][0] + SIZES[s - 1][1])) & (num_rows <= SIZES[s][0] + SIZES[s][1]):
                 it = _multiply_and_store(
                     x_stages, full, empty, it, tile_words, tile_scales, decoding, multiplier0, multiplier1, tile_exponents, x_scale_ptr, tile_bias,
-                    y_ptr, row_start, stored_rows, row_tile, TILES, N, Y_STRIDE, NVFP4, FP8, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, STEP_K,
-                    STAGES, AHEAD, SIZES[s][0], SIZES[s][1],
+                    y_ptr, row_start, stored_rows, row_tile, TILES, N, Y_STRIDE, NVFP4, FP8, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS,
+                    STEP_K, STAGES, AHEAD, SIZES[s][0], SIZES[s][1],
                 )  # fmt: skip
 
 
@@ -228,9 +228,9 @@ def _consume(
 def grouped_gemm_prefill(
     x_desc, words_ptr, scales_ptr, shift_ptr, multiplier_ptr, exponents_ptr, x_scale_ptr, bias_ptr, y_ptr, items_ptr, num_items_ptr,
     ROW_TILES: gl.constexpr, TILES: gl.constexpr, N: gl.constexpr, Y_STRIDE: gl.constexpr,
-    NVFP4: gl.constexpr, FP8: gl.constexpr, IS_W13: gl.constexpr, KIND: gl.constexpr, ALPHA: gl.constexpr, BETA: gl.constexpr, LIMIT: gl.constexpr,
-    HAS_BIAS: gl.constexpr, SIZES: gl.constexpr, CONSUMERS: gl.constexpr, STEP_K: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr,
-    CONSUMER_REGISTERS: gl.constexpr,
+    NVFP4: gl.constexpr, FP8: gl.constexpr, SCALED: gl.constexpr, IS_W13: gl.constexpr, KIND: gl.constexpr, ALPHA: gl.constexpr, BETA: gl.constexpr,
+    LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr, SIZES: gl.constexpr, CONSUMERS: gl.constexpr, STEP_K: gl.constexpr, STAGES: gl.constexpr,
+    AHEAD: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     GROUPS: gl.constexpr = (ROW_TILES + CONSUMERS - 1) // CONSUMERS
     MAX_TOKENS: gl.constexpr = SIZES[len(SIZES) - 1][0] + SIZES[len(SIZES) - 1][1]
@@ -250,31 +250,31 @@ def grouped_gemm_prefill(
     )  # fmt: skip
     if CONSUMERS == 2:
         gl.warp_specialize([
-            (_consume, (memory, 0, 2, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, FP8, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES, STEP_K, STAGES,
-                        AHEAD)),
-            (_consume, (memory, 1, 2, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, FP8, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES, STEP_K, STAGES,
-                        AHEAD)),
+            (_consume, (memory, 0, 2, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, FP8, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES, STEP_K,
+                        STAGES, AHEAD)),
+            (_consume, (memory, 1, 2, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, FP8, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES, STEP_K,
+                        STAGES, AHEAD)),
             (_produce, (x_desc, x_stages, full, empty, items_ptr, num_tiles, GROUPS, STEPS, STEP_K, BOX, MAX_TOKENS, STAGES)),
         ], [4, 1], [CONSUMER_REGISTERS, 24])  # fmt: skip
     elif CONSUMERS == 3:
         gl.warp_specialize([
-            (_consume, (memory, 0, 3, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, FP8, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES, STEP_K, STAGES,
-                        AHEAD)),
-            (_consume, (memory, 1, 3, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, FP8, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES, STEP_K, STAGES,
-                        AHEAD)),
-            (_consume, (memory, 2, 3, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, FP8, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES, STEP_K, STAGES,
-                        AHEAD)),
+            (_consume, (memory, 0, 3, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, FP8, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES, STEP_K,
+                        STAGES, AHEAD)),
+            (_consume, (memory, 1, 3, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, FP8, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES, STEP_K,
+                        STAGES, AHEAD)),
+            (_consume, (memory, 2, 3, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, FP8, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES, STEP_K,
+                        STAGES, AHEAD)),
             (_produce, (x_desc, x_stages, full, empty, items_ptr, num_tiles, GROUPS, STEPS, STEP_K, BOX, MAX_TOKENS, STAGES)),
         ], [4, 4, 1], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consume, (memory, 0, 4, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, FP8, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES, STEP_K, STAGES,
-                        AHEAD)),
-            (_consume, (memory, 1, 4, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, FP8, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES, STEP_K, STAGES,
-                        AHEAD)),
-            (_consume, (memory, 2, 4, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, FP8, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES, STEP_K, STAGES,
-                        AHEAD)),
-            (_consume, (memory, 3, 4, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, FP8, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES, STEP_K, STAGES,
-                        AHEAD)),
+            (_consume, (memory, 0, 4, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, FP8, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES, STEP_K,
+                        STAGES, AHEAD)),
+            (_consume, (memory, 1, 4, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, FP8, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES, STEP_K,
+                        STAGES, AHEAD)),
+            (_consume, (memory, 2, 4, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, FP8, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES, STEP_K,
+                        STAGES, AHEAD)),
+            (_consume, (memory, 3, 4, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, FP8, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES, STEP_K,
+                        STAGES, AHEAD)),
             (_produce, (x_desc, x_stages, full, empty, items_ptr, num_tiles, GROUPS, STEPS, STEP_K, BOX, MAX_TOKENS, STAGES)),
         ], [4, 4, 4, 1], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, CONSUMER_REGISTERS, 24])  # fmt: skip

@@ -120,8 +120,8 @@ def permute(ids: torch.Tensor, expert_offset: int, num_experts: int, max_rows: i
 
 @triton.jit
 def _gather(
-    x_ptr, token_of_row_ptr, num_items_ptr, items_ptr, out_ptr,
-    PAIRS: tl.constexpr, PADDED_PAIRS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, scales_ptr, token_of_row_ptr, num_items_ptr, items_ptr, out_ptr, out_scales_ptr,
+    PAIRS: tl.constexpr, PADDED_PAIRS: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     if PDL:
@@ -139,16 +139,24 @@ def _gather(
             column = slot // 32 * 32 + 8 * (slot % 4) + 2 * (slot // 8 % 4) + slot // 4 % 2
             value = tl.load(x_ptr + token * PAIRS + column, mask=column < PAIRS, other=0)
             tl.store(out_ptr + row.to(tl.int64) * PADDED_PAIRS + slot, value, mask=slot < PADDED_PAIRS)
+        if SCALED:
+            tl.store(out_scales_ptr + row, tl.load(scales_ptr + token))
 
 
-def gather(hidden: torch.Tensor, rows: Items, num_rows: int, padded: int, *, launch_early: bool = False) -> torch.Tensor:
-    """hidden [T, H] (16-bit, contiguous, H even) to [num_rows, padded]: columns in the slot order of the Hopper layout, zeros beyond H."""
+def gather(
+    hidden: torch.Tensor, rows: Items, num_rows: int, padded: int, scales: torch.Tensor | None = None, *, launch_early: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """hidden [T, H] (16-bit, contiguous, H even) to [num_rows, padded]: columns in the slot order of the Hopper layout, zeros beyond H.
+
+    `scales` fp32 [T], if given, go with their tokens: fp32 [num_rows].
+    """
     out = torch.empty((num_rows, padded), dtype=hidden.dtype, device=hidden.device)
+    out_scales = None if scales is None else torch.empty(num_rows, dtype=torch.float32, device=hidden.device)
     pairs = padded // 2
     block = min(1024, triton.next_power_of_2(pairs))
     _gather[(num_rows,)](
-        hidden.view(torch.int32), rows.token_of_row, rows.num_items, rows.items, out.view(torch.int32),
-        hidden.shape[1] // 2, pairs, block, launch_early,
+        hidden.view(torch.int32), hidden if scales is None else scales, rows.token_of_row, rows.num_items, rows.items, out.view(torch.int32),
+        hidden if out_scales is None else out_scales, hidden.shape[1] // 2, pairs, scales is not None, block, launch_early,
         num_warps=4, **({"launch_pdl": True} if launch_early else {}),
     )  # fmt: skip
-    return out
+    return out, out_scales
