@@ -123,10 +123,10 @@ def test_the_choice_follows_the_rows_an_expert_has() -> None:
     ]  # fmt: skip
     assert chosen[0].direct and chosen[1].direct and not chosen[2].direct
     assert not layer.choose_config(8, 9, 128).direct  # 72 slots
-    fp8 = [layer.choose_config(num_tokens, 8, 128, "fp8") for num_tokens in (1, 768, 1024, 2048, 4096)]
-    assert fp8[:2] == [layer.choose_config(num_tokens, 8, 128) for num_tokens in (1, 768)]
+    fp8 = [layer.choose_config(num_tokens, 8, 128, "fp8") for num_tokens in (1, 1024, 1536, 2048, 4096)]
+    assert fp8[:2] == [layer.choose_config(num_tokens, 8, 128) for num_tokens in (1, 1024)]
     assert fp8[2:] == [layer.FP8_MEDIUM, layer.FP8_LARGE, layer.FP8_HUGE]
-    assert not layer.rounds_weights(768, 8, 128, "fp8") and layer.rounds_weights(1024, 8, 128, "fp8")
+    assert not layer.rounds_weights(1024, 8, 128, "fp8") and layer.rounds_weights(1536, 8, 128, "fp8")
     assert not layer.rounds_weights(4096, 8, 128, "bf16")
 
 

@@ -28,6 +28,11 @@ from halfbyte.weights.layouts.hopper_dequant_fp8 import dequantize_fp8, zero_sca
 NVFP4_MULTIPLIER = gl.constexpr(2.0 ** (NVFP4_SCALE_EXPONENT + ELEMENT_EXPONENT))  # takes the bf16 kernels' exponents out of the multiplier
 
 
+@gluon.constexpr_function
+def _next_power_of_2(n):
+    return 1 << (n - 1).bit_length()
+
+
 @gluon.jit
 def _produce(
     x_desc, x_stages, full, empty, items_ptr, num_tiles, GROUPS: gl.constexpr, STEPS: gl.constexpr, STEP_K: gl.constexpr, BOX: gl.constexpr,
@@ -238,7 +243,7 @@ def grouped_gemm_prefill(
     BOX: gl.constexpr = x_desc.block_shape[0]
     num_tiles = gl.load(num_items_ptr) * GROUPS
     # Shared memory comes in powers of two.
-    STAGE_ROWS: gl.constexpr = 16 if MAX_TOKENS <= 16 else 32 if MAX_TOKENS <= 32 else 64 if MAX_TOKENS <= 64 else 128 if MAX_TOKENS <= 128 else 256
+    STAGE_ROWS: gl.constexpr = _next_power_of_2(MAX_TOKENS)
     x_stages = gl.allocate_shared_memory(gl.float8e4nv if FP8 else gl.bfloat16, [STAGES, STAGE_ROWS, STEP_K], x_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
