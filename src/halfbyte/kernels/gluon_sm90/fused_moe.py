@@ -57,13 +57,14 @@ class DecodeConfig:
 
 @dataclass(frozen=True)
 class PrefillConfig:
-    """`sizes`: token counts of a tile, each (first, second accumulator); see `grouped_gemm_prefill`."""
+    """`sizes`: token counts of a tile, each (first, second accumulator). x is copied in boxes of `box` rows and `step_k` columns, in `x_stages`
+    stages, weights in `w_stages` stages of 256 columns; `fp8`: x is e4m3. See `grouped_gemm_prefill`."""
 
     sizes: tuple[tuple[int, int], ...]
     consumers: int
     step_k: int
-    stages: int
-    ahead: int
+    x_stages: int
+    w_stages: int
     box: int
     registers: int
     max_registers: int
@@ -75,25 +76,31 @@ class PrefillConfig:
 
 
 # Measured on an H100, 2026-11-25 (docs/kernels.md): wider groups of consumers hide the latency of the weight loads, larger tiles amortise decoding.
-TINY = PrefillConfig(((16, 0), (32, 0)), consumers=4, step_k=256, stages=10, ahead=4, box=16, registers=112, max_registers=96)
-SMALL = PrefillConfig(((16, 0), (32, 0), (64, 0)), consumers=4, step_k=256, stages=6, ahead=4, box=16, registers=112, max_registers=96)
-MEDIUM = PrefillConfig(((32, 0), (64, 0), (64, 32), (128, 0)), consumers=3, step_k=64, stages=12, ahead=4, box=32, registers=160, max_registers=128)
-LARGE = PrefillConfig(((64, 0), (128, 0), (128, 32), (128, 64)), consumers=3, step_k=64, stages=6, ahead=2, box=64, registers=160, max_registers=128)
+TINY = PrefillConfig(((16, 0), (32, 0)), consumers=4, step_k=256, x_stages=4, w_stages=4, box=16, registers=112, max_registers=96)
+SMALL = PrefillConfig(((16, 0), (32, 0), (64, 0)), consumers=4, step_k=128, x_stages=6, w_stages=3, box=16, registers=112, max_registers=96)
+MEDIUM = PrefillConfig(
+    ((32, 0), (64, 0), (64, 32), (128, 0)), consumers=3, step_k=64, x_stages=7, w_stages=3, box=32, registers=160, max_registers=128
+)
+LARGE = PrefillConfig(
+    ((64, 0), (128, 0), (128, 32), (128, 64)), consumers=3, step_k=64, x_stages=5, w_stages=3, box=64, registers=160, max_registers=128
+)
 HUGE = PrefillConfig(
-    ((64, 0), (128, 0), (128, 32), (128, 64), (256, 0)), consumers=2, step_k=64, stages=6, ahead=2, box=64, registers=240, max_registers=168
+    ((64, 0), (128, 0), (128, 32), (128, 64), (256, 0)), consumers=2, step_k=64, x_stages=4, w_stages=3, box=64, registers=240, max_registers=168
 )
 
 # By arithmetic, not measured yet. Decoding a tile for fp8 takes about 80 integer instructions a warp (160 cycles of its scheduler), and reading it
 # from memory about as long; the product takes 1 cycle a token, that of bf16 2. So fp8 gains above some 80 tokens, and wants large tiles.
 FP8_MEDIUM = PrefillConfig(
-    ((32, 0), (64, 0), (64, 32), (128, 0)), consumers=3, step_k=128, stages=10, ahead=4, box=32, registers=160, max_registers=128, fp8=True
-)
+    ((32, 0), (64, 0), (64, 32), (128, 0)),
+    consumers=3, step_k=128, x_stages=7, w_stages=3, box=32, registers=160, max_registers=128, fp8=True,
+)  # fmt: skip
 FP8_LARGE = PrefillConfig(
-    ((64, 0), (128, 0), (128, 32), (128, 64)), consumers=3, step_k=128, stages=6, ahead=2, box=64, registers=160, max_registers=128, fp8=True
-)
+    ((64, 0), (128, 0), (128, 32), (128, 64)),
+    consumers=3, step_k=128, x_stages=5, w_stages=3, box=64, registers=160, max_registers=128, fp8=True,
+)  # fmt: skip
 FP8_HUGE = PrefillConfig(
-    ((64, 0), (128, 0), (128, 32), (128, 64), (256, 0)),
-    consumers=2, step_k=128, stages=6, ahead=2, box=64, registers=240, max_registers=168, fp8=True,
+    ((64, 0), (128, 0), (128, 64), (256, 0), (256, 32)),
+    consumers=2, step_k=128, x_stages=4, w_stages=3, box=32, registers=240, max_registers=168, fp8=True,
 )  # fmt: skip
 MIN_FP8_ROWS = 64  # an expert, on average
 
@@ -241,17 +248,23 @@ def _prefill_gemm(
     config: PrefillConfig, *, is_w13: bool,
 ) -> None:  # fmt: skip
     """Multiply x, bf16 or (with a `config` for it) e4m3; rows times `x_scale` where there is one."""
-    block = [config.box, config.step_k]
-    x_desc = TensorDescriptor.from_tensor(x, block, gl.NVMMASharedLayout.get_default_for(block, gl.float8e4nv if config.fp8 else gl.bfloat16))
+    whole_runs = matrix.column_tiles % 4 == 0
     shift, multiplier, bias = _optional(matrix)
     grouped_gemm_prefill[(Target.of(x.device).num_sms,)](
-        x_desc, matrix.words, matrix.scales, shift, multiplier, matrix.row_exponent, multiplier if x_scale is None else x_scale, bias, y,
-        items.items, items.num_items,
-        matrix.row_tiles, matrix.column_tiles, y.shape[1], y.shape[1], experts.format == NVFP4, config.fp8, x_scale is not None, is_w13,
-        *_activation(experts),
-        matrix.bias is not None, config.sizes, config.consumers, config.step_k, config.stages, config.ahead, config.registers,
+        _descriptor(x, config.box, config.step_k), _descriptor(matrix.words.view(-1, 32), 64 if whole_runs else 16, 32),
+        _descriptor(matrix.scales.view(torch.int32).view(-1, matrix.scales.shape[-1] // 4), 8, matrix.scales.shape[-1] // 4),
+        shift, multiplier, matrix.row_exponent, multiplier if x_scale is None else x_scale, bias, y, items.items, items.num_items,
+        matrix.row_tiles, matrix.column_tiles, y.shape[1], y.shape[1], experts.format == NVFP4, x_scale is not None, is_w13, *_activation(experts),
+        matrix.bias is not None, config.sizes, config.consumers, config.x_stages, config.w_stages, config.registers,
         num_warps=4, maxnreg=config.max_registers,
     )  # fmt: skip
+
+
+def _descriptor(tensor: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """A TMA descriptor of a matrix, copied in blocks of this size."""
+    block = [rows, columns]
+    dtype = {torch.bfloat16: gl.bfloat16, torch.float8_e4m3fn: gl.float8e4nv, torch.int32: gl.int32}[tensor.dtype]
+    return TensorDescriptor.from_tensor(tensor, block, gl.NVMMASharedLayout.get_default_for(block, dtype))
 
 
 def _optional(matrix: HopperMatrix) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -6,10 +6,11 @@
     w        `HopperMatrix` [E, N, K]; W4A8 multiplies by what `hopper_fp8.round_to_fp8` gives
     y        [rows, I padded to 64] bf16, columns in bf16 slot order = activation(x @ w^T * scales + bias) where the matrix is w13, or [rows, N] bf16
 
-A persistent program a multiprocessor, its warps specialised: one warp copies blocks of x to shared memory by TMA, and each of CONSUMERS warpgroups
-multiplies 64 weight rows of its own. The operands are swapped: dequantised weights are the register operand of wgmma (64 rows), tokens its N
-dimension, so a tile has as many tokens as the expert has to give. `SIZES` lists the token counts a tile can have, each as one or two accumulators (a
-wgmma's N is a power of two in Gluon): (128, 32) is 160 tokens whose weights are dequantised once.
+A persistent program a multiprocessor, its warps specialised: two warps copy x and the weights to shared memory by TMA, each through a ring of its own
+and across the ends of tiles, so that weights keep streaming while a tile is finished; each of CONSUMERS warpgroups multiplies 64 weight rows of its
+own. The operands are swapped: dequantised weights are the register operand of wgmma (64 rows), tokens its N dimension, so a tile has as many tokens
+as the expert has to give. `SIZES` lists the token counts a tile can have, each as one or two accumulators (a wgmma's N is a power of two in Gluon):
+(128, 32) is 160 tokens whose weights are dequantised once.
 
 wgmma reads its register operand asynchronously: every two products are followed by a wait that drains them before those registers are written again,
 also across the loop's back edge (a group in flight there makes ptxas serialise, or overwrites live operands).
@@ -22,23 +23,22 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 from halfbyte.kernels.gluon_sm90.compat import tma_load
 from halfbyte.kernels.gluon_sm90.epilogue import RELU2, activate, split_halves
 from halfbyte.weights.layouts.hopper import ELEMENT_EXPONENT, NVFP4_SCALE_EXPONENT
-from halfbyte.weights.layouts.hopper_dequant import dequantize, exponent_bias, scale_offsets, split_scales, word_offsets
+from halfbyte.weights.layouts.hopper_dequant import WORD_LAYOUT, dequantize, exponent_bias, load_scales
 from halfbyte.weights.layouts.hopper_dequant_fp8 import dequantize_fp8, zero_scales
 
+RUN = gl.constexpr(4)  # tiles of 64 columns that share a word of scales: the unit in which weights are copied
 NVFP4_MULTIPLIER = gl.constexpr(2.0 ** (NVFP4_SCALE_EXPONENT + ELEMENT_EXPONENT))  # takes the bf16 kernels' exponents out of the multiplier
 
 
-@gluon.constexpr_function
-def _next_power_of_2(n):
-    return 1 << (n - 1).bit_length()
-
-
 @gluon.jit
-def _produce(
-    x_desc, x_stages, full, empty, items_ptr, num_tiles, GROUPS: gl.constexpr, STEPS: gl.constexpr, STEP_K: gl.constexpr, BOX: gl.constexpr,
-    MAX_TOKENS: gl.constexpr, STAGES: gl.constexpr,
+def _produce_x(
+    x_desc, low, high, full, empty, items_ptr, num_tiles, GROUPS: gl.constexpr, STEPS: gl.constexpr, MAX_TOKENS: gl.constexpr,
 ):  # fmt: skip
+    BOX: gl.constexpr = x_desc.block_type.shape[0]
+    STEP_K: gl.constexpr = x_desc.block_type.shape[1]
     BOXES: gl.constexpr = (MAX_TOKENS + BOX - 1) // BOX
+    LOW_BOXES: gl.constexpr = low.shape[1] // BOX
+    STAGES: gl.constexpr = low.shape[0]
     it = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         row_start = gl.load(items_ptr + tile // GROUPS * 4 + 1)
@@ -49,11 +49,74 @@ def _produce(
             for box in gl.static_range(BOXES):
                 mbarrier.expect(full.index(stage), (box + 1) * x_desc.block_type.nbytes, pred=boxes == box + 1)
             for box in gl.static_range(BOXES):
-                destination = x_stages.index(stage)
+                destination = low.index(stage) if box < LOW_BOXES else high.index(stage)
                 if destination.shape[0] != BOX:
-                    destination = destination.slice(box * BOX, BOX, dim=0)
+                    destination = destination.slice(box * BOX if box < LOW_BOXES else (box - LOW_BOXES) * BOX, BOX, dim=0)
                 tma_load(x_desc, [row_start + box * BOX, step * STEP_K], full.index(stage), destination, pred=box < boxes)
             it += 1
+
+
+@gluon.jit
+def _produce_w(
+    words_desc, scales_desc, words, scales, full, empty, items_ptr, num_tiles, GROUPS: gl.constexpr, CONSUMERS: gl.constexpr, ROW_TILES: gl.constexpr,
+    TILES: gl.constexpr,
+):  # fmt: skip
+    """Copy the weights of one tile of every consumer, four tiles of columns at a time; in the last run only as many as there are."""
+    RUNS: gl.constexpr = (TILES + RUN - 1) // RUN
+    BOX: gl.constexpr = words_desc.block_type.shape[0] // 16  # tiles a copy: 16 rows of 128 bytes each
+    PIECES: gl.constexpr = RUN // BOX
+    LAST_PIECES: gl.constexpr = (TILES - (RUNS - 1) * RUN) // BOX
+    SCALE_ROWS: gl.constexpr = scales_desc.block_type.shape[0]
+    STAGES: gl.constexpr = full.shape[0]
+    it = 0
+    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+        first_row_tile = tile % GROUPS * CONSUMERS
+        matrix = gl.load(items_ptr + tile // GROUPS * 4) * ROW_TILES
+        for run in range(RUNS):
+            stage = it % STAGES
+            whole = run < RUNS - 1
+            mbarrier.wait(empty.index(stage), (it // STAGES & 1) ^ 1)
+            scales_bytes: gl.constexpr = CONSUMERS * scales_desc.block_type.nbytes
+            mbarrier.expect(full.index(stage), CONSUMERS * PIECES * words_desc.block_type.nbytes + scales_bytes, pred=whole)
+            mbarrier.expect(full.index(stage), CONSUMERS * LAST_PIECES * words_desc.block_type.nbytes + scales_bytes, pred=run == RUNS - 1)
+            for consumer in gl.static_range(CONSUMERS):
+                # The last group may be short: its spare consumers repeat the last row tile.
+                matrix_tile = matrix + gl.minimum(first_row_tile + consumer, ROW_TILES - 1)
+                destination = words.index(stage * CONSUMERS + consumer)
+                for piece in gl.static_range(PIECES):
+                    row = (matrix_tile * TILES + run * RUN + piece * BOX) * 16
+                    part = destination if PIECES == 1 else destination.slice(piece * BOX * 16, BOX * 16, dim=0)
+                    tma_load(words_desc, [row, 0], full.index(stage), part, pred=whole | (piece < LAST_PIECES))
+                tma_load(scales_desc, [(matrix_tile * RUNS + run) * SCALE_ROWS, 0], full.index(stage), scales.index(stage * CONSUMERS + consumer))
+            it += 1
+
+
+@gluon.constexpr_function
+def _accumulator_layout(tokens: int, elements: int) -> gl.NVMMADistributedLayout:
+    """`elements`: how many a register of the operands holds, 2 of bf16 or 4 of fp8."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tokens, 8 * elements])
+
+
+@gluon.jit
+def _step(w, accumulator0, accumulator1, low, high, stage, COLUMN: gl.constexpr, SIZE0: gl.constexpr, SIZE1: gl.constexpr):
+    """Add w [64, 64] times columns COLUMN .. COLUMN + 63 of the stage's SIZE0 + SIZE1 rows of x to the accumulators."""
+    x0 = _columns(low.index(stage), 0, SIZE0, COLUMN)
+    accumulator0 = warpgroup_mma(w, x0.permute((1, 0)), accumulator0, is_async=True)
+    if SIZE1 > 0:
+        x1 = _columns(low.index(stage), SIZE0, SIZE1, COLUMN) if low.shape[1] > SIZE0 else _columns(high.index(stage), 0, SIZE1, COLUMN)
+        ELEMENTS: gl.constexpr = 32 // w.dtype.primitive_bitwidth
+        w1 = gl.convert_layout(w, gl.DotOperandLayout(0, _accumulator_layout(SIZE1, ELEMENTS), ELEMENTS), assert_trivial=True)
+        accumulator1 = warpgroup_mma(w1, x1.permute((1, 0)), accumulator1, is_async=True)
+    return accumulator0, accumulator1
+
+
+@gluon.jit
+def _columns(x, FIRST: gl.constexpr, ROWS: gl.constexpr, COLUMN: gl.constexpr):
+    if x.shape[1] != 64:
+        x = x.slice(COLUMN, 64, dim=1)
+    if x.shape[0] != ROWS:
+        x = x.slice(FIRST, ROWS, dim=0)
+    return x
 
 
 @gluon.jit
@@ -68,55 +131,50 @@ def _decode(words, scales, decoding, OPERAND: gl.constexpr, ODD: gl.constexpr, N
 
 @gluon.jit
 def _multiply(
-    x_stages, full, empty, it, words_ptr, scales_ptr, decoding, TILES: gl.constexpr, STEP_K: gl.constexpr, STAGES: gl.constexpr,
-    NVFP4: gl.constexpr, FP8: gl.constexpr, AHEAD: gl.constexpr, SIZE0: gl.constexpr, SIZE1: gl.constexpr,
+    rings, x_it, w_it, decoding, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, TILES: gl.constexpr, NVFP4: gl.constexpr,
+    FP8: gl.constexpr, SIZE0: gl.constexpr, SIZE1: gl.constexpr,
 ):  # fmt: skip
-    """One tile of 64 weight rows times SIZE0 + SIZE1 tokens, over all of K: the two accumulators and the advanced stage counter."""
-    RUNS: gl.constexpr = (TILES + 3) // 4
-    SCALES: gl.constexpr = 128 if NVFP4 else 64
-    TILES_PER_STAGE: gl.constexpr = STEP_K // 64
-    WIDTH: gl.constexpr = 4 if FP8 else 2  # elements in a register of the operand
-    MMA0: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SIZE0, 8 * WIDTH])
-    MMA1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SIZE1 if SIZE1 > 0 else 16, 8 * WIDTH])
-    accumulator0 = gl.zeros((64, SIZE0), gl.float32, layout=MMA0)
-    accumulator1 = gl.zeros((64, SIZE1 if SIZE1 > 0 else 16), gl.float32, layout=MMA1)
-    queue = ()
-    for c in gl.static_range(AHEAD):
-        queue = queue + (gl.load(words_ptr + min(c, TILES - 1) * 512),)
-    scales = gl.load(scales_ptr)
-    for run in range(RUNS):
-        next_scales = gl.load(scales_ptr + gl.minimum(run + 1, RUNS - 1) * SCALES)
-        low, high = split_scales(scales)
-        for c in gl.static_range(4):
-            stage = it % STAGES
-            w = _decode(queue[0], low if c < 2 else high, decoding, gl.DotOperandLayout(0, MMA0, WIDTH), c % 2 == 1, NVFP4, FP8)
-            ahead = gl.minimum(run * 4 + c + AHEAD, TILES - 1)  # past the end x is zero
-            queue = queue[1:] + (gl.load(words_ptr + ahead * 512),)
-            if c % TILES_PER_STAGE == 0:
-                mbarrier.wait(full.index(stage), it // STAGES & 1)
-            x = x_stages.index(stage)
-            if STEP_K > 64:
-                x = x.slice(c % TILES_PER_STAGE * 64, 64, dim=1)
-            x0 = x
-            if x.shape[0] != SIZE0:
-                x0 = x.slice(0, SIZE0, dim=0)
-            accumulator0 = warpgroup_mma(w, x0.permute((1, 0)), accumulator0, is_async=True)
+    """One tile of 64 weight rows times SIZE0 + SIZE1 tokens, over all of K: the two accumulators and the advanced stage counters."""
+    low, high, x_full, x_empty, words, scales, w_full, w_empty = rings
+    X_STAGES: gl.constexpr = low.shape[0]
+    STEP_K: gl.constexpr = low.shape[2]
+    W_STAGES: gl.constexpr = words.shape[0] // CONSUMERS
+    SPARE: gl.constexpr = SIZE1 if SIZE1 > 0 else 16  # an accumulator that is not used costs no register
+    ELEMENTS: gl.constexpr = 4 if FP8 else 2
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, _accumulator_layout(SIZE0, ELEMENTS), ELEMENTS)
+    accumulator0 = gl.zeros((64, SIZE0), gl.float32, layout=_accumulator_layout(SIZE0, ELEMENTS))
+    accumulator1 = gl.zeros((64, SPARE), gl.float32, layout=_accumulator_layout(SPARE, ELEMENTS))
+    for _ in range((TILES + RUN - 1) // RUN):
+        w_stage = w_it % W_STAGES
+        mbarrier.wait(w_full.index(w_stage), w_it // W_STAGES & 1)
+        low_scales, high_scales = load_scales(scales.index(w_stage * CONSUMERS + CONSUMER), NVFP4)
+        run_words = words.index(w_stage * CONSUMERS + CONSUMER)
+        for pair in gl.static_range(2):
+            pair_words = (
+                run_words.slice(pair * 32, 16, dim=0).load(WORD_LAYOUT),
+                run_words.slice(pair * 32 + 16, 16, dim=0).load(WORD_LAYOUT),
+            )
+            if pair == 1:
+                mbarrier.arrive(w_empty.index(w_stage), count=1)
+            for odd in gl.static_range(2):
+                w = _decode(pair_words[odd], low_scales if pair == 0 else high_scales, decoding, OPERAND, odd == 1, NVFP4, FP8)
+                if (pair * 2 + odd) * 64 % STEP_K == 0:
+                    mbarrier.wait(x_full.index(x_it % X_STAGES), x_it // X_STAGES & 1)
+                accumulator0, accumulator1 = _step(
+                    w, accumulator0, accumulator1, low, high, x_it % X_STAGES, (pair * 2 + odd) * 64 % STEP_K, SIZE0, SIZE1
+                )  # fmt: skip
+                if (pair * 2 + odd + 1) * 64 % STEP_K == 0:
+                    x_it += 1
             if SIZE1 > 0:
-                w1 = gl.convert_layout(w, gl.DotOperandLayout(0, MMA1, WIDTH), assert_trivial=True)
-                accumulator1 = warpgroup_mma(w1, x.slice(SIZE0, SIZE1, dim=0).permute((1, 0)), accumulator1, is_async=True)
-            if c % 2 == 1:
-                if SIZE1 > 0:
-                    accumulator0, accumulator1 = warpgroup_mma_wait(0, deps=(accumulator0, accumulator1))
-                else:
-                    accumulator0 = warpgroup_mma_wait(0, deps=(accumulator0,))
-                if TILES_PER_STAGE == 1:
-                    mbarrier.arrive(empty.index((it + STAGES - 1) % STAGES), count=1)
-                if (c + 1) % TILES_PER_STAGE == 0:
-                    mbarrier.arrive(empty.index(stage), count=1)
-            if (c + 1) % TILES_PER_STAGE == 0:
-                it += 1
-        scales = next_scales
-    return accumulator0, accumulator1, it
+                accumulator0, accumulator1 = warpgroup_mma_wait(0, deps=(accumulator0, accumulator1))
+            else:
+                accumulator0 = warpgroup_mma_wait(0, deps=(accumulator0,))
+            if STEP_K == 64:
+                mbarrier.arrive(x_empty.index((x_it + X_STAGES - 2) % X_STAGES), count=1)
+            if STEP_K <= 128 or pair == 1:
+                mbarrier.arrive(x_empty.index((x_it + X_STAGES - 1) % X_STAGES), count=1)
+        w_it += 1
+    return accumulator0, accumulator1, x_it, w_it
 
 
 @gluon.jit
@@ -170,14 +228,12 @@ def _store(
 
 @gluon.jit
 def _multiply_and_store(
-    x_stages, full, empty, it, words_ptr, scales_ptr, decoding, multiplier0, multiplier1, exponents_ptr, x_scale_ptr, bias_ptr, y_ptr, row_start,
-    num_rows, row_tile, TILES: gl.constexpr, N: gl.constexpr, Y_STRIDE: gl.constexpr, NVFP4: gl.constexpr, FP8: gl.constexpr, SCALED: gl.constexpr,
-    IS_W13: gl.constexpr, KIND: gl.constexpr, ALPHA: gl.constexpr, BETA: gl.constexpr, LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr,
-    STEP_K: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr, SIZE0: gl.constexpr, SIZE1: gl.constexpr,
+    rings, x_it, w_it, decoding, multiplier0, multiplier1, exponents_ptr, x_scale_ptr, bias_ptr, y_ptr, row_start, num_rows, row_tile,
+    CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, TILES: gl.constexpr, N: gl.constexpr, Y_STRIDE: gl.constexpr, NVFP4: gl.constexpr,
+    FP8: gl.constexpr, SCALED: gl.constexpr, IS_W13: gl.constexpr, KIND: gl.constexpr, ALPHA: gl.constexpr, BETA: gl.constexpr,
+    LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr, SIZE0: gl.constexpr, SIZE1: gl.constexpr,
 ):  # fmt: skip
-    first, second, it = _multiply(
-        x_stages, full, empty, it, words_ptr, scales_ptr, decoding, TILES, STEP_K, STAGES, NVFP4, FP8, AHEAD, SIZE0, SIZE1
-    )  # fmt: skip
+    first, second, x_it, w_it = _multiply(rings, x_it, w_it, decoding, CONSUMER, CONSUMERS, TILES, NVFP4, FP8, SIZE0, SIZE1)
     _store(
         first, multiplier0, multiplier1, exponents_ptr, x_scale_ptr, bias_ptr, y_ptr, row_start, num_rows, row_tile, SIZE0, N, Y_STRIDE, NVFP4, FP8,
         SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS,
@@ -187,99 +243,98 @@ def _multiply_and_store(
             second, multiplier0, multiplier1, exponents_ptr, x_scale_ptr, bias_ptr, y_ptr, row_start + SIZE0, num_rows - SIZE0, row_tile, SIZE1, N,
             Y_STRIDE, NVFP4, FP8, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS,
         )  # fmt: skip
-    return it
+    return x_it, w_it
 
 
 @gluon.jit
 def _consume(
-    memory, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, ROW_TILES: gl.constexpr, TILES: gl.constexpr, N: gl.constexpr,
+    tensors, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, ROW_TILES: gl.constexpr, TILES: gl.constexpr, N: gl.constexpr,
     Y_STRIDE: gl.constexpr, NVFP4: gl.constexpr, FP8: gl.constexpr, SCALED: gl.constexpr, IS_W13: gl.constexpr, KIND: gl.constexpr,
-    ALPHA: gl.constexpr, BETA: gl.constexpr, LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr, SIZES: gl.constexpr, STEP_K: gl.constexpr,
-    STAGES: gl.constexpr, AHEAD: gl.constexpr,
+    ALPHA: gl.constexpr, BETA: gl.constexpr, LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr, SIZES: gl.constexpr,
 ):  # fmt: skip
-    x_stages, full, empty, words_ptr, scales_ptr, shift_ptr, multiplier_ptr, exponents_ptr, x_scale_ptr, bias_ptr, y_ptr, items_ptr, num_tiles = (
-        memory
-    )
+    rings, shift_ptr, multiplier_ptr, exponents_ptr, x_scale_ptr, bias_ptr, y_ptr, items_ptr, num_tiles = tensors
     GROUPS: gl.constexpr = (ROW_TILES + CONSUMERS - 1) // CONSUMERS
-    RUNS: gl.constexpr = (TILES + 3) // 4
-    words = word_offsets()
-    scale_entries = scale_offsets(NVFP4)
-    it = 0
+    x_it = 0
+    w_it = 0
+    item = items_ptr + gl.program_id(0) // GROUPS * 4
+    next_expert, next_row_start, next_num_rows = 0, 0, 0
+    if gl.program_id(0) < num_tiles:
+        next_expert, next_row_start, next_num_rows = gl.load(item), gl.load(item + 1), gl.load(item + 2)
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        expert = gl.load(items_ptr + tile // GROUPS * 4)
-        row_start = gl.load(items_ptr + tile // GROUPS * 4 + 1)
-        num_rows = gl.load(items_ptr + tile // GROUPS * 4 + 2)
+        expert, row_start, num_rows = next_expert, next_row_start, next_num_rows
+        if tile + gl.num_programs(0) < num_tiles:  # read a tile ahead, so that no consumer waits for it
+            item = items_ptr + (tile + gl.num_programs(0)) // GROUPS * 4
+            next_expert, next_row_start, next_num_rows = gl.load(item), gl.load(item + 1), gl.load(item + 2)
         row_tile = tile % GROUPS * CONSUMERS + CONSUMER
-        is_real = row_tile < ROW_TILES  # the last group may be short: its spare consumers repeat the last tile and store nothing
-        matrix_tile = (expert * ROW_TILES + gl.minimum(row_tile, ROW_TILES - 1)).to(gl.int64)
-        tile_words = words_ptr + matrix_tile * (TILES * 512) + words
-        tile_scales = scales_ptr + matrix_tile * (RUNS * (128 if NVFP4 else 64)) + scale_entries
-        tile_bias = bias_ptr + matrix_tile * 64
         multiplier0 = gl.load(multiplier_ptr + expert * 2)
         multiplier1 = gl.load(multiplier_ptr + expert * 2 + 1)
-        tile_exponents = exponents_ptr + matrix_tile * 64
-        decoding = zero_scales(tile_exponents, NVFP4) if FP8 else exponent_bias(0 if NVFP4 else gl.load(shift_ptr + expert))
-        stored_rows = gl.where(is_real, num_rows, 0)
+        tile_rows = (expert * ROW_TILES + gl.minimum(row_tile, ROW_TILES - 1)) * 64
+        decoding = zero_scales(exponents_ptr + tile_rows, NVFP4) if FP8 else exponent_bias(0 if NVFP4 else gl.load(shift_ptr + expert))
+        stored_rows = gl.where(row_tile < ROW_TILES, num_rows, 0)  # spare consumers of a short last group store nothing
         for s in gl.static_range(len(SIZES)):
             if (num_rows > (0 if s == 0 else SIZES[s - 1][0] + SIZES[s - 1][1])) & (num_rows <= SIZES[s][0] + SIZES[s][1]):
-                it = _multiply_and_store(
-                    x_stages, full, empty, it, tile_words, tile_scales, decoding, multiplier0, multiplier1, tile_exponents, x_scale_ptr, tile_bias,
-                    y_ptr, row_start, stored_rows, row_tile, TILES, N, Y_STRIDE, NVFP4, FP8, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS,
-                    STEP_K, STAGES, AHEAD, SIZES[s][0], SIZES[s][1],
+                x_it, w_it = _multiply_and_store(
+                    rings, x_it, w_it, decoding, multiplier0, multiplier1, exponents_ptr + tile_rows, x_scale_ptr, bias_ptr + tile_rows, y_ptr,
+                    row_start, stored_rows, row_tile, CONSUMER, CONSUMERS, TILES, N, Y_STRIDE, NVFP4, FP8, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT,
+                    HAS_BIAS, SIZES[s][0], SIZES[s][1],
                 )  # fmt: skip
+
+
+@gluon.constexpr_function
+def _rows_of_stages(max_tokens: int) -> tuple[int, int]:
+    """Shared memory comes in powers of two: a stage of 192 rows is one of 128 and one of 64."""
+    low = 1 << (max_tokens.bit_length() - 1)
+    return low, 16 if max_tokens == low else max_tokens - low
 
 
 @gluon.jit
 def grouped_gemm_prefill(
-    x_desc, words_ptr, scales_ptr, shift_ptr, multiplier_ptr, exponents_ptr, x_scale_ptr, bias_ptr, y_ptr, items_ptr, num_items_ptr,
+    x_desc, words_desc, scales_desc, shift_ptr, multiplier_ptr, exponents_ptr, x_scale_ptr, bias_ptr, y_ptr, items_ptr, num_items_ptr,
     ROW_TILES: gl.constexpr, TILES: gl.constexpr, N: gl.constexpr, Y_STRIDE: gl.constexpr,
-    NVFP4: gl.constexpr, FP8: gl.constexpr, SCALED: gl.constexpr, IS_W13: gl.constexpr, KIND: gl.constexpr, ALPHA: gl.constexpr, BETA: gl.constexpr,
-    LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr, SIZES: gl.constexpr, CONSUMERS: gl.constexpr, STEP_K: gl.constexpr, STAGES: gl.constexpr,
-    AHEAD: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+    NVFP4: gl.constexpr, SCALED: gl.constexpr, IS_W13: gl.constexpr, KIND: gl.constexpr, ALPHA: gl.constexpr, BETA: gl.constexpr,
+    LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr, SIZES: gl.constexpr, CONSUMERS: gl.constexpr, X_STAGES: gl.constexpr, W_STAGES: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     GROUPS: gl.constexpr = (ROW_TILES + CONSUMERS - 1) // CONSUMERS
     MAX_TOKENS: gl.constexpr = SIZES[len(SIZES) - 1][0] + SIZES[len(SIZES) - 1][1]
-    STEPS: gl.constexpr = (TILES + 3) // 4 * (256 // STEP_K)
-    BOX: gl.constexpr = x_desc.block_shape[0]
+    ROWS: gl.constexpr = _rows_of_stages(MAX_TOKENS)
+    STEP_K: gl.constexpr = x_desc.block_type.shape[1]
+    FP8: gl.constexpr = x_desc.dtype == gl.float8e4nv
+    STEPS: gl.constexpr = (TILES + RUN - 1) // RUN * (RUN * 64 // STEP_K)
     num_tiles = gl.load(num_items_ptr) * GROUPS
-    # Shared memory comes in powers of two.
-    STAGE_ROWS: gl.constexpr = _next_power_of_2(MAX_TOKENS)
-    x_stages = gl.allocate_shared_memory(gl.float8e4nv if FP8 else gl.bfloat16, [STAGES, STAGE_ROWS, STEP_K], x_desc.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=CONSUMERS)
-    memory = (
-        x_stages, full, empty, words_ptr, scales_ptr, shift_ptr, multiplier_ptr, exponents_ptr, x_scale_ptr, bias_ptr, y_ptr, items_ptr, num_tiles,
-    )  # fmt: skip
-    if CONSUMERS == 2:
-        gl.warp_specialize([
-            (_consume, (memory, 0, 2, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, FP8, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES, STEP_K,
-                        STAGES, AHEAD)),
-            (_consume, (memory, 1, 2, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, FP8, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES, STEP_K,
-                        STAGES, AHEAD)),
-            (_produce, (x_desc, x_stages, full, empty, items_ptr, num_tiles, GROUPS, STEPS, STEP_K, BOX, MAX_TOKENS, STAGES)),
-        ], [4, 1], [CONSUMER_REGISTERS, 24])  # fmt: skip
-    elif CONSUMERS == 3:
-        gl.warp_specialize([
-            (_consume, (memory, 0, 3, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, FP8, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES, STEP_K,
-                        STAGES, AHEAD)),
-            (_consume, (memory, 1, 3, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, FP8, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES, STEP_K,
-                        STAGES, AHEAD)),
-            (_consume, (memory, 2, 3, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, FP8, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES, STEP_K,
-                        STAGES, AHEAD)),
-            (_produce, (x_desc, x_stages, full, empty, items_ptr, num_tiles, GROUPS, STEPS, STEP_K, BOX, MAX_TOKENS, STAGES)),
-        ], [4, 4, 1], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, 24])  # fmt: skip
-    else:
-        gl.warp_specialize([
-            (_consume, (memory, 0, 4, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, FP8, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES, STEP_K,
-                        STAGES, AHEAD)),
-            (_consume, (memory, 1, 4, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, FP8, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES, STEP_K,
-                        STAGES, AHEAD)),
-            (_consume, (memory, 2, 4, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, FP8, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES, STEP_K,
-                        STAGES, AHEAD)),
-            (_consume, (memory, 3, 4, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, FP8, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES, STEP_K,
-                        STAGES, AHEAD)),
-            (_produce, (x_desc, x_stages, full, empty, items_ptr, num_tiles, GROUPS, STEPS, STEP_K, BOX, MAX_TOKENS, STAGES)),
-        ], [4, 4, 4, 1], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, CONSUMER_REGISTERS, 24])  # fmt: skip
+    low = gl.allocate_shared_memory(x_desc.dtype, [X_STAGES, ROWS[0], STEP_K], x_desc.layout)
+    high = gl.allocate_shared_memory(x_desc.dtype, [X_STAGES if ROWS[0] < MAX_TOKENS else 1, ROWS[1], STEP_K], x_desc.layout)
+    words = gl.allocate_shared_memory(gl.int32, [W_STAGES * CONSUMERS, RUN * 16, 32], words_desc.layout)
+    scales = gl.allocate_shared_memory(gl.int32, [W_STAGES * CONSUMERS] + scales_desc.block_type.shape, scales_desc.layout)
+    x_full = gl.allocate_shared_memory(gl.int64, [X_STAGES, 1], mbarrier.MBarrierLayout())
+    x_empty = gl.allocate_shared_memory(gl.int64, [X_STAGES, 1], mbarrier.MBarrierLayout())
+    w_full = gl.allocate_shared_memory(gl.int64, [W_STAGES, 1], mbarrier.MBarrierLayout())
+    w_empty = gl.allocate_shared_memory(gl.int64, [W_STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(X_STAGES):
+        mbarrier.init(x_full.index(i), count=1)
+        mbarrier.init(x_empty.index(i), count=CONSUMERS)
+    for i in gl.static_range(W_STAGES):
+        mbarrier.init(w_full.index(i), count=1)
+        mbarrier.init(w_empty.index(i), count=CONSUMERS)
+    rings = (low, high, x_full, x_empty, words, scales, w_full, w_empty)
+    tensors = (rings, shift_ptr, multiplier_ptr, exponents_ptr, x_scale_ptr, bias_ptr, y_ptr, items_ptr, num_tiles)
+    partitions: gl.constexpr = 4 - CONSUMERS  # how many of the following are left out
+    gl.warp_specialize([
+        (_consume, (tensors, 3, CONSUMERS, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, FP8, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES)),
+        (_consume, (tensors, 2, CONSUMERS, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, FP8, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES)),
+        (_consume, (tensors, 1, CONSUMERS, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, FP8, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES)),
+        (_consume, (tensors, 0, CONSUMERS, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, FP8, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES)),
+        (_produce_x, (x_desc, low, high, x_full, x_empty, items_ptr, num_tiles, GROUPS, STEPS, MAX_TOKENS)),
+        (_produce_w, (words_desc, scales_desc, words, scales, w_full, w_empty, items_ptr, num_tiles, GROUPS, CONSUMERS, ROW_TILES, TILES)),
+    ][partitions:], _worker_warps(CONSUMERS), _worker_registers(CONSUMERS, CONSUMER_REGISTERS))  # fmt: skip
+
+
+@gluon.constexpr_function
+def _worker_warps(consumers: int) -> list[int]:
+    """Warps of every partition but the first."""
+    return [4] * (consumers - 1) + [1, 1]
+
+
+@gluon.constexpr_function
+def _worker_registers(consumers: int, consumer_registers: int) -> list[int]:
+    return [consumer_registers] * (consumers - 1) + [24, 24]

@@ -76,6 +76,32 @@ def split_scales(scales):
     return four_times(scales.to(gl.int32)), four_times((scales >> 32).to(gl.int32))
 
 
+# Where thread (w, 4 g + t) finds the two halves of its scale word in shared memory: entry 32 w + 4 g + t of NVFP4's [8, 32], 16 w + 2 g + t // 2 of
+# MXFP4's [8, 16] words of 32 bits.
+_NVFP4_SCALE_WORDS = gl.constexpr(gl.BlockedLayout([1, 2], [2, 16], [4, 1], [1, 0]))
+_MXFP4_SCALE_WORDS = gl.constexpr(gl.DistributedLinearLayout([[0, 1]], [[0, 0], [0, 2], [0, 4], [0, 8], [1, 0]], [[2, 0], [4, 0]], [], [8, 16]))
+_MXFP4_SCALE_PAIRS = gl.constexpr(
+    gl.DistributedLinearLayout([], [[0, 0, 1], [0, 1, 0], [0, 2, 0], [0, 4, 0], [1, 0, 0]], [[2, 0, 0], [4, 0, 0]], [], [8, 8, 2])
+)
+
+
+@gluon.jit
+def _every_thread(scale, NVFP4: gl.constexpr):
+    """One scale word for one (NVFP4) or two (MXFP4) threads to int32 [16, 8], one a thread; no instruction."""
+    if not NVFP4:
+        scale = gl.convert_layout(scale, gl.SliceLayout(2, _MXFP4_SCALE_PAIRS), assert_trivial=True)
+        scale, _ = gl.broadcast(gl.expand_dims(scale, 2), gl.zeros((8, 8, 2), gl.int32, layout=_MXFP4_SCALE_PAIRS))
+    return gl.convert_layout(gl.reshape(scale, (16, 8)), SCALE_LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
+def load_scales(stage, NVFP4: gl.constexpr):
+    """A run's scale words in shared memory, int32 [8, 32] (NVFP4) or [8, 16] (MXFP4), to what `split_scales` returns."""
+    words = stage.load(_NVFP4_SCALE_WORDS if NVFP4 else _MXFP4_SCALE_WORDS)
+    low, high = gl.split(gl.reshape(words, (8, stage.shape[1] // 2, 2)))
+    return four_times(_every_thread(low, NVFP4)), four_times(_every_thread(high, NVFP4))
+
+
 @gluon.jit
 def dequantize(words, scales, bias, OPERAND: gl.constexpr, ODD: gl.constexpr, NVFP4: gl.constexpr):
     """words, scales int32 [16, 32] to bf16 [64, 64] in `OPERAND`, columns in slot order.
