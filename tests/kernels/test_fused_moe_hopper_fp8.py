@@ -10,12 +10,17 @@ from helpers import assert_close_rel, assert_equal_bits, relative_errors
 from test_fused_moe_hopper import ACTIVATIONS, make_experts, make_tokens, pytestmark  # noqa: F401
 
 import halfbyte as hb
-from halfbyte.checkpoint.experts import GPT_OSS_SWIGLU, ExpertWeights
+from halfbyte.checkpoint.experts import GPT_OSS_SWIGLU, SWIGLU, ExpertWeights
 from halfbyte.formats.activations import quantize_fp8
+from halfbyte.kernels.reference.activation import activate
 from halfbyte.kernels.reference.fused_moe import fused_moe as reference
-from halfbyte.weights.layouts.hopper import SLOT_TO_COLUMN
+from halfbyte.weights.layouts.hopper import SLOT_TO_COLUMN, padded_size
 from halfbyte.weights.layouts.hopper_fp8 import FP8_SLOT_TO_COLUMN, round_to_fp8
 
+# Of the whole layer. h is rounded to e4m3 between the products, and where fp32 sums in another order, or in the tensor core's own precision, fall on
+# the other side of a rounding boundary, a code of h moves by a whole step of 2^-3: an error of 4e-4 in h becomes one of 5e-3 behind it. Each product
+# on its own is held to the usual bounds, `test_each_product_on_every_tail`.
+LAYER = {"token": 2e-2, "overall": 1e-2}
 FP8_CONFIGS = ("FP8_MEDIUM", "FP8_LARGE", "FP8_HUGE")
 TAILS = [(256, 128), (2880, 96), (768, 1408), (320, 2688), (1536, 736), (2880, 2880)]
 
@@ -34,10 +39,50 @@ def run(w: ExpertWeights, x: torch.Tensor, ids: torch.Tensor, weights: torch.Ten
 
 
 def check(w: ExpertWeights, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, name: str, offset: int = 0) -> torch.Tensor:
-    seen = fp8_values(w) if name.startswith("FP8") else w
+    is_fp8 = name.startswith("FP8")
     out = run(w, x, ids, weights, name, offset)
-    assert_close_rel(out, reference(x, seen, ids, weights, activations="fp8", expert_offset=offset))
+    expected = reference(x, fp8_values(w) if is_fp8 else w, ids, weights, activations="fp8", expert_offset=offset)
+    assert_close_rel(out, expected, **(LAYER if is_fp8 else {}))
     return out
+
+
+def natural(x: torch.Tensor, order: tuple[int, ...], columns: int) -> torch.Tensor:
+    """Columns in slot order to columns in natural order, fp32, without padding."""
+    slot_of_column = torch.tensor(order).argsort().tolist()
+    return x.float().unflatten(1, (-1, 64))[:, :, slot_of_column].flatten(1)[:, :columns]
+
+
+@pytest.mark.parametrize("name", FP8_CONFIGS)
+@pytest.mark.parametrize("format", [hb.NVFP4, hb.MXFP4], ids=repr)
+@pytest.mark.parametrize(("hidden", "intermediate"), [*TAILS, (7168, 64), (64, 7168)])
+def test_each_product_on_every_tail(name: str, format: hb.BlockFormat, hidden: int, intermediate: int) -> None:
+    """h against x @ w13, and y against the h that the kernels made: both on the same quantised operands."""
+    from halfbyte.kernels.gluon_sm90 import fused_moe as layer
+    from halfbyte.kernels.triton.quantize_fp8 import quantize_rows, quantize_tokens
+
+    config = getattr(layer, name)
+    w = make_experts(5, hidden, intermediate, format, GPT_OSS_SWIGLU if hidden == 2880 else SWIGLU)
+    tokens, ids, _ = make_tokens(301, hidden, 5, 3)
+    ids[:150] = torch.where(ids[:150] == 4, 3, ids[:150])  # experts of different sizes
+    experts = hb.prepare(w).experts
+    items, h, y = layer._prefill_workspace(tokens, experts, ids, 0, config)
+    h.fill_(torch.nan)
+    y.fill_(torch.nan)
+    x, x_scale = quantize_tokens(tokens, items, 3, padded_size(hidden))
+    layer._prefill_gemm(x, x_scale, experts.w13, h, experts, items, config, is_w13=True)
+    h_codes, h_scale = quantize_rows(h, items)
+    layer._prefill_gemm(h_codes, h_scale, experts.w2, y[0], experts, items, config, is_w13=False)
+    expert_of_row = ids.flatten().sort().values
+    seen, expected_h, expected_y = fp8_values(w), torch.empty(ids.numel(), intermediate).cuda(), torch.empty(ids.numel(), hidden).cuda()
+    for expert in range(5):
+        rows = expert_of_row == expert
+        x_rows = natural(x[rows], FP8_SLOT_TO_COLUMN, hidden) * x_scale[rows, None]
+        h_rows = natural(h_codes[rows], FP8_SLOT_TO_COLUMN, intermediate) * h_scale[rows, None]
+        bias13, bias2 = (0 if bias is None else bias[expert].double() for bias in (w.w13_bias, w.w2_bias))
+        expected_h[rows] = activate(x_rows.double() @ seen.w13[expert].double().T + bias13, w.activation).float()
+        expected_y[rows] = (h_rows.double() @ seen.w2[expert].double().T + bias2).float()
+    assert_close_rel(natural(h, SLOT_TO_COLUMN, intermediate), expected_h)
+    assert_close_rel(y[0], expected_y)
 
 
 @pytest.mark.parametrize("name", [*FP8_CONFIGS, "TINY", "MEDIUM"])
@@ -63,7 +108,7 @@ def test_chosen_kernels_at_every_size(num_tokens: int, num_experts: int) -> None
     x, ids, weights = make_tokens(num_tokens, 512, num_experts, min(4, num_experts))
     seen = fp8_values(w) if rounds_weights(*ids.shape, num_experts, "fp8") else w
     out = hb.fused_moe(x, hb.prepare(w), ids, weights, activations="fp8", backend="hopper")
-    assert_close_rel(out, reference(x, seen, ids, weights, activations="fp8"))
+    assert_close_rel(out, reference(x, seen, ids, weights, activations="fp8"), **(LAYER if seen is not w else {}))
 
 
 def test_the_comparison_would_notice_what_can_go_wrong() -> None:
@@ -84,7 +129,7 @@ def test_the_comparison_would_notice_what_can_go_wrong() -> None:
     }
     for name, other in wrong.items():
         token, overall = relative_errors(other, reference(x, seen, ids, weights, activations="fp8"))
-        assert token > 1e-2 or overall > 5e-3, name
+        assert token > LAYER["token"] or overall > LAYER["overall"], name
 
 
 @pytest.mark.parametrize("name", FP8_CONFIGS)
@@ -123,7 +168,7 @@ def test_rows_whose_scales_span_more_than_e4m3_holds() -> None:
     w.w13.scales.view(torch.uint8)[:, ::3, 1] -= 17
     x, ids, weights = make_tokens(300, 512, 4, 2)
     out = check(w, x, ids, weights, "FP8_LARGE")
-    assert_close_rel(out, reference(x, w, ids, weights, activations="fp8"))
+    assert_close_rel(out, reference(x, w, ids, weights, activations="fp8"), **LAYER)
 
 
 @pytest.mark.parametrize("hidden", [64, 2880, 7168])
@@ -176,7 +221,7 @@ def test_a_graph_follows_its_routing_and_repeats_bit_for_bit(num_tokens: int) ->
             old.copy_(fresh)
         out.fill_(torch.nan)
         graph.replay()
-        assert_close_rel(out, reference(x, seen, ids, weights, activations="fp8"))
+        assert_close_rel(out, reference(x, seen, ids, weights, activations="fp8"), **(LAYER if seen is not w else {}))
         first = out.clone()
         for _ in range(350):
             out.fill_(torch.nan)
