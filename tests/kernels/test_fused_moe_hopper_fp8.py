@@ -18,9 +18,9 @@ from halfbyte.weights.layouts.hopper import SLOT_TO_COLUMN, padded_size
 from halfbyte.weights.layouts.hopper_fp8 import FP8_SLOT_TO_COLUMN, round_to_fp8
 
 # Of the whole layer. h is rounded to e4m3 between the products, and where fp32 sums in another order, or in the tensor core's own precision, fall on
-# the other side of a rounding boundary, a code of h moves by a whole step of 2^-3: an error of 4e-4 in h becomes one of 5e-3 behind it. Each product
-# on its own is held to the usual bounds, `test_each_product_on_every_tail`.
-LAYER = {"token": 2e-2, "overall": 1e-2}
+# the other side of a rounding boundary, a code of h moves by a whole step of 2^-3, or all codes of a row with its scale: 1e-4 in h becomes
+# one of 3.5e-3 behind it, and of 1.6e-2 for single tokens. Each product on its own is held to the usual bounds: `test_each_product_on_every_tail`.
+LAYER = {"token": 3e-2, "overall": 1e-2}
 FP8_CONFIGS = ("FP8_MEDIUM", "FP8_LARGE", "FP8_HUGE")
 TAILS = [(256, 128), (2880, 96), (768, 1408), (320, 2688), (1536, 736), (2880, 2880)]
 

@@ -14,7 +14,7 @@ import torch
 
 import halfbyte
 from halfbyte.bench.ceilings import Ceilings
-from halfbyte.bench.gate import GLOBAL_LIMIT, expected_output, judge, poison_free_memory
+from halfbyte.bench.gate import FP8_GLOBAL_LIMIT, FP8_TOKEN_LIMIT, GLOBAL_LIMIT, TOKEN_LIMIT, expected_output, judge, poison_free_memory
 from halfbyte.bench.inputs import Call, RoutingKind, random_call
 from halfbyte.bench.peers import Build, Layer, Peer
 from halfbyte.bench.results import Row
@@ -174,13 +174,15 @@ def _bench_layer(
                 yield row
                 continue
             fp8_weights = isinstance(layers[0], HalfbyteLayer) and layers[0].rounds_weights(case.calls[0].ids)
-            yield _measure(row, system, layers, case, expected(system.activations, fp8_weights)[num_tokens])
+            row = replace(row, global_limit=FP8_GLOBAL_LIMIT) if fp8_weights else row
+            token_limit = FP8_TOKEN_LIMIT if fp8_weights else TOKEN_LIMIT
+            yield _measure(row, system, layers, case, expected(system.activations, fp8_weights)[num_tokens], token_limit)
 
 
 _BUDGET_SPENT = "the time budget is spent"
 
 
-def _measure(row: Row, system: System, layers: Sequence[Layer], case: Case, expected: torch.Tensor) -> Row:
+def _measure(row: Row, system: System, layers: Sequence[Layer], case: Case, expected: torch.Tensor, token_limit: float) -> Row:
     """Gate, then time; without a time the row says why."""
     layer, call = layers[0], case.calls[0]
     row = replace(row, kernel=getattr(layer, "kernel", ""))
@@ -188,7 +190,7 @@ def _measure(row: Row, system: System, layers: Sequence[Layer], case: Case, expe
     try:
         with torch.inference_mode():
             poison_free_memory(call.hidden)
-            verdict = judge(layer(*call), expected, system.global_limit)
+            verdict = judge(layer(*call), expected, row.global_limit, token_limit)
             row = replace(row, token_error=_finite(verdict.token_error), global_error=_finite(verdict.global_error))
             if not verdict.passed:
                 return replace(row, status="refused", reason=f"the result is wrong: {verdict}")
