@@ -58,7 +58,7 @@ def natural(x: torch.Tensor, order: tuple[int, ...], columns: int) -> torch.Tens
 def test_each_product_on_every_tail(name: str, format: hb.BlockFormat, hidden: int, intermediate: int) -> None:
     """h against x @ w13, and y against the h that the kernels made: both on the same quantised operands."""
     from halfbyte.kernels.gluon_sm90 import fused_moe as layer
-    from halfbyte.kernels.triton.quantize_fp8 import quantize_rows, quantize_tokens
+    from halfbyte.kernels.triton.activations_fp8 import quantize_rows, quantize_tokens
 
     config = getattr(layer, name)
     w = make_experts(5, hidden, intermediate, format, GPT_OSS_SWIGLU if hidden == 2880 else SWIGLU)
@@ -174,7 +174,7 @@ def test_rows_whose_scales_span_more_than_e4m3_holds() -> None:
 @pytest.mark.parametrize("hidden", [64, 2880, 7168])
 def test_quantising_kernels_agree_with_the_format_bit_for_bit(hidden: int) -> None:
     from halfbyte.kernels.triton.permute import permute
-    from halfbyte.kernels.triton.quantize_fp8 import encode_rows, quantize_rows, quantize_tokens
+    from halfbyte.kernels.triton.activations_fp8 import encode_rows, quantize_rows, quantize_tokens
 
     def in_order(codes: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
         wide = torch.nn.functional.pad(codes, (0, -codes.shape[1] % 64))

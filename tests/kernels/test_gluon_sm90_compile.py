@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 from halfbyte.kernels.gluon_sm90 import fused_moe as layer
 from halfbyte.kernels.triton.permute import Items
-from halfbyte.kernels.triton.quantize_fp8 import encode_rows, quantize_rows, quantize_tokens
+from halfbyte.kernels.triton.activations_fp8 import encode_rows, quantize_rows, quantize_tokens
 
 DECODE = {
     "direct": layer.DecodeConfig(direct=True, rows=8, tiles=1, split=2),

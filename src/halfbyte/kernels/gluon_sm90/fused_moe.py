@@ -37,7 +37,7 @@ from halfbyte.kernels.gluon_sm90.grouped_gemm_prefill import grouped_gemm_prefil
 from halfbyte.kernels.gluon_sm90.grouped_gemm_w4a16_decode import NUM_WARPS, grouped_gemm_w4a16_decode
 from halfbyte.kernels.triton.combine import combine
 from halfbyte.kernels.triton.permute import Items, gather, permute
-from halfbyte.kernels.triton.quantize_fp8 import encode_rows, quantize_rows, quantize_tokens
+from halfbyte.kernels.triton.activations_fp8 import encode_rows, quantize_rows, quantize_tokens
 from halfbyte.weights.layouts.hopper import HopperExperts, HopperMatrix, padded_size
 
 MAX_DIRECT_TOKENS = 8

@@ -7,7 +7,7 @@ import torch
 
 from halfbyte.formats.activations import quantize_fp8
 from halfbyte.kernels.triton.permute import permute
-from halfbyte.kernels.triton.quantize_fp8 import encode_rows, quantize_rows, quantize_tokens
+from halfbyte.kernels.triton.activations_fp8 import encode_rows, quantize_rows, quantize_tokens
 from halfbyte.weights.layouts.hopper import SLOT_TO_COLUMN
 from halfbyte.weights.layouts.hopper_fp8 import FP8_SLOT_TO_COLUMN
 

@@ -13,6 +13,6 @@ pytest.importorskip("triton")
 
 
 def test_interpreted_kernels_agree_with_the_format_bit_for_bit() -> None:
-    script = Path(__file__).with_name("interpreted_quantize_fp8.py")
+    script = Path(__file__).with_name("interpreted_activations_fp8.py")
     result = subprocess.run([sys.executable, script], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0 and result.stdout.strip() == "ok", result.stderr[-2000:]
