@@ -1,5 +1,7 @@
 """The gate lets right results through and nothing else."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from halfbyte.bench.gate import Verdict, expected_output, judge
 from halfbyte.bench.inputs import random_call, random_experts
 from halfbyte.bench.shapes import MoEShape
 from halfbyte.checkpoint.experts import GPT_OSS_SWIGLU
+from halfbyte.weights.layouts.hopper_fp8 import round_to_fp8
 
 CPU = torch.device("cpu")
 
@@ -68,3 +71,13 @@ def test_matmul_precision_of_the_process_is_left_alone():
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_weights_that_a_kernel_rounds_are_rounded_on_both_sides():
+    shape = MoEShape("small", 128, 64, 4, 2)
+    experts = random_experts(shape, NVFP4, CPU, seed=1)
+    call = random_call(shape, 9, "uniform", CPU, seed=2)
+    exact, rounded = (expected_output(experts, call, "fp8", fp8_weights) for fp8_weights in (False, True))
+    dense = replace(experts, w13=round_to_fp8(experts.w13), w2=round_to_fp8(experts.w2))
+    assert judge(expected_output(dense, call, "fp8"), rounded).passed
+    assert not judge(exact, rounded).passed and judge(exact, rounded).token_error < 0.1

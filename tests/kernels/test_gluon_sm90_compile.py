@@ -14,6 +14,7 @@ from halfbyte.weights.layouts.hopper import HopperExperts, HopperMatrix
 pytest.importorskip("triton")
 
 from halfbyte.kernels.gluon_sm90 import fused_moe as layer
+from halfbyte.kernels.triton.activations_fp8 import encode_rows, quantize_rows, quantize_tokens
 from halfbyte.kernels.triton.permute import Items
 
 DECODE = {
@@ -32,6 +33,7 @@ def empty_matrix(rows: int, columns: int, *, nvfp4: bool, bias: bool) -> HopperM
         torch.empty((1, tiles[0], -(-tiles[1] // 4), 128 if nvfp4 else 64), dtype=torch.int64, device="meta"),
         None if nvfp4 else torch.empty(1, dtype=torch.int32),
         torch.empty((1, 2)),
+        torch.empty((1, rows), dtype=torch.int8),
         torch.empty((1, rows)) if bias else None,
     )
 
@@ -48,15 +50,16 @@ ITEMS = Items(*(torch.empty((4, 4), dtype=torch.int32) for _ in range(4)))
 
 
 @pytest.mark.parametrize("nvfp4", [True, False], ids=["nvfp4", "mxfp4"])
-@pytest.mark.parametrize("name", DECODE)
-def test_decode_kernels_use_mma_without_spills(name: str, nvfp4: bool) -> None:
+@pytest.mark.parametrize(("name", "scaled"), [(name, name == "rows16") for name in DECODE] + [("direct", True)])
+def test_decode_kernels_use_mma_without_spills(name: str, nvfp4: bool, scaled: bool) -> None:
     config, experts = DECODE[name], empty_experts(nvfp4=nvfp4)
     ids, items = torch.zeros((4, 8), dtype=torch.int32), None if DECODE[name].direct else ITEMS
     h = torch.empty((1, 32, experts.intermediate), dtype=torch.bfloat16)
     y = torch.empty((config.split, 32, experts.hidden), dtype=torch.float32 if config.direct else torch.bfloat16)
     with compiling(90) as compiled:
-        layer._decode_gemm(torch.empty((4, experts.hidden), dtype=torch.bfloat16), experts.w13, h, experts, ids, items, 0, config, is_w13=True)
-        layer._decode_gemm(h[0], experts.w2, y, experts, ids, items, 0, config, is_w13=False)
+        x, scales = torch.empty((4, experts.hidden), dtype=torch.bfloat16), torch.empty(4) if scaled else None
+        layer._decode_gemm(x, scales, experts.w13, h, experts, ids, items, 0, config, is_w13=True)
+        layer._decode_gemm(h[0], scales, experts.w2, y, experts, ids, items, 0, config, is_w13=False)
     assert len(compiled) == 2
     for kernel in compiled:
         assert "mma.sync.aligned.m16n8k16" in kernel.ptx
@@ -75,12 +78,41 @@ def test_prefill_kernels_use_wgmma_within_their_registers(name: str, nvfp4: bool
     config, experts = PREFILL[name], empty_experts(nvfp4=nvfp4)
     y = torch.empty((64, experts.intermediate), dtype=torch.bfloat16)
     with compiling(90) as compiled:
-        layer._prefill_gemm(torch.empty((64, experts.hidden), dtype=torch.bfloat16), experts.w13, y, experts, ITEMS, config, is_w13=True)
+        layer._prefill_gemm(torch.empty((64, experts.hidden), dtype=torch.bfloat16), None, experts.w13, y, experts, ITEMS, config, is_w13=True)
     (kernel,) = compiled
     assert all(f"wgmma.mma_async.sync.aligned.m64n{size}k16" in kernel.ptx for pair in config.sizes for size in pair if size)
     assert kernel.spill_bytes <= MAX_SPILL_BYTES
     assert kernel.registers <= config.max_registers
     assert kernel.shared_bytes <= 227 * 1024
+
+
+FP8 = {"medium": layer.FP8_MEDIUM, "large": layer.FP8_LARGE, "huge": layer.FP8_HUGE}
+# Outside the loop over K, where it costs a few cycles a tile: up to 24 bytes a thread with Triton 3.6, more with 3.9 (2026-11).
+MAX_FP8_SPILL_BYTES = 256
+
+
+@pytest.mark.parametrize(("name", "nvfp4", "is_w13"), [("medium", True, False), ("large", False, True), ("huge", True, True)])
+def test_fp8_prefill_kernels_use_fp8_wgmma_within_their_registers(name: str, nvfp4: bool, is_w13: bool) -> None:
+    config, experts = FP8[name], empty_experts(nvfp4=nvfp4)
+    matrix, columns = (experts.w13, experts.hidden) if is_w13 else (experts.w2, experts.intermediate)
+    x, y = torch.empty((64, columns), dtype=torch.float8_e4m3fn), torch.empty((64, experts.intermediate if is_w13 else experts.hidden)).bfloat16()
+    with compiling(90) as compiled:
+        layer._prefill_gemm(x, torch.empty(64), matrix, y, experts, ITEMS, config, is_w13=is_w13)
+    (kernel,) = compiled
+    assert all(f"wgmma.mma_async.sync.aligned.m64n{size}k32.f32.e4m3.e4m3" in kernel.ptx for pair in config.sizes for size in pair if size)
+    assert kernel.spill_bytes <= MAX_FP8_SPILL_BYTES
+    assert kernel.registers <= config.max_registers
+    assert kernel.shared_bytes <= 227 * 1024
+
+
+def test_quantising_kernels_compile() -> None:
+    x = torch.empty((4, 7168), dtype=torch.bfloat16)
+    with compiling(90) as compiled:
+        quantize_tokens(x, ITEMS, 8, 7168, launch_early=True)
+        quantize_rows(x)
+        encode_rows(x, x, launch_early=True)
+    assert len(compiled) == 3
+    assert all("cvt.rn.satfinite.e4m3x2.f32" in kernel.ptx and kernel.spill_bytes == 0 for kernel in compiled)
 
 
 def test_the_choice_follows_the_rows_an_expert_has() -> None:
@@ -91,6 +123,11 @@ def test_the_choice_follows_the_rows_an_expert_has() -> None:
     ]  # fmt: skip
     assert chosen[0].direct and chosen[1].direct and not chosen[2].direct
     assert not layer.choose_config(8, 9, 128).direct  # 72 slots
+    fp8 = [layer.choose_config(num_tokens, 8, 128, "fp8") for num_tokens in (1, 1024, 1536, 2048, 4096)]
+    assert fp8[:2] == [layer.choose_config(num_tokens, 8, 128) for num_tokens in (1, 1024)]
+    assert fp8[2:] == [layer.FP8_MEDIUM, layer.FP8_LARGE, layer.FP8_HUGE]
+    assert not layer.rounds_weights(1024, 8, 128, "fp8") and layer.rounds_weights(1536, 8, 128, "fp8")
+    assert not layer.rounds_weights(4096, 8, 128, "bf16")
 
 
 def test_gradients_and_other_dtypes_are_refused_before_anything_runs() -> None:

@@ -83,6 +83,16 @@ def test_obstacles_of_the_portable_kernel():
     assert obstacle(CPU, hb.NVFP4) == "needs a CUDA GPU, this is a CPU"
 
 
+def test_obstacles_of_the_hopper_kernel():
+    def obstacle(target: hb.Target, layout: str = "hopper", activations: str = "bf16") -> str | None:
+        found = obstacles(Problem("fused_moe", target, hb.NVFP4, layout, activations))
+        return next(obstacle for candidate, obstacle in found if candidate.name == "hopper")
+
+    assert obstacle(HOPPER) is obstacle(HOPPER, activations="fp8") is None
+    assert obstacle(HOPPER, activations="nvfp4") == "takes activations 'bf16' and 'fp8', not 'nvfp4'"
+    assert obstacle(HOPPER, layout="canonical") == "reads layout 'hopper', the weights are in 'canonical'"
+
+
 def test_unknown_op():
     with pytest.raises(InputError, match="route or fused_moe"):
         obstacles(Problem("attention", CPU))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,41 +13,46 @@ from halfbyte.checkpoint.experts import ExpertWeights
 from halfbyte.formats import QuantTensor
 from halfbyte.formats.activations import ActivationFormat, round_trip
 from halfbyte.kernels.reference.activation import activate
+from halfbyte.weights.layouts.hopper_fp8 import round_to_fp8
 
 # Relative, because absolute tolerances let zeros, halves and dropped experts through. Rounding to bf16 between the two products alone gives 2.5e-3.
 # Public W4A16 systems gave 3.4e-3 to 6.0e-3 over all tokens on an H200: `--peer-limit` admits them, and every row records the limit it passed.
 TOKEN_LIMIT, GLOBAL_LIMIT = 1e-2, 5e-3
+# Of a kernel on fp8 tensor cores, which sum in their own precision then round h to e4m3: a difference of 1e-4 in h moves enough of its codes
+# by a whole step for 3.5e-3 over all tokens, and 1.6e-2 for the token whose scale moved.
+FP8_TOKEN_LIMIT, FP8_GLOBAL_LIMIT = 3e-2, 1e-2
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Relative L2 error of the worst token, and of all tokens together, with the limit on the latter."""
+    """Relative L2 error of the worst token, and of all tokens together, with their limits."""
 
     token_error: float
     global_error: float
     global_limit: float = GLOBAL_LIMIT
+    token_limit: float = TOKEN_LIMIT
 
     @property
     def passed(self) -> bool:
-        return self.token_error <= TOKEN_LIMIT and self.global_error <= self.global_limit
+        return self.token_error <= self.token_limit and self.global_error <= self.global_limit
 
     def __str__(self) -> str:
-        return f"worst token {self.token_error:.1e} (limit {TOKEN_LIMIT:.0e}), all {self.global_error:.1e} (limit {self.global_limit:.0e})"
+        return f"worst token {self.token_error:.1e} (limit {self.token_limit:.0e}), all {self.global_error:.1e} (limit {self.global_limit:.0e})"
 
 
-def judge(actual: torch.Tensor, expected: torch.Tensor, global_limit: float = GLOBAL_LIMIT) -> Verdict:
+def judge(actual: torch.Tensor, expected: torch.Tensor, global_limit: float = GLOBAL_LIMIT, token_limit: float = TOKEN_LIMIT) -> Verdict:
     """Compare actual [T, H] with expected [T, H], token by token and as a whole; NaN and a wrong shape are infinite errors.
 
     >>> expected = torch.randn(3, 64)
     >>> judge(expected, expected).passed, judge(expected / 2, expected)
-    (True, Verdict(token_error=0.5, global_error=0.5, global_limit=0.005))
+    (True, Verdict(token_error=0.5, global_error=0.5, global_limit=0.005, token_limit=0.01))
     """
     if actual.shape != expected.shape:
-        return Verdict(torch.inf, torch.inf, global_limit)
+        return Verdict(torch.inf, torch.inf, global_limit, token_limit)
     difference = (actual.float() - expected).norm(dim=1).nan_to_num(nan=torch.inf, posinf=torch.inf)
     norm = expected.norm(dim=1)
     per_token = torch.where(difference == 0, 0.0, difference / norm)
-    return Verdict(per_token.max().item(), (difference.norm() / norm.norm()).item(), global_limit)
+    return Verdict(per_token.max().item(), (difference.norm() / norm.norm()).item(), global_limit, token_limit)
 
 
 def poison_free_memory(like: torch.Tensor) -> None:
@@ -57,28 +62,32 @@ def poison_free_memory(like: torch.Tensor) -> None:
 
 
 @torch.no_grad()
-def expected_output(experts: ExpertWeights, call: Call, activations: ActivationFormat) -> torch.Tensor:
+def expected_output(experts: ExpertWeights, call: Call, activations: ActivationFormat, fp8_weights: bool = False) -> torch.Tensor:
     """The layer in fp32 from dequantised weights, one expert after the other, on the device of the weights: fp32 [T, H].
 
     Nothing is rounded between the two products when activations are "bf16"; other kinds are quantised where `kernels.reference.fused_moe` says.
+    `fp8_weights`: for a kernel that rounds its weights to e4m3; what that costs the weights is `hopper_fp8.weight_error`, not this gate's to judge.
     Needs one dequantised expert and its rows beside the result.
     """
+    values = round_to_fp8 if fp8_weights else QuantTensor.dequantize
     output = torch.zeros(call.hidden.shape, device=call.hidden.device)
     input_scales = [None if scale is None else scale.max() for scale in (experts.w13_input_scale, experts.w2_input_scale)]
     with _exact_matmuls():
         for expert in call.ids.unique().tolist():
             token, slot = (call.ids == expert).nonzero(as_tuple=True)
             x = round_trip(call.hidden[token], activations, input_scales[0])
-            h = activate(_linear(x, experts.w13, experts.w13_bias, expert), experts.activation)
+            h = activate(_linear(x, experts.w13, experts.w13_bias, expert, values), experts.activation)
             if activations != "bf16":
                 h = round_trip(h.to(call.hidden.dtype), activations, input_scales[1])
-            rows = _linear(h, experts.w2, experts.w2_bias, expert)
+            rows = _linear(h, experts.w2, experts.w2_bias, expert, values)
             output.index_add_(0, token, rows * call.weights[token, slot, None])
     return output
 
 
-def _linear(x: torch.Tensor, weight: QuantTensor | torch.Tensor, bias: torch.Tensor | None, expert: int) -> torch.Tensor:
-    dense = weight[expert].dequantize() if isinstance(weight, QuantTensor) else weight[expert].float()
+def _linear(
+    x: torch.Tensor, weight: QuantTensor | torch.Tensor, bias: torch.Tensor | None, expert: int, values: Callable[[QuantTensor], torch.Tensor]
+) -> torch.Tensor:
+    dense = values(weight[expert]) if isinstance(weight, QuantTensor) else weight[expert].float()
     return x @ dense.T if bias is None else x @ dense.T + bias[expert].float()
 
 

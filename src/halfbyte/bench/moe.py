@@ -14,7 +14,7 @@ import torch
 
 import halfbyte
 from halfbyte.bench.ceilings import Ceilings
-from halfbyte.bench.gate import GLOBAL_LIMIT, expected_output, judge, poison_free_memory
+from halfbyte.bench.gate import FP8_GLOBAL_LIMIT, FP8_TOKEN_LIMIT, GLOBAL_LIMIT, TOKEN_LIMIT, expected_output, judge, poison_free_memory
 from halfbyte.bench.inputs import Call, RoutingKind, random_call
 from halfbyte.bench.peers import Build, Layer, Peer
 from halfbyte.bench.results import Row
@@ -70,6 +70,14 @@ class HalfbyteLayer:
 
     def __call__(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return halfbyte.fused_moe(hidden, self._prepared, ids, weights, activations=self._activations, backend=self._backend)
+
+    def rounds_weights(self, ids: torch.Tensor) -> bool:
+        """Whether the kernel that serves these ids multiplies by weights rounded to e4m3."""
+        if self._prepared.layout != "hopper" or self._activations != "fp8":
+            return False
+        from halfbyte.kernels.gluon_sm90.fused_moe import rounds_weights  # needs triton, as the kernel itself
+
+        return rounds_weights(ids.shape[0], ids.shape[1], self._prepared.num_experts, self._activations)
 
 
 @dataclass(frozen=True)
@@ -130,11 +138,11 @@ def _bench_layer(
     weight_sets = [weights, *(copy.deepcopy(weights) for _ in range(1, max(case.weight_sets for case in cases.values())))]
 
     @functools.cache
-    def expected(activations: ActivationFormat) -> dict[int, torch.Tensor]:
+    def expected(activations: ActivationFormat, fp8_weights: bool) -> dict[int, torch.Tensor]:
         """One pass over the experts for all cases."""
         first = [case.calls[0] for case in cases.values()]
         together = Call(*(torch.cat(parts) for parts in zip(*first, strict=True)))
-        return dict(zip(cases, expected_output(weights, together, activations).split(list(cases)), strict=True))
+        return dict(zip(cases, expected_output(weights, together, activations, fp8_weights).split(list(cases)), strict=True))
 
     for system in systems:
         layers: list[Layer] = []
@@ -162,13 +170,19 @@ def _bench_layer(
                 weight_sets=case.weight_sets,
                 reason=obstacle or (_BUDGET_SPENT if time.monotonic() > deadline else ""),
             )
-            yield row if row.reason else _measure(row, system, layers, case, expected(system.activations)[num_tokens])
+            if row.reason:
+                yield row
+                continue
+            fp8_weights = isinstance(layers[0], HalfbyteLayer) and layers[0].rounds_weights(case.calls[0].ids)
+            row = replace(row, global_limit=FP8_GLOBAL_LIMIT) if fp8_weights else row
+            token_limit = FP8_TOKEN_LIMIT if fp8_weights else TOKEN_LIMIT
+            yield _measure(row, system, layers, case, expected(system.activations, fp8_weights)[num_tokens], token_limit)
 
 
 _BUDGET_SPENT = "the time budget is spent"
 
 
-def _measure(row: Row, system: System, layers: Sequence[Layer], case: Case, expected: torch.Tensor) -> Row:
+def _measure(row: Row, system: System, layers: Sequence[Layer], case: Case, expected: torch.Tensor, token_limit: float) -> Row:
     """Gate, then time; without a time the row says why."""
     layer, call = layers[0], case.calls[0]
     row = replace(row, kernel=getattr(layer, "kernel", ""))
@@ -176,7 +190,7 @@ def _measure(row: Row, system: System, layers: Sequence[Layer], case: Case, expe
     try:
         with torch.inference_mode():
             poison_free_memory(call.hidden)
-            verdict = judge(layer(*call), expected, system.global_limit)
+            verdict = judge(layer(*call), expected, row.global_limit, token_limit)
             row = replace(row, token_error=_finite(verdict.token_error), global_error=_finite(verdict.global_error))
             if not verdict.passed:
                 return replace(row, status="refused", reason=f"the result is wrong: {verdict}")

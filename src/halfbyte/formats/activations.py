@@ -3,7 +3,7 @@
 | kind | element | scale | who |
 |---|---|---|---|
 | bf16 | none: the activations' own dtype | | W4A16 |
-| fp8 | e4m3 | fp32 one a row (token): amax / 448 | W4A8 |
+| fp8 | e4m3 | fp32 one a row (token): amax / 448 | W4A8, on Hopper's fp8 tensor cores |
 | mxfp8 | e4m3 | e8m0 one per 32: smallest power of two >= amax / 448 | gpt-oss on Blackwell, W4A8 |
 | nvfp4 | e2m1 | e4m3 per 16, and a global scale: the calibrated one, else one a row | W4A4 |
 

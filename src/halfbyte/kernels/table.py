@@ -102,8 +102,8 @@ def _triton_fused_moe(*args: Any, **kwargs: Any) -> Any:
 def _hopper_obstacle(problem: Problem) -> str | None:
     if problem.layout != "hopper":
         return f"reads layout 'hopper', the weights are in {problem.layout!r}"
-    if problem.activations != "bf16":
-        return f"takes activations 'bf16', not {problem.activations!r}"
+    if problem.activations not in ("bf16", "fp8"):
+        return f"takes activations 'bf16' and 'fp8', not {problem.activations!r}"
     if problem.target.arch != "sm_90":
         return f"needs compute capability 9.0, this is {problem.target.arch}"
     return _triton_obstacle(problem)

@@ -1,13 +1,22 @@
-"""The mixture-of-experts layer on Hopper: FP4 weights, bf16 activations. Equation and semantics: `kernels.reference.fused_moe`.
+"""The mixture-of-experts layer on Hopper: FP4 weights, bf16 or fp8 activations. Equation and semantics: `kernels.reference.fused_moe`.
 
     up to 8 tokens        GEMM1, GEMM2 (both direct), combine
     few tokens an expert  permute, GEMM1, GEMM2 (decode), combine
     many                  permute, gather, GEMM1, GEMM2 (prefill), combine
+    many, fp8             permute, quantise tokens, GEMM1, quantise rows, GEMM2 (prefill on fp8 tensor cores), combine
+
+Activations "fp8" up to `MIN_FP8_ROWS` rows an expert, where memory limits and fp8 tensor cores gain nothing: the W4A16 kernels on activations in
+fp8 codes, which bf16 holds exactly, and exact weights. Above, weights are rounded to e4m3 too (`weights.layouts.hopper_fp8`): `rounds_weights`.
+
+h gets one scale a row, which needs the largest value of the whole row and so a pass of its own. It moves 3 R I bytes where GEMM2 computes 2 R H I
+operations: at 3 TB/s and 1.3 Pflop/s 650 / H of GEMM2's time, 3 % of a DeepSeek-R1 layer and 10 % of a Qwen3-30B one. A scale for every 64 columns
+would save 2 of the 3 bytes and cost GEMM2 a multiply-add on every accumulator at every step: at 128 tokens 64 of them a thread, twice the decoding.
 
 Nothing synchronises with the host, and launch shapes depend on the number of tokens alone, so a captured CUDA graph serves any routing. Every sum has
 a fixed order: equal inputs give equal bits. Consecutive kernels overlap by programmatic dependent launch, except around prefill GEMMs.
 
-Workspace of a call, from torch's allocator: with R = T * k rows, 2 R I bytes, 2 R H bytes (4 R H * split for direct), and for prefill 2 R H more.
+Workspace of a call, from torch's allocator: with R = T * k rows, 2 R I bytes, 2 R H bytes (4 R H * split for direct), and for prefill 2 R H more
+(fp8: R H and R I).
 """
 
 from __future__ import annotations
@@ -24,8 +33,9 @@ from halfbyte.errors import UnsupportedError
 from halfbyte.formats import NVFP4
 from halfbyte.formats.activations import ActivationFormat
 from halfbyte.kernels.gluon_sm90.epilogue import KINDS
+from halfbyte.kernels.gluon_sm90.grouped_gemm_prefill import grouped_gemm_prefill
 from halfbyte.kernels.gluon_sm90.grouped_gemm_w4a16_decode import NUM_WARPS, grouped_gemm_w4a16_decode
-from halfbyte.kernels.gluon_sm90.grouped_gemm_w4a16_prefill import grouped_gemm_w4a16_prefill
+from halfbyte.kernels.triton.activations_fp8 import encode_rows, quantize_rows, quantize_tokens
 from halfbyte.kernels.triton.combine import combine
 from halfbyte.kernels.triton.permute import Items, gather, permute
 from halfbyte.weights.layouts.hopper import HopperExperts, HopperMatrix, padded_size
@@ -48,7 +58,7 @@ class DecodeConfig:
 @dataclass(frozen=True)
 class PrefillConfig:
     """`sizes`: token counts of a tile, each (first, second accumulator). x is copied in boxes of `box` rows and `step_k` columns, in `x_stages`
-    stages, weights in `w_stages` stages of 256 columns. See `grouped_gemm_w4a16_prefill`."""
+    stages, weights in `w_stages` stages of 256 columns; `fp8`: x is e4m3. See `grouped_gemm_prefill`."""
 
     sizes: tuple[tuple[int, int], ...]
     consumers: int
@@ -58,6 +68,7 @@ class PrefillConfig:
     box: int
     registers: int
     max_registers: int
+    fp8: bool = False
 
     @property
     def max_rows(self) -> int:
@@ -77,17 +88,37 @@ HUGE = PrefillConfig(
     ((64, 0), (128, 0), (128, 32), (128, 64), (256, 0)), consumers=2, step_k=64, x_stages=5, w_stages=2, box=64, registers=240, max_registers=168
 )
 
+# By arithmetic, not measured yet. Decoding a tile for fp8 takes about 80 integer instructions a warp (160 cycles of its scheduler), and reading it
+# from memory about as long; the product takes 1 cycle a token, that of bf16 2. So fp8 gains above some 80 tokens, and wants large tiles.
+FP8_MEDIUM = PrefillConfig(
+    ((32, 0), (64, 0), (64, 32), (128, 0)),
+    consumers=3, step_k=128, x_stages=7, w_stages=3, box=32, registers=160, max_registers=128, fp8=True,
+)  # fmt: skip
+FP8_LARGE = PrefillConfig(
+    ((64, 0), (128, 0), (128, 32), (128, 64)),
+    consumers=3, step_k=128, x_stages=5, w_stages=3, box=64, registers=160, max_registers=128, fp8=True,
+)  # fmt: skip
+FP8_HUGE = PrefillConfig(
+    ((64, 0), (128, 0), (128, 64), (256, 0), (256, 32)),
+    consumers=2, step_k=128, x_stages=4, w_stages=3, box=32, registers=240, max_registers=168, fp8=True,
+)  # fmt: skip
+MIN_FP8_ROWS = 64  # an expert, on average
 
-def choose_config(num_tokens: int, top_k: int, num_experts: int) -> DecodeConfig | PrefillConfig:
+
+def choose_config(num_tokens: int, top_k: int, num_experts: int, activations: ActivationFormat = "bf16") -> DecodeConfig | PrefillConfig:
     """Pick the kernels from what the host knows: the average number of rows an expert.
 
     >>> choose_config(1, 8, 256).direct, choose_config(64, 8, 256).rows, choose_config(8192, 8, 256).max_rows
     (True, 8, 192)
+    >>> choose_config(1024, 8, 256, "fp8").fp8, choose_config(4096, 8, 256, "fp8").fp8
+    (False, True)
     """
     rows = num_tokens * top_k
     if num_tokens <= MAX_DIRECT_TOKENS and rows <= MAX_DIRECT_SLOTS:
         return DecodeConfig(direct=True, rows=8, tiles=1)
     average = rows / num_experts
+    if activations == "fp8" and average > MIN_FP8_ROWS:
+        return FP8_MEDIUM if average <= 96 else FP8_LARGE if average <= 160 else FP8_HUGE
     if average <= 4:
         return DecodeConfig(direct=False, rows=8, tiles=1)
     if average <= 12:
@@ -96,6 +127,12 @@ def choose_config(num_tokens: int, top_k: int, num_experts: int) -> DecodeConfig
         if average <= limit:
             return config
     return HUGE
+
+
+def rounds_weights(num_tokens: int, top_k: int, num_experts: int, activations: ActivationFormat) -> bool:
+    """Whether a call multiplies by weights rounded to e4m3 (`weights.layouts.hopper_fp8.round_to_fp8`) instead of by the FP4 values."""
+    config = choose_config(num_tokens, top_k, num_experts, activations)
+    return isinstance(config, PrefillConfig) and config.fp8
 
 
 def fused_moe(
@@ -128,19 +165,17 @@ def fused_moe(
     if num_tokens == 0:
         return out
     if config is None:
-        config = choose_config(num_tokens, top_k, experts.num_experts)
+        config = choose_config(num_tokens, top_k, experts.num_experts, activations)
     hidden, ids, weights = hidden.contiguous(), ids.contiguous(), weights.contiguous()
-    if isinstance(config, PrefillConfig):
-        y, row_of_slot = _prefill(hidden, experts, ids, expert_offset, config)
-    else:
-        y, row_of_slot = _decode(hidden, experts, ids, expert_offset, config)
+    run = _decode if isinstance(config, DecodeConfig) else _prefill_fp8 if config.fp8 else _prefill
+    y, row_of_slot = run(hidden, experts, ids, expert_offset, config, activations == "fp8")
     result = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
     combine(y, row_of_slot, ids, weights, result, expert_offset, experts.num_experts, launch_early=True)
     return out if result is out else out.copy_(result)
 
 
 def _decode(
-    hidden: torch.Tensor, experts: HopperExperts, ids: torch.Tensor, expert_offset: int, config: DecodeConfig
+    hidden: torch.Tensor, experts: HopperExperts, ids: torch.Tensor, expert_offset: int, config: DecodeConfig, to_fp8: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     rows, device = ids.numel(), hidden.device
     h = torch.empty((1, rows, padded_size(experts.intermediate)), dtype=torch.bfloat16, device=device)
@@ -150,14 +185,16 @@ def _decode(
     else:
         y = torch.empty((1, rows, experts.hidden), dtype=torch.bfloat16, device=device)
         items = permute(ids, expert_offset, experts.num_experts, config.rows, _arrivals(device), launch_early=True)
-    _decode_gemm(hidden, experts.w13, h, experts, ids, items, expert_offset, config, is_w13=True)
-    _decode_gemm(h[0], experts.w2, y, experts, ids, items, expert_offset, config, is_w13=False)
+    x, x_scale = encode_rows(hidden, launch_early=True) if to_fp8 else (hidden, None)
+    _decode_gemm(x, x_scale, experts.w13, h, experts, ids, items, expert_offset, config, is_w13=True)
+    h_scale = encode_rows(h[0], h[0], launch_early=True)[1] if to_fp8 else None
+    _decode_gemm(h[0], h_scale, experts.w2, y, experts, ids, items, expert_offset, config, is_w13=False)
     return y, None if items is None else items.row_of_slot
 
 
 def _decode_gemm(
-    x: torch.Tensor, matrix: HopperMatrix, y: torch.Tensor, experts: HopperExperts, ids: torch.Tensor, items: Items | None, expert_offset: int,
-    config: DecodeConfig, *, is_w13: bool,
+    x: torch.Tensor, x_scale: torch.Tensor | None, matrix: HopperMatrix, y: torch.Tensor, experts: HopperExperts, ids: torch.Tensor,
+    items: Items | None, expert_offset: int, config: DecodeConfig, *, is_w13: bool,
 ) -> None:  # fmt: skip
     parts, _, columns = y.shape
     groups = -(-matrix.row_tiles // config.tiles)
@@ -165,36 +202,59 @@ def _decode_gemm(
     token_of_row, item_list, num_items = (ids, ids, ids) if items is None else (items.token_of_row, items.items, items.num_items)
     k = experts.hidden if is_w13 else experts.intermediate
     grouped_gemm_w4a16_decode[(work * groups * parts,)](
-        x, matrix.words, matrix.scales, *_optional(matrix), y, ids, item_list, num_items, token_of_row,
+        x, x if x_scale is None else x_scale, matrix.words, matrix.scales, *_optional(matrix), y, ids, item_list, num_items, token_of_row,
         ids.shape[0], expert_offset, experts.num_experts, y.stride(0),
         ids.shape[1], k, x.stride(0), matrix.row_tiles, columns, columns, experts.format == NVFP4, is_w13, *_activation(experts),
-        matrix.bias is not None, config.direct, config.rows, config.tiles, parts, config.ahead, True,
+        matrix.bias is not None, x_scale is not None, config.direct, config.rows, config.tiles, parts, config.ahead, True,
         num_warps=NUM_WARPS, launch_pdl=True,
     )  # fmt: skip
 
 
 def _prefill(
-    hidden: torch.Tensor, experts: HopperExperts, ids: torch.Tensor, expert_offset: int, config: PrefillConfig
+    hidden: torch.Tensor, experts: HopperExperts, ids: torch.Tensor, expert_offset: int, config: PrefillConfig, to_fp8: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    rows, device = ids.numel(), hidden.device
-    items = permute(ids, expert_offset, experts.num_experts, config.max_rows, _arrivals(device), launch_early=True)
-    x = gather(hidden, items, ids.shape[1], padded_size(experts.hidden), launch_early=True)
-    h = torch.empty((rows, padded_size(experts.intermediate)), dtype=torch.bfloat16, device=device)
-    y = torch.empty((1, rows, experts.hidden), dtype=torch.bfloat16, device=device)
-    _prefill_gemm(x, experts.w13, h, experts, items, config, is_w13=True)
-    _prefill_gemm(h, experts.w2, y[0], experts, items, config, is_w13=False)
+    items, h, y = _prefill_workspace(hidden, experts, ids, expert_offset, config)
+    codes, scales = encode_rows(hidden, launch_early=True) if to_fp8 else (hidden, None)
+    x, x_scale = gather(codes, items, ids.shape[1], padded_size(experts.hidden), scales, launch_early=True)
+    _prefill_gemm(x, x_scale, experts.w13, h, experts, items, config, is_w13=True)
+    h_scale = encode_rows(h, h)[1] if to_fp8 else None
+    _prefill_gemm(h, h_scale, experts.w2, y[0], experts, items, config, is_w13=False)
     return y, items.row_of_slot
 
 
+def _prefill_fp8(
+    hidden: torch.Tensor, experts: HopperExperts, ids: torch.Tensor, expert_offset: int, config: PrefillConfig, to_fp8: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    assert to_fp8, "this configuration has fp8 tensor cores multiply"
+    items, h, y = _prefill_workspace(hidden, experts, ids, expert_offset, config)
+    x, x_scale = quantize_tokens(hidden, items, ids.shape[1], padded_size(experts.hidden), launch_early=True)
+    _prefill_gemm(x, x_scale, experts.w13, h, experts, items, config, is_w13=True)
+    h_codes, h_scale = quantize_rows(h)
+    _prefill_gemm(h_codes, h_scale, experts.w2, y[0], experts, items, config, is_w13=False)
+    return y, items.row_of_slot
+
+
+def _prefill_workspace(
+    hidden: torch.Tensor, experts: HopperExperts, ids: torch.Tensor, expert_offset: int, config: PrefillConfig
+) -> tuple[Items, torch.Tensor, torch.Tensor]:
+    """The rows sorted by expert, and memory for h [rows, I padded] and y [1, rows, H]."""
+    items = permute(ids, expert_offset, experts.num_experts, config.max_rows, _arrivals(hidden.device), launch_early=True)
+    h = torch.empty((ids.numel(), padded_size(experts.intermediate)), dtype=torch.bfloat16, device=hidden.device)
+    return items, h, torch.empty((1, ids.numel(), experts.hidden), dtype=torch.bfloat16, device=hidden.device)
+
+
 def _prefill_gemm(
-    x: torch.Tensor, matrix: HopperMatrix, y: torch.Tensor, experts: HopperExperts, items: Items, config: PrefillConfig, *, is_w13: bool
-) -> None:
+    x: torch.Tensor, x_scale: torch.Tensor | None, matrix: HopperMatrix, y: torch.Tensor, experts: HopperExperts, items: Items,
+    config: PrefillConfig, *, is_w13: bool,
+) -> None:  # fmt: skip
+    """Multiply x, bf16 or (with a `config` for it) e4m3; rows times `x_scale` where there is one."""
     whole_runs = matrix.column_tiles % 4 == 0
-    grouped_gemm_w4a16_prefill[(Target.of(x.device).num_sms,)](
+    shift, multiplier, bias = _optional(matrix)
+    grouped_gemm_prefill[(Target.of(x.device).num_sms,)](
         _descriptor(x, config.box, config.step_k), _descriptor(matrix.words.view(-1, 32), 64 if whole_runs else 16, 32),
         _descriptor(matrix.scales.view(torch.int32).view(-1, matrix.scales.shape[-1] // 4), 8, matrix.scales.shape[-1] // 4),
-        *_optional(matrix), y, items.items, items.num_items,
-        matrix.row_tiles, matrix.column_tiles, y.shape[1], y.shape[1], experts.format == NVFP4, is_w13, *_activation(experts),
+        shift, multiplier, matrix.row_exponent, multiplier if x_scale is None else x_scale, bias, y, items.items, items.num_items,
+        matrix.row_tiles, matrix.column_tiles, y.shape[1], y.shape[1], experts.format == NVFP4, x_scale is not None, is_w13, *_activation(experts),
         matrix.bias is not None, config.sizes, config.consumers, config.x_stages, config.w_stages, config.registers,
         num_warps=4, maxnreg=config.max_registers,
     )  # fmt: skip
@@ -203,7 +263,7 @@ def _prefill_gemm(
 def _descriptor(tensor: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
     """A TMA descriptor of a matrix, copied in blocks of this size."""
     block = [rows, columns]
-    dtype = {torch.bfloat16: gl.bfloat16, torch.int32: gl.int32}[tensor.dtype]
+    dtype = {torch.bfloat16: gl.bfloat16, torch.float8_e4m3fn: gl.float8e4nv, torch.int32: gl.int32}[tensor.dtype]
     return TensorDescriptor.from_tensor(tensor, block, gl.NVMMASharedLayout.get_default_for(block, dtype))
 
 

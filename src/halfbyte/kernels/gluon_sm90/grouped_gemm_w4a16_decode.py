@@ -1,6 +1,6 @@
 """Grouped GEMM for few tokens an expert: y[row] = x[row] @ w[expert of row]^T, FP4 weights, bf16 activations, fp32 accumulation.
 
-    x        [rows, K] bf16, columns in natural order
+    x        [rows, K] bf16, columns in natural order; SCALED: multiplied by one fp32 a row, `x_scale` (fp8 codes, which are exact in bf16)
     w        `HopperMatrix` [E, N, K]
     y        [rows, I] bf16 = activation(x @ w^T * multiplier + bias) where the matrix is w13, or [rows, N] bf16 or fp32
 
@@ -47,12 +47,13 @@ def _first_slot_of(ids_ptr, token, expert, num_tokens, TOP_K: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["num_tokens", "expert_offset", "num_experts", "split_stride"])
 def grouped_gemm_w4a16_decode(
-    x_ptr, words_ptr, scales_ptr, shift_ptr, multiplier_ptr, bias_ptr, y_ptr,
+    x_ptr, x_scale_ptr, words_ptr, scales_ptr, shift_ptr, multiplier_ptr, bias_ptr, y_ptr,
     ids_ptr, items_ptr, num_items_ptr, token_of_row_ptr,
     num_tokens, expert_offset, num_experts, split_stride,
     TOP_K: gl.constexpr, K: gl.constexpr, X_STRIDE: gl.constexpr, ROW_TILES: gl.constexpr, N: gl.constexpr, Y_STRIDE: gl.constexpr,
     NVFP4: gl.constexpr, IS_W13: gl.constexpr, KIND: gl.constexpr, ALPHA: gl.constexpr, BETA: gl.constexpr, LIMIT: gl.constexpr,
-    HAS_BIAS: gl.constexpr, DIRECT: gl.constexpr, TB: gl.constexpr, NB: gl.constexpr, SPLIT: gl.constexpr, X_AHEAD: gl.constexpr, PDL: gl.constexpr,
+    HAS_BIAS: gl.constexpr, SCALED: gl.constexpr, DIRECT: gl.constexpr, TB: gl.constexpr, NB: gl.constexpr, SPLIT: gl.constexpr,
+    X_AHEAD: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     GROUPS: gl.constexpr = (ROW_TILES + NB - 1) // NB
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [4, 1], [16, 8])
@@ -85,20 +86,20 @@ def grouped_gemm_w4a16_decode(
             num_rows = gl.load(items_ptr + index * 4 + 2)
     if is_active:
         _tile(
-            x_ptr, words_ptr, scales_ptr, shift_ptr, multiplier_ptr, bias_ptr, y_ptr, ids_ptr, token_of_row_ptr, num_tokens, split_stride,
-            expert, expert_id, row_start, num_rows, group, part, TOP_K, K, X_STRIDE, ROW_TILES, N, Y_STRIDE, NVFP4, IS_W13, KIND, ALPHA, BETA, LIMIT,
-            HAS_BIAS, DIRECT, TB, NB, SPLIT, X_AHEAD, PDL, MMA,
+            x_ptr, x_scale_ptr, words_ptr, scales_ptr, shift_ptr, multiplier_ptr, bias_ptr, y_ptr, ids_ptr, token_of_row_ptr, num_tokens,
+            split_stride, expert, expert_id, row_start, num_rows, group, part, TOP_K, K, X_STRIDE, ROW_TILES, N, Y_STRIDE, NVFP4, IS_W13, KIND,
+            ALPHA, BETA, LIMIT, HAS_BIAS, SCALED, DIRECT, TB, NB, SPLIT, X_AHEAD, PDL, MMA,
         )  # fmt: skip
 
 
 @gluon.jit
 def _tile(
-    x_ptr, words_ptr, scales_ptr, shift_ptr, multiplier_ptr, bias_ptr, y_ptr, ids_ptr, token_of_row_ptr, num_tokens, split_stride,
+    x_ptr, x_scale_ptr, words_ptr, scales_ptr, shift_ptr, multiplier_ptr, bias_ptr, y_ptr, ids_ptr, token_of_row_ptr, num_tokens, split_stride,
     expert, expert_id, row_start, num_rows, group, part,
     TOP_K: gl.constexpr, K: gl.constexpr, X_STRIDE: gl.constexpr, ROW_TILES: gl.constexpr, N: gl.constexpr, Y_STRIDE: gl.constexpr,
     NVFP4: gl.constexpr, IS_W13: gl.constexpr, KIND: gl.constexpr, ALPHA: gl.constexpr, BETA: gl.constexpr, LIMIT: gl.constexpr,
-    HAS_BIAS: gl.constexpr, DIRECT: gl.constexpr, TB: gl.constexpr, NB: gl.constexpr, SPLIT: gl.constexpr, X_AHEAD: gl.constexpr,
-    PDL: gl.constexpr, MMA: gl.constexpr,
+    HAS_BIAS: gl.constexpr, SCALED: gl.constexpr, DIRECT: gl.constexpr, TB: gl.constexpr, NB: gl.constexpr, SPLIT: gl.constexpr,
+    X_AHEAD: gl.constexpr, PDL: gl.constexpr, MMA: gl.constexpr,
 ):  # fmt: skip
     TILES: gl.constexpr = (K + 63) // 64
     RUNS: gl.constexpr = (TILES + 3) // 4
@@ -177,6 +178,23 @@ def _tile(
                 updated = updated + (mma_v2(w, x, accumulators[b]),)
             accumulators = updated
 
+    if SCALED:
+        scaled_row = gl.arange(0, TB, layout=gl.SliceLayout(0, MMA))
+        if DIRECT:
+            scale_row = _first_slot_of(ids_ptr, scaled_row, expert_id, num_tokens, TOP_K)
+            is_scaled = scale_row >= 0
+            if IS_W13:
+                scale_row = scale_row // TOP_K
+        else:
+            scale_row = row_start + scaled_row
+            is_scaled = scaled_row < num_rows
+            if IS_W13:
+                scale_row = gl.load(token_of_row_ptr + scale_row, mask=is_scaled, other=0)
+        x_scale = gl.load(x_scale_ptr + scale_row, mask=is_scaled, other=0.0)[None, :]
+        scaled = ()
+        for b in gl.static_range(NB):
+            scaled = scaled + (accumulators[b] * x_scale,)
+        accumulators = scaled
     multiplier0 = gl.load(multiplier_ptr + expert * 2)
     multiplier1 = gl.load(multiplier_ptr + expert * 2 + 1)
     y_ptr += part * split_stride

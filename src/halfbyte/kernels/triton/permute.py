@@ -184,7 +184,8 @@ def permute(ids: torch.Tensor, expert_offset: int, num_experts: int, max_rows: i
 
 @triton.jit
 def _gather(
-    x_ptr, row_of_slot_ptr, out_ptr, TOP_K: tl.constexpr, PAIRS: tl.constexpr, PADDED_PAIRS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, scales_ptr, row_of_slot_ptr, out_ptr, out_scales_ptr,
+    TOP_K: tl.constexpr, PAIRS: tl.constexpr, PADDED_PAIRS: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0)
     # Slot 16 s + 8 p + 2 t + e of a block of 64 holds column 16 t + 4 s + 2 p + e: pairs (e) stay together.
@@ -195,18 +196,28 @@ def _gather(
         gdc.gdc_launch_dependents()
     value = tl.load(x_ptr + token.to(tl.int64) * PAIRS + column, mask=column < PAIRS, other=0)
     for j in tl.static_range(TOP_K):
-        row = tl.load(row_of_slot_ptr + token * TOP_K + j).to(tl.int64) + tl.zeros_like(slot)
+        first_row = tl.load(row_of_slot_ptr + token * TOP_K + j)
+        row = first_row.to(tl.int64) + tl.zeros_like(slot)
         tl.store(out_ptr + row * PADDED_PAIRS + slot, value, mask=(slot < PADDED_PAIRS) & (row >= 0))
+        if SCALED:
+            tl.store(out_scales_ptr + first_row, tl.load(scales_ptr + token), mask=(first_row >= 0) & (tl.program_id(1) == 0))
 
 
-def gather(hidden: torch.Tensor, rows: Items, top_k: int, padded: int, *, launch_early: bool = False) -> torch.Tensor:
-    """hidden [T, H] (16-bit, contiguous, H even) to [T * k, padded]: columns in the slot order of the Hopper layout, zeros beyond H."""
+def gather(
+    hidden: torch.Tensor, rows: Items, top_k: int, padded: int, scales: torch.Tensor | None = None, *, launch_early: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """hidden [T, H] (16-bit, contiguous, H even) to [T * k, padded]: columns in the slot order of the Hopper layout, zeros beyond H.
+
+    `scales` fp32 [T], if given, go with their tokens: fp32 [T * k].
+    """
     num_tokens = hidden.shape[0]
     out = torch.empty((num_tokens * top_k, padded), dtype=hidden.dtype, device=hidden.device)
+    out_scales = None if scales is None else torch.empty(num_tokens * top_k, dtype=torch.float32, device=hidden.device)
     pairs = padded // 2
     block = min(1024, triton.next_power_of_2(pairs))
     _gather[(num_tokens, triton.cdiv(pairs, block))](
-        hidden.view(torch.int32), rows.row_of_slot, out.view(torch.int32), top_k, hidden.shape[1] // 2, pairs, block, launch_early,
+        hidden.view(torch.int32), hidden if scales is None else scales, rows.row_of_slot, out.view(torch.int32),
+        hidden if out_scales is None else out_scales, top_k, hidden.shape[1] // 2, pairs, scales is not None, block, launch_early,
         num_warps=4, **({"launch_pdl": True} if launch_early else {}),
     )  # fmt: skip
-    return out
+    return out, out_scales

@@ -44,11 +44,13 @@ from halfbyte.weights.layouts.hopper_bits import (
     TILES_PER_SCALE_WORD,
     decode_nvfp4_scale,
     encode_nvfp4_scale,
+    largest_of_rows,
     pack_codes,
     pack_scales,
     unpack_codes,
     unpack_scales,
 )
+from halfbyte.weights.layouts.hopper_fp8 import row_exponents
 
 NVFP4_SCALE_EXPONENT = 118  # the kernels' bf16 scale is s * 2^118: 448 * 2^120 would overflow
 ELEMENT_EXPONENT = -126  # a code's bits at the bottom of bf16's exponent are worth e2m1 * 2^-126
@@ -80,6 +82,7 @@ class HopperMatrix:
         scales: int64 [E, N/64, ceil(K/256), 128 (NVFP4) or 64 (MXFP4)].
         shift: int32 [E], MXFP4 only: exponent of bf16 = e8m0 byte + shift.
         multiplier: fp32 [E, 2] for the two halves of a tile (gate and up; equal for w2): what the accumulated product is multiplied by.
+        row_exponent: int8 [E, N], for fp8 tensor cores only: `hopper_fp8.row_exponents`.
         bias: fp32 [E, N] in tile row order, or None.
     """
 
@@ -87,11 +90,12 @@ class HopperMatrix:
     scales: torch.Tensor
     shift: torch.Tensor | None
     multiplier: torch.Tensor
+    row_exponent: torch.Tensor
     bias: torch.Tensor | None
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
-        fields = ("words", "scales", "shift", "multiplier", "bias")
+        fields = ("words", "scales", "shift", "multiplier", "row_exponent", "bias")
         return {name: getattr(self, name) for name in fields if getattr(self, name) is not None}
 
     @property
@@ -227,6 +231,7 @@ def _allocate_matrix(w: QuantTensor, rows: int, has_bias: bool, device: torch.de
         scales=empty(row_tiles, -(-columns // (TILE * TILES_PER_SCALE_WORD)), 128 if w.format == NVFP4 else 64, dtype=torch.int64),
         shift=None if w.format == NVFP4 else empty(dtype=torch.int32),
         multiplier=empty(2, dtype=torch.float32),
+        row_exponent=empty(rows, dtype=torch.int8),
         bias=empty(rows, dtype=torch.float32) if has_bias else None,
     )
 
@@ -237,6 +242,7 @@ def _pack_matrix(w: QuantTensor, bias: torch.Tensor | None, order: RowOrder, lar
     here = slice(first, first + num_experts)
     pack_weights = _pack_weights_on_gpu if _has_kernels(device) else _pack_weights
     pack_weights(w.codes, w.scales.view(torch.uint8), order, out.words[here], out.scales[here])
+    out.row_exponent[here] = row_exponents(largest_of_rows(out.scales[here]), w.format)
     if w.format == NVFP4:
         assert w.global_scale is not None
         out.multiplier[here] = (w.global_scale.view(num_experts, -1).expand(num_experts, 2) * _nvfp4_factor()).to(device)

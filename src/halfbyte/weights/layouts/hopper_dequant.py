@@ -64,7 +64,7 @@ def scale_offsets(NVFP4: gl.constexpr):
 
 
 @gluon.jit
-def _four_times(scale):
+def four_times(scale):
     """int32 [16, 8], one value a thread, to [16, 32] with the value beside each of the thread's words; no instruction."""
     wide, _ = gl.broadcast(gl.expand_dims(scale, 2), gl.zeros((16, 8, 4), gl.int32, layout=_WORD_LAYOUT_3D))
     return gl.convert_layout(gl.reshape(wide, (16, 32)), WORD_LAYOUT, assert_trivial=True)
@@ -73,7 +73,7 @@ def _four_times(scale):
 @gluon.jit
 def split_scales(scales):
     """int64 [16, 8] scale words to the two int32 [16, 32] that serve tiles 0, 1 and 2, 3 of the run."""
-    return _four_times(scales.to(gl.int32)), _four_times((scales >> 32).to(gl.int32))
+    return four_times(scales.to(gl.int32)), four_times((scales >> 32).to(gl.int32))
 
 
 # Where thread (w, 4 g + t) finds the two halves of its scale word in shared memory: entry 32 w + 4 g + t of NVFP4's [8, 32], 16 w + 2 g + t // 2 of
@@ -99,7 +99,7 @@ def load_scales(stage, NVFP4: gl.constexpr):
     """A run's scale words in shared memory, int32 [8, 32] (NVFP4) or [8, 16] (MXFP4), to what `split_scales` returns."""
     words = stage.load(_NVFP4_SCALE_WORDS if NVFP4 else _MXFP4_SCALE_WORDS)
     low, high = gl.split(gl.reshape(words, (8, stage.shape[1] // 2, 2)))
-    return _four_times(_every_thread(low, NVFP4)), _four_times(_every_thread(high, NVFP4))
+    return four_times(_every_thread(low, NVFP4)), four_times(_every_thread(high, NVFP4))
 
 
 @gluon.jit

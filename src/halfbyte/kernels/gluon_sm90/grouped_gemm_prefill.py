@@ -1,8 +1,10 @@
-"""Grouped GEMM for many tokens an expert: y[row] = x[row] @ w[expert of row]^T, FP4 weights, bf16 activations, fp32 accumulation.
+"""Grouped GEMM for many tokens an expert: y[row] = x[row] @ w[expert of row]^T, FP4 weights, bf16 or fp8 activations, fp32 accumulation.
 
-    x        [rows, K padded to 64] bf16, sorted by expert, columns in slot order (`weights.layouts.hopper`)
-    w        `HopperMatrix` [E, N, K]
-    y        [rows, I padded to 64] bf16, columns in slot order = activation(x @ w^T * multiplier + bias) where the matrix is w13, or [rows, N] bf16
+    x        [rows, K padded to 64] bf16 (W4A16) or e4m3 (W4A8), sorted by expert, columns in the slot order of the kind (`weights.layouts.hopper`,
+             `hopper_fp8`)
+    x_scale  [rows] fp32, SCALED only, as W4A8 always is: what a row of x is multiplied by
+    w        `HopperMatrix` [E, N, K]; W4A8 multiplies by what `hopper_fp8.round_to_fp8` gives
+    y        [rows, I padded to 64] bf16, columns in bf16 slot order = activation(x @ w^T * scales + bias) where the matrix is w13, or [rows, N] bf16
 
 A persistent program a multiprocessor, its warps specialised: two warps copy x and the weights to shared memory by TMA, each through a ring of its own
 and across the ends of tiles, so that weights keep streaming while a tile is finished; each of CONSUMERS warpgroups multiplies 64 weight rows of its
@@ -20,9 +22,12 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from halfbyte.kernels.gluon_sm90.compat import tma_load
 from halfbyte.kernels.gluon_sm90.epilogue import RELU2, activate, split_halves
+from halfbyte.weights.layouts.hopper import ELEMENT_EXPONENT, NVFP4_SCALE_EXPONENT
 from halfbyte.weights.layouts.hopper_dequant import WORD_LAYOUT, dequantize, exponent_bias, load_scales
+from halfbyte.weights.layouts.hopper_dequant_fp8 import dequantize_fp8, zero_scales
 
 RUN = gl.constexpr(4)  # tiles of 64 columns that share a word of scales: the unit in which weights are copied
+NVFP4_MULTIPLIER = gl.constexpr(2.0 ** (NVFP4_SCALE_EXPONENT + ELEMENT_EXPONENT))  # takes the bf16 kernels' exponents out of the multiplier
 
 
 @gluon.jit
@@ -93,8 +98,9 @@ def _produce_w(
 
 
 @gluon.constexpr_function
-def _accumulator_layout(tokens: int) -> gl.NVMMADistributedLayout:
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tokens, 16])
+def _accumulator_layout(tokens: int, elements: int) -> gl.NVMMADistributedLayout:
+    """`elements`: how many a register of the operands holds, 2 of bf16 or 4 of fp8."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tokens, 8 * elements])
 
 
 @gluon.jit
@@ -104,7 +110,8 @@ def _step(w, accumulator0, accumulator1, low, high, stage, COLUMN: gl.constexpr,
     accumulator0 = warpgroup_mma(w, x0.permute((1, 0)), accumulator0, is_async=True)
     if SIZE1 > 0:
         x1 = _columns(low.index(stage), SIZE0, SIZE1, COLUMN) if low.shape[1] > SIZE0 else _columns(high.index(stage), 0, SIZE1, COLUMN)
-        w1 = gl.convert_layout(w, gl.DotOperandLayout(0, _accumulator_layout(SIZE1), 2), assert_trivial=True)
+        ELEMENTS: gl.constexpr = 32 // w.dtype.primitive_bitwidth
+        w1 = gl.convert_layout(w, gl.DotOperandLayout(0, _accumulator_layout(SIZE1, ELEMENTS), ELEMENTS), assert_trivial=True)
         accumulator1 = warpgroup_mma(w1, x1.permute((1, 0)), accumulator1, is_async=True)
     return accumulator0, accumulator1
 
@@ -128,18 +135,29 @@ def _columns(x, FIRST: gl.constexpr, ROWS: gl.constexpr, COLUMN: gl.constexpr):
 
 
 @gluon.jit
+def _decode(words, scales, decoding, OPERAND: gl.constexpr, ODD: gl.constexpr, NVFP4: gl.constexpr, FP8: gl.constexpr):
+    """One tile of weights as a register operand; `decoding` is what the tile's rows or expert need for it."""
+    if FP8:
+        operand = dequantize_fp8(words, scales, decoding[0], decoding[1], OPERAND, ODD, NVFP4)
+    else:
+        operand = dequantize(words, scales, decoding, OPERAND, ODD, NVFP4)
+    return operand
+
+
+@gluon.jit
 def _multiply(
-    rings, x_it, w_it, bias, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, TILES: gl.constexpr, NVFP4: gl.constexpr,
-    SIZE0: gl.constexpr, SIZE1: gl.constexpr,
+    rings, x_it, w_it, decoding, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, TILES: gl.constexpr, NVFP4: gl.constexpr,
+    FP8: gl.constexpr, SIZE0: gl.constexpr, SIZE1: gl.constexpr,
 ):  # fmt: skip
     """One tile of 64 weight rows times SIZE0 + SIZE1 tokens, over all of K: the two accumulators and the advanced stage counters."""
     low, high, x_full, x_empty, words, scales, w_full, w_empty = rings
     STEP_K: gl.constexpr = low.shape[2]
     FIRST_STAGE: gl.constexpr = CONSUMER * w_full.shape[0]
     SPARE: gl.constexpr = SIZE1 if SIZE1 > 0 else 16  # an accumulator that is not used costs no register
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, _accumulator_layout(SIZE0), 2)
-    accumulator0 = gl.zeros((64, SIZE0), gl.float32, layout=_accumulator_layout(SIZE0))
-    accumulator1 = gl.zeros((64, SPARE), gl.float32, layout=_accumulator_layout(SPARE))
+    ELEMENTS: gl.constexpr = 4 if FP8 else 2
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, _accumulator_layout(SIZE0, ELEMENTS), ELEMENTS)
+    accumulator0 = gl.zeros((64, SIZE0), gl.float32, layout=_accumulator_layout(SIZE0, ELEMENTS))
+    accumulator1 = gl.zeros((64, SPARE), gl.float32, layout=_accumulator_layout(SPARE, ELEMENTS))
     for _ in range((TILES + RUN - 1) // RUN):
         w_stage, w_phase = _stage_and_phase(w_it, w_full)
         mbarrier.wait(w_full.index(w_stage), w_phase)
@@ -149,7 +167,7 @@ def _multiply(
             tile_words = run_words.slice(c * 16, 16, dim=0).load(WORD_LAYOUT)
             if c == RUN - 1:
                 mbarrier.arrive(w_empty.index(w_stage), count=1)
-            w = dequantize(tile_words, low_scales if c < 2 else high_scales, bias, OPERAND, c % 2 == 1, NVFP4)
+            w = _decode(tile_words, low_scales if c < 2 else high_scales, decoding, OPERAND, c % 2 == 1, NVFP4, FP8)
             x_stage, x_phase = _stage_and_phase(x_it, x_full)
             if c * 64 % STEP_K == 0:
                 mbarrier.wait(x_full.index(x_stage), x_phase)
@@ -167,28 +185,45 @@ def _multiply(
 
 
 @gluon.jit
+def _row_factors(exponents_ptr, rows, multiplier, NVFP4: gl.constexpr):
+    """W4A8: what the products of `rows` of a tile are multiplied by, 2^j and in NVFP4 the global scale."""
+    factor = ((gl.load(exponents_ptr + rows).to(gl.int32) + 127) << 23).to(gl.float32, bitcast=True)
+    if NVFP4:
+        factor = factor * (multiplier * NVFP4_MULTIPLIER)
+    return factor[:, None]
+
+
+@gluon.jit
 def _store(
-    accumulator, multiplier0, multiplier1, bias_ptr, y_ptr, row_start, num_rows, n_start, TOKENS: gl.constexpr, N: gl.constexpr,
-    Y_STRIDE: gl.constexpr, IS_W13: gl.constexpr, KIND: gl.constexpr, ALPHA: gl.constexpr, BETA: gl.constexpr, LIMIT: gl.constexpr,
-    HAS_BIAS: gl.constexpr,
+    accumulator, multiplier0, multiplier1, exponents_ptr, x_scale_ptr, bias_ptr, y_ptr, row_start, num_rows, n_start, TOKENS: gl.constexpr,
+    N: gl.constexpr, Y_STRIDE: gl.constexpr, NVFP4: gl.constexpr, FP8: gl.constexpr, SCALED: gl.constexpr, IS_W13: gl.constexpr, KIND: gl.constexpr,
+    ALPHA: gl.constexpr, BETA: gl.constexpr, LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """Scale, add the bias, activate, and write [tokens, 64 or 32] of y from column `n_start` (in units of one tile) on."""
     WIDTH: gl.constexpr = 32 if IS_W13 and KIND != RELU2 else 64
     OUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (WIDTH // 8), WIDTH // 8], [4, 1], [1, 0])
+    if SCALED:
+        row = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, accumulator.type.layout))
+        accumulator = accumulator * gl.load(x_scale_ptr + row_start + row, mask=row < num_rows, other=0.0)[None, :]
     if WIDTH == 32:
         gate, up = split_halves(accumulator, TOKENS)
-        gate = gate * multiplier0
-        up = up * multiplier1
+        i = gl.arange(0, 32, layout=gl.SliceLayout(1, gate.type.layout))
+        entry = i // 8 * 16 + i % 8
+        if FP8:
+            gate = gate * _row_factors(exponents_ptr, entry, multiplier0, NVFP4)
+            up = up * _row_factors(exponents_ptr, entry + 8, multiplier1, NVFP4)
+        else:
+            gate = gate * multiplier0
+            up = up * multiplier1
         if HAS_BIAS:
-            i = gl.arange(0, 32, layout=gl.SliceLayout(1, gate.type.layout))
-            entry = bias_ptr + i // 8 * 16 + i % 8
-            gate = gate + gl.load(entry)[:, None]
-            up = up + gl.load(entry + 8)[:, None]
+            gate = gate + gl.load(bias_ptr + entry)[:, None]
+            up = up + gl.load(bias_ptr + entry + 8)[:, None]
         value = activate(gate, up, KIND, ALPHA, BETA, LIMIT)
     else:
-        value = accumulator * multiplier0
+        entry = gl.arange(0, 64, layout=gl.SliceLayout(1, accumulator.type.layout))
+        value = accumulator * (_row_factors(exponents_ptr, entry, multiplier0, NVFP4) if FP8 else multiplier0)
         if HAS_BIAS:
-            value = value + gl.load(bias_ptr + gl.arange(0, 64, layout=gl.SliceLayout(1, value.type.layout)))[:, None]
+            value = value + gl.load(bias_ptr + entry)[:, None]
         if IS_W13:
             value = activate(value, value, KIND, ALPHA, BETA, LIMIT)
     value = gl.convert_layout(gl.permute(value.to(y_ptr.dtype.element_ty), (1, 0)), OUT)
@@ -200,20 +235,20 @@ def _store(
 
 @gluon.jit
 def _multiply_and_store(
-    rings, x_it, w_it, bias, multiplier0, multiplier1, bias_ptr, y_ptr, row_start, num_rows, row_tile,
+    rings, x_it, w_it, decoding, multiplier0, multiplier1, exponents_ptr, x_scale_ptr, bias_ptr, y_ptr, row_start, num_rows, row_tile,
     CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, TILES: gl.constexpr, N: gl.constexpr, Y_STRIDE: gl.constexpr, NVFP4: gl.constexpr,
-    IS_W13: gl.constexpr, KIND: gl.constexpr, ALPHA: gl.constexpr, BETA: gl.constexpr, LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr,
-    SIZE0: gl.constexpr, SIZE1: gl.constexpr,
+    FP8: gl.constexpr, SCALED: gl.constexpr, IS_W13: gl.constexpr, KIND: gl.constexpr, ALPHA: gl.constexpr, BETA: gl.constexpr,
+    LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr, SIZE0: gl.constexpr, SIZE1: gl.constexpr,
 ):  # fmt: skip
-    first, second, x_it, w_it = _multiply(rings, x_it, w_it, bias, CONSUMER, CONSUMERS, TILES, NVFP4, SIZE0, SIZE1)
+    first, second, x_it, w_it = _multiply(rings, x_it, w_it, decoding, CONSUMER, CONSUMERS, TILES, NVFP4, FP8, SIZE0, SIZE1)
     _store(
-        first, multiplier0, multiplier1, bias_ptr, y_ptr, row_start, num_rows, row_tile, SIZE0, N, Y_STRIDE, IS_W13, KIND, ALPHA, BETA, LIMIT,
-        HAS_BIAS,
+        first, multiplier0, multiplier1, exponents_ptr, x_scale_ptr, bias_ptr, y_ptr, row_start, num_rows, row_tile, SIZE0, N, Y_STRIDE, NVFP4, FP8,
+        SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS,
     )  # fmt: skip
     if SIZE1 > 0:
         _store(
-            second, multiplier0, multiplier1, bias_ptr, y_ptr, row_start + SIZE0, num_rows - SIZE0, row_tile, SIZE1, N, Y_STRIDE, IS_W13, KIND,
-            ALPHA, BETA, LIMIT, HAS_BIAS,
+            second, multiplier0, multiplier1, exponents_ptr, x_scale_ptr, bias_ptr, y_ptr, row_start + SIZE0, num_rows - SIZE0, row_tile, SIZE1, N,
+            Y_STRIDE, NVFP4, FP8, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS,
         )  # fmt: skip
     return x_it, w_it
 
@@ -221,10 +256,10 @@ def _multiply_and_store(
 @gluon.jit
 def _consume(
     tensors, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, ROW_TILES: gl.constexpr, TILES: gl.constexpr, N: gl.constexpr,
-    Y_STRIDE: gl.constexpr, NVFP4: gl.constexpr, IS_W13: gl.constexpr, KIND: gl.constexpr, ALPHA: gl.constexpr, BETA: gl.constexpr,
-    LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr, SIZES: gl.constexpr,
+    Y_STRIDE: gl.constexpr, NVFP4: gl.constexpr, FP8: gl.constexpr, SCALED: gl.constexpr, IS_W13: gl.constexpr, KIND: gl.constexpr,
+    ALPHA: gl.constexpr, BETA: gl.constexpr, LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr, SIZES: gl.constexpr,
 ):  # fmt: skip
-    rings, shift_ptr, multiplier_ptr, bias_ptr, y_ptr, items_ptr, num_tiles = tensors
+    rings, shift_ptr, multiplier_ptr, exponents_ptr, x_scale_ptr, bias_ptr, y_ptr, items_ptr, num_tiles = tensors
     GROUPS: gl.constexpr = (ROW_TILES + CONSUMERS - 1) // CONSUMERS
     x_it = 0
     w_it = 0
@@ -240,14 +275,15 @@ def _consume(
         row_tile = tile % GROUPS * CONSUMERS + CONSUMER
         multiplier0 = gl.load(multiplier_ptr + expert * 2)
         multiplier1 = gl.load(multiplier_ptr + expert * 2 + 1)
-        tile_bias = bias_ptr + (expert * ROW_TILES + row_tile) * 64
-        bias = exponent_bias(0 if NVFP4 else gl.load(shift_ptr + expert))
+        tile_rows = (expert * ROW_TILES + gl.minimum(row_tile, ROW_TILES - 1)) * 64
+        decoding = zero_scales(exponents_ptr + tile_rows, NVFP4) if FP8 else exponent_bias(0 if NVFP4 else gl.load(shift_ptr + expert))
         stored_rows = gl.where(row_tile < ROW_TILES, num_rows, 0)  # spare consumers of a short last group store nothing
         for s in gl.static_range(len(SIZES)):
             if (num_rows > (0 if s == 0 else SIZES[s - 1][0] + SIZES[s - 1][1])) & (num_rows <= SIZES[s][0] + SIZES[s][1]):
                 x_it, w_it = _multiply_and_store(
-                    rings, x_it, w_it, bias, multiplier0, multiplier1, tile_bias, y_ptr, row_start, stored_rows, row_tile,
-                    CONSUMER, CONSUMERS, TILES, N, Y_STRIDE, NVFP4, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES[s][0], SIZES[s][1],
+                    rings, x_it, w_it, decoding, multiplier0, multiplier1, exponents_ptr + tile_rows, x_scale_ptr, bias_ptr + tile_rows, y_ptr,
+                    row_start, stored_rows, row_tile, CONSUMER, CONSUMERS, TILES, N, Y_STRIDE, NVFP4, FP8, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT,
+                    HAS_BIAS, SIZES[s][0], SIZES[s][1],
                 )  # fmt: skip
 
 
@@ -259,21 +295,22 @@ def _rows_of_stages(max_tokens: int) -> tuple[int, int]:
 
 
 @gluon.jit
-def grouped_gemm_w4a16_prefill(
-    x_desc, words_desc, scales_desc, shift_ptr, multiplier_ptr, bias_ptr, y_ptr, items_ptr, num_items_ptr,
+def grouped_gemm_prefill(
+    x_desc, words_desc, scales_desc, shift_ptr, multiplier_ptr, exponents_ptr, x_scale_ptr, bias_ptr, y_ptr, items_ptr, num_items_ptr,
     ROW_TILES: gl.constexpr, TILES: gl.constexpr, N: gl.constexpr, Y_STRIDE: gl.constexpr,
-    NVFP4: gl.constexpr, IS_W13: gl.constexpr, KIND: gl.constexpr, ALPHA: gl.constexpr, BETA: gl.constexpr, LIMIT: gl.constexpr,
-    HAS_BIAS: gl.constexpr, SIZES: gl.constexpr, CONSUMERS: gl.constexpr, X_STAGES: gl.constexpr, W_STAGES: gl.constexpr,
+    NVFP4: gl.constexpr, SCALED: gl.constexpr, IS_W13: gl.constexpr, KIND: gl.constexpr, ALPHA: gl.constexpr, BETA: gl.constexpr,
+    LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr, SIZES: gl.constexpr, CONSUMERS: gl.constexpr, X_STAGES: gl.constexpr, W_STAGES: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     GROUPS: gl.constexpr = (ROW_TILES + CONSUMERS - 1) // CONSUMERS
     MAX_TOKENS: gl.constexpr = SIZES[len(SIZES) - 1][0] + SIZES[len(SIZES) - 1][1]
     ROWS: gl.constexpr = _rows_of_stages(MAX_TOKENS)
     STEP_K: gl.constexpr = x_desc.block_type.shape[1]
+    FP8: gl.constexpr = x_desc.dtype == gl.float8e4nv
     STEPS: gl.constexpr = (TILES + RUN - 1) // RUN * (RUN * 64 // STEP_K)
     num_tiles = gl.load(num_items_ptr) * GROUPS
-    low = gl.allocate_shared_memory(gl.bfloat16, [X_STAGES, ROWS[0], STEP_K], x_desc.layout)
-    high = gl.allocate_shared_memory(gl.bfloat16, [X_STAGES if ROWS[0] < MAX_TOKENS else 1, ROWS[1], STEP_K], x_desc.layout)
+    low = gl.allocate_shared_memory(x_desc.dtype, [X_STAGES, ROWS[0], STEP_K], x_desc.layout)
+    high = gl.allocate_shared_memory(x_desc.dtype, [X_STAGES if ROWS[0] < MAX_TOKENS else 1, ROWS[1], STEP_K], x_desc.layout)
     words = gl.allocate_shared_memory(gl.int32, [W_STAGES * CONSUMERS, RUN * 16, 32], words_desc.layout)
     scales = gl.allocate_shared_memory(gl.int32, [W_STAGES * CONSUMERS] + scales_desc.block_type.shape, scales_desc.layout)
     x_full = gl.allocate_shared_memory(gl.int64, [X_STAGES, 1], mbarrier.MBarrierLayout())
@@ -287,13 +324,13 @@ def grouped_gemm_w4a16_prefill(
         mbarrier.init(w_full.index(i), count=1)
         mbarrier.init(w_empty.index(i), count=CONSUMERS)
     rings = (low, high, x_full, x_empty, words, scales, w_full, w_empty)
-    tensors = (rings, shift_ptr, multiplier_ptr, bias_ptr, y_ptr, items_ptr, num_tiles)
+    tensors = (rings, shift_ptr, multiplier_ptr, exponents_ptr, x_scale_ptr, bias_ptr, y_ptr, items_ptr, num_tiles)
     partitions: gl.constexpr = 4 - CONSUMERS  # how many of the following are left out
     gl.warp_specialize([
-        (_consume, (tensors, 3, CONSUMERS, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES)),
-        (_consume, (tensors, 2, CONSUMERS, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES)),
-        (_consume, (tensors, 1, CONSUMERS, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES)),
-        (_consume, (tensors, 0, CONSUMERS, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES)),
+        (_consume, (tensors, 3, CONSUMERS, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, FP8, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES)),
+        (_consume, (tensors, 2, CONSUMERS, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, FP8, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES)),
+        (_consume, (tensors, 1, CONSUMERS, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, FP8, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES)),
+        (_consume, (tensors, 0, CONSUMERS, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, FP8, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES)),
         (_produce_x, (x_desc, low, high, x_full, x_empty, items_ptr, num_tiles, GROUPS, STEPS, MAX_TOKENS)),
         (_produce_w, (words_desc, scales_desc, words, scales, w_full, w_empty, items_ptr, num_tiles, GROUPS, CONSUMERS, ROW_TILES, TILES)),
     ][partitions:], _worker_warps(CONSUMERS), _worker_registers(CONSUMERS, CONSUMER_REGISTERS))  # fmt: skip

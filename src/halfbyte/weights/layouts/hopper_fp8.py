@@ -1,0 +1,85 @@
+"""What the fp8 tensor cores make of the Hopper layout: the same words and scales as W4A16, decoded to e4m3 (`hopper_dequant_fp8.py`).
+
+    weight = e4m3(e2m1 * scale * 2^-j) * 2^j        rounded to nearest even; j is one integer a row: `row_exponents`
+
+j brings the largest scale of a row to 64 or just below, so that 6 times it is within e4m3's 448. What that costs:
+
+    MXFP4   nothing where the scales of a row span at most 14 octaves: e4m3 holds 0.5 * 2^-8 to 6 * 2^6. Beyond that, values are rounded to multiples
+            of 2^-9 in a row whose largest scale is 64: a relative error of the row of at most sqrt(K) * 2^-15 (2.6e-3 for K = 7168)
+    NVFP4   1.5 times an e4m3 scale has up to 6 significant bits, e4m3 has 4: magnitudes 1.5, 3 and 6 are rounded, the others are exact. About 2 %
+            of the weights' norm, beside the 9.6 % that NVFP4 itself lost
+
+A thread's 16 columns are its share of two steps of m64nNk32: slot 16 s + 4 t + 2 e + 1 - p of k holds column 16 t + 4 s + 2 p + e. Who multiplies
+permutes the activations the same way inside each 64: `FP8_SLOT_TO_COLUMN`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from halfbyte.checkpoint.experts import ExpertWeights
+from halfbyte.formats import NVFP4, BlockFormat, QuantTensor, e2m1, e4m3
+
+TOP_EXPONENT = 6  # of a row's largest power-of-two scale after the shift; other scales stay below 2^6
+SMALLEST_ROW_EXPONENT = -126  # keeps 2^j a normal fp32
+FP8_SLOT_TO_COLUMN = tuple(16 * (slot // 4 % 4) + 4 * (slot // 16) + 2 * (1 - slot % 2) + slot // 2 % 2 for slot in range(64))
+
+
+@dataclass(frozen=True)
+class WeightError:
+    """What rounding weights to e4m3 changes: `rows` that differ from their FP4 values, of `total_rows`; the `relative` L2 error of all weights."""
+
+    rows: int
+    total_rows: int
+    relative: float
+
+
+def row_exponents(largest: torch.Tensor, format: BlockFormat) -> torch.Tensor:
+    """j of rows from their largest scale bytes, coded as `hopper.pack` stores them (uint8): int8 of the same shape.
+
+    >>> row_exponents(torch.tensor([127], dtype=torch.uint8), halfbyte.MXFP4).tolist()
+    [-6]
+    """
+    byte = largest.int()
+    exponent = (byte >> 3) - 21 + 1 - TOP_EXPONENT if format == NVFP4 else byte - 127 - TOP_EXPONENT
+    return exponent.clamp(min=SMALLEST_ROW_EXPONENT).to(torch.int8)
+
+
+def round_to_fp8(w: QuantTensor) -> torch.Tensor:
+    """The values of `w` [..., N, K] that the fp8 kernels multiply by, in fp32.
+
+    >>> q = halfbyte.quantize(torch.randn(8, 64), halfbyte.MXFP4)
+    >>> torch.equal(round_to_fp8(q), q.dequantize())
+    True
+    """
+    linear = w.with_scale_layout("linear")
+    scales = w.format.decode_scales(linear.scales)
+    _, exponent = torch.frexp(scales.amax(dim=-1, keepdim=True))  # the largest scale is in [2^(exponent - 1), 2^exponent)
+    j = (exponent - (TOP_EXPONENT if w.format == NVFP4 else TOP_EXPONENT + 1)).clamp(min=SMALLEST_ROW_EXPONENT)
+    elements = e2m1.decode_packed(linear.codes).unflatten(-1, (-1, w.format.block))
+    rounded = torch.ldexp(e4m3.encode((elements * torch.ldexp(scales, -j).unsqueeze(-1)).flatten(-2)).float(), j)
+    row_scale = w.row_global_scale()
+    return rounded if row_scale is None else rounded * row_scale
+
+
+def weight_error(w: ExpertWeights) -> dict[str, WeightError]:
+    """Measure, for "w13" and "w2", how far e4m3 is from the FP4 weights; one expert at a time.
+
+    >>> q = halfbyte.quantize(torch.randn(2, 64, 64), halfbyte.MXFP4)
+    >>> weight_error(halfbyte.ExpertWeights(q, halfbyte.quantize(torch.randn(2, 64, 32), halfbyte.MXFP4)))["w13"].rows
+    0
+    """
+    return {name: _error_of(matrix) for name, matrix in (("w13", w.w13), ("w2", w.w2)) if isinstance(matrix, QuantTensor)}
+
+
+def _error_of(w: QuantTensor) -> WeightError:
+    rows, squared_error, squared_norm = 0, 0.0, 0.0
+    for expert in range(w.shape[0]):
+        exact = w[expert].dequantize()
+        difference = round_to_fp8(w[expert]) - exact
+        rows += int((difference != 0).any(dim=-1).sum())
+        squared_error += float(difference.double().square().sum())
+        squared_norm += float(exact.double().square().sum())
+    return WeightError(rows, w.shape[0] * w.shape[1], (squared_error / squared_norm) ** 0.5 if squared_norm else 0.0)

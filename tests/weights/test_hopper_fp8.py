@@ -1,0 +1,120 @@
+"""e4m3 weights of the Hopper layout: the kernel's own PTX, executed on the CPU, against plain torch; slot order; rounding errors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from dequant_ptx import execute
+from helpers import assert_equal_bits
+
+import halfbyte as hb
+from halfbyte.checkpoint.experts import RELU2, SWIGLU, Activation, ExpertWeights
+from halfbyte.formats import e4m3
+from halfbyte.weights.layouts import hopper, hopper_fp8
+
+pytest.importorskip("triton")
+
+from halfbyte.weights.layouts.hopper_dequant_fp8 import _assembly
+
+
+def make_matrix(rows: int, columns: int, format: hb.BlockFormat, low: int, high: int) -> hb.QuantTensor:
+    """Random codes; scale bytes from low to high, also where the first one of each row is 0."""
+    random = torch.Generator().manual_seed(rows + columns)
+    codes = torch.randint(0, 256, (1, rows, columns // 2), dtype=torch.uint8, generator=random)
+    scales = torch.randint(low, high, (1, rows, columns // format.block), dtype=torch.uint8, generator=random)
+    scales[:, ::5, 0] = 0
+    return hb.QuantTensor(codes, scales, torch.ones(1) if format is hb.NVFP4 else None, format)
+
+
+def kernel_weights(matrix: hopper.HopperMatrix, format: hb.BlockFormat) -> torch.Tensor:
+    """Decode expert 0 as the kernel does: fp32 [N, K] in tile row order, columns in natural order, times 2^j."""
+    row_tiles, column_tiles = matrix.row_tiles, matrix.column_tiles
+    thread = torch.arange(128)
+    row = thread // 32 * 16 + thread % 32 // 4
+    exponents = matrix.row_exponent[0].view(row_tiles, 64).long()
+    zero = 8 * (exponents + 6) if format is hb.NVFP4 else exponents + 112
+    result = torch.empty(row_tiles * 64, column_tiles * 64)
+    column = torch.tensor(hopper_fp8.FP8_SLOT_TO_COLUMN)
+    for tile in range(row_tiles):
+        for k in range(column_tiles):
+            words = matrix.words[0, tile, k].view(128, 4).long()
+            entry = thread if format is hb.NVFP4 else thread // 2
+            scale_word = matrix.scales[0, tile, k // 4][entry].contiguous().view(torch.int32).view(128, 2)[:, k % 4 // 2].long()
+            inputs = {8 + s: words[:, s] for s in range(4)} | {12: scale_word, 16: zero[tile][row], 20: zero[tile][row + 8]}
+            registers = execute(_assembly(2 * (k % 2), format is hb.NVFP4), inputs, 8)
+            for s in range(4):
+                for h in range(2):
+                    values = registers[2 * s + h].to(torch.int32).view(torch.uint8).view(128, 4).view(torch.float8_e4m3fn).float()
+                    for b in range(4):
+                        slot = 16 * s + 4 * (thread % 4) + b
+                        result[64 * tile + row + 8 * h, 64 * k + column[slot]] = values[:, b]
+    return torch.ldexp(result, matrix.row_exponent[0].int().unsqueeze(1))
+
+
+@pytest.mark.parametrize("activation", [SWIGLU, RELU2], ids=["gated", "plain"])
+@pytest.mark.parametrize(
+    ("format", "low", "high"),
+    [(hb.NVFP4, 1, 0x7F), (hb.NVFP4, 0x60, 0x7F), (hb.NVFP4, 1, 4), (hb.MXFP4, 110, 125), (hb.MXFP4, 60, 254), (hb.MXFP4, 0, 8)],
+)
+def test_the_kernels_assembly_decodes_what_torch_rounds(format: hb.BlockFormat, low: int, high: int, activation: Activation) -> None:
+    halves = 2 if activation.gated else 1
+    w13, w2 = make_matrix(halves * 96, 160, format, low, high), make_matrix(160, 96, format, low, high)
+    w = ExpertWeights(w13, w2, activation)
+    packed = hopper.allocate(w, "cpu")
+    hopper.pack(w, packed)
+    order = hopper.w13_row_order(96, halves)
+    for matrix, expected, rows in ((packed.w13, w13, order), (packed.w2, w2, hopper.w2_row_order(160))):
+        decoded = kernel_weights(matrix, format)
+        columns = expected.shape[-1]
+        kept = rows >= 0
+        assert torch.equal(decoded[kept][:, :columns], hopper_fp8.round_to_fp8(expected)[0][rows[kept]])  # -0 equals 0
+        assert not decoded[~kept].any() and not decoded[:, columns:].any()
+
+
+def test_the_slot_order_follows_the_fragments_of_the_instruction() -> None:
+    """PTX ISA, wgmma m64nNk32 A fragment: register r of a thread t of a quad has row half r % 2, slots 16 (r // 2) + 4 t + b of each 32."""
+    assert sorted(hopper_fp8.FP8_SLOT_TO_COLUMN) == list(range(64))
+    for slot, column in enumerate(hopper_fp8.FP8_SLOT_TO_COLUMN):
+        assert column // 16 == slot // 4 % 4  # a thread's slots are its own 16 columns
+        assert column % 16 // 4 == slot // 16  # and a register's are four neighbours
+    assert hopper_fp8.FP8_SLOT_TO_COLUMN[:4] == (2, 0, 3, 1)
+
+
+@pytest.mark.parametrize(("span", "rows"), [(14, 0), (15, 32)])
+def test_mxfp4_is_exact_up_to_fourteen_octaves(span: int, rows: int) -> None:
+    codes = torch.full((1, 64, 32), 0x71, dtype=torch.uint8)  # 0.5 and 6
+    scales = torch.full((1, 64, 2), 120, dtype=torch.uint8)
+    scales[..., 1] = 120 - span
+    q = hb.QuantTensor(codes, scales, None, hb.MXFP4)
+    w = ExpertWeights(replace(q, codes=codes[:, :32], scales=scales[:, :32]), replace(q, codes=codes[..., :16], scales=scales[..., :1]), RELU2)
+    errors = hopper_fp8.weight_error(w)
+    assert errors["w13"].rows == rows and errors["w13"].total_rows == 32
+    assert errors["w2"] == hopper_fp8.WeightError(0, 64, 0.0)
+    bound = 64**0.5 * 2**-15
+    assert (errors["w13"].relative == 0) if rows == 0 else (0 < errors["w13"].relative < bound)
+
+
+def test_nvfp4_rounds_only_magnitudes_with_two_bits() -> None:
+    w = hb.quantize(torch.randn(1, 256, 512, generator=torch.Generator().manual_seed(0)), hb.NVFP4)
+    exact, rounded = w.dequantize(), hopper_fp8.round_to_fp8(w)
+    magnitude = w.codes.view(1, 256, 256, 1).expand(1, 256, 256, 2).clone()
+    magnitude[..., 1] >>= 4
+    one_bit = torch.isin(magnitude.flatten(-2) & 7, torch.tensor([0, 1, 2, 4, 6], dtype=torch.uint8))
+    assert_equal_bits(rounded[one_bit].abs(), exact[one_bit].abs())
+    error = ((rounded - exact).norm() / exact.norm()).item()
+    assert 0.015 < error < 0.025
+    measured = hopper_fp8.weight_error(ExpertWeights(w, replace(w, codes=w.codes.view(1, 512, 128), scales=w.scales.view(1, 512, 16)), RELU2))
+    assert measured["w13"].relative == pytest.approx(error, rel=1e-4)
+
+
+def test_a_table_of_every_scale_is_what_e4m3_rounds_to() -> None:
+    """One row for each of the 126 scales above zero, alone in its row: 8 magnitudes, exact fp32 products rounded once."""
+    bytes_ = torch.arange(1, 0x7F, dtype=torch.uint8)
+    codes = torch.tensor([0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE], dtype=torch.uint8).expand(126, 8)
+    q = hb.QuantTensor(codes, bytes_.view(-1, 1), torch.tensor(1.0), hb.NVFP4)
+    value = q.dequantize()
+    scale = bytes_.view(torch.float8_e4m3fn).float().unsqueeze(1)
+    j = torch.floor(torch.log2(scale)) - 5
+    assert torch.equal(hopper_fp8.round_to_fp8(q), e4m3.encode(value * torch.exp2(-j)).float() * torch.exp2(j))
