@@ -197,7 +197,8 @@ def _decode_gemm(
     items: Items | None, expert_offset: int, config: DecodeConfig, *, is_w13: bool,
 ) -> None:  # fmt: skip
     parts, _, columns = y.shape
-    groups = -(-matrix.row_tiles // config.tiles)
+    tiles = min(config.tiles, matrix.row_tiles)
+    groups = -(-matrix.row_tiles // tiles)
     work = ids.numel() if items is None else items.items.shape[0]
     token_of_row, item_list, num_items = (ids, ids, ids) if items is None else (items.token_of_row, items.items, items.num_items)
     k = experts.hidden if is_w13 else experts.intermediate
@@ -205,7 +206,7 @@ def _decode_gemm(
         x, x if x_scale is None else x_scale, matrix.words, matrix.scales, *_optional(matrix), y, ids, item_list, num_items, token_of_row,
         ids.shape[0], expert_offset, experts.num_experts, y.stride(0),
         ids.shape[1], k, x.stride(0), matrix.row_tiles, columns, columns, experts.format == NVFP4, is_w13, *_activation(experts),
-        matrix.bias is not None, x_scale is not None, config.direct, config.rows, config.tiles, parts, config.ahead, True,
+        matrix.bias is not None, x_scale is not None, config.direct, config.rows, tiles, parts, config.ahead, True,
         num_warps=NUM_WARPS, launch_pdl=True,
     )  # fmt: skip
 

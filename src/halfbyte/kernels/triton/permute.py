@@ -126,6 +126,7 @@ def _count(
             row = first + tl.arange(0, SCAN_CHUNKS)
             entry = base_ptr + row[:, None] * BINS + bins[None, :]
             counts = tl.load(entry, mask=(row < num_chunks)[:, None], other=0, cache_modifier=".cg")
+            tl.debug_barrier()  # several threads read an entry; none may read it after another has written it
             tl.store(entry, total[None, :] + tl.cumsum(counts, axis=0) - counts, mask=(row < num_chunks)[:, None])
             total += tl.sum(counts, axis=0)
         starts = tl.cumsum(total) - total
