@@ -205,7 +205,8 @@ def _page_sums(data: torch.Tensor) -> torch.Tensor:
 def _digest(sums: list[torch.Tensor]) -> str:
     crc = 0
     for part in sums:
-        crc = zlib.crc32(memory_of(part.cpu()), crc)
+        host = part.cpu()  # named: the memory lives as long as the tensor
+        crc = zlib.crc32(memory_of(host), crc)
     return f"{crc:08x}"
 
 
