@@ -49,7 +49,8 @@ def write_tensors(stream: BinaryIO, tensors: Mapping[str, torch.Tensor], metadat
     _write(stream, memoryview(struct.pack("<Q", len(header)) + header))
     for tensor in tensors.values():
         for block in _bytes_of(tensor).split(_BLOCK_BYTES):
-            _write(stream, memory_of(block.cpu()))
+            host = block.cpu()  # named: the memory lives as long as the tensor
+            _write(stream, memory_of(host))
 
 
 @dataclass(frozen=True)
