@@ -64,8 +64,8 @@ def test_the_kernels_assembly_decodes_what_torch_rounds(format: hb.BlockFormat, 
     w = ExpertWeights(w13, w2, activation)
     packed = hopper.allocate(w, "cpu")
     hopper.pack(w, packed)
-    order = hopper.w13_row_order(96, halves)
-    for matrix, expected, rows in ((packed.w13, w13, order), (packed.w2, w2, hopper.w2_row_order(160))):
+    for matrix, expected, order in ((packed.w13, w13, hopper.w13_order(activation)), (packed.w2, w2, "straight")):
+        rows = hopper.source_rows(order, expected.shape[-2])
         decoded = kernel_weights(matrix, format)
         columns = expected.shape[-1]
         kept = rows >= 0
