@@ -2,7 +2,7 @@
 
 import torch
 from helpers import assert_equal_bits
-from test_hopper_layout import make_experts
+from random_experts import make_experts
 
 import halfbyte as hb
 from halfbyte.checkpoint.experts import RELU2, SWIGLU, Activation
