@@ -7,8 +7,9 @@
     num_items      [1] int32
 
 Program e counts the slots of expert e and of those before it, then writes the rows of its own: every program reads all ids (L2 serves them), none
-waits for another. The program that finishes last lays out the items; it is found by a counter that it sets back to zero. An expert with more than
-`max_rows` rows is cut into equal items. Where there is a choice of tiles, larger items come first: what the persistent GEMMs do last is then small.
+waits for another. The program that finishes last, found by a counter, lays out the items; few slots (SINGLE) every program counts for all experts, and
+lays out its own items. An expert with more than `max_rows` rows is cut into equal items. Where there is a choice of tiles, larger items come first:
+what the persistent GEMMs do last is then small.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc
 
 ITEM_ALIGNMENT = 16  # cut experts at multiples of this many rows
+MAX_SINGLE_SLOTS = 1024
 MAX_ORDERED_ITEMS = 65535  # of each of the four sizes that items are ordered by: their counts share a word of 64 bits
 
 
@@ -50,40 +52,62 @@ def _local_experts(ids_ptr, slot, num_slots, expert_offset):
 
 
 @triton.jit
-def _place_in_list(pieces, size, MAX_ROWS: tl.constexpr, ORDERED: tl.constexpr):
-    """Where the first item of each expert goes: experts in order, or those with larger items (in quarters of MAX_ROWS) before."""
+def _items_of(counts, MAX_ROWS: tl.constexpr, ALIGNMENT: tl.constexpr, ORDERED: tl.constexpr):
+    """Of every expert: how many items, of how many rows, and the place of the first: experts in order, or first those with larger items (ORDERED, in
+    quarters of MAX_ROWS)."""
+    pieces = (counts + (MAX_ROWS - 1)) // MAX_ROWS
+    size = tl.maximum((counts + pieces - 1) // tl.maximum(pieces, 1), 1)  # an empty expert has no piece, and no division by zero
+    if MAX_ROWS > ALIGNMENT:
+        size = (size + (ALIGNMENT - 1)) // ALIGNMENT * ALIGNMENT
+    pieces = (counts + size - 1) // size
     if ORDERED:
         shift = (4 - tl.minimum((size * 4 + (MAX_ROWS - 1)) // MAX_ROWS, 4)).to(tl.int64) * 16
         packed = pieces.to(tl.int64) << shift
-        before = (tl.cumsum(packed) - packed >> shift) & 0xFFFF
-        total = tl.sum(packed)
-        larger = total & ((1 << shift) - 1)
-        return (before + (larger & 0xFFFF) + (larger >> 16 & 0xFFFF) + (larger >> 32 & 0xFFFF)).to(tl.int32)
-    else:  # noqa: RET505 (Triton compiles both branches of what returns early)
-        return tl.cumsum(pieces) - pieces
+        before = ((tl.cumsum(packed) - packed) >> shift) & 0xFFFF
+        larger = tl.sum(packed) & ((1 << shift) - 1)
+        item = (before + (larger & 0xFFFF) + (larger >> 16 & 0xFFFF) + (larger >> 32 & 0xFFFF)).to(tl.int32)
+    else:
+        item = tl.cumsum(pieces) - pieces
+    return pieces, size, item
 
 
 @triton.jit(do_not_specialize=["num_slots", "expert_offset"])
 def _permute(
     ids_ptr, token_of_row_ptr, row_of_slot_ptr, count_ptr, start_ptr, items_ptr, num_items_ptr, arrivals_ptr, num_slots, expert_offset,
     NUM_EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr, TOP_K: tl.constexpr, MAX_ROWS: tl.constexpr, ALIGNMENT: tl.constexpr,
-    ORDERED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    ORDERED: tl.constexpr, SINGLE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     expert = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
+    experts = tl.arange(0, EXPERTS_PADDED)
     if PDL:
         gdc.gdc_wait()
         gdc.gdc_launch_dependents()
-    seen = tl.zeros((BLOCK,), tl.int32)  # smaller experts, and in the upper half equal ones: a lane sees at most 2^15 slots
     local = _local_experts(ids_ptr, lane, num_slots, expert_offset)
-    for first in range(0, num_slots, BLOCK):
-        upcoming = _local_experts(ids_ptr, first + BLOCK + lane, num_slots, expert_offset)
-        seen += tl.where((local >= 0) & (local < expert), 1, tl.where(local == expert, 65536, 0))
-        local = upcoming
-    start = tl.sum(seen & 0xFFFF)
-    count = tl.sum(seen >> 16)
+    if SINGLE:
+        counts = tl.histogram(local, EXPERTS_PADDED, mask=(local >= 0) & (local < NUM_EXPERTS))
+        start = tl.sum(tl.where(experts < expert, counts, 0))
+        count = tl.sum(tl.where(experts == expert, counts, 0))
+        pieces, size, item = _items_of(counts, MAX_ROWS, ALIGNMENT, ORDERED)
+        my_size = tl.sum(tl.where(experts == expert, size, 0))
+        entry = items_ptr + tl.sum(tl.where(experts == expert, item, 0)) * 4
+        for first_row in range(0, count, my_size):
+            tl.store(entry, expert)
+            tl.store(entry + 1, start + first_row)
+            tl.store(entry + 2, tl.minimum(my_size, count - first_row))
+            entry += 4
+        if expert == 0:
+            tl.store(num_items_ptr, tl.sum(pieces))
+    else:
+        seen = tl.zeros((BLOCK,), tl.int32)  # smaller experts, and in the upper half equal ones: a lane sees less than 2^15 slots
+        for first in range(0, num_slots, BLOCK):
+            upcoming = _local_experts(ids_ptr, first + BLOCK + lane, num_slots, expert_offset)
+            seen += tl.where((local >= 0) & (local < expert), 1, tl.where(local == expert, 65536, 0))
+            local = upcoming
+        start = tl.sum(seen & 0xFFFF)
+        count = tl.sum(seen >> 16)
+        local = _local_experts(ids_ptr, lane, num_slots, expert_offset)
     row = start
-    local = _local_experts(ids_ptr, lane, num_slots, expert_offset)
     for first in range(0, num_slots, BLOCK):
         upcoming = _local_experts(ids_ptr, first + BLOCK + lane, num_slots, expert_offset)
         slot = first + lane
@@ -95,52 +119,48 @@ def _permute(
             tl.store(row_of_slot_ptr + slot, tl.full((BLOCK,), -1, tl.int32), mask=((local < 0) | (local >= NUM_EXPERTS)) & (slot < num_slots))
         row += tl.max(through)
         local = upcoming
-    tl.store(count_ptr + expert, count)
-    tl.store(start_ptr + expert, start)
-    tl.debug_barrier()
-    arrived = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel")
-    if arrived == NUM_EXPERTS - 1:
-        tl.store(arrivals_ptr, 0)
-        experts = tl.arange(0, EXPERTS_PADDED)
-        counts = tl.load(count_ptr + experts, mask=experts < NUM_EXPERTS, other=0, volatile=True)
-        starts = tl.load(start_ptr + experts, mask=experts < NUM_EXPERTS, other=0, volatile=True)
-        pieces = (counts + (MAX_ROWS - 1)) // MAX_ROWS
-        size = tl.maximum((counts + pieces - 1) // tl.maximum(pieces, 1), 1)  # an empty expert has no piece, and no division by zero
-        if MAX_ROWS > ALIGNMENT:
-            size = (size + (ALIGNMENT - 1)) // ALIGNMENT * ALIGNMENT
-        pieces = (counts + size - 1) // size
-        item = _place_in_list(pieces, size, MAX_ROWS, ORDERED)
-        tl.store(num_items_ptr, tl.sum(pieces))
-        for piece in range(0, tl.max(pieces)):
-            entry = items_ptr + (item + piece) * 4
-            is_item = piece < pieces
-            tl.store(entry, experts, mask=is_item)
-            tl.store(entry + 1, starts + piece * size, mask=is_item)
-            tl.store(entry + 2, tl.minimum(size, counts - piece * size), mask=is_item)
+    if not SINGLE:
+        tl.store(count_ptr + expert, count)
+        tl.store(start_ptr + expert, start)
+        tl.debug_barrier()
+        arrived = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel")
+        if arrived == NUM_EXPERTS - 1:
+            counts = tl.load(count_ptr + experts, mask=experts < NUM_EXPERTS, other=0, volatile=True)
+            starts = tl.load(start_ptr + experts, mask=experts < NUM_EXPERTS, other=0, volatile=True)
+            pieces, size, item = _items_of(counts, MAX_ROWS, ALIGNMENT, ORDERED)
+            tl.store(num_items_ptr, tl.sum(pieces))
+            for piece in range(0, tl.max(pieces)):
+                entry = items_ptr + (item + piece) * 4
+                is_item = piece < pieces
+                tl.store(entry, experts, mask=is_item)
+                tl.store(entry + 1, starts + piece * size, mask=is_item)
+                tl.store(entry + 2, tl.minimum(size, counts - piece * size), mask=is_item)
 
 
-def permute(ids: torch.Tensor, expert_offset: int, num_experts: int, max_rows: int, arrivals: torch.Tensor, *, launch_early: bool = False) -> Items:
+def permute(ids: torch.Tensor, expert_offset: int, num_experts: int, max_rows: int, *, launch_early: bool = False) -> Items:
     """Sort the slots of ids [T, k] by expert.
 
     Args:
         ids: [T, k] int32 or int64, contiguous, T > 0.
         expert_offset, num_experts: the experts held here.
         max_rows: rows an item has at most.
-        arrivals: int32 [1] that is zero, and zero again afterwards; one a stream.
         launch_early: programmatic dependent launch (compute capability 9.0).
     """
     num_slots, device = ids.numel(), ids.device
+    single = num_slots <= MAX_SINGLE_SLOTS
     aligned_slots, aligned_experts = (-(-size // 4) * 4 for size in (num_slots, num_experts))  # 16 bytes: Triton compiles anew for other pointers
     sizes = [aligned_slots, aligned_slots, aligned_experts, aligned_experts, 4]
     token_of_row, row_of_slot, count, start, num_items = torch.empty(sum(sizes), dtype=torch.int32, device=device).split(sizes)
     num_list = max_items(num_slots, num_experts, max_rows)
     items = torch.empty((num_list, 4), dtype=torch.int32, device=device)
-    block = min(2048, max(256, triton.next_power_of_2(num_slots)))
+    # A new counter each time: one kept between calls would be shared by CUDA graphs that run at the same time.
+    arrivals = ids if single else torch.zeros(1, dtype=torch.int32, device=device)
+    block = max(256, triton.next_power_of_2(num_slots)) if single else 2048
     options: dict[str, Any] = {"num_warps": 4 if block <= 1024 else 8, **({"launch_pdl": True} if launch_early else {})}
     _permute[(num_experts,)](
         ids, token_of_row, row_of_slot, count, start, items, num_items, arrivals, num_slots, expert_offset, num_experts,
-        triton.next_power_of_2(num_experts), ids.shape[1], max_rows, ITEM_ALIGNMENT, max_rows > ITEM_ALIGNMENT and num_list <= MAX_ORDERED_ITEMS,
-        block, launch_early, **options,
+        max(32, triton.next_power_of_2(num_experts)), ids.shape[1], max_rows, ITEM_ALIGNMENT,
+        max_rows > ITEM_ALIGNMENT and num_list <= MAX_ORDERED_ITEMS, single, block, launch_early, **options,
     )  # fmt: skip
     return Items(token_of_row[:num_slots], row_of_slot[:num_slots], items, num_items[:1])
 
