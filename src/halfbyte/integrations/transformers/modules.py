@@ -38,6 +38,7 @@ class ExpertsState:
     Attributes:
         layout: "auto" packs the experts in place where the kernels of the device read a layout of their own; "canonical" never does.
         prepared: what the next call uses, as long as its tensors are at `addresses`.
+        prepared_for: device, layout and activations it was prepared for.
         replaced: while packed in place, the dtypes of the Parameters that are gone, by name.
     """
 
@@ -47,6 +48,7 @@ class ExpertsState:
     layout: Literal["auto", "canonical"] = "auto"
     prepared: PreparedExperts | None = None
     addresses: tuple[int, ...] = ()
+    prepared_for: tuple[object, ...] = ()
     replaced: dict[str, torch.dtype] = field(default_factory=dict)
 
 
@@ -176,8 +178,34 @@ def experts_forward(self: ExpertsModule, hidden_states: torch.Tensor, top_k_inde
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
     if torch.is_grad_enabled() and hidden_states.requires_grad:
         raise UnsupportedError(f"{type(self).__name__}: packed experts have no backward pass", next_step="run under torch.no_grad()")
+    if torch.compiler.is_compiling():
+        return _compiled_forward(self, hidden_states, top_k_index, top_k_weights)
     prepared = _prepared(self)
     return fused_moe(hidden_states, prepared, top_k_index, top_k_weights, activations=self.halfbyte.activations)
+
+
+def _compiled_forward(module: ExpertsModule, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """What torch.compile traces: the op that `fused_moe` is then, on the module's own tensors, so that a graph follows them when they move."""
+    state = module.halfbyte
+    if state.prepared_for == _circumstances(module):
+        description, layout = state.prepared.description, state.prepared.layout
+    else:
+        description, layout = _prepare_while_tracing(module)
+    experts = expert_weights(module) if layout == "canonical" else _packed(module).experts
+    tensors = list(experts.tensors.values())
+    return torch.ops.halfbyte.fused_moe(hidden, tensors, description, layout, ids, weights, state.activations, 0, None, False)
+
+
+@torch.compiler.assume_constant_result
+def _prepare_while_tracing(module: ExpertsModule) -> tuple[str, str]:
+    """Run by torch.compile, which ties the graph to this one module then; one prepared before can share its graph with its like."""
+    prepared = _prepared(module)
+    return prepared.description, prepared.layout
+
+
+def _circumstances(module: ExpertsModule) -> tuple[object, ...]:
+    """What decides how experts are prepared."""
+    return (_device(module), module.halfbyte.layout, module.halfbyte.activations)
 
 
 def _prepared(module: ExpertsModule) -> PreparedExperts:
@@ -192,6 +220,7 @@ def _prepared(module: ExpertsModule) -> PreparedExperts:
     if state.prepared is None or state.addresses != addresses:
         state.prepared = _packed(module) if state.replaced else prepare(expert_weights(module), "canonical")
         state.addresses = addresses
+    state.prepared_for = _circumstances(module)
     return state.prepared
 
 
@@ -220,7 +249,7 @@ def restore_canonical(module: ExpertsModule) -> None:
         module.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
     for name in packed.experts.tensors:
         delattr(module, _buffer_name(name))
-    state.prepared, state.replaced = None, {}
+    state.prepared, state.prepared_for, state.replaced = None, (), {}
 
 
 def _packed(module: ExpertsModule) -> PreparedExperts:
