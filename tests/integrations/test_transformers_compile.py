@@ -30,7 +30,7 @@ def fresh() -> None:
     torch._dynamo.reset()
 
 
-@pytest.fixture(scope="module", params=[("qwen3_moe", "modelopt"), ("qwen3_moe", "mxfp4-pack-quantized"), ("gpt_oss", "gpt-oss")], ids="-".join)
+@pytest.fixture(scope="module", params=[("qwen3_moe", "modelopt"), ("gpt_oss", "gpt-oss")], ids="-".join)
 def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     family, output = request.param
     return write(build(family), output, tmp_path_factory.mktemp(family), all_linear=family != "gpt_oss")[0]
@@ -57,7 +57,7 @@ def test_model_is_one_graph(directory: Path) -> None:
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     assert torch.equal(compiled(IDS, use_cache=False).logits, expected)
-    assert [node.target for node in counter.graphs[-1].graph.nodes].count(torch.ops.halfbyte.fused_moe.default) == 2
+    assert [str(node.target) for node in counter.graphs[-1].graph.nodes].count("halfbyte.fused_moe") == 2
     compilations = counter.frame_count
     for module, other in zip(packed_experts(model), packed_experts(stock), strict=True):  # in place, as load_state_dict and weight updates do
         module.down_proj.copy_(module.down_proj.flip(0))
