@@ -1,6 +1,6 @@
 """Run the inline assembly of kernels on a CPU: the few PTX instructions they use, elementwise on numpy arrays, rounded as the hardware rounds.
 
-run(asm, outputs=["f"], inputs=[words, factor])     int32 arrays are "r" registers, float32 arrays "f"
+run(asm, outputs=["f"], inputs=[words, factor])     int32 and uint32 arrays are "r" registers, float32 arrays "f"
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 CANONICAL_NAN = {"f32": 0x7FFFFFFF, "bf16": 0x7FFF, "f16": 0x7FFF}
 
@@ -27,10 +28,12 @@ def run(asm: str, outputs: Sequence[str], inputs: Sequence[np.ndarray]) -> list[
 
 def _step(statement: str, registers: dict[str, np.ndarray]) -> None:
     operation, _, rest = statement.partition(" ")
-    unpacked = re.fullmatch(r"\{(\w+), (\w+)\}, (\S+)", rest)
-    if operation == "mov.b32" and unpacked:
-        low, high, word = unpacked.groups()
-        registers[low], registers[high] = registers[word] & 0xFFFF, registers[word] >> 16
+    if operation == "mov.b32" and "{" in rest:  # a pair of 16-bit registers from a word, or the other way round
+        first, second, third = re.findall(r"[\w$]+", rest)
+        if rest.startswith("{"):
+            registers[first], registers[second] = registers[third] & 0xFFFF, registers[third] >> 16
+        else:
+            registers[first] = registers[second] | registers[third] << np.uint32(16)
         return
     target, *operands = (part.strip() for part in rest.split(","))
     values = [registers[name] if name in registers else np.uint32(_literal(name)) for name in operands]
@@ -44,6 +47,8 @@ def _literal(text: str) -> int:
 def _compute(operation: str, v: list[np.ndarray]) -> np.ndarray:
     name, *rest = operation.split(".")
     kind = rest[-1]
+    if operation == "cvt.rn.satfinite.e4m3x2.f16x2":
+        return _e4m3(v[0] & np.uint32(0xFFFF)) | _e4m3(v[0] >> np.uint32(16)) << np.uint32(8)
     if kind in ("bf16x2", "f16x2"):
         low = _float(name, kind[:-2], [x & np.uint32(0xFFFF) for x in v])
         return low | _float(name, kind[:-2], [x >> np.uint32(16) for x in v]) << np.uint32(16)
@@ -58,18 +63,43 @@ def _compute(operation: str, v: list[np.ndarray]) -> np.ndarray:
         "and": lambda a, b: a & b,
         "or": lambda a, b: a | b,
         "add": lambda a, b: a + b,
+        "sub": lambda a, b: a - b,
+        "max": lambda a, b: np.maximum(a.view(np.int32), b.view(np.int32)).view(np.uint32),
         "shl": lambda a, b: a << b,
         "shr": lambda a, b: a >> b,
+        "shf": lambda low, high, by: _funnel(low, high, by if rest[0] == "r" else np.uint32(32) - by),
+        "mul": lambda a, b: a * b,
         "mad": lambda a, b, c: a * b + c,
+        "lop3": _lop3,
         "prmt": _prmt,
     }
     return integer[name](*v).astype(np.uint32)
 
 
-def _prmt(a: np.ndarray, b: np.ndarray, selector: np.uint32) -> np.ndarray:
-    both = b.astype(np.uint64) << np.uint64(32) | a
-    picked = [(both >> np.uint64(8 * ((int(selector) >> 4 * i) & 7)) & np.uint64(0xFF)) << np.uint64(8 * i) for i in range(4)]
-    return picked[0] | picked[1] | picked[2] | picked[3]
+def _funnel(low: np.ndarray, high: np.ndarray, by: np.uint32) -> np.ndarray:
+    return (high.astype(np.uint64) << np.uint64(32) | low) >> np.uint64(by) & np.uint64(0xFFFFFFFF)
+
+
+def _lop3(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: np.uint32) -> np.ndarray:
+    result = np.zeros_like(a)
+    for case in range(8):
+        if int(table) >> case & 1:
+            result |= (a if case & 4 else ~a) & (b if case & 2 else ~b) & (c if case & 1 else ~c)
+    return result
+
+
+def _prmt(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
+    both, result = b.astype(np.uint64) << np.uint64(32) | a, np.uint64(0)
+    for byte in range(4):
+        nibble = np.asarray(selector, np.uint64) >> np.uint64(4 * byte) & np.uint64(0xF)
+        assert not (nibble & np.uint64(8)).any(), "a selector asks for the sign"
+        result = result | (both >> np.uint64(8) * nibble & np.uint64(0xFF)) << np.uint64(8 * byte)
+    return result
+
+
+def _e4m3(bits: np.ndarray) -> np.ndarray:
+    value = torch.from_numpy(_to_double(bits, "f16").astype(np.float32))
+    return value.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8).numpy().astype(np.uint32)
 
 
 def _float(name: str, kind: str, v: list[np.ndarray]) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import torch
 from helpers import assert_equal_bits
-from test_hopper_layout import make_experts
+from random_experts import make_experts
 
 import halfbyte as hb
 from halfbyte.checkpoint.experts import RELU2, SWIGLU, Activation
@@ -21,10 +21,11 @@ def check(num_experts: int, hidden: int, intermediate: int, format: hb.BlockForm
     for name, order in (("w13", hopper.w13_order(activation)), ("w2", "straight")):
         q, matrix, back = getattr(w, name), getattr(expected, name), getattr(unpacked, name)
         scales = q.scales.view(torch.uint8)
-        words, scale_words = torch.full_like(matrix.words, -1), torch.full_like(matrix.scales, -1)
-        hopper_pack.pack_matrix(q.codes, scales, words, scale_words, order)
+        words, scale_words, row_exponent = (torch.full_like(tensor, -1) for tensor in (matrix.words, matrix.scales, matrix.row_exponent))
+        hopper_pack.pack_matrix(q.codes, scales, words, scale_words, row_exponent, order)
         assert_equal_bits(words, matrix.words)
         assert_equal_bits(scale_words, matrix.scales)
+        assert_equal_bits(row_exponent, matrix.row_exponent)
         codes, scale_bytes = torch.full_like(q.codes, 0x55), torch.full_like(scales, 0x55)
         hopper_pack.unpack_matrix(words, scale_words, codes, scale_bytes, order)
         assert_equal_bits(codes, back.codes)

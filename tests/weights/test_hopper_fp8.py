@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from dequant_ptx import execute
 from helpers import assert_equal_bits
+from ptx import run
 
 import halfbyte as hb
 from halfbyte.checkpoint.experts import RELU2, SWIGLU, Activation, ExpertWeights
@@ -33,20 +34,20 @@ def kernel_weights(matrix: hopper.HopperMatrix, format: hb.BlockFormat) -> torch
     row_tiles, column_tiles = matrix.row_tiles, matrix.column_tiles
     thread = torch.arange(128)
     row = thread // 32 * 16 + thread % 32 // 4
-    exponents = matrix.row_exponent[0].view(row_tiles, 64).long()
+    exponents = matrix.row_exponent[0].view(row_tiles, 64).int()
     zero = 8 * (exponents + 6) if format is hb.NVFP4 else exponents + 112
     result = torch.empty(row_tiles * 64, column_tiles * 64)
     column = torch.tensor(hopper_fp8.FP8_SLOT_TO_COLUMN)
     for tile in range(row_tiles):
         for k in range(column_tiles):
-            words = matrix.words[0, tile, k].view(128, 4).long()
+            words = matrix.words[0, tile, k].view(128, 4)
             entry = thread if format is hb.NVFP4 else thread // 2
-            scale_word = matrix.scales[0, tile, k // 4][entry].contiguous().view(torch.int32).view(128, 2)[:, k % 4 // 2].long()
-            inputs = {8 + s: words[:, s] for s in range(4)} | {12: scale_word, 16: zero[tile][row], 20: zero[tile][row + 8]}
-            registers = execute(_assembly(2 * (k % 2), format is hb.NVFP4), inputs, 8)
+            scale_word = matrix.scales[0, tile, k // 4][entry].contiguous().view(torch.int32).view(128, 2)[:, k % 4 // 2]
+            beside_each_word = [tensor.numpy() for tensor in (scale_word, zero[tile][row], zero[tile][row + 8]) for _ in range(4)]
+            registers = run(_assembly(2 * (k % 2), format is hb.NVFP4), ["r"] * 8, [*words.T.numpy(), *beside_each_word])
             for s in range(4):
                 for h in range(2):
-                    values = registers[2 * s + h].to(torch.int32).view(torch.uint8).view(128, 4).view(torch.float8_e4m3fn).float()
+                    values = torch.from_numpy(registers[2 * s + h].view(np.uint8)).view(128, 4).view(torch.float8_e4m3fn).float()
                     for b in range(4):
                         slot = 16 * s + 4 * (thread % 4) + b
                         result[64 * tile + row + 8 * h, 64 * k + column[slot]] = values[:, b]
@@ -64,8 +65,8 @@ def test_the_kernels_assembly_decodes_what_torch_rounds(format: hb.BlockFormat, 
     w = ExpertWeights(w13, w2, activation)
     packed = hopper.allocate(w, "cpu")
     hopper.pack(w, packed)
-    order = hopper.w13_row_order(96, halves)
-    for matrix, expected, rows in ((packed.w13, w13, order), (packed.w2, w2, hopper.w2_row_order(160))):
+    for matrix, expected, order in ((packed.w13, w13, hopper.w13_order(activation)), (packed.w2, w2, "straight")):
+        rows = hopper.source_rows(order, expected.shape[-2])
         decoded = kernel_weights(matrix, format)
         columns = expected.shape[-1]
         kept = rows >= 0

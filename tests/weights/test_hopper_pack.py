@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import assert_equal_bits
-from test_hopper_layout import make_experts
+from random_experts import make_experts
 
 import halfbyte as hb
 from halfbyte.checkpoint.experts import RELU2, SWIGLU, Activation, ExpertWeights
@@ -62,16 +62,19 @@ def test_compiles_to_wide_loads_and_stores_without_spills(order: hopper.RowOrder
 
     codes, scales = torch.empty((2, 4096, 3584), dtype=torch.uint8), torch.empty((2, 4096, 7168 // block), dtype=torch.uint8)
     words, scale_words = torch.empty((2, 64, 112, 512), dtype=torch.int32), torch.empty((2, 64, 28, 2048 // block), dtype=torch.int64)
+    row_exponent = torch.empty((2, 4096), dtype=torch.int8)
     with compiling(capability) as compiled:
-        hopper_pack.pack_matrix(codes, scales, words, scale_words, order)
+        hopper_pack.pack_matrix(codes, scales, words, scale_words, row_exponent, order)
         hopper_pack.unpack_matrix(words, scale_words, codes, scales, order)
         hopper_pack.largest_bytes(scales)
-    assert len(compiled) == 3
+    pack, row_exponents, unpack, largest_bytes = compiled
     for kernel in compiled:
         assert kernel.spill_bytes == 0 and kernel.registers <= 64
+    for kernel in (pack, unpack, largest_bytes):
         assert kernel.sass.count("LDG.E.128") >= 4
-    for kernel in compiled[:2]:
+    for kernel in (pack, unpack):
         assert kernel.sass.count("STG.E.128") == 4
+    assert "LDG.E.128" in row_exponents.sass
 
 
 def test_scales_are_encoded_without_loss() -> None:

@@ -129,6 +129,12 @@ def _factors(w: ExpertWeights, side: str, rows: torch.Tensor) -> dict[str, torch
     else:
         result["shift"] = (254 - _raw(q).flatten(1).amax(1).int()).clamp(max=250)
         result["multiplier"] = torch.ldexp(torch.ones_like(result["shift"], dtype=torch.float32), 126 - result["shift"])[:, None].expand(-1, 2)
+    largest = torch.where(rows < 0, 0, _raw(q).amax(2)[:, rows.clamp(min=0)])
+    if q.format == NVFP4:
+        exponent = torch.frexp(largest.view(torch.float8_e4m3fn).float()).exponent - 6
+        result["row_exponent"] = torch.where(largest == 0, -26, exponent).to(torch.int8)
+    else:
+        result["row_exponent"] = (largest.int() - 133).clamp(min=-126).to(torch.int8)
     if bias is not None:
         result["bias"] = torch.where(rows < 0, 0, bias.float()[:, rows.clamp(min=0)])
     return {name: tensor.contiguous() for name, tensor in result.items()}

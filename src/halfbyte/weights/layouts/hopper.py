@@ -241,8 +241,7 @@ def _pack_matrix(w: QuantTensor, bias: torch.Tensor | None, order: RowOrder, lar
     num_experts, device = w.codes.shape[0], out.words.device
     here = slice(first, first + num_experts)
     pack_weights = _pack_weights_on_gpu if _has_kernels(device) else _pack_weights
-    pack_weights(w.codes, w.scales.view(torch.uint8), order, out.words[here], out.scales[here])
-    out.row_exponent[here] = row_exponents(largest_of_rows(out.scales[here]), w.format)
+    pack_weights(w.codes, w.scales.view(torch.uint8), order, out.words[here], out.scales[here], out.row_exponent[here])
     if w.format == NVFP4:
         assert w.global_scale is not None
         out.multiplier[here] = (w.global_scale.view(num_experts, -1).expand(num_experts, 2) * _nvfp4_factor()).to(device)
@@ -258,8 +257,11 @@ def _pack_matrix(w: QuantTensor, bias: torch.Tensor | None, order: RowOrder, lar
         out.bias[here] = _ordered(bias.to(device).float().T, rows, num_experts).T
 
 
-def _pack_weights(codes: torch.Tensor, scales: torch.Tensor, order: RowOrder, words: torch.Tensor, scale_words: torch.Tensor) -> None:
+def _pack_weights(
+    codes: torch.Tensor, scales: torch.Tensor, order: RowOrder, words: torch.Tensor, scale_words: torch.Tensor, row_exponent: torch.Tensor
+) -> None:
     """Codes uint8 [E, N, K/2] and scale bytes [E, N, K/block] to tiles, with torch. `words` and `scale_words` may be the storage of the two."""
+    format = NVFP4 if 2 * codes.shape[2] == NVFP4.block * scales.shape[2] else MXFP4
     _, row_tiles, column_tiles, _ = words.shape
     device, inference = words.device, torch.is_inference_mode_enabled()
     rows = source_rows(order, codes.shape[1]).to(device)
@@ -276,6 +278,7 @@ def _pack_weights(codes: torch.Tensor, scales: torch.Tensor, order: RowOrder, wo
         for expert in range(len(codes)):
             expert_codes, expert_scales = (tensor[expert].to(device, copy=True) for tensor in (codes, scales))
             list(run(pack_some, range(0, row_tiles, step)))
+            row_exponent[expert] = row_exponents(largest_of_rows(scale_words[expert]), format)
 
 
 def _pack_row_tiles(codes: torch.Tensor, scales: torch.Tensor, rows: torch.Tensor, words: torch.Tensor, scale_words: torch.Tensor) -> None:
@@ -291,15 +294,17 @@ def _pack_row_tiles(codes: torch.Tensor, scales: torch.Tensor, rows: torch.Tenso
     scale_words.copy_(pack_scales(raw, block))
 
 
-def _pack_weights_on_gpu(codes: torch.Tensor, scales: torch.Tensor, order: RowOrder, words: torch.Tensor, scale_words: torch.Tensor) -> None:
-    """The same with a kernel, on the device of `words`."""
+def _pack_weights_on_gpu(
+    codes: torch.Tensor, scales: torch.Tensor, order: RowOrder, words: torch.Tensor, scale_words: torch.Tensor, row_exponent: torch.Tensor
+) -> None:
+    """The same with kernels, on the device of `words`."""
     from halfbyte.weights.layouts.hopper_pack import pack_matrix
 
     written = {tensor.untyped_storage().data_ptr() for tensor in (words, scale_words)}
     sources = (codes, scales)
     aligned = all(tensor.is_contiguous() and tensor.data_ptr() % 8 == 0 for tensor in sources)
     if aligned and codes.device == words.device and not any(tensor.untyped_storage().data_ptr() in written for tensor in sources):
-        pack_matrix(codes, scales, words, scale_words, order)
+        pack_matrix(codes, scales, words, scale_words, row_exponent, order)
         return
     step = max(1, BUFFER_BYTES // (codes[0].nbytes + scales[0].nbytes))
     buffers = [torch.empty((min(step, len(codes)), *tensor.shape[1:]), dtype=torch.uint8, device=words.device) for tensor in sources]
@@ -308,7 +313,7 @@ def _pack_weights_on_gpu(codes: torch.Tensor, scales: torch.Tensor, order: RowOr
         staged_codes, staged_scales = (
             buffer[: len(tensor[batch])].copy_(tensor[batch], non_blocking=True) for buffer, tensor in zip(buffers, sources, strict=True)
         )
-        pack_matrix(staged_codes, staged_scales, words[batch], scale_words[batch], order)
+        pack_matrix(staged_codes, staged_scales, words[batch], scale_words[batch], row_exponent[batch], order)
     if codes.device.type == "cpu":
         torch.cuda.current_stream(words.device).synchronize()  # pinned memory may still be read, and is the caller's to change
 

@@ -74,10 +74,10 @@ def unpack_scales(scales: torch.Tensor) -> torch.Tensor:
 
 
 def largest_of_rows(scales: torch.Tensor) -> torch.Tensor:
-    """The largest scale byte of every row, as stored: int64 [E, N/64, ceil(K/256), entries] to uint8 [E, N]."""
-    num_experts, row_tiles, scale_words, entries = scales.shape
-    b = scales.view(torch.uint8).view(num_experts, row_tiles, scale_words, 4, 8, entries // 32, TILES_PER_SCALE_WORD, 2)  # .., w, g, t, c, h
-    return b.amax(dim=(2, 5, 6)).transpose(-1, -2).reshape(num_experts, row_tiles * TILE)
+    """The largest scale byte of every row, as stored: int64 [N/64, ceil(K/256), entries] to uint8 [N]."""
+    row_tiles, scale_words, entries = scales.shape
+    b = scales.view(torch.uint8).view(row_tiles, scale_words, 4, 8, entries // 32, TILES_PER_SCALE_WORD, 2)  # tile, word, w, g, t, c, h
+    return b.amax(dim=(1, 4, 5)).transpose(-1, -2).reshape(-1)
 
 
 def encode_nvfp4_scale(e4m3: torch.Tensor) -> torch.Tensor:

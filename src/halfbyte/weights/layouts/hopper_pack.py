@@ -8,6 +8,7 @@ becomes its four words.
     scales       uint8 [E, N, K/16 or K/32]
     words        int32 [E, N/64, K/64, 512]
     scale_words  int64 [E, N/64, ceil(K/256), 128 or 64]
+    row_exponent int8 [E, N], from the scale words that were just written
 
 Compiled for sm_80 and newer; interpreted on a CPU.
 """
@@ -18,8 +19,11 @@ import torch
 import triton
 import triton.language as tl
 
+from halfbyte.weights.layouts import hopper_fp8
 from halfbyte.weights.layouts.hopper import RowOrder
 
+TOP_EXPONENT = tl.constexpr(hopper_fp8.TOP_EXPONENT)
+SMALLEST_ROW_EXPONENT = tl.constexpr(hopper_fp8.SMALLEST_ROW_EXPONENT)
 LOW_NIBBLES = tl.constexpr(0x0F0F0F0F0F0F0F0F)
 
 
@@ -151,6 +155,32 @@ def _unpack(
 
 
 @triton.jit
+def _row_exponents(scale_words_ptr, row_exponent_ptr, scale_words, NVFP4: tl.constexpr):
+    """`hopper_fp8.row_exponents` of the 64 rows of a tile."""
+    tile, expert = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    SCALES: tl.constexpr = 4 if NVFP4 else 2
+    tile += expert * tl.num_programs(0)
+    scale_words_ptr += tile * scale_words * (32 * SCALES)
+    entry = SCALES * tl.arange(0, 32)[:, None] + tl.arange(0, SCALES)[None, :]
+    first = tl.zeros((32, SCALES), tl.int32)
+    second = tl.zeros((32, SCALES), tl.int32)
+    for run in range(0, scale_words):
+        word = tl.load(scale_words_ptr + run * (32 * SCALES) + entry)
+        for c in tl.static_range(4):
+            pair = (word >> (16 * c)).to(tl.int32)
+            first, second = tl.maximum(first, pair & 0xFF), tl.maximum(second, pair >> 8 & 0xFF)
+    row = 64 * tile + tl.arange(0, 32) // 8 * 16 + tl.arange(0, 32) % 8
+    _store_exponents(row_exponent_ptr + row, tl.max(first, axis=1), NVFP4)
+    _store_exponents(row_exponent_ptr + row + 8, tl.max(second, axis=1), NVFP4)
+
+
+@triton.jit
+def _store_exponents(pointers, largest, NVFP4: tl.constexpr):
+    exponent = (largest >> 3) - 20 - TOP_EXPONENT if NVFP4 else largest - 127 - TOP_EXPONENT
+    tl.store(pointers, tl.maximum(exponent, SMALLEST_ROW_EXPONENT).to(tl.int8))
+
+
+@triton.jit
 def _largest_byte(bytes_ptr, largest_ptr, count, BLOCK: tl.constexpr):
     expert = tl.program_id(1).to(tl.int64)
     offset = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -158,12 +188,18 @@ def _largest_byte(bytes_ptr, largest_ptr, count, BLOCK: tl.constexpr):
     tl.atomic_max(largest_ptr + expert, tl.max(byte.to(tl.int32)))
 
 
-def pack_matrix(codes: torch.Tensor, scales: torch.Tensor, words: torch.Tensor, scale_words: torch.Tensor, order: RowOrder) -> None:
-    """Write the tiles of codes [E, N, K/2] and scales [E, N, K/block] uint8 to `words` and `scale_words`, which share no storage with them.
+def pack_matrix(
+    codes: torch.Tensor, scales: torch.Tensor, words: torch.Tensor, scale_words: torch.Tensor, row_exponent: torch.Tensor, order: RowOrder
+) -> None:
+    """Write the tiles of codes [E, N, K/2] and scales [E, N, K/block] uint8 to `words`, `scale_words` and `row_exponent`, which share no storage
+    with them.
 
     All are contiguous, codes 8-byte aligned; scales are neither negative nor NaN.
     """
     _launch(_pack, codes, scales, words, scale_words, order, codes.view(torch.int64), scales, words, scale_words)
+    num_experts, row_tiles, runs, entries = scale_words.shape
+    with torch.cuda.device_of(words):
+        _row_exponents[(row_tiles, num_experts)](scale_words, row_exponent, runs, entries == 128, num_warps=1)
 
 
 def unpack_matrix(words: torch.Tensor, scale_words: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, order: RowOrder) -> None:
