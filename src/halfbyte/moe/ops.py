@@ -37,6 +37,7 @@ def fused_moe(
     backend: str | None,
     batch_invariant: bool,
 ) -> torch.Tensor:
+    # contiguous: so is the result then, as the compiler was told
     return _run(hidden.contiguous(), experts, description, layout, ids, weights, activations, expert_offset, backend, batch_invariant, None)
 
 
