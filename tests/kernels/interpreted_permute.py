@@ -11,9 +11,7 @@ from halfbyte.weights.layouts.hopper import SLOT_TO_COLUMN
 
 
 def check_permute(ids: torch.Tensor, offset: int, num_experts: int, max_rows: int) -> None:
-    arrivals = torch.zeros(1, dtype=torch.int32)
-    result = permute(ids, offset, num_experts, max_rows, arrivals)
-    assert arrivals.item() == 0
+    result = permute(ids, offset, num_experts, max_rows)
     flat = ids.flatten().tolist()
     slots = [slot for expert in range(num_experts) for slot, name in enumerate(flat) if name - offset == expert]
     assert result.token_of_row[: len(slots)].tolist() == [slot // ids.shape[1] for slot in slots]
@@ -29,7 +27,7 @@ def check_permute(ids: torch.Tensor, offset: int, num_experts: int, max_rows: in
 
 def check_gather_and_combine() -> None:
     ids = torch.tensor([[2, 0], [-1, 2], [1, 9]], dtype=torch.int32)
-    rows = permute(ids, 0, 3, 16, torch.zeros(1, dtype=torch.int32))
+    rows = permute(ids, 0, 3, 16)
     hidden = torch.randn(3, 96).bfloat16()
     scales = torch.rand(3)
     gathered, gathered_scales = gather(hidden, rows, 2, 128, scales)

@@ -212,6 +212,19 @@ def test_weights_are_inputs_at_fixed_addresses() -> None:
     assert sorted(fixed) == sorted(tensor.shape for tensor in (layer.router.weight, *layer.experts.experts.tensors.values()))
 
 
+def test_an_exported_layer_runs_in_another_process(tmp_path: Path) -> None:
+    layer, hidden = hb.MoE.from_checkpoint(DEMO, 0), torch.randn(5, 256)
+    with torch.no_grad():
+        program = torch.export.export(layer, (hidden[:3],), dynamic_shapes=({0: torch.export.Dim("num_tokens", min=2)},))
+    torch.export.save(program, tmp_path / "layer.pt2")
+    torch.save((hidden, layer(hidden)), tmp_path / "expected.pt")
+    code = (
+        "import sys, torch, halfbyte.moe; hidden, expected = torch.load(sys.argv[1] + '/expected.pt'); "
+        "assert torch.equal(torch.export.load(sys.argv[1] + '/layer.pt2').module()(hidden), expected)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, tmp_path], check=False).returncode == 0
+
+
 def test_importing_does_not_import_the_compiler() -> None:
     code = "import sys, halfbyte.moe; assert 'torch._dynamo' not in sys.modules and 'triton' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -187,7 +187,7 @@ def _decode(
         items = None
     else:
         y = torch.empty((1, rows, experts.hidden), dtype=torch.bfloat16, device=device)
-        items = permute(ids, expert_offset, experts.num_experts, config.rows, _arrivals(device), launch_early=True)
+        items = permute(ids, expert_offset, experts.num_experts, config.rows, launch_early=True)
     x, x_scale = encode_rows(hidden, launch_early=True) if to_fp8 else (hidden, None)
     _decode_gemm(x, x_scale, experts.w13, h, experts, ids, items, expert_offset, config, is_w13=True)
     h_scale = encode_rows(h[0], h[0], launch_early=True)[1] if to_fp8 else None
@@ -242,7 +242,7 @@ def _prefill_workspace(
     hidden: torch.Tensor, experts: HopperExperts, ids: torch.Tensor, expert_offset: int, config: PrefillConfig
 ) -> tuple[Items, torch.Tensor, torch.Tensor]:
     """The rows sorted by expert, and memory for h [rows, I padded] and y [1, rows, H]."""
-    items = permute(ids, expert_offset, experts.num_experts, config.max_rows, _arrivals(hidden.device), launch_early=True)
+    items = permute(ids, expert_offset, experts.num_experts, config.max_rows, launch_early=True)
     h = torch.empty((ids.numel(), padded_size(experts.intermediate)), dtype=torch.bfloat16, device=hidden.device)
     return items, h, torch.empty((1, ids.numel(), experts.hidden), dtype=torch.bfloat16, device=hidden.device)
 
@@ -280,14 +280,3 @@ def _optional(matrix: HopperMatrix) -> tuple[torch.Tensor, torch.Tensor, torch.T
 def _activation(experts: HopperExperts) -> tuple[Any, ...]:
     activation = experts.activation
     return KINDS[activation.kind], activation.alpha, activation.beta, activation.limit or 0.0
-
-
-_ARRIVALS: dict[tuple[torch.device, int], torch.Tensor] = {}
-
-
-def _arrivals(device: torch.device) -> torch.Tensor:
-    """The counter of `permute`, one a stream: calls on one stream follow each other. Every call leaves it at zero."""
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
-    if key not in _ARRIVALS:
-        _ARRIVALS[key] = torch.zeros(1, dtype=torch.int32, device=device)
-    return _ARRIVALS[key]

@@ -118,9 +118,10 @@ def _count(
         tl.store(rank_ptr + slot, rank, mask=slot < num_slots)
     tl.store(base_ptr + chunk * BINS + bins, tl.histogram(expert, BINS, mask=expert < NUM_EXPERTS))
     tl.debug_barrier()
-    arrived = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel")
+    arrived = num_chunks - 1
+    if not SINGLE:
+        arrived = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel")
     if arrived == num_chunks - 1:
-        tl.store(arrivals_ptr, 0)
         total = tl.zeros((BINS,), tl.int32)
         for first in range(0, num_chunks, SCAN_CHUNKS):
             row = first + tl.arange(0, SCAN_CHUNKS)
@@ -153,14 +154,13 @@ def _place(
     _place_rows(slot, expert, rank, base_ptr + chunk * BINS, start_ptr, token_of_row_ptr, row_of_slot_ptr, num_slots, NUM_EXPERTS, TOP_K)
 
 
-def permute(ids: torch.Tensor, expert_offset: int, num_experts: int, max_rows: int, arrivals: torch.Tensor, *, launch_early: bool = False) -> Items:
+def permute(ids: torch.Tensor, expert_offset: int, num_experts: int, max_rows: int, *, launch_early: bool = False) -> Items:
     """Sort the slots of ids [T, k] by expert.
 
     Args:
         ids: [T, k] int32 or int64, contiguous, T > 0.
         expert_offset, num_experts: the experts held here.
         max_rows: rows an item has at most.
-        arrivals: int32 [1] that is zero, and zero again afterwards; one a stream.
         launch_early: programmatic dependent launch (compute capability 9.0).
     """
     num_slots, top_k, device = ids.numel(), ids.shape[1], ids.device
@@ -172,6 +172,8 @@ def permute(ids: torch.Tensor, expert_offset: int, num_experts: int, max_rows: i
     buffer = torch.empty(sum(sizes), dtype=torch.int32, device=device)
     token_of_row, row_of_slot, rank, base, count, start, num_items = buffer.split(sizes)
     items = torch.empty((max_items(num_slots, num_experts, max_rows), 4), dtype=torch.int32, device=device)
+    # A new counter each time: one kept between calls would be cleared, or even lie, in the memory of the CUDA graph that was captured first.
+    arrivals = ids if single else torch.zeros(1, dtype=torch.int32, device=device)
     options: dict[str, Any] = {"num_warps": 8 if chunk > CHUNK else 4, **({"launch_pdl": True} if launch_early else {})}
     _count[(num_chunks,)](
         ids, token_of_row, row_of_slot, rank, base, count, start, items, num_items, arrivals, num_slots, num_chunks, expert_offset,
