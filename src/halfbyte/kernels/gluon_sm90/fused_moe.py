@@ -99,8 +99,8 @@ FP8_LARGE = PrefillConfig(
     consumers=3, step_k=128, x_stages=5, w_stages=3, box=64, registers=160, max_registers=128, fp8=True,
 )  # fmt: skip
 FP8_HUGE = PrefillConfig(
-    ((64, 0), (128, 0), (128, 64), (256, 0), (256, 32)),
-    consumers=2, step_k=128, x_stages=4, w_stages=3, box=32, registers=240, max_registers=168, fp8=True,
+    ((64, 0), (128, 0), (128, 64), (256, 0)),
+    consumers=2, step_k=128, x_stages=5, w_stages=3, box=64, registers=240, max_registers=168, fp8=True,
 )  # fmt: skip
 MIN_FP8_ROWS = 64  # an expert, on average
 

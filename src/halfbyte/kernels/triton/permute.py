@@ -7,9 +7,9 @@
     num_items      [1] int32
 
 Program e counts the slots of expert e and of those before it, then writes the rows of its own: every program reads all ids (L2 serves them), none
-waits for another. The program that finishes last, found by a counter, lays out the items; few slots (SINGLE) every program counts for all experts, and
-lays out its own items. An expert with more than `max_rows` rows is cut into equal items. Where there is a choice of tiles, larger items come first:
-what the persistent GEMMs do last is then small.
+waits for another. The program that finishes last, found by a counter, lays out the items; few slots (SINGLE) every program counts for all experts,
+and lays out its own items. An expert with more than `max_rows` rows is cut into equal items. Where there is a choice of tiles, larger items come
+first: what the persistent GEMMs do last is then small.
 """
 
 from __future__ import annotations
