@@ -32,6 +32,7 @@ from halfbyte.device import Target
 from halfbyte.errors import UnsupportedError
 from halfbyte.formats import NVFP4
 from halfbyte.formats.activations import ActivationFormat
+from halfbyte.kernels.gluon_sm90.compat import fix_cache_keys
 from halfbyte.kernels.gluon_sm90.epilogue import KINDS
 from halfbyte.kernels.gluon_sm90.grouped_gemm_prefill import grouped_gemm_prefill
 from halfbyte.kernels.gluon_sm90.grouped_gemm_w4a16_decode import NUM_WARPS, grouped_gemm_w4a16_decode
@@ -39,6 +40,8 @@ from halfbyte.kernels.triton.activations_fp8 import encode_rows, quantize_rows, 
 from halfbyte.kernels.triton.combine import combine
 from halfbyte.kernels.triton.permute import Items, gather, permute
 from halfbyte.weights.layouts.hopper import HopperExperts, HopperMatrix, padded_size
+
+fix_cache_keys(grouped_gemm_w4a16_decode, grouped_gemm_prefill)
 
 MAX_DIRECT_TOKENS = 8
 MAX_DIRECT_SLOTS = 64
