@@ -22,6 +22,8 @@ def configs() -> dict[str, object]:
     from halfbyte.kernels.gluon_sm90.fused_moe import HUGE, LARGE, MEDIUM, SMALL, TINY, DecodeConfig
 
     return {
+        "direct": DecodeConfig(direct=True, rows=8, tiles=1),
+        "split": DecodeConfig(direct=True, rows=8, tiles=1, split=2),
         "rows8": DecodeConfig(direct=False, rows=8, tiles=1),
         "rows16": DecodeConfig(direct=False, rows=16, tiles=2),
         "rows32": DecodeConfig(direct=False, rows=32, tiles=2, ahead=1),
@@ -79,13 +81,13 @@ def test_every_kernel_on_every_tail(name: str, format: hb.BlockFormat, hidden: i
     check(w, *make_tokens(201, hidden, 5, 3), config=configs()[name])
 
 
-@pytest.mark.parametrize("name", ["direct", "rows8", "large"])
+@pytest.mark.parametrize("name", ["direct", "split", "rows8", "large"])
 @pytest.mark.parametrize("format", [hb.NVFP4, hb.MXFP4], ids=repr)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation(name: str, format: hb.BlockFormat, activation: str) -> None:
-    w = make_experts(6, 320, 160, format, ACTIVATIONS[activation])
-    for num_tokens in (1, 7) if name == "direct" else (90,):  # one token splits K
-        check(w, *make_tokens(num_tokens, 320, 6, 2), config=None if name == "direct" else configs()[name])
+    w = make_experts(6, 320, 320, format, ACTIVATIONS[activation])
+    for num_tokens in (1, 7) if name in ("direct", "split") else (90,):
+        check(w, *make_tokens(num_tokens, 320, 6, 2), config=configs()[name])
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 7, 8, 9, 16, 33, 64, 127, 128, 129, 500, 2000])
@@ -115,6 +117,19 @@ def test_odd_routings(name: str) -> None:
         check(replace(part, num_global_experts=None), x, ids, weights, config, offset) for part, offset in zip(parts, (0, 4), strict=True)
     )
     assert_close_rel(first.float() + second.float(), reference(x, w, ids, weights))
+
+
+@pytest.mark.parametrize("activations", ["bf16", "fp8"])
+@pytest.mark.parametrize("format", [hb.NVFP4, hb.MXFP4], ids=repr)
+def test_batch_invariant_results_do_not_depend_on_other_tokens(format: hb.BlockFormat, activations: str) -> None:
+    prepared = hb.prepare(make_experts(12, 768, 352, format, GPT_OSS_SWIGLU))
+    x, ids, weights = make_tokens(2000, 768, 12, 3)
+    options = {"activations": activations, "batch_invariant": True}
+    together = hb.fused_moe(x, prepared, ids, weights, **options)
+    for part in (slice(0, 1), slice(1, 4), slice(40, 80), slice(100, 500), slice(700, 1900)):
+        assert_equal_bits(hb.fused_moe(x[part], prepared, ids[part], weights[part], **options), together[part])
+    alone = hb.fused_moe(x[:1], prepared, ids[:1], weights[:1], activations=activations)
+    assert_close_rel(alone, together[:1].float(), token=5e-2, overall=5e-2)
 
 
 def test_no_tokens() -> None:

@@ -1,13 +1,18 @@
-"""`fused_moe`: the mixture-of-experts layer as a pure function."""
+"""`fused_moe`: the mixture-of-experts layer as a pure function.
+
+Under torch.compile it is one op, `halfbyte::fused_moe` of `moe.ops`, which the compiler does not look into. Outside, it is a plain call.
+"""
 
 from __future__ import annotations
 
 import torch
 
+from halfbyte.device import Target
 from halfbyte.errors import InputError
 from halfbyte.formats.activations import ACTIVATION_FORMATS, ActivationFormat
 from halfbyte.kernels.table import Problem, choose
 from halfbyte.weights import PreparedExperts
+from halfbyte.weights.prepared import Experts
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _BLOCK_OF_ACTIVATIONS = {"nvfp4": 16, "mxfp8": 32}
@@ -23,6 +28,7 @@ def fused_moe(
     out: torch.Tensor | None = None,
     expert_offset: int | None = None,
     backend: str | None = None,
+    batch_invariant: bool = False,
 ) -> torch.Tensor:
     """sum over j of weights[t, j] * expert(ids[t, j])(hidden[t]), accumulated in fp32 and rounded once.
 
@@ -38,12 +44,14 @@ def fused_moe(
         out: [T, H] to write to; hidden's dtype, or fp32 for partial sums that are rounded later.
         expert_offset: id of the first expert held here; by default what the weights say (0 for a whole layer).
         backend: the name of the only kernel allowed; by default the table chooses.
+        batch_invariant: a token's result does not depend, bit for bit, on which other tokens are in the call, nor on how many. Costs speed, because
+            kernels and tiles no longer follow the number of tokens.
 
     Returns:
         [T, H] of hidden's dtype, or `out`.
 
     Raises:
-        InputError: a shape, dtype, device or name does not fit.
+        InputError: a shape, dtype, device or name does not fit. (torch.compile, which finds it while it traces, wraps it in an error of its own.)
         UnsupportedError: no kernel applies; the message lists each with its reason.
 
     >>> w13, w2 = torch.randn(4, 64, 32), torch.randn(4, 32, 32)
@@ -53,18 +61,42 @@ def fused_moe(
     >>> halfbyte.fused_moe(hidden, halfbyte.prepare(w), routing.ids, routing.weights).shape
     torch.Size([3, 32])
     """
-    _check(hidden, experts, ids, weights, activations, out)
-    kernel = choose(Problem("fused_moe", experts.target, experts.format, experts.layout, activations), backend)
-    offset = experts.experts.first_expert if expert_offset is None else expert_offset
-    return kernel.function(hidden, experts.experts, ids, weights, activations=activations, expert_offset=offset, out=out)
-
-
-def _check(
-    hidden: torch.Tensor, experts: PreparedExperts, ids: torch.Tensor, weights: torch.Tensor, activations: str, out: torch.Tensor | None
-) -> None:
     if not isinstance(experts, PreparedExperts):
         given = type(experts).__name__
         raise InputError("experts are not prepared", where="fused_moe", given=given, needed="PreparedExperts", next_step="call halfbyte.prepare(w)")
+    offset = experts.experts.first_expert if expert_offset is None else expert_offset
+    if torch.compiler.is_compiling():
+        tensors = list(experts.experts.tensors.values())
+        arguments = (hidden, tensors, experts.description, experts.layout, ids, weights, activations, offset, backend, batch_invariant)
+        if out is None:
+            return torch.ops.halfbyte.fused_moe(*arguments)
+        torch.ops.halfbyte.fused_moe_out(*arguments, out)
+        return out
+    return run(hidden, experts.experts, experts.layout, experts.target, ids, weights, activations, offset, backend, batch_invariant, out)
+
+
+def run(
+    hidden: torch.Tensor,
+    experts: Experts,
+    layout: str,
+    target: Target,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    activations: ActivationFormat,
+    expert_offset: int,
+    backend: str | None,
+    batch_invariant: bool,
+    out: torch.Tensor | None,
+) -> torch.Tensor:
+    """`fused_moe` with the prepared experts in parts."""
+    check(hidden, experts, ids, weights, activations, out)
+    kernel = choose(Problem("fused_moe", target, experts.format, layout, activations), backend)
+    options = {"activations": activations, "expert_offset": expert_offset, "batch_invariant": batch_invariant}
+    return kernel.function(hidden, experts, ids, weights, out=out, **options)
+
+
+def check(hidden: torch.Tensor, experts: Experts, ids: torch.Tensor, weights: torch.Tensor, activations: str, out: torch.Tensor | None) -> None:
+    """Raise what `fused_moe` raises for arguments that do not fit `experts`."""
     _check_tensor("hidden", hidden, _FLOATS, (None, experts.hidden), experts.device)
     num_tokens = hidden.shape[0]
     _check_tensor("ids", ids, (torch.int32, torch.int64), (num_tokens, None), experts.device)

@@ -12,9 +12,10 @@ from halfbyte.checkpoint import Checkpoint, RouterWeights, load_router
 from halfbyte.errors import UnsupportedError
 from halfbyte.formats.activations import ActivationFormat
 from halfbyte.moe.functional import fused_moe
-from halfbyte.moe.routing import Routing, route
+from halfbyte.moe.routing import Routing, invariant_linear, route
 from halfbyte.weights import PreparedExperts, load_prepared
 from halfbyte.weights.load import CacheUse
+from halfbyte.weights.prepared import keep_address
 
 
 class MoE(torch.nn.Module):
@@ -24,8 +25,10 @@ class MoE(torch.nn.Module):
     them as they are, because their bits are a format. *Not* part of it: shared experts, the residual, the norm before the layer.
     """
 
-    def __init__(self, router: RouterWeights, experts: PreparedExperts, *, activations: ActivationFormat = "bf16") -> None:
-        """Hold `router` and `experts`, which lie on one device.
+    def __init__(
+        self, router: RouterWeights, experts: PreparedExperts, *, activations: ActivationFormat = "bf16", batch_invariant: bool = False
+    ) -> None:
+        """Hold `router` and `experts`, which lie on one device; `batch_invariant` as `fused_moe`, routing included.
 
         Raises:
             UnsupportedError: the layer chooses experts by token id (DeepSeek-V4's first layers) and so cannot be run from hidden states.
@@ -37,7 +40,8 @@ class MoE(torch.nn.Module):
                 where="MoE",
                 next_step="look the ids up in RouterWeights.token_experts and call halfbyte.fused_moe",
             )
-        self.router, self.experts, self.activations = router, experts, activations
+        self.router, self.experts, self.activations, self.batch_invariant = router, experts, activations, batch_invariant
+        self._keep_addresses()
 
     @classmethod
     def from_checkpoint(
@@ -47,6 +51,7 @@ class MoE(torch.nn.Module):
         *,
         device: torch.device | str = "cpu",
         activations: ActivationFormat = "bf16",
+        batch_invariant: bool = False,
         cache: CacheUse = "read",
     ) -> MoE:
         """Read one layer of a checkpoint directory, Hub model `org/name` or open `Checkpoint`.
@@ -59,11 +64,13 @@ class MoE(torch.nn.Module):
         torch.Size([2, 5, 256])
         """
         checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.open(model)
-        return cls(load_router(checkpoint, layer, device), load_prepared(checkpoint, layer, device=device, cache=cache), activations=activations)
+        router, experts = load_router(checkpoint, layer, device), load_prepared(checkpoint, layer, device=device, cache=cache)
+        return cls(router, experts, activations=activations, batch_invariant=batch_invariant)
 
     def route(self, hidden: torch.Tensor) -> Routing:
         """Choose experts for hidden [T, H]; the logits are computed in fp32 whatever the dtype of the router's weight."""
-        logits = hidden.float() @ self.router.weight.float().T
+        product = invariant_linear if self.batch_invariant else torch.nn.functional.linear
+        logits = product(hidden.float(), self.router.weight.float())
         if self.router.logit_bias is not None:
             logits = logits + self.router.logit_bias.float()
         return route(logits, bias=self.router.correction_bias, **asdict(self.router.rule))
@@ -71,12 +78,19 @@ class MoE(torch.nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [..., H] bf16, fp16 or fp32 to the same shape and dtype."""
         tokens = hidden.reshape(-1, hidden.shape[-1])
-        return fused_moe(tokens, self.experts, *self.route(tokens), activations=self.activations).view(hidden.shape)
+        options = {"activations": self.activations, "batch_invariant": self.batch_invariant}
+        return fused_moe(tokens, self.experts, *self.route(tokens), **options).view(hidden.shape)
 
     def extra_repr(self) -> str:
         w, rule = self.experts, self.router.rule
         sizes = f"{w.num_experts} experts {repr(w.format) if w.format else 'dense'}, hidden {w.hidden}, intermediate {w.intermediate}"
-        return f"{sizes}, {rule.method} top-{rule.top_k}, activations {self.activations}"
+        invariant = ", batch invariant" if self.batch_invariant else ""
+        return f"{sizes}, {rule.method} top-{rule.top_k}, activations {self.activations}{invariant}"
+
+    def _keep_addresses(self) -> None:
+        for tensor in (self.router.weight, self.router.logit_bias, self.router.correction_bias):
+            if tensor is not None:
+                keep_address(tensor)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> MoE:
         # nn.Module.to, .cuda and .cpu all come through here. The probe is an integer tensor, so a change of dtype does not touch it.
@@ -87,4 +101,5 @@ class MoE(torch.nn.Module):
             router = self.router
             bias, correction = (None if tensor is None else tensor.to(device) for tensor in (router.logit_bias, router.correction_bias))
             self.router = replace(router, weight=router.weight.to(device), logit_bias=bias, correction_bias=correction)
+            self._keep_addresses()
         return self

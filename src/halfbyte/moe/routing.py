@@ -11,6 +11,7 @@ from halfbyte.errors import InputError
 from halfbyte.kernels.reference.routing import METHODS
 from halfbyte.kernels.table import Problem, choose
 
+INVARIANT_ROWS = 64
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -52,12 +53,22 @@ def route(
     >>> routing.ids.tolist(), routing.weights.tolist()
     ([[1, 2]], [[0.5, 0.5]])
     """
-    _check(logits, top_k, method, bias, num_groups, top_k_groups)
+    if torch.compiler.is_compiling():
+        return Routing(*torch.ops.halfbyte.route(logits, top_k, method, bias, num_groups, top_k_groups, scale))
+    return Routing(*run(logits, top_k, method, bias, num_groups, top_k_groups, scale))
+
+
+def run(
+    logits: torch.Tensor, top_k: int, method: str, bias: torch.Tensor | None, num_groups: int, top_k_groups: int, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`route` without regard to torch.compile."""
+    check(logits, top_k, method, bias, num_groups, top_k_groups)
     kernel = choose(Problem("route", Target.of(logits.device)))
-    return Routing(*kernel.function(logits, top_k, method, bias=bias, num_groups=num_groups, top_k_groups=top_k_groups, scale=scale))
+    return kernel.function(logits, top_k, method, bias=bias, num_groups=num_groups, top_k_groups=top_k_groups, scale=scale)
 
 
-def _check(logits: torch.Tensor, top_k: int, method: str, bias: torch.Tensor | None, num_groups: int, top_k_groups: int) -> None:
+def check(logits: torch.Tensor, top_k: int, method: str, bias: torch.Tensor | None, num_groups: int, top_k_groups: int) -> None:
+    """Raise what `route` raises for these arguments."""
     where = "route"
     if method not in METHODS:
         raise InputError("unknown routing method", where=where, given=repr(method), needed=" or ".join(METHODS))
@@ -87,3 +98,22 @@ def _check(logits: torch.Tensor, top_k: int, method: str, bias: torch.Tensor | N
         raise InputError(
             "the kept groups cannot supply top_k experts", where=where, given=given, needed="1 <= top_k_groups <= num_groups, enough for top_k"
         )
+
+
+def invariant_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x [T, H] @ weight [E, H]^T, for router logits whose bits do not depend on the other tokens."""
+    return torch.ops.halfbyte.invariant_linear(x, weight) if torch.compiler.is_compiling() else run_invariant_linear(x, weight)
+
+
+def run_invariant_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`invariant_linear` without regard to torch.compile.
+
+    Libraries choose a kernel by the number of rows, so that is always the same here: one on a CPU, whose kernels treat the last rows differently,
+    blocks filled up with zeros on a GPU, where all rows of a product take the same steps.
+    """
+    rows = 1 if x.device.type == "cpu" else INVARIANT_ROWS
+    result = torch.empty((len(x), len(weight)), dtype=x.dtype, device=x.device)
+    for block, logits in zip(x.split(rows), result.split(rows), strict=True):
+        filled = torch.nn.functional.pad(block, (0, 0, 0, rows - len(block)))
+        logits.copy_(torch.nn.functional.linear(filled, weight)[: len(block)])
+    return result

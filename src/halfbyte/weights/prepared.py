@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -13,8 +13,11 @@ from halfbyte.device import Target
 from halfbyte.errors import InputError, UnsupportedError
 from halfbyte.formats import BlockFormat
 from halfbyte.weights.checks import check_same_kind, check_scales
+from halfbyte.weights.description import describe
 from halfbyte.weights.layouts import cutlass, hopper, trtllm_gen
 from halfbyte.weights.layouts.engine import EngineExperts
+
+Experts: TypeAlias = ExpertWeights | hopper.HopperExperts | EngineExperts
 
 
 @dataclass(frozen=True)
@@ -67,13 +70,20 @@ class PreparedExperts:
         policy: how the weights reside in memory; "packed" keeps 4 bits.
         target: the hardware they lie on.
         reason: why this layout was taken.
+        description: what `fused_moe` passes to its op under torch.compile beside the tensors; see `weights.description`.
     """
 
-    experts: ExpertWeights | hopper.HopperExperts | EngineExperts
+    experts: Experts
     layout: str
     policy: str
     target: Target
     reason: str
+    description: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "description", describe(self.experts))
+        for tensor in self.experts.tensors.values():
+            keep_address(tensor)
 
     @property
     def activation(self) -> Activation:
@@ -135,6 +145,14 @@ class PreparedExperts:
         check_scales(w)
         for name, tensor in self.experts.tensors.items():
             tensor.copy_(w.tensors[name])
+
+
+def keep_address(tensor: torch.Tensor) -> None:
+    """Promise torch.compile that `tensor` stays where it is: CUDA graphs then read it in place instead of copying it at every replay.
+
+    The same as torch._dynamo.mark_static_address, whose import takes seconds.
+    """
+    tensor._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
 
 
 def resolve_layout(layout: str, policy: str, format: BlockFormat | None, target: Target) -> tuple[str, str]:

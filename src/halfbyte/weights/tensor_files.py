@@ -49,7 +49,8 @@ def write_tensors(stream: BinaryIO, tensors: Mapping[str, torch.Tensor], metadat
     _write(stream, memoryview(struct.pack("<Q", len(header)) + header))
     for tensor in tensors.values():
         for block in _bytes_of(tensor).split(_BLOCK_BYTES):
-            _write(stream, memory_of(block.cpu()))
+            host = block.cpu()  # named: the memory lives as long as the tensor
+            _write(stream, memory_of(host))
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,8 @@ def _page_sums(data: torch.Tensor) -> torch.Tensor:
 def _digest(sums: list[torch.Tensor]) -> str:
     crc = 0
     for part in sums:
-        crc = zlib.crc32(memory_of(part.cpu()), crc)
+        host = part.cpu()  # named: the memory lives as long as the tensor
+        crc = zlib.crc32(memory_of(host), crc)
     return f"{crc:08x}"
 
 

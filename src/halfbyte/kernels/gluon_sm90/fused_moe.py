@@ -105,8 +105,12 @@ FP8_HUGE = PrefillConfig(
 MIN_FP8_ROWS = 64  # an expert, on average
 
 
-def choose_config(num_tokens: int, top_k: int, num_experts: int, activations: ActivationFormat = "bf16") -> DecodeConfig | PrefillConfig:
+def choose_config(
+    num_tokens: int, top_k: int, num_experts: int, activations: ActivationFormat = "bf16", *, batch_invariant: bool = False
+) -> DecodeConfig | PrefillConfig:
     """Pick the kernels from what the host knows: the average number of rows an expert.
+
+    `batch_invariant`: among those that add up a token's products in one order, which are the prefill kernels of one kind of activations.
 
     >>> choose_config(1, 8, 256).direct, choose_config(64, 8, 256).rows, choose_config(8192, 8, 256).max_rows
     (True, 8, 192)
@@ -114,15 +118,13 @@ def choose_config(num_tokens: int, top_k: int, num_experts: int, activations: Ac
     (False, True)
     """
     rows = num_tokens * top_k
-    if num_tokens <= MAX_DIRECT_TOKENS and rows <= MAX_DIRECT_SLOTS:
-        return DecodeConfig(direct=True, rows=8, tiles=1)
     average = rows / num_experts
-    if activations == "fp8" and average > MIN_FP8_ROWS:
+    if activations == "fp8" and (average > MIN_FP8_ROWS or batch_invariant):
         return FP8_MEDIUM if average <= 96 else FP8_LARGE if average <= 160 else FP8_HUGE
-    if average <= 4:
-        return DecodeConfig(direct=False, rows=8, tiles=1)
-    if average <= 12:
-        return DecodeConfig(direct=False, rows=16, tiles=2)
+    if not batch_invariant and average <= 12:
+        if num_tokens <= MAX_DIRECT_TOKENS and rows <= MAX_DIRECT_SLOTS:
+            return DecodeConfig(direct=True, rows=8, tiles=1)
+        return DecodeConfig(direct=False, rows=8, tiles=1) if average <= 4 else DecodeConfig(direct=False, rows=16, tiles=2)
     for limit, config in ((24, TINY), (48, SMALL), (96, MEDIUM), (320, LARGE)):
         if average <= limit:
             return config
@@ -144,6 +146,7 @@ def fused_moe(
     activations: ActivationFormat = "bf16",
     expert_offset: int = 0,
     out: torch.Tensor | None = None,
+    batch_invariant: bool = False,
     config: DecodeConfig | PrefillConfig | None = None,
 ) -> torch.Tensor:
     """hidden [T, H] bf16, ids int [T, k], weights float [T, k] to [T, H]; `moe.functional.fused_moe` checks the arguments.
@@ -165,7 +168,7 @@ def fused_moe(
     if num_tokens == 0:
         return out
     if config is None:
-        config = choose_config(num_tokens, top_k, experts.num_experts, activations)
+        config = choose_config(num_tokens, top_k, experts.num_experts, activations, batch_invariant=batch_invariant)
     hidden, ids, weights = hidden.contiguous(), ids.contiguous(), weights.contiguous()
     run = _decode if isinstance(config, DecodeConfig) else _prefill_fp8 if config.fp8 else _prefill
     y, row_of_slot = run(hidden, experts, ids, expert_offset, config, activations == "fp8")
@@ -197,7 +200,8 @@ def _decode_gemm(
     items: Items | None, expert_offset: int, config: DecodeConfig, *, is_w13: bool,
 ) -> None:  # fmt: skip
     parts, _, columns = y.shape
-    groups = -(-matrix.row_tiles // config.tiles)
+    tiles = min(config.tiles, matrix.row_tiles)
+    groups = -(-matrix.row_tiles // tiles)
     work = ids.numel() if items is None else items.items.shape[0]
     token_of_row, item_list, num_items = (ids, ids, ids) if items is None else (items.token_of_row, items.items, items.num_items)
     k = experts.hidden if is_w13 else experts.intermediate
@@ -205,7 +209,7 @@ def _decode_gemm(
         x, x if x_scale is None else x_scale, matrix.words, matrix.scales, *_optional(matrix), y, ids, item_list, num_items, token_of_row,
         ids.shape[0], expert_offset, experts.num_experts, y.stride(0),
         ids.shape[1], k, x.stride(0), matrix.row_tiles, columns, columns, experts.format == NVFP4, is_w13, *_activation(experts),
-        matrix.bias is not None, x_scale is not None, config.direct, config.rows, config.tiles, parts, config.ahead, True,
+        matrix.bias is not None, x_scale is not None, config.direct, config.rows, tiles, parts, config.ahead, True,
         num_warps=NUM_WARPS, launch_pdl=True,
     )  # fmt: skip
 

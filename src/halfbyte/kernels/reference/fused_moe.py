@@ -56,8 +56,17 @@ def fused_moe(
     activations: ActivationFormat = "bf16",
     expert_offset: int = 0,
     out: torch.Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> torch.Tensor:
-    """hidden [T, H], ids int [T, k], weights float [T, k] to [T, H] of hidden's dtype (or out's); `moe.functional.fused_moe` checks the arguments."""
+    """hidden [T, H], ids int [T, k], weights float [T, k] to [T, H] of hidden's dtype (or out's); `moe.functional.fused_moe` checks the arguments.
+
+    torch's products of matrices, and the ends of its vectorised loops, round by the number of rows: `batch_invariant` takes each token alone.
+    """
+    if batch_invariant and len(hidden) > 1:
+        result = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if out is None else out
+        for x, i, w, y in zip(*(tensor.split(1) for tensor in (hidden, ids, weights, result)), strict=True):
+            fused_moe(x, experts, i, w, activations=activations, expert_offset=expert_offset, out=y)
+        return result
     permutation = sort_by_expert(ids, expert_offset, experts.num_experts)
     rows = expert_rows(hidden, experts, permutation, ids.shape[1], activations)
     result = combine(rows, weights, permutation.row_of_slot)

@@ -40,11 +40,12 @@ def fused_moe(
     activations: ActivationFormat = "bf16",
     expert_offset: int = 0,
     out: torch.Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> torch.Tensor:
     """hidden [T, H], ids int [T, k], weights float [T, k] to [T, H] of hidden's dtype (or out's); `moe.functional.fused_moe` checks the arguments."""
     assert activations == "bf16", "the kernel table gives this kernel nothing else"
     permutation = sort_by_expert(ids, expert_offset, experts.num_experts)
-    rows = _ExpertRows.apply(hidden, experts, permutation, ids.shape[1])
+    rows = _ExpertRows.apply(hidden, experts, permutation, ids.shape[1], batch_invariant)
     result = combine(rows, weights, permutation.row_of_slot)
     return result.to(hidden.dtype) if out is None else out.copy_(result)
 
@@ -53,14 +54,15 @@ class _ExpertRows(torch.autograd.Function):
     """Run each row of `permutation` through its expert: fp32 [T*k, H]; rows of experts that are not held here are left unset."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, experts: ExpertWeights, permutation: DevicePermutation, top_k: int) -> torch.Tensor:
+    def forward(
+        ctx: Any, hidden: torch.Tensor, experts: ExpertWeights, permutation: DevicePermutation, top_k: int, batch_invariant: bool
+    ) -> torch.Tensor:
         slot_of_row, _, row_start = permutation
         h = torch.empty((len(slot_of_row), experts.intermediate), dtype=hidden.dtype, device=hidden.device)
-        grouped_gemm_w4a16(
-            hidden, experts.w13, row_start, h, bias=experts.w13_bias, activation=experts.activation, slot_of_row=slot_of_row, top_k=top_k
-        )
+        options: dict[str, Any] = {"slot_of_row": slot_of_row, "top_k": top_k, "batch_invariant": batch_invariant}
+        grouped_gemm_w4a16(hidden, experts.w13, row_start, h, bias=experts.w13_bias, activation=experts.activation, **options)
         rows = torch.empty((len(slot_of_row), experts.hidden), dtype=torch.float32, device=hidden.device)
-        return grouped_gemm_w4a16(h, experts.w2, row_start, rows, bias=experts.w2_bias)
+        return grouped_gemm_w4a16(h, experts.w2, row_start, rows, bias=experts.w2_bias, batch_invariant=batch_invariant)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:

@@ -38,6 +38,7 @@ from halfbyte.formats import NVFP4, BlockFormat, QuantTensor
 TWO_POW_126 = tl.constexpr(2.0**126)
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 TWICE_SQRT_TWO_OVER_PI = tl.constexpr(1.5957691216057308)
+INVARIANT_ROWS = 64  # rows an expert whose tile serves any number of rows: half as fast as the best at either end, by arithmetic
 TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
@@ -231,8 +232,11 @@ def grouped_gemm_w4a16(
     activation: Activation | None = None,
     slot_of_row: torch.Tensor | None = None,
     top_k: int = 1,
+    batch_invariant: bool = False,
 ) -> torch.Tensor:
     """Fill out [R, N] from x [S, K] and weight [E, W, K] as the module says; rows from row_start[E] on keep what they held.
+
+    `batch_invariant`: one tile for any number of rows. A row of a tile never mixes with another, so its bits then depend on nothing else.
 
     Launches one kernel, allocates nothing when x and the weights are contiguous, and never waits for the device.
     """
@@ -243,7 +247,8 @@ def grouped_gemm_w4a16(
     weight = weight.with_scale_layout("linear")
     scale = weight.global_scale
     compute = compute_dtype(x.dtype, weight.format, interpreted=triton.knobs.runtime.interpret)
-    config = choose_config(num_rows, num_experts, gated=activation is not None and activation.gated, compute=compute)
+    tiled_rows = INVARIANT_ROWS * num_experts if batch_invariant else num_rows
+    config = choose_config(tiled_rows, num_experts, gated=activation is not None and activation.gated, compute=compute)
     grid = (row_block_bound(num_rows, num_experts, config.block_m) * triton.cdiv(columns, config.block_n),)
     with torch.cuda.device_of(out):  # Triton launches on the current device
         grouped_gemm_w4a16_kernel[grid](

@@ -74,7 +74,7 @@ def _lay_out_items(counts, starts, count_ptr, items_ptr, num_items_ptr, BINS: tl
         for first in range(0, BINS, 32):
             others = first + tl.arange(0, 32)
             other_size, other_pieces = _item_size(tl.load(count_ptr + others, cache_modifier=".cg"), MAX_ROWS, ALIGNMENT)
-            item += tl.sum(tl.where((other_size * BINS - others)[None, :] > order[:, None], other_pieces[None, :], 0), axis=1)
+            item += tl.sum(tl.where((other_size * BINS - others)[:, None] > order[None, :], other_pieces[:, None], 0), axis=0)
     else:
         item = tl.cumsum(pieces) - pieces
     tl.store(num_items_ptr, tl.sum(pieces))
@@ -113,7 +113,7 @@ def _count(
     for first in range(0, CHUNK, 32):
         other = chunk * CHUNK + first + tl.arange(0, 32)
         other_expert = _experts_of(ids_ptr, other, num_slots, expert_offset, NUM_EXPERTS)
-        rank += tl.sum(((expert[:, None] == other_expert[None, :]) & (other[None, :] < slot[:, None])).to(tl.int32), axis=1)
+        rank += tl.sum(((other_expert[:, None] == expert[None, :]) & (other[:, None] < slot[None, :])).to(tl.int32), axis=0)  # within a thread
     if not SINGLE:
         tl.store(rank_ptr + slot, rank, mask=slot < num_slots)
     tl.store(base_ptr + chunk * BINS + bins, tl.histogram(expert, BINS, mask=expert < NUM_EXPERTS))
@@ -126,6 +126,7 @@ def _count(
             row = first + tl.arange(0, SCAN_CHUNKS)
             entry = base_ptr + row[:, None] * BINS + bins[None, :]
             counts = tl.load(entry, mask=(row < num_chunks)[:, None], other=0, cache_modifier=".cg")
+            tl.debug_barrier()  # several threads read an entry; none may read it after another has written it
             tl.store(entry, total[None, :] + tl.cumsum(counts, axis=0) - counts, mask=(row < num_chunks)[:, None])
             total += tl.sum(counts, axis=0)
         starts = tl.cumsum(total) - total
@@ -166,8 +167,9 @@ def permute(ids: torch.Tensor, expert_offset: int, num_experts: int, max_rows: i
     single = num_slots <= MAX_SINGLE_CHUNK
     chunk = max(64, triton.next_power_of_2(num_slots)) if single else CHUNK
     num_chunks, bins = triton.cdiv(num_slots, chunk), max(32, triton.next_power_of_2(num_experts))
-    buffer = torch.empty((3 - single) * num_slots + (num_chunks + 2) * bins + 1, dtype=torch.int32, device=device)
-    sizes = [num_slots, num_slots, 0 if single else num_slots, num_chunks * bins, bins, bins, 1]
+    aligned = -(-num_slots // 4) * 4  # 16 bytes: Triton compiles anew for pointers that are not
+    sizes = [aligned, aligned, 0 if single else aligned, num_chunks * bins, bins, bins, 4]
+    buffer = torch.empty(sum(sizes), dtype=torch.int32, device=device)
     token_of_row, row_of_slot, rank, base, count, start, num_items = buffer.split(sizes)
     items = torch.empty((max_items(num_slots, num_experts, max_rows), 4), dtype=torch.int32, device=device)
     options: dict[str, Any] = {"num_warps": 8 if chunk > CHUNK else 4, **({"launch_pdl": True} if launch_early else {})}
@@ -179,7 +181,7 @@ def permute(ids: torch.Tensor, expert_offset: int, num_experts: int, max_rows: i
         _place[(num_chunks,)](
             ids, token_of_row, row_of_slot, rank, base, start, num_slots, expert_offset, num_experts, bins, top_k, chunk, launch_early, **options
         )
-    return Items(token_of_row, row_of_slot, items, num_items)
+    return Items(token_of_row[:num_slots], row_of_slot[:num_slots], items, num_items[:1])
 
 
 @triton.jit

@@ -4,7 +4,7 @@
     codes    e4m3 [rows, K], columns in natural order or in the slots of the Hopper layout
     scales   fp32 [rows, 1] or [rows, K / 128]; e8m0 bytes [rows, K / 32] "linear", "128x4" or "8x4", padding zero
 
-A program holds whole rows for "token", else a tile of blocks. Division as in `blocks`; "hopper" permutes what is loaded, so that stores stay whole.
+A program holds whole rows for "token", else a tile of blocks. "hopper" permutes what is loaded, so that stores stay whole.
 Target: any CUDA GPU of compute capability 8.0 or newer. Not measured yet.
 """
 
@@ -18,10 +18,9 @@ import triton.language as tl
 
 from halfbyte.formats.fp8_tensor import BLOCKS, ColumnOrder, Fp8Scaling, Fp8Tensor
 from halfbyte.formats.scale_layout import ScaleLayout, padded_shape
-from halfbyte.kernels.triton.blocks import e4m3_of, quotient, range_factor, reciprocal
+from halfbyte.kernels.triton.blocks import e4m3_of
 
 INTERPRETED = triton.knobs.runtime.interpret
-_INFINITY = tl.constexpr(float("inf"))
 _SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 
 
@@ -36,21 +35,17 @@ def _e4m3_bytes(x, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def _fp32_scale(amax, ASM: tl.constexpr):
-    """amax / 448, and by what to multiply and divide x: by 0 and 1 for an infinite scale, by NaN for NaN."""
+def _fp32_scale(amax):
     scale = tl.div_rn(amax, tl.full(amax.shape, 448.0, tl.float32))
     scale = tl.where(scale < _SMALLEST_NORMAL, _SMALLEST_NORMAL, scale)
-    scale = tl.where(scale != scale, float("nan"), scale)  # one NaN for all devices
-    regular = scale < _INFINITY
-    factor = tl.where(regular, range_factor(scale), tl.where(scale == _INFINITY, 0.0, float("nan")))
-    return scale, factor, tl.where(regular, scale * factor, 1.0)
+    return tl.where(scale != scale, float("nan"), scale)  # one NaN for all devices
 
 
 @triton.jit
 def quantize_fp8_kernel(
     x_ptr, codes_ptr, scales_ptr, num_rows, row_stride, width, scale_rows, scale_columns,
     MX: tl.constexpr, BLOCK: tl.constexpr, LAYOUT: tl.constexpr, HOPPER: tl.constexpr,
-    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, NATIVE: tl.constexpr, ASM: tl.constexpr,
+    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     GROUPS: tl.constexpr = TILE_COLUMNS // BLOCK
     row = tl.program_id(0).to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)[:, None]
@@ -72,8 +67,8 @@ def quantize_fp8_kernel(
         q = x * factor[:, :, None]
         scale = byte.to(tl.uint8)
     else:
-        scale, factor, divisor = _fp32_scale(tl.max(bits, axis=2).to(tl.float32, bitcast=True), ASM)
-        q = quotient(x * factor[:, :, None], divisor[:, :, None], reciprocal(divisor, ASM)[:, :, None], ASM)
+        scale = _fp32_scale(tl.max(bits, axis=2).to(tl.float32, bitcast=True))
+        q = tl.div_rn(x, tl.broadcast_to(scale[:, :, None], x.shape))
     codes = tl.reshape(_e4m3_bytes(q, NATIVE), (TILE_ROWS, TILE_COLUMNS))
     tl.store(codes_ptr + row * width + slot, codes, mask=mask)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)[None, :]
@@ -109,6 +104,6 @@ def quantize_fp8(
             quantize_fp8_kernel[(triton.cdiv(padded[0], tile_rows), triton.cdiv(width, tile_columns))](
                 rows, matrix_codes.view(torch.uint8), matrix_scales, num_rows, rows.stride(0), width, *padded,
                 scaling == "mx", BLOCKS.get(scaling, tile_columns), scale_layout, column_order == "hopper", tile_rows, tile_columns,
-                native, not INTERPRETED, **options,
+                native, **options,
             )  # fmt: skip
     return result

@@ -1,0 +1,114 @@
+"""`fused_moe` and `route` as ops of torch.library, for torch.compile: it sees what goes in and the shape of what comes out, and nothing between.
+
+Prepared experts go in as their tensors, which the compiler then knows as inputs like any other (`PreparedExperts.update_` keeps working, CUDA graphs
+read them in place), and a description of the rest, a constant of the graph (`weights.description`). Only traced code calls the ops: the
+dispatcher costs more than the functions themselves need before they launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from halfbyte.device import Target
+from halfbyte.errors import UnsupportedError
+from halfbyte.formats.activations import ActivationFormat
+from halfbyte.moe import functional, routing
+from halfbyte.weights.description import rebuild
+
+_ARGUMENTS = (
+    "Tensor hidden, Tensor[] experts, str description, str layout, Tensor ids, Tensor weights, str activations, SymInt expert_offset, str? backend, "
+    "bool batch_invariant"
+)
+
+
+@torch.library.custom_op("halfbyte::fused_moe", mutates_args=(), schema=f"({_ARGUMENTS}) -> Tensor")
+def fused_moe(
+    hidden: torch.Tensor,
+    experts: Sequence[torch.Tensor],
+    description: str,
+    layout: str,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    activations: ActivationFormat,
+    expert_offset: int,
+    backend: str | None,
+    batch_invariant: bool,
+) -> torch.Tensor:
+    return _run(hidden.contiguous(), experts, description, layout, ids, weights, activations, expert_offset, backend, batch_invariant, None)
+
+
+@torch.library.custom_op("halfbyte::fused_moe_out", mutates_args=("out",), schema=f"({_ARGUMENTS}, Tensor(a!) out) -> ()")
+def fused_moe_out(
+    hidden: torch.Tensor,
+    experts: Sequence[torch.Tensor],
+    description: str,
+    layout: str,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    activations: ActivationFormat,
+    expert_offset: int,
+    backend: str | None,
+    batch_invariant: bool,
+    out: torch.Tensor,
+) -> None:
+    _run(hidden, experts, description, layout, ids, weights, activations, expert_offset, backend, batch_invariant, out)
+
+
+def _run(hidden: torch.Tensor, tensors: Sequence[torch.Tensor], description: str, layout: str, *arguments: Any) -> torch.Tensor:
+    experts = rebuild(description, tensors)
+    return functional.run(hidden, experts, layout, Target.of(experts.device), *arguments)
+
+
+@fused_moe.register_fake
+def _(hidden: torch.Tensor, experts: Sequence[torch.Tensor], description: str, layout: str, *arguments: Any) -> torch.Tensor:
+    functional.check(hidden, rebuild(description, experts), *arguments[:3], None)
+    return hidden.new_empty(hidden.shape)
+
+
+@fused_moe_out.register_fake
+def _(hidden: torch.Tensor, experts: Sequence[torch.Tensor], description: str, layout: str, *arguments: Any) -> None:
+    functional.check(hidden, rebuild(description, experts), *arguments[:3], arguments[-1])
+
+
+@torch.library.custom_op(
+    "halfbyte::route",
+    mutates_args=(),
+    schema="(Tensor logits, int top_k, str method, Tensor? bias, int num_groups, int top_k_groups, float scale) -> (Tensor, Tensor)",
+)
+def route(
+    logits: torch.Tensor, top_k: int, method: str, bias: torch.Tensor | None, num_groups: int, top_k_groups: int, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return routing.run(logits, top_k, method, bias, num_groups, top_k_groups, scale)
+
+
+@route.register_fake
+def _(
+    logits: torch.Tensor, top_k: int, method: str, bias: torch.Tensor | None, num_groups: int, top_k_groups: int, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    routing.check(logits, top_k, method, bias, num_groups, top_k_groups)
+    shape = (logits.shape[0], top_k)
+    return logits.new_empty(shape, dtype=torch.int32), logits.new_empty(shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("halfbyte::invariant_linear", mutates_args=(), schema="(Tensor x, Tensor weight) -> Tensor")
+def invariant_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return routing.run_invariant_linear(x, weight)
+
+
+@invariant_linear.register_fake
+def _(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+def _refuse_gradients(name: str) -> Callable[..., Any]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        raise UnsupportedError(f"{name} has no gradient under torch.compile", where=name, next_step="run under torch.no_grad(), or uncompiled")
+
+    return backward
+
+
+for _op, _name in ((fused_moe, "fused_moe"), (route, "route"), (invariant_linear, "MoE")):
+    _op.register_autograd(_refuse_gradients(_name))
