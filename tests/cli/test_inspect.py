@@ -13,6 +13,7 @@ import torch
 import halfbyte
 from halfbyte.cli import inspect
 from halfbyte.errors import CheckpointError
+from halfbyte.weights.layouts.hopper_fp8 import weight_error
 
 DEMO = str(Path(halfbyte.__file__).parent / "demo_model")
 
@@ -82,3 +83,30 @@ def test_sizes_by_kind() -> None:
     kinds = {row["kind"]: row for row in inspect.describe(DEMO)["sizes"]}
     assert sum(row["bytes"] for kind, row in kinds.items() if kind != "total") == kinds["total"]["bytes"]
     assert kinds["embeddings"]["weights"] == 2048 * 256 and kinds["router"]["weights"] == 6 * 16 * 256
+
+
+def test_fp8_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As `weight_error` of the whole layer; MXFP4 that spans few octaves is exact; dense experts have none."""
+    nvfp4, mxfp4 = cf.nvfp4("modelopt").write(tmp_path / "nvfp4"), cf.gpt_oss()[0].write(tmp_path / "mxfp4")
+    assert run(str(nvfp4), "--fp8-error", "--json") == 0
+    rows = json.loads(capsys.readouterr().out)["fp8_error"]
+    expected = weight_error(halfbyte.load_experts(nvfp4, 1))
+    assert [(row["layer"], row["matrix"], row["rounded_rows"], row["rows"]) for row in rows] == [
+        (1, name, expected[name].rows, cf.E * rows) for name, rows in (("w13", 2 * cf.I), ("w2", cf.H))
+    ]
+    assert all(row["relative"] == pytest.approx(expected[row["matrix"]].relative) and 0.005 < row["relative"] < 0.1 for row in rows)
+    assert run(str(nvfp4), "--fp8-error") == 0
+    assert f"w2   fp8 tensor cores: {expected['w2'].relative:.3%} of the weights' norm" in capsys.readouterr().out
+    run(str(mxfp4), "--fp8-error", "--layer", "1")
+    assert capsys.readouterr().out.count("exact") == sum(error.rows == 0 for error in weight_error(halfbyte.load_experts(mxfp4, 1)).values())
+    assert run(DEMO, "--fp8-error", "--layer", "0") == 0 and "no FP4 experts" in capsys.readouterr().out
+    run(str(nvfp4), "--json")
+    assert "fp8_error" not in json.loads(capsys.readouterr().out)
+
+
+def test_fp8_error_of_a_broken_layer_is_its_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = cf.nvfp4("modelopt")
+    del files.tensors["model.layers.1.mlp.experts.2.up_proj.weight"]
+    assert run(str(files.write(tmp_path)), "--fp8-error", "--json") == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["fp8_error"] == [] and report["problems"]

@@ -96,3 +96,11 @@ def test_a_layout_that_does_not_hold_the_weights_is_1(tmp_path: Path, cache_dir:
 def test_usage_errors(model: str, arguments: list[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["prepare", model, *arguments])
+
+
+def test_fp8_error_of_the_experts_that_are_prepared(model: str, cache_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole, part = (report(capsys, model, "--fp8-error", *options)["fp8_error"] for options in ((), ("--experts", "0:1")))
+    assert [row["matrix"] for row in whole] == ["w13", "w2"] and [row["rows"] for row in part] == [row["rows"] // cf.E for row in whole]
+    assert main(["prepare", model, "--device", "cpu", "--fp8-error"]) == 0
+    assert "layer   1  w13  fp8 tensor cores: " in capsys.readouterr().out
+    assert "fp8_error" not in report(capsys, model)

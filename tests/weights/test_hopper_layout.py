@@ -117,3 +117,16 @@ def test_bad_weights_are_refused() -> None:
     w.w13.scales.view(torch.uint8)[0, 0, 0] = 0x7F
     with pytest.raises(InputError, match="w13 has block scales that are negative or NaN"):
         packed_hopper(w)
+
+
+@pytest.mark.parametrize("layout", ["hopper", "cutlass"])
+def test_prepare_and_update_say_the_same_of_bad_scales(layout: str) -> None:
+    good, bad = make_experts(2, 64, 64, hb.NVFP4), make_experts(2, 64, 64, hb.NVFP4)
+    prepared = hb.prepare(good, layout)
+    for spoil in (lambda: bad.w2.global_scale.fill_(torch.inf), lambda: bad.w13.scales.view(torch.uint8).fill_(0x80)):
+        spoil()
+        with pytest.raises(InputError) as of_prepare:
+            hb.prepare(bad, layout)
+        with pytest.raises(InputError) as of_update:
+            prepared.update_(bad)
+        assert str(of_prepare.value) == str(of_update.value) and "nothing was written" in str(of_update.value)

@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="model directory, or org/name on the Hugging Face Hub")
     parser.add_argument("--layer", type=int, metavar="N", help="examine the scales of this layer only")
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
+    parser.add_argument("--fp8-error", action="store_true", help="measure what Hopper's fp8 tensor cores round off (reads all experts)")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
@@ -39,13 +40,13 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         CheckpointError, UnsupportedError: the checkpoint cannot be opened or described at all; no such MoE layer.
     """
-    report = describe(args.model, args.layer, args.tensors)
+    report = describe(args.model, args.layer, args.tensors, args.fp8_error)
     print(json.dumps(report, indent=2, allow_nan=False) if args.json else _render(report))
     return int(any(problem["severity"] == "error" for problem in report["problems"]))
 
 
-def describe(model: str, layer: int | None = None, tensors: bool = False) -> dict[str, Any]:
-    """The report as a JSON-able dict; `layer` limits the scale statistics and problems to one layer."""
+def describe(model: str, layer: int | None = None, tensors: bool = False, fp8_error: bool = False) -> dict[str, Any]:
+    """The report as a JSON-able dict; `layer` limits the scale statistics, fp8 errors and problems to one layer."""
     from halfbyte.checkpoint.problems import examine_layer
     from halfbyte.checkpoint.source import Checkpoint
 
@@ -61,6 +62,11 @@ def describe(model: str, layer: int | None = None, tensors: bool = False) -> dic
         "scales": [{"layer": index, **asdict(row)} for index, (rows, _) in examined.items() for row in rows],
         "problems": [asdict(problem) for _, problems in examined.values() for problem in problems],
     }
+    if fp8_error:
+        from halfbyte.cli.fp8_error import describe_layer
+
+        broken = {problem["layer"] for problem in report["problems"] if problem["severity"] == "error"}
+        report["fp8_error"] = [row for index in layers if index not in broken for row in describe_layer(checkpoint, index)]
     if tensors:
         report["tensors"] = [
             {"name": name, "dtype": str(dtype).removeprefix("torch."), "shape": shape, "file": checkpoint.file_of(name).name}
@@ -120,6 +126,11 @@ def _render(report: dict[str, Any]) -> str:
             for row in report["scales"]
         ]
         lines += ["", *_table(header, rows)]
+    if "fp8_error" in report:
+        from halfbyte.cli.fp8_error import render
+
+        lines += ["", *(render(row) for row in report["fp8_error"])]
+        lines += [] if report["fp8_error"] else ["  no FP4 experts whose fp8 error could be measured"]
     if "tensors" in report:
         lines += [
             "",

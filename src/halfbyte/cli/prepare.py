@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--force", action="store_true", help="write files that are there already again")
     existing.add_argument("--verify", action="store_true", help="check every byte of files that are there already, not only their headers")
+    parser.add_argument("--fp8-error", action="store_true", help="also measure what Hopper's fp8 tensor cores round off (reads all experts)")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
@@ -70,6 +71,10 @@ def run(args: argparse.Namespace) -> int:
             for row in rows
         ],
     }
+    if args.fp8_error:
+        from halfbyte.cli.fp8_error import describe_layer
+
+        report["fp8_error"] = [row for layer in layers for row in describe_layer(checkpoint, layer, device, args.experts)]
     print(json.dumps(report, indent=2) if args.json else _render(report))
     return 0
 
@@ -108,5 +113,9 @@ def _render(report: dict[str, Any]) -> str:
     for row in rows:
         state = f"written: {row['reason']}" if row["written"] else row["reason"]
         lines.append(f"  layer {row['layer']:>3}  {row['layout']}  {row['bytes'] / 1e6:10.2f} MB  {state}")
+    if report.get("fp8_error"):
+        from halfbyte.cli.fp8_error import render
+
+        lines += map(render, report["fp8_error"])
     written = sum(row["written"] for row in rows)
     return "\n".join([*lines, f"{written} written, {len(rows) - written} kept, {report['bytes'] / 1e9:.2f} GB, {report['seconds']:.1f} s"])

@@ -12,10 +12,10 @@ from halfbyte.checkpoint.experts import Activation, ExpertWeights
 from halfbyte.device import Target
 from halfbyte.errors import InputError, UnsupportedError
 from halfbyte.formats import BlockFormat
+from halfbyte.weights.checks import check_same_kind, check_scales
 from halfbyte.weights.description import describe
 from halfbyte.weights.layouts import cutlass, hopper, trtllm_gen
 from halfbyte.weights.layouts.engine import EngineExperts
-from halfbyte.weights.reload import check_same_kind, check_scales
 
 Experts: TypeAlias = ExpertWeights | hopper.HopperExperts | EngineExperts
 
@@ -139,10 +139,10 @@ class PreparedExperts:
         """
         layout = LAYOUTS.get(self.layout)
         check_same_kind(self.experts, w if layout is None else layout.allocate(w, "meta"))
-        check_scales(w)
         if layout is not None:
             layout.pack(w, self.experts, 0)
             return
+        check_scales(w)
         for name, tensor in self.experts.tensors.items():
             tensor.copy_(w.tensors[name])
 

@@ -9,7 +9,7 @@ Codes and scales are those of `formats.quantizer`, bit for bit. Target: any CUDA
 Compiled for sm_90 by Triton 3.6: 752 instructions for 32 elements a thread, 56 registers, no spills (NVFP4, bf16, 128x4).
 
 A thread owns whole blocks (16 columns, 32 for MXFP4), loads them 16 bytes at a time and needs no other thread. A program walks over chunks of rows
-with the stride of the grid, which has as many programs as the GPU can hold at once.
+(`quantize_chunk.py`) with the stride of the grid, which has as many programs as the GPU can hold at once.
 
 **Experts.** Rows are sorted by expert. Chunks are cut from the *padded* rows of the scale buffer, where every expert starts a tile: a chunk belongs
 to one expert, and what is looked up (expert, first row, global scale) is looked up once a chunk. By comparing with all experts at once, in
@@ -32,197 +32,10 @@ from halfbyte.device import Target
 from halfbyte.formats import NVFP4, BlockFormat, QuantTensor
 from halfbyte.formats.quantizer import decode_scale_of
 from halfbyte.formats.scale_layout import ScaleLayout, max_padded_rows, padded_shape, tile_rows
-from halfbyte.kernels.triton.blocks import amax8, codes4, e4m3_of, e8m0_of, half, normed, quotient, range_factor, reciprocal, swiglu
+from halfbyte.kernels.triton.quantize_chunk import quantize_chunk
 
 INTERPRETED = triton.knobs.runtime.interpret
 MAX_SCANNED_EXPERTS = 256
-
-
-@triton.jit
-def _split4(quad):
-    """The four words that a thread holds along the last dimension."""
-    even, odd = tl.split(tl.reshape(quad, (quad.shape[0], quad.shape[1], 2, 2)))
-    w0, w2 = tl.split(even)
-    w1, w3 = tl.split(odd)
-    return w0, w1, w2, w3
-
-
-@triton.jit
-def _load_words(pointers, mask):
-    """Eight consecutive words at pointers [rows, columns]: sixteen elements a thread, in two loads of 16 bytes."""
-    quads = pointers[:, :, None] + tl.arange(0, 4)[None, None, :]
-    w0, w1, w2, w3 = _split4(tl.load(quads, mask=mask[:, :, None], other=0))
-    w4, w5, w6, w7 = _split4(tl.load(quads + 4, mask=mask[:, :, None], other=0))
-    return w0, w1, w2, w3, w4, w5, w6, w7
-
-
-@triton.jit
-def _load_block(
-    pointers, mask, up_words, weights, weight_mask, factor,
-    SOURCE: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    """Eight words of x ("x"), of the activation of x and what lies `up_words` words behind it ("swiglu"), or of x * factor * weights ("norm")."""
-    w = _load_words(pointers, mask)
-    if SOURCE == "swiglu":
-        u = _load_words(pointers + up_words, mask)
-        w = (
-            swiglu(w[0], u[0], ALPHA, BETA, LIMIT, BF16, ASM),
-            swiglu(w[1], u[1], ALPHA, BETA, LIMIT, BF16, ASM),
-            swiglu(w[2], u[2], ALPHA, BETA, LIMIT, BF16, ASM),
-            swiglu(w[3], u[3], ALPHA, BETA, LIMIT, BF16, ASM),
-            swiglu(w[4], u[4], ALPHA, BETA, LIMIT, BF16, ASM),
-            swiglu(w[5], u[5], ALPHA, BETA, LIMIT, BF16, ASM),
-            swiglu(w[6], u[6], ALPHA, BETA, LIMIT, BF16, ASM),
-            swiglu(w[7], u[7], ALPHA, BETA, LIMIT, BF16, ASM),
-        )
-    if SOURCE == "norm":
-        v = _load_words(weights, weight_mask)
-        w = (
-            normed(w[0], v[0], factor, BF16, ASM),
-            normed(w[1], v[1], factor, BF16, ASM),
-            normed(w[2], v[2], factor, BF16, ASM),
-            normed(w[3], v[3], factor, BF16, ASM),
-            normed(w[4], v[4], factor, BF16, ASM),
-            normed(w[5], v[5], factor, BF16, ASM),
-            normed(w[6], v[6], factor, BF16, ASM),
-            normed(w[7], v[7], factor, BF16, ASM),
-        )
-    return w
-
-
-@triton.jit
-def _nvfp4_scale(amax, largest: tl.constexpr, global_scale, NATIVE: tl.constexpr, ASM: tl.constexpr):
-    """e4m3(amax / (largest * global)): byte and value."""
-    divisor = largest * global_scale
-    factor = range_factor(divisor)
-    inverse = reciprocal(divisor * factor, ASM)
-    return e4m3_of(tl.minimum(quotient(amax * factor, divisor * factor, inverse, ASM), 448.0), NATIVE)  # min takes the number beside a NaN
-
-
-@triton.jit
-def _nvfp4_codes(w, scale, global_scale, BF16: tl.constexpr, ASM: tl.constexpr):
-    """Codes of eight words, two words of them; 0 where scale * global is 0, and where it overflows all but NaN and infinity give 0."""
-    divisor = scale * global_scale
-    factor = tl.where(divisor == float("inf"), 0.0, range_factor(global_scale))
-    divisor = tl.where(factor == 0.0, 1.0, divisor * factor)
-    inverse = reciprocal(divisor, ASM)
-    low = codes4(w[0], w[1], w[2], w[3], factor, divisor, inverse, BF16, True, ASM)
-    high = codes4(w[4], w[5], w[6], w[7], factor, divisor, inverse, BF16, True, ASM)
-    return tl.where(divisor == 0.0, 0, low), tl.where(divisor == 0.0, 0, high)
-
-
-@triton.jit
-def _squared(word, HALF: tl.constexpr, code, scale, global_scale, BF16: tl.constexpr):
-    rank = (code & 7).to(tl.float32)
-    value = tl.maximum(tl.maximum(rank * 0.5, rank - 2.0), rank * 2.0 - 8.0)
-    value = tl.where(code & 8 != 0, -value, value)
-    difference = value * scale * global_scale - half(word, HALF, BF16)
-    return difference * difference
-
-
-@triton.jit
-def _pair_error(word, codes, scale, global_scale, BF16: tl.constexpr):
-    return _squared(word, 0, codes, scale, global_scale, BF16) + _squared(word, 1, codes >> 4, scale, global_scale, BF16)
-
-
-@triton.jit
-def _error4(w0, w1, w2, w3, codes, scale, global_scale, BF16: tl.constexpr):
-    first = _pair_error(w0, codes, scale, global_scale, BF16) + _pair_error(w1, codes >> 8, scale, global_scale, BF16)
-    return first + (_pair_error(w2, codes >> 16, scale, global_scale, BF16) + _pair_error(w3, codes >> 24, scale, global_scale, BF16))
-
-
-@triton.jit
-def _error(w, low, high, scale, global_scale, BF16: tl.constexpr):
-    """The squared error of a block, added up in the codec's order."""
-    first = _error4(w[0], w[1], w[2], w[3], low, scale, global_scale, BF16)
-    return first + _error4(w[4], w[5], w[6], w[7], high, scale, global_scale, BF16)
-
-
-@triton.jit
-def _nvfp4_block(w, global_scale, BF16: tl.constexpr, FOUR_OVER_SIX: tl.constexpr, NATIVE: tl.constexpr, ASM: tl.constexpr):
-    """Scale byte and two words of codes of the block in eight words."""
-    amax = amax8(w, BF16, ASM)
-    byte, scale = _nvfp4_scale(amax, 6.0, global_scale, NATIVE, ASM)
-    low, high = _nvfp4_codes(w, scale, global_scale, BF16, ASM)
-    if FOUR_OVER_SIX:
-        byte4, scale4 = _nvfp4_scale(amax, 4.0, global_scale, NATIVE, ASM)
-        low4, high4 = _nvfp4_codes(w, scale4, global_scale, BF16, ASM)
-        keep4 = _error(w, low4, high4, scale4, global_scale, BF16) < _error(w, low, high, scale, global_scale, BF16)
-        byte, low, high = tl.where(keep4, byte4, byte), tl.where(keep4, low4, low), tl.where(keep4, high4, high)
-    return byte, low, high
-
-
-@triton.jit
-def _scale_offset(row, column, scale_columns, LAYOUT: tl.constexpr):
-    """Bytes from the start of its tile row to the scale of (row, column); `scale_columns` is padded to 4 except for "linear", a tile of one row."""
-    if LAYOUT == "linear":
-        return row * scale_columns + column
-    if LAYOUT == "8x4":
-        return row * 4 + column // 4 * 32 + column % 4
-    return row % 32 * 16 + row // 32 * 4 + column // 4 * 512 + column % 4
-
-
-@triton.jit
-def _quantize_rows(
-    x_ptr, weight_ptr, factor_ptr, codes_ptr, scales_ptr, global_ptr, x_row, scale_row, present, first_column, global_index,
-    row_blocks, num_columns, scale_columns, rows_per_global,
-    NVFP4: tl.constexpr, BF16: tl.constexpr, RULE: tl.constexpr, FOUR_OVER_SIX: tl.constexpr, LAYOUT: tl.constexpr, GLOBAL_ROWS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, NATIVE: tl.constexpr, ASM: tl.constexpr,
-    SOURCE: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr,
-):  # fmt: skip
-    """Quantise `present` rows from `x_row` on, and write zero scales for those up to ROWS. Columns are blocks; int64 `x_row` and `scale_row`.
-
-    What depends on the chunk is in 64-bit base pointers; offsets inside it are 32-bit.
-    """
-    GROUPS: tl.constexpr = 1 if NVFP4 else 2  # of sixteen elements in a block
-    TILE: tl.constexpr = 1 if LAYOUT == "linear" else (8 if LAYOUT == "8x4" else 128)
-    x_base = x_ptr + x_row * row_blocks * (8 * GROUPS)
-    codes_base = codes_ptr + x_row * num_columns * (2 * GROUPS)
-    scales_base = scales_ptr + scale_row // TILE * TILE * scale_columns
-    tile_row = (scale_row % TILE).to(tl.int32)
-    column = first_column + tl.arange(0, BLOCK_COLUMNS)[None, :]
-    for start in range(0, present, BLOCK_ROWS):
-        row = start + tl.arange(0, BLOCK_ROWS)[:, None]
-        mask = (row < present) & (column < num_columns)
-        words = x_base + (row * row_blocks + column) * (8 * GROUPS)
-        codes = codes_base + ((row * num_columns + column) * (2 * GROUPS))[:, :, None]
-        up_words = num_columns * (8 * GROUPS)
-        weights = weight_ptr + column * (8 * GROUPS)
-        factor_of_row = 1.0
-        if SOURCE == "norm":
-            factor_of_row = tl.load(factor_ptr + x_row + row, mask=row < present, other=0.0)
-        w = _load_block(words, mask, up_words, weights, column < num_columns, factor_of_row, SOURCE, ALPHA, BETA, LIMIT, BF16, ASM)
-        if NVFP4:
-            if GLOBAL_ROWS:
-                global_scale = tl.load(global_ptr + (x_row + row) // rows_per_global, mask=row < present, other=1.0)
-            else:
-                global_scale = tl.load(global_ptr + global_index)
-            byte, low, high = _nvfp4_block(w, global_scale, BF16, FOUR_OVER_SIX, NATIVE, ASM)
-            tl.store(codes + tl.arange(0, 2)[None, None, :], tl.join(low, high), mask=mask[:, :, None])
-        else:
-            v = _load_block(words + 8, mask, up_words, weights + 8, column < num_columns, factor_of_row, SOURCE, ALPHA, BETA, LIMIT, BF16, ASM)
-            byte, factor = e8m0_of(tl.maximum(amax8(w, BF16, ASM), amax8(v, BF16, ASM)), RULE)
-            c0 = codes4(w[0], w[1], w[2], w[3], factor, factor, factor, BF16, False, ASM)
-            c1 = codes4(w[4], w[5], w[6], w[7], factor, factor, factor, BF16, False, ASM)
-            c2 = codes4(v[0], v[1], v[2], v[3], factor, factor, factor, BF16, False, ASM)
-            c3 = codes4(v[4], v[5], v[6], v[7], factor, factor, factor, BF16, False, ASM)
-            quad = tl.reshape(tl.join(tl.join(c0, c2), tl.join(c1, c3)), (BLOCK_ROWS, BLOCK_COLUMNS, 4))
-            tl.store(codes + tl.arange(0, 4)[None, None, :], quad, mask=mask[:, :, None])
-        scales = scales_base + tl.max_contiguous(_scale_offset(tile_row + row, column, scale_columns, LAYOUT), (1, 1))
-        tl.store(scales, byte.to(tl.uint8), mask=(row < present) & (column < scale_columns))
-    if LAYOUT != "linear":  # noqa: SIM102 - decided when compiling
-        if present < ROWS:
-            _zero_scales(scales_base, tile_row, present, first_column, scale_columns, LAYOUT, ROWS, BLOCK_COLUMNS)
-
-
-@triton.jit
-def _zero_scales(scales_base, tile_row, present, first_column, scale_columns, LAYOUT: tl.constexpr, ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
-    """Zero the scales of rows `present` to ROWS, four columns at a time."""
-    row = tl.arange(0, ROWS)[:, None]
-    column = first_column + 4 * tl.arange(0, BLOCK_COLUMNS // 4)[None, :]
-    words = scales_base.to(tl.pointer_type(tl.int32)) + _scale_offset(tile_row + row, column, scale_columns, LAYOUT) // 4
-    zero = tl.zeros((ROWS, BLOCK_COLUMNS // 4), tl.int32)
-    tl.store(words, zero, mask=(row >= present) & (column < scale_columns))
 
 
 @triton.jit(do_not_specialize=["num_rows", "padded_rows", "chunks_of_matrix", "num_chunks"])
@@ -237,7 +50,7 @@ def quantize_kernel(
         matrix = (chunk // chunks_of_matrix).to(tl.int64)
         row = chunk % chunks_of_matrix * ROWS
         present = tl.maximum(tl.minimum(num_rows - row, ROWS), 0)
-        _quantize_rows(
+        quantize_chunk(
             x_ptr, weight_ptr, factor_ptr, codes_ptr, scales_ptr, global_ptr, matrix * num_rows + row, matrix * padded_rows + row, present,
             tl.program_id(1) * BLOCK_COLUMNS, matrix, row_blocks, num_columns, scale_columns, rows_per_global,
             NVFP4, BF16, RULE, FOUR_OVER_SIX, LAYOUT, GLOBAL_ROWS, ROWS, BLOCK_ROWS, BLOCK_COLUMNS, NATIVE, ASM,
@@ -315,7 +128,7 @@ def quantize_experts_kernel(
         x_row = (first + padded_row - start).to(tl.int64)
         present = tl.maximum(tl.minimum(count - (padded_row - start), ROWS), 0)
         scale_row = x_row if LAYOUT == "linear" else tl.cast(padded_row, tl.int64)
-        _quantize_rows(
+        quantize_chunk(
             x_ptr, x_ptr, x_ptr, codes_ptr, scales_ptr, global_ptr, x_row, scale_row, present,
             tl.program_id(1) * BLOCK_COLUMNS, expert, row_blocks, num_columns, scale_columns, 1,
             NVFP4, BF16, RULE, False, LAYOUT, False, ROWS, BLOCK_ROWS, BLOCK_COLUMNS, NATIVE, ASM,

@@ -24,7 +24,7 @@ from halfbyte.checkpoint.experts import Activation, ExpertWeights
 from halfbyte.errors import InputError
 from halfbyte.formats import BlockFormat, QuantTensor
 from halfbyte.formats.scale_layout import padded_shape, words_128x4
-from halfbyte.weights.layouts.checks import check_block_scales, fp4_matrices
+from halfbyte.weights.checks import check_scales, fp4_matrices
 
 # Experts whose scales are rearranged at a time: the scratch is then at most as large as the codes of one expert (NVFP4 has 8 bytes of codes a scale).
 SCALES_AT_A_TIME = 8
@@ -187,7 +187,7 @@ def pack(w: ExpertWeights, out: EngineExperts, first: int, arrangement: Arrangem
             activation a limit, which an engine has only one of. Nothing was written.
     """
     w13, w2 = fp4_matrices(w, arrangement.name)
-    _check_scales(w, arrangement)
+    _check_scalars(w, arrangement)
     _check_fit(w, out, first, arrangement)
     halves = 2 if w.activation.gated else 1
     _pack_matrix(w13, out.w13_codes, out.w13_scales, first, halves, arrangement)
@@ -261,7 +261,7 @@ def _check_fit(w: ExpertWeights, out: EngineExperts, first: int, arrangement: Ar
         raise InputError("no room for these experts", where=f"pack {arrangement.name}", given=given, needed=f"0 to {out.num_experts}")
 
 
-def _check_scales(w: ExpertWeights, arrangement: Arrangement) -> None:
+def _check_scalars(w: ExpertWeights, arrangement: Arrangement) -> None:
     """Refuse what an engine could not compute with. Weights without data ("meta") have nothing to refuse."""
     halves = 2 if w.activation.gated else 1
     num_experts, num_global = w.num_experts, w.num_global_experts or 0
@@ -275,14 +275,8 @@ def _check_scales(w: ExpertWeights, arrangement: Arrangement) -> None:
         if name in shapes and tuple(tensor.shape) not in shapes[name]:
             needed = " or ".join(map(str, shapes[name]))
             raise InputError(f"{name} does not fit", where="prepare", given=tuple(tensor.shape), needed=needed)
-    check_block_scales(w)
-    if w.device.type == "meta":
-        return
-    for name, tensor in _vectors(w).items():
-        bad = int((~(tensor.isfinite() & (tensor > 0))).sum()) if name in shapes else 0
-        if bad:
-            raise InputError(f"{name} is not usable", where="prepare", given=f"{bad} of {tensor.numel()} values", needed="finite scales > 0")
-    if w.activation.limit is not None:
+    check_scales(w, positive=True)
+    if w.activation.limit is not None and w.device.type != "meta":
         scales = _multipliers(w)
         different = int((scales.gate != scales.up).sum())
         if different:

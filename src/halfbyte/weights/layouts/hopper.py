@@ -38,7 +38,7 @@ import torch
 
 from halfbyte.checkpoint.experts import Activation, ExpertWeights
 from halfbyte.formats import MXFP4, NVFP4, BlockFormat, QuantTensor
-from halfbyte.weights.layouts.checks import check_block_scales, fp4_matrices, largest_valid_scale
+from halfbyte.weights.checks import check_scales, fp4_matrices, has_unusable_scalars, largest_valid_scale
 from halfbyte.weights.layouts.hopper_bits import (
     TILE,
     TILES_PER_SCALE_WORD,
@@ -167,13 +167,13 @@ def pack(w: ExpertWeights, out: HopperExperts, first: int = 0) -> None:
     Exact: `unpack` gives every value back, and every byte except codes under a zero scale, which become zero.
 
     Raises:
-        InputError: a scale is negative or NaN; nothing was written.
+        InputError: a scale is negative or not finite; nothing was written.
     """
     w13, w2 = fp4_matrices(w, "hopper")
     largest13, largest2 = _largest_scales(w13), _largest_scales(w2)
     # The one time the host waits for the device.
-    if w.num_experts and int(torch.maximum(largest13, largest2).max()) > largest_valid_scale(w13.format):
-        check_block_scales(w)
+    if w.num_experts and bool((torch.maximum(largest13, largest2).max() > largest_valid_scale(w13.format)) | has_unusable_scalars(w)):
+        check_scales(w)
     _pack_matrix(w13, w.w13_bias, w13_order(w.activation), largest13, out.w13, first)
     _pack_matrix(w2, w.w2_bias, "straight", largest2, out.w2, first)
 

@@ -15,7 +15,7 @@ permutes the activations the same way inside each 64: `FP8_SLOT_TO_COLUMN`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 
@@ -29,11 +29,20 @@ FP8_SLOT_TO_COLUMN = tuple(16 * (slot // 4 % 4) + 4 * (slot // 16) + 2 * (1 - sl
 
 @dataclass(frozen=True)
 class WeightError:
-    """What rounding weights to e4m3 changes: `rows` that differ from their FP4 values, of `total_rows`; the `relative` L2 error of all weights."""
+    """What rounding weights to e4m3 changes: `rows` that differ from their FP4 values, of `total_rows`; sums over all weights. Errors add up."""
 
-    rows: int
-    total_rows: int
-    relative: float
+    rows: int = 0
+    total_rows: int = 0
+    squared_error: float = 0.0
+    squared_norm: float = 0.0
+
+    @property
+    def relative(self) -> float:
+        """The L2 norm of the error over that of the weights."""
+        return (self.squared_error / self.squared_norm) ** 0.5 if self.squared_norm else 0.0
+
+    def __add__(self, other: WeightError) -> WeightError:
+        return WeightError(*(ours + theirs for ours, theirs in zip(astuple(self), astuple(other), strict=True)))
 
 
 def row_exponents(largest: torch.Tensor, format: BlockFormat) -> torch.Tensor:
@@ -75,11 +84,10 @@ def weight_error(w: ExpertWeights) -> dict[str, WeightError]:
 
 
 def _error_of(w: QuantTensor) -> WeightError:
-    rows, squared_error, squared_norm = 0, 0.0, 0.0
+    total = WeightError()
     for expert in range(w.shape[0]):
         exact = w[expert].dequantize()
         difference = round_to_fp8(w[expert]) - exact
-        rows += int((difference != 0).any(dim=-1).sum())
-        squared_error += float(difference.double().square().sum())
-        squared_norm += float(exact.double().square().sum())
-    return WeightError(rows, w.shape[0] * w.shape[1], (squared_error / squared_norm) ** 0.5 if squared_norm else 0.0)
+        rows = int((difference != 0).any(dim=-1).sum())
+        total += WeightError(rows, w.shape[1], float(difference.double().square().sum()), float(exact.double().square().sum()))
+    return total

@@ -1,0 +1,105 @@
+"""Everything that can be wrong with experts, found before a byte of them is written anywhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from halfbyte.checkpoint.experts import ExpertWeights
+from halfbyte.errors import InputError
+from halfbyte.formats import NVFP4, BlockFormat, QuantTensor
+
+_DESCRIBED_BY = ("format", "activation", "num_experts", "hidden", "intermediate", "first_expert", "num_global_experts")
+_SCALARS = ("global_scale", "input_scale")
+
+
+def fp4_matrices(w: ExpertWeights, layout: str) -> tuple[QuantTensor, QuantTensor]:
+    """w13 and w2, known to be in FP4 with scales in rows.
+
+    Raises:
+        InputError: the weights are dense, or their scales are not in layout "linear".
+    """
+    if not isinstance(w.w13, QuantTensor) or not isinstance(w.w2, QuantTensor):
+        raise InputError(f"layout {layout!r} holds FP4 weights", where="prepare", given="dense experts", needed="NVFP4 or MXFP4 experts")
+    for name, matrix in (("w13", w.w13), ("w2", w.w2)):
+        _check_linear(name, matrix)
+    return w.w13, w.w2
+
+
+def largest_valid_scale(format: BlockFormat) -> int:
+    """The byte of the largest finite scale; above it lie NaN and, for e4m3, the negative half."""
+    return 0x7E if format == NVFP4 else 0xFE
+
+
+def has_unusable_scalars(w: ExpertWeights) -> torch.Tensor:
+    """bool [] on the device of `w`, for which the host has not waited: whether a global or input scale is negative or not finite."""
+    unusable = [(~_usable(tensor)).any() for name, tensor in w.tensors.items() if name.endswith(_SCALARS)]
+    return torch.stack(unusable).any() if unusable else torch.zeros((), dtype=torch.bool, device=w.device)
+
+
+def check_scales(w: ExpertWeights, *, positive: bool = False) -> None:
+    """Refuse what no kernel can use. Reads every scale once; weights without data ("meta") have nothing to refuse.
+
+    Args:
+        positive: refuse global and input scales of zero, too.
+
+    Raises:
+        InputError: scales in another layout than "linear", a block scale that is negative or NaN, another scale that is negative or not finite.
+    """
+    for name, matrix in (("w13", w.w13), ("w2", w.w2)):
+        if isinstance(matrix, QuantTensor):
+            _check_linear(name, matrix)
+            _check_block_scales(name, matrix)
+    for name, tensor in w.tensors.items():
+        if not name.endswith(_SCALARS) or tensor.device.type == "meta":
+            continue
+        bad = int((~_usable(tensor, positive)).sum())
+        if bad:
+            raise _unusable(f"{name} is not usable", bad, tensor, "finite scales > 0" if positive else "finite scales >= 0")
+
+
+def check_same_kind(held: Any, arriving: Any) -> None:
+    """Compare two storages of one layout, of which `arriving` may be on "meta": what describes them, then every tensor's name, dtype and shape.
+
+    Raises:
+        InputError: they differ.
+    """
+    for name in _DESCRIBED_BY:
+        if getattr(held, name) != getattr(arriving, name):
+            raise _not_replaceable(name, getattr(arriving, name), getattr(held, name))
+    ours, theirs = ({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in side.tensors.items()} for side in (held, arriving))
+    for name in sorted({*ours, *theirs}):
+        if ours.get(name) != theirs.get(name):
+            raise _not_replaceable(name, *(_described(side.get(name)) for side in (theirs, ours)))
+
+
+def _usable(tensor: torch.Tensor, positive: bool = False) -> torch.Tensor:
+    return tensor.isfinite() & (tensor > 0 if positive else tensor >= 0)
+
+
+def _check_linear(name: str, matrix: QuantTensor) -> None:
+    if matrix.scale_layout != "linear":
+        raise InputError(f"{name} has its block scales in tiles", where="expert weights", given=repr(matrix.scale_layout), needed="'linear'")
+
+
+def _check_block_scales(name: str, matrix: QuantTensor) -> None:
+    raw, largest = matrix.scales.view(torch.uint8), largest_valid_scale(matrix.format)
+    if raw.device.type == "meta" or not raw.numel() or raw.amax() <= largest:
+        return
+    bad = sum(int((expert > largest).sum()) for expert in raw)
+    raise _unusable(f"{name} has block scales that are negative or NaN", bad, raw, "finite scales >= 0")
+
+
+def _unusable(problem: str, count: int, tensor: torch.Tensor, needed: str) -> InputError:
+    next_step = "run `halfbyte inspect` on the checkpoint; nothing was written"
+    return InputError(problem, where="expert weights", given=f"{count} of {tensor.numel()} values", needed=needed, next_step=next_step)
+
+
+def _not_replaceable(name: str, given: object, needed: object) -> InputError:
+    where = "PreparedExperts.update_"
+    return InputError(f"the experts differ in {name}", where=where, given=given, needed=needed, next_step="nothing was written")
+
+
+def _described(tensor: tuple[torch.dtype, tuple[int, ...]] | None) -> str:
+    return "none" if tensor is None else f"{str(tensor[0]).removeprefix('torch.')} {tensor[1]}"
