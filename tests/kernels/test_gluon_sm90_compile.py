@@ -14,7 +14,7 @@ from halfbyte.weights.layouts.hopper import HopperExperts, HopperMatrix
 pytest.importorskip("triton")
 
 from halfbyte.kernels.gluon_sm90 import fused_moe as layer
-from halfbyte.kernels.triton.activations_fp8 import encode_rows, quantize_rows, quantize_tokens
+from halfbyte.kernels.triton.activations_fp8 import quantize_rows, quantize_tokens
 from halfbyte.kernels.triton.permute import Items
 
 DECODE = {
@@ -110,8 +110,7 @@ def test_quantising_kernels_compile() -> None:
     with compiling(90) as compiled:
         quantize_tokens(x, ITEMS, 8, 7168, launch_early=True)
         quantize_rows(x)
-        encode_rows(x, x, launch_early=True)
-    assert len(compiled) == 3
+    assert len(compiled) == 2
     assert all("cvt.rn.satfinite.e4m3x2.f32" in kernel.ptx and kernel.spill_bytes == 0 for kernel in compiled)
 
 

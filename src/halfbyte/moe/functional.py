@@ -54,7 +54,7 @@ def fused_moe(
     torch.Size([3, 32])
     """
     _check(hidden, experts, ids, weights, activations, out)
-    kernel = choose(Problem("fused_moe", experts.target, experts.format, experts.layout, activations), backend)
+    kernel = choose(Problem("fused_moe", experts.target, experts.format, experts.layout, activations, hidden.dtype), backend)
     offset = experts.experts.first_expert if expert_offset is None else expert_offset
     return kernel.function(hidden, experts.experts, ids, weights, activations=activations, expert_offset=offset, out=out)
 

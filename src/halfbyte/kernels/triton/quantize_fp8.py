@@ -26,7 +26,7 @@ _SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 
 
 @triton.jit
-def _e4m3_bytes(x, NATIVE: tl.constexpr):
+def e4m3_bytes(x, NATIVE: tl.constexpr):
     """e4m3 of any fp32, saturating; every NaN is the positive one."""
     if NATIVE:
         return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
@@ -36,7 +36,7 @@ def _e4m3_bytes(x, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def _fp32_scale(amax, ASM: tl.constexpr):
+def fp32_scale(amax, ASM: tl.constexpr):
     """amax / 448, and by what to multiply and divide x: by 0 and 1 for an infinite scale, by NaN for NaN."""
     scale = tl.div_rn(amax, tl.full(amax.shape, 448.0, tl.float32))
     scale = tl.where(scale < _SMALLEST_NORMAL, _SMALLEST_NORMAL, scale)
@@ -44,6 +44,14 @@ def _fp32_scale(amax, ASM: tl.constexpr):
     regular = scale < _INFINITY
     factor = tl.where(regular, range_factor(scale), tl.where(scale == _INFINITY, 0.0, float("nan")))
     return scale, factor, tl.where(regular, scale * factor, 1.0)
+
+
+@triton.jit
+def mx_scale(amax):
+    """The e8m0 byte (int32) of blocks whose maximum has the fp32 bits `amax` (of a 16-bit float, not NaN), and 2^-(byte - 127) as fp32."""
+    byte = tl.maximum(((amax + 0x1FFFFF) >> 23) - 8, 0)  # amax / 448: 448 is 1.75 * 2^8
+    byte = tl.where(amax == 0x7F800000, 254, byte)
+    return byte, tl.where(byte == 254, 0x400000, (254 - byte) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -66,15 +74,13 @@ def quantize_fp8_kernel(
     bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # in the order of the magnitudes, NaN above infinity
     if MX:
         amax = tl.max(tl.where(bits > 0x7F800000, 0, bits), axis=2)
-        byte = tl.maximum(((amax + 0x1FFFFF) >> 23) - 8, 0)  # amax / 448: 448 is 1.75 * 2^8
-        byte = tl.where(amax == 0x7F800000, 254, byte)
-        factor = tl.where(byte == 254, 0x400000, (254 - byte) << 23).to(tl.float32, bitcast=True)
+        byte, factor = mx_scale(amax)
         q = x * factor[:, :, None]
         scale = byte.to(tl.uint8)
     else:
-        scale, factor, divisor = _fp32_scale(tl.max(bits, axis=2).to(tl.float32, bitcast=True), ASM)
+        scale, factor, divisor = fp32_scale(tl.max(bits, axis=2).to(tl.float32, bitcast=True), ASM)
         q = quotient(x * factor[:, :, None], divisor[:, :, None], reciprocal(divisor, ASM)[:, :, None], ASM)
-    codes = tl.reshape(_e4m3_bytes(q, NATIVE), (TILE_ROWS, TILE_COLUMNS))
+    codes = tl.reshape(e4m3_bytes(q, NATIVE), (TILE_ROWS, TILE_COLUMNS))
     tl.store(codes_ptr + row * width + slot, codes, mask=mask)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)[None, :]
     offset = row * scale_columns + group
