@@ -144,8 +144,7 @@ class HopperExperts:
     def with_tensors(self, tensors: dict[str, torch.Tensor]) -> HopperExperts:
         """The same experts with other storage; names as in `tensors`."""
         sides = {side: replace(getattr(self, side), **{n: tensors[f"{side}.{n}"] for n in getattr(self, side).tensors}) for side in ("w13", "w2")}
-        input_scales = {name: tensors.get(name) for name in ("w13_input_scale", "w2_input_scale")}
-        return replace(self, **sides, **input_scales)
+        return replace(self, w13_input_scale=tensors.get("w13_input_scale"), w2_input_scale=tensors.get("w2_input_scale"), **sides)
 
 
 def allocate(w: ExpertWeights, device: torch.device | str) -> HopperExperts:
