@@ -170,6 +170,17 @@ def test_blocks_of_every_height(experts, num_tokens):
 
 
 @numeric
+@pytest.mark.parametrize("dtype", [FP16, FP32] if INTERPRETED else [BF16, FP16, FP32], ids=str)
+def test_batch_invariant(dtype):
+    """A token alone, in parts of other heights and in the whole batch: the same bits, right ones."""
+    w = make_experts(experts=2)
+    hidden, ids, weights = make_tokens(w, 140, dtype, top_k=1)
+    whole = check(w, hidden, ids, weights, batch_invariant=True)
+    for part in (slice(0, 1), slice(139, 140), slice(7, 40), slice(40, 139)):
+        assert_equal_bits(fused_moe(hidden[part], w, ids[part], weights[part], batch_invariant=True), whole[part])
+
+
+@numeric
 def test_one_global_scale_a_row():
     w = make_experts(row_scales=True)
     assert w.w13.global_scale.shape == (EXPERTS, 2 * w.intermediate)

@@ -78,8 +78,9 @@ class MoE(torch.nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [..., H] bf16, fp16 or fp32 to the same shape and dtype."""
         tokens = hidden.reshape(-1, hidden.shape[-1])
-        options = {"activations": self.activations, "batch_invariant": self.batch_invariant}
-        return fused_moe(tokens, self.experts, *self.route(tokens), **options).view(hidden.shape)
+        routing = self.route(tokens)
+        result = fused_moe(tokens, self.experts, *routing, activations=self.activations, batch_invariant=self.batch_invariant)
+        return result.view(hidden.shape)
 
     def extra_repr(self) -> str:
         w, rule = self.experts, self.router.rule

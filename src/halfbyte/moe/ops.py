@@ -37,6 +37,7 @@ def fused_moe(
     backend: str | None,
     batch_invariant: bool,
 ) -> torch.Tensor:
+    # contiguous: so is the result then, as the compiler was told
     return _run(hidden.contiguous(), experts, description, layout, ids, weights, activations, expert_offset, backend, batch_invariant, None)
 
 
@@ -63,14 +64,32 @@ def _run(hidden: torch.Tensor, tensors: Sequence[torch.Tensor], description: str
 
 
 @fused_moe.register_fake
-def _(hidden: torch.Tensor, experts: Sequence[torch.Tensor], description: str, layout: str, *arguments: Any) -> torch.Tensor:
-    functional.check(hidden, rebuild(description, experts), *arguments[:3], None)
+def _(
+    hidden: torch.Tensor,
+    experts: Sequence[torch.Tensor],
+    description: str,
+    layout: str,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    activations: ActivationFormat,
+    *others: Any,
+) -> torch.Tensor:
+    functional.check(hidden, rebuild(description, experts), ids, weights, activations, None)
     return hidden.new_empty(hidden.shape)
 
 
 @fused_moe_out.register_fake
-def _(hidden: torch.Tensor, experts: Sequence[torch.Tensor], description: str, layout: str, *arguments: Any) -> None:
-    functional.check(hidden, rebuild(description, experts), *arguments[:3], arguments[-1])
+def _(
+    hidden: torch.Tensor,
+    experts: Sequence[torch.Tensor],
+    description: str,
+    layout: str,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    activations: ActivationFormat,
+    *others: Any,
+) -> None:
+    functional.check(hidden, rebuild(description, experts), ids, weights, activations, others[-1])
 
 
 @torch.library.custom_op(

@@ -34,11 +34,14 @@ def describe(experts: Any) -> str:
 
 def rebuild(description: str, tensors: Sequence[torch.Tensor]) -> Any:
     """The experts that `description` was made of, with these for the values of their `tensors`."""
-    parsed = _parse(description)
-    return _build(parsed["experts"], dict(zip(parsed["tensors"], tensors, strict=True)))
+    names, outline = _parse(description)
+    return _build(outline, dict(zip(names, tensors, strict=True)))
 
 
-_parse = functools.cache(json.loads)
+@functools.cache
+def _parse(description: str) -> tuple[list[str], Any]:
+    parsed = json.loads(description)
+    return parsed["tensors"], parsed["experts"]
 
 
 def _outline(value: Any, names: Mapping[int, str]) -> Any:
@@ -54,13 +57,14 @@ def _outline(value: Any, names: Mapping[int, str]) -> Any:
 
 
 def _build(outline: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    match outline:
-        case {"tensor": name}:
-            return tensors[name]
-        case {"format": name}:
-            return FORMATS[name]
-        case {"dict": items}:
-            return {key: _build(item, tensors) for key, item in items.items()}
-        case {"class": name, "fields": members}:
-            return _CLASSES[name](**{key: _build(item, tensors) for key, item in members.items()})
-    return outline
+    if not isinstance(outline, dict):
+        return outline
+    if "tensor" in outline:
+        return tensors[outline["tensor"]]
+    if "format" in outline:
+        return FORMATS[outline["format"]]
+    if "dict" in outline:
+        return {key: _build(item, tensors) for key, item in outline["dict"].items()}
+    made = object.__new__(_CLASSES[outline["class"]])  # not its __init__: what it checks was checked, and this is done at every call
+    vars(made).update({key: _build(item, tensors) for key, item in outline["fields"].items()})
+    return made

@@ -38,6 +38,7 @@ class ExpertsState:
     Attributes:
         layout: "auto" packs the experts in place where the kernels of the device read a layout of their own; "canonical" never does.
         prepared: what the next call uses, as long as its tensors are at `addresses`.
+        prepared_for: the circumstances that `prepared` fits.
         replaced: while packed in place, the dtypes of the Parameters that are gone, by name.
     """
 
@@ -47,6 +48,7 @@ class ExpertsState:
     layout: Literal["auto", "canonical"] = "auto"
     prepared: PreparedExperts | None = None
     addresses: tuple[int, ...] = ()
+    prepared_for: str = ""
     replaced: dict[str, torch.dtype] = field(default_factory=dict)
 
 
@@ -176,8 +178,34 @@ def experts_forward(self: ExpertsModule, hidden_states: torch.Tensor, top_k_inde
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
     if torch.is_grad_enabled() and hidden_states.requires_grad:
         raise UnsupportedError(f"{type(self).__name__}: packed experts have no backward pass", next_step="run under torch.no_grad()")
+    if torch.compiler.is_compiling():
+        return _compiled_forward(self, hidden_states, top_k_index, top_k_weights)
     prepared = _prepared(self)
     return fused_moe(hidden_states, prepared, top_k_index, top_k_weights, activations=self.halfbyte.activations)
+
+
+def _compiled_forward(module: ExpertsModule, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """What torch.compile traces: the op that `fused_moe` is then, on the module's own tensors, so that a graph follows them when they move."""
+    state = module.halfbyte
+    # Nothing may look at the tensors of the module yet: torch.compile would go on with those that packing replaces.
+    if state.prepared_for == _circumstances(module, hidden.device):
+        description, layout = state.prepared.description, state.prepared.layout
+    else:
+        description, layout = _prepare_while_tracing(module)
+    tensors = expert_weights(module).tensors if layout == "canonical" else _packed_tensors(module)
+    return torch.ops.halfbyte.fused_moe(hidden, list(tensors.values()), description, layout, ids, weights, state.activations, 0, None, False)
+
+
+@torch.compiler.assume_constant_result
+def _prepare_while_tracing(module: ExpertsModule) -> tuple[str, str]:
+    """Run by torch.compile, which ties the graph to this one module then; one prepared before can share its graph with its like."""
+    prepared = _prepared(module)
+    return prepared.description, prepared.layout
+
+
+def _circumstances(module: ExpertsModule, device: torch.device) -> str:
+    """What decides how experts are prepared; a string, because torch.compile guards that it stays the same."""
+    return f"{module.halfbyte.layout} layout, activations {module.halfbyte.activations}, {device.type} {device.index}"
 
 
 def _prepared(module: ExpertsModule) -> PreparedExperts:
@@ -192,6 +220,7 @@ def _prepared(module: ExpertsModule) -> PreparedExperts:
     if state.prepared is None or state.addresses != addresses:
         state.prepared = _packed(module) if state.replaced else prepare(expert_weights(module), "canonical")
         state.addresses = addresses
+    state.prepared_for = _circumstances(module, _device(module))
     return state.prepared
 
 
@@ -220,21 +249,27 @@ def restore_canonical(module: ExpertsModule) -> None:
         module.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
     for name in packed.experts.tensors:
         delattr(module, _buffer_name(name))
-    state.prepared, state.replaced = None, {}
+    state.prepared, state.prepared_for, state.replaced = None, "", {}
 
 
 def _packed(module: ExpertsModule) -> PreparedExperts:
-    """The packed experts, in the module's buffers as they are now.
+    """The packed experts, in the module's buffers as they are now; errors as `_packed_tensors`."""
+    prepared = module.halfbyte.prepared
+    return replace(prepared, experts=prepared.experts.with_tensors(_packed_tensors(module)), target=Target.of(_device(module)))
+
+
+def _packed_tensors(module: ExpertsModule) -> dict[str, torch.Tensor]:
+    """The buffers that hold the packed experts, by the names of the layout.
 
     Raises:
         UnsupportedError: the module was cast to another dtype, which packed weights do not survive.
     """
-    prepared = module.halfbyte.prepared
-    tensors = {name: module.get_buffer(_buffer_name(name)) for name in prepared.experts.tensors}
-    for name, tensor in prepared.experts.tensors.items():
+    experts = module.halfbyte.prepared.experts
+    tensors = {name: module.get_buffer(_buffer_name(name)) for name in experts.tensors}
+    for name, tensor in experts.tensors.items():
         if tensors[name].dtype != tensor.dtype:
             raise UnsupportedError("packed experts cannot be cast", where=f"{type(module).__name__}.{name}", given=tensors[name].dtype)
-    return replace(prepared, experts=prepared.experts.with_tensors(tensors), target=Target.of(_device(module)))
+    return tensors
 
 
 def _canonical_parameters(module: ExpertsModule, packed: PreparedExperts) -> dict[str, torch.Tensor]:

@@ -32,6 +32,7 @@ from halfbyte.device import Target
 from halfbyte.errors import UnsupportedError
 from halfbyte.formats import NVFP4
 from halfbyte.formats.activations import ActivationFormat
+from halfbyte.kernels.gluon_sm90.compat import fix_cache_keys
 from halfbyte.kernels.gluon_sm90.epilogue import KINDS
 from halfbyte.kernels.gluon_sm90.grouped_gemm_prefill import grouped_gemm_prefill
 from halfbyte.kernels.gluon_sm90.grouped_gemm_w4a16_decode import NUM_WARPS, grouped_gemm_w4a16_decode
@@ -39,6 +40,8 @@ from halfbyte.kernels.triton.activations_fp8 import encode_rows, quantize_rows, 
 from halfbyte.kernels.triton.combine import combine
 from halfbyte.kernels.triton.permute import Items, gather, permute
 from halfbyte.weights.layouts.hopper import HopperExperts, HopperMatrix, padded_size
+
+fix_cache_keys(grouped_gemm_w4a16_decode, grouped_gemm_prefill)
 
 MAX_DIRECT_TOKENS = 8
 MAX_DIRECT_SLOTS = 64
@@ -99,8 +102,8 @@ FP8_LARGE = PrefillConfig(
     consumers=3, step_k=128, x_stages=5, w_stages=3, box=64, registers=160, max_registers=128, fp8=True,
 )  # fmt: skip
 FP8_HUGE = PrefillConfig(
-    ((64, 0), (128, 0), (128, 64), (256, 0), (256, 32)),
-    consumers=2, step_k=128, x_stages=4, w_stages=3, box=32, registers=240, max_registers=168, fp8=True,
+    ((64, 0), (128, 0), (128, 64), (256, 0)),
+    consumers=2, step_k=128, x_stages=5, w_stages=3, box=64, registers=240, max_registers=168, fp8=True,
 )  # fmt: skip
 MIN_FP8_ROWS = 64  # an expert, on average
 
@@ -187,7 +190,7 @@ def _decode(
         items = None
     else:
         y = torch.empty((1, rows, experts.hidden), dtype=torch.bfloat16, device=device)
-        items = permute(ids, expert_offset, experts.num_experts, config.rows, _arrivals(device), launch_early=True)
+        items = permute(ids, expert_offset, experts.num_experts, config.rows, launch_early=True)
     x, x_scale = encode_rows(hidden, launch_early=True) if to_fp8 else (hidden, None)
     _decode_gemm(x, x_scale, experts.w13, h, experts, ids, items, expert_offset, config, is_w13=True)
     h_scale = encode_rows(h[0], h[0], launch_early=True)[1] if to_fp8 else None
@@ -242,7 +245,7 @@ def _prefill_workspace(
     hidden: torch.Tensor, experts: HopperExperts, ids: torch.Tensor, expert_offset: int, config: PrefillConfig
 ) -> tuple[Items, torch.Tensor, torch.Tensor]:
     """The rows sorted by expert, and memory for h [rows, I padded] and y [1, rows, H]."""
-    items = permute(ids, expert_offset, experts.num_experts, config.max_rows, _arrivals(hidden.device), launch_early=True)
+    items = permute(ids, expert_offset, experts.num_experts, config.max_rows, launch_early=True)
     h = torch.empty((ids.numel(), padded_size(experts.intermediate)), dtype=torch.bfloat16, device=hidden.device)
     return items, h, torch.empty((1, ids.numel(), experts.hidden), dtype=torch.bfloat16, device=hidden.device)
 
@@ -280,14 +283,3 @@ def _optional(matrix: HopperMatrix) -> tuple[torch.Tensor, torch.Tensor, torch.T
 def _activation(experts: HopperExperts) -> tuple[Any, ...]:
     activation = experts.activation
     return KINDS[activation.kind], activation.alpha, activation.beta, activation.limit or 0.0
-
-
-_ARRIVALS: dict[tuple[torch.device, int], torch.Tensor] = {}
-
-
-def _arrivals(device: torch.device) -> torch.Tensor:
-    """The counter of `permute`, one a stream: calls on one stream follow each other. Every call leaves it at zero."""
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
-    if key not in _ARRIVALS:
-        _ARRIVALS[key] = torch.zeros(1, dtype=torch.int32, device=device)
-    return _ARRIVALS[key]

@@ -1,4 +1,4 @@
-"""Rows sorted by expert, and the work list of the grouped GEMMs, without host synchronisation.
+"""Rows sorted by expert, and the work list of the grouped GEMMs, in one launch without host synchronisation.
 
     ids            [T * k] int32: expert of each slot; outside expert_offset .. expert_offset + E: not held here
     token_of_row   [T * k] int32: slot // k of the slots sorted by expert, ascending inside an expert (so the result is the same in every run)
@@ -6,10 +6,10 @@
     items          [max_items, 4] int32: expert, first row, number of rows, 0; `max_rows` rows at most
     num_items      [1] int32
 
-A program counts the experts of one chunk of slots, and the rank of each slot among those of its expert in the chunk. The program that finishes last
-(found by a counter that it sets back to zero) adds up over the chunks and lays out the items; a second launch adds base and rank, unless there is
-only one chunk. An expert with more than `max_rows` rows is cut into equal items. Large items come first, where `max_rows` leaves a choice of tiles:
-what the persistent GEMMs do last is then small.
+Program e counts the slots of expert e and of those before it, then writes the rows of its own: every program reads all ids (L2 serves them), none
+waits for another. The program that finishes last, found by a counter, lays out the items; few slots (SINGLE) every program counts for all experts,
+and lays out its own items. An expert with more than `max_rows` rows is cut into equal items. Where there is a choice of tiles, larger items come
+first: what the persistent GEMMs do last is then small.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc
 
 ITEM_ALIGNMENT = 16  # cut experts at multiples of this many rows
-MAX_SINGLE_CHUNK = 512  # slots that one program sorts alone
-CHUNK = 256
-SCAN_ELEMENTS = 8192  # of the table of counts that the last program adds up at a time
+MAX_SINGLE_SLOTS = 1024
+MAX_ORDERED_ITEMS = 65535  # of each of the four sizes that items are ordered by: their counts share a word of 64 bits
 
 
 class Items(NamedTuple):
@@ -46,141 +45,123 @@ def max_items(num_slots: int, num_experts: int, max_rows: int) -> int:
 
 
 @triton.jit
-def _experts_of(ids_ptr, slot, num_slots, expert_offset, NUM_EXPERTS: tl.constexpr):
-    """The local expert of each slot; NUM_EXPERTS where it is not held here or there is no slot."""
-    local = tl.load(ids_ptr + slot, mask=slot < num_slots, other=-1).to(tl.int32) - expert_offset
-    return tl.where((slot < num_slots) & (local >= 0) & (local < NUM_EXPERTS), local, NUM_EXPERTS)
+def _local_experts(ids_ptr, slot, num_slots, expert_offset):
+    """Expert of each slot, counted from the first held here; -2^31 where there is no slot."""
+    local = tl.load(ids_ptr + slot, mask=slot < num_slots, other=0).to(tl.int32) - expert_offset
+    return tl.where(slot < num_slots, local, -2147483648)
 
 
 @triton.jit
-def _place_rows(
-    slot, expert, rank, base_ptr, start_ptr, token_of_row_ptr, row_of_slot_ptr, num_slots, NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr
-):
-    held = expert < NUM_EXPERTS
-    row = rank + tl.load(base_ptr + expert, mask=held, other=0, cache_modifier=".cg")
-    row += tl.load(start_ptr + expert, mask=held, other=0, cache_modifier=".cg")
-    tl.store(row_of_slot_ptr + slot, tl.where(held, row, -1), mask=slot < num_slots)
-    tl.store(token_of_row_ptr + row, slot // TOP_K, mask=held)
-
-
-@triton.jit
-def _lay_out_items(counts, starts, count_ptr, items_ptr, num_items_ptr, BINS: tl.constexpr, MAX_ROWS: tl.constexpr, ALIGNMENT: tl.constexpr):
-    experts = tl.arange(0, BINS)
-    size, pieces = _item_size(counts, MAX_ROWS, ALIGNMENT)
-    if MAX_ROWS > ALIGNMENT:
-        # By size, then by expert: an expert's first item comes after those of all experts before it in this order.
-        item = tl.zeros((BINS,), tl.int32)
-        order = size * BINS - experts
-        for first in range(0, BINS, 32):
-            others = first + tl.arange(0, 32)
-            other_size, other_pieces = _item_size(tl.load(count_ptr + others, cache_modifier=".cg"), MAX_ROWS, ALIGNMENT)
-            item += tl.sum(tl.where((other_size * BINS - others)[:, None] > order[None, :], other_pieces[:, None], 0), axis=0)
-    else:
-        item = tl.cumsum(pieces) - pieces
-    tl.store(num_items_ptr, tl.sum(pieces))
-    for piece in range(0, tl.max(pieces)):
-        entry = items_ptr + (item + piece) * 4
-        is_item = piece < pieces
-        tl.store(entry, experts, mask=is_item)
-        tl.store(entry + 1, starts + piece * size, mask=is_item)
-        tl.store(entry + 2, tl.minimum(size, counts - piece * size), mask=is_item)
-
-
-@triton.jit
-def _item_size(counts, MAX_ROWS: tl.constexpr, ALIGNMENT: tl.constexpr):
-    """Rows of an expert's items, and how many there are."""
+def _items_of(counts, MAX_ROWS: tl.constexpr, ALIGNMENT: tl.constexpr, ORDERED: tl.constexpr):
+    """Of every expert: how many items, of how many rows, and the place of the first: experts in order, or first those with larger items (ORDERED, in
+    quarters of MAX_ROWS)."""
     pieces = (counts + (MAX_ROWS - 1)) // MAX_ROWS
     size = tl.maximum((counts + pieces - 1) // tl.maximum(pieces, 1), 1)  # an empty expert has no piece, and no division by zero
     if MAX_ROWS > ALIGNMENT:
         size = (size + (ALIGNMENT - 1)) // ALIGNMENT * ALIGNMENT
-    return size, (counts + size - 1) // size
-
-
-@triton.jit(do_not_specialize=["num_slots", "num_chunks", "expert_offset"])
-def _count(
-    ids_ptr, token_of_row_ptr, row_of_slot_ptr, rank_ptr, base_ptr, count_ptr, start_ptr, items_ptr, num_items_ptr, arrivals_ptr, num_slots,
-    num_chunks, expert_offset, NUM_EXPERTS: tl.constexpr, BINS: tl.constexpr, TOP_K: tl.constexpr, MAX_ROWS: tl.constexpr, ALIGNMENT: tl.constexpr,
-    CHUNK: tl.constexpr, SCAN_CHUNKS: tl.constexpr, SINGLE: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    chunk = tl.program_id(0)
-    slot = chunk * CHUNK + tl.arange(0, CHUNK)
-    bins = tl.arange(0, BINS)
-    if PDL:
-        gdc.gdc_wait()
-        gdc.gdc_launch_dependents()
-    expert = _experts_of(ids_ptr, slot, num_slots, expert_offset, NUM_EXPERTS)
-    rank = tl.zeros((CHUNK,), tl.int32)
-    for first in range(0, CHUNK, 32):
-        other = chunk * CHUNK + first + tl.arange(0, 32)
-        other_expert = _experts_of(ids_ptr, other, num_slots, expert_offset, NUM_EXPERTS)
-        rank += tl.sum(((other_expert[:, None] == expert[None, :]) & (other[:, None] < slot[None, :])).to(tl.int32), axis=0)  # within a thread
-    if not SINGLE:
-        tl.store(rank_ptr + slot, rank, mask=slot < num_slots)
-    tl.store(base_ptr + chunk * BINS + bins, tl.histogram(expert, BINS, mask=expert < NUM_EXPERTS))
-    tl.debug_barrier()
-    arrived = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel")
-    if arrived == num_chunks - 1:
-        tl.store(arrivals_ptr, 0)
-        total = tl.zeros((BINS,), tl.int32)
-        for first in range(0, num_chunks, SCAN_CHUNKS):
-            row = first + tl.arange(0, SCAN_CHUNKS)
-            entry = base_ptr + row[:, None] * BINS + bins[None, :]
-            counts = tl.load(entry, mask=(row < num_chunks)[:, None], other=0, cache_modifier=".cg")
-            tl.debug_barrier()  # several threads read an entry; none may read it after another has written it
-            tl.store(entry, total[None, :] + tl.cumsum(counts, axis=0) - counts, mask=(row < num_chunks)[:, None])
-            total += tl.sum(counts, axis=0)
-        starts = tl.cumsum(total) - total
-        tl.store(count_ptr + bins, total)
-        tl.store(start_ptr + bins, starts)
-        tl.debug_barrier()
-        if SINGLE:
-            _place_rows(slot, expert, rank, base_ptr, start_ptr, token_of_row_ptr, row_of_slot_ptr, num_slots, NUM_EXPERTS, TOP_K)
-        _lay_out_items(total, starts, count_ptr, items_ptr, num_items_ptr, BINS, MAX_ROWS, ALIGNMENT)
+    pieces = (counts + size - 1) // size
+    if ORDERED:
+        shift = (4 - tl.minimum((size * 4 + (MAX_ROWS - 1)) // MAX_ROWS, 4)).to(tl.int64) * 16
+        packed = pieces.to(tl.int64) << shift
+        before = ((tl.cumsum(packed) - packed) >> shift) & 0xFFFF
+        larger = tl.sum(packed) & ((1 << shift) - 1)
+        item = (before + (larger & 0xFFFF) + (larger >> 16 & 0xFFFF) + (larger >> 32 & 0xFFFF)).to(tl.int32)
+    else:
+        item = tl.cumsum(pieces) - pieces
+    return pieces, size, item
 
 
 @triton.jit(do_not_specialize=["num_slots", "expert_offset"])
-def _place(
-    ids_ptr, token_of_row_ptr, row_of_slot_ptr, rank_ptr, base_ptr, start_ptr, num_slots, expert_offset,
-    NUM_EXPERTS: tl.constexpr, BINS: tl.constexpr, TOP_K: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
+def _permute(
+    ids_ptr, token_of_row_ptr, row_of_slot_ptr, count_ptr, start_ptr, items_ptr, num_items_ptr, arrivals_ptr, num_slots, expert_offset,
+    NUM_EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr, TOP_K: tl.constexpr, MAX_ROWS: tl.constexpr, ALIGNMENT: tl.constexpr,
+    ORDERED: tl.constexpr, SINGLE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    chunk = tl.program_id(0)
-    slot = chunk * CHUNK + tl.arange(0, CHUNK)
+    expert = tl.program_id(0)
+    lane = tl.arange(0, BLOCK)
+    experts = tl.arange(0, EXPERTS_PADDED)
     if PDL:
         gdc.gdc_wait()
         gdc.gdc_launch_dependents()
-    expert = _experts_of(ids_ptr, slot, num_slots, expert_offset, NUM_EXPERTS)
-    rank = tl.load(rank_ptr + slot, mask=slot < num_slots, other=0)
-    _place_rows(slot, expert, rank, base_ptr + chunk * BINS, start_ptr, token_of_row_ptr, row_of_slot_ptr, num_slots, NUM_EXPERTS, TOP_K)
+    local = _local_experts(ids_ptr, lane, num_slots, expert_offset)
+    if SINGLE:
+        counts = tl.histogram(local, EXPERTS_PADDED, mask=(local >= 0) & (local < NUM_EXPERTS))
+        start = tl.sum(tl.where(experts < expert, counts, 0))
+        count = tl.sum(tl.where(experts == expert, counts, 0))
+        pieces, size, item = _items_of(counts, MAX_ROWS, ALIGNMENT, ORDERED)
+        my_size = tl.sum(tl.where(experts == expert, size, 0))
+        entry = items_ptr + tl.sum(tl.where(experts == expert, item, 0)) * 4
+        for first_row in range(0, count, my_size):
+            tl.store(entry, expert)
+            tl.store(entry + 1, start + first_row)
+            tl.store(entry + 2, tl.minimum(my_size, count - first_row))
+            entry += 4
+        if expert == 0:
+            tl.store(num_items_ptr, tl.sum(pieces))
+    else:
+        seen = tl.zeros((BLOCK,), tl.int32)  # smaller experts, and in the upper half equal ones: a lane sees less than 2^15 slots
+        for first in range(0, num_slots, BLOCK):
+            upcoming = _local_experts(ids_ptr, first + BLOCK + lane, num_slots, expert_offset)
+            seen += tl.where((local >= 0) & (local < expert), 1, tl.where(local == expert, 65536, 0))
+            local = upcoming
+        start = tl.sum(seen & 0xFFFF)
+        count = tl.sum(seen >> 16)
+        local = _local_experts(ids_ptr, lane, num_slots, expert_offset)
+    row = start
+    for first in range(0, num_slots, BLOCK):
+        upcoming = _local_experts(ids_ptr, first + BLOCK + lane, num_slots, expert_offset)
+        slot = first + lane
+        mine = local == expert
+        through = tl.cumsum(mine.to(tl.int32))
+        tl.store(token_of_row_ptr + row + through - 1, slot // TOP_K, mask=mine)
+        tl.store(row_of_slot_ptr + slot, row + through - 1, mask=mine)
+        if expert == 0:
+            tl.store(row_of_slot_ptr + slot, tl.full((BLOCK,), -1, tl.int32), mask=((local < 0) | (local >= NUM_EXPERTS)) & (slot < num_slots))
+        row += tl.max(through)
+        local = upcoming
+    if not SINGLE:
+        tl.store(count_ptr + expert, count)
+        tl.store(start_ptr + expert, start)
+        tl.debug_barrier()
+        arrived = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel")
+        if arrived == NUM_EXPERTS - 1:
+            counts = tl.load(count_ptr + experts, mask=experts < NUM_EXPERTS, other=0, volatile=True)
+            starts = tl.load(start_ptr + experts, mask=experts < NUM_EXPERTS, other=0, volatile=True)
+            pieces, size, item = _items_of(counts, MAX_ROWS, ALIGNMENT, ORDERED)
+            tl.store(num_items_ptr, tl.sum(pieces))
+            for piece in range(0, tl.max(pieces)):
+                entry = items_ptr + (item + piece) * 4
+                is_item = piece < pieces
+                tl.store(entry, experts, mask=is_item)
+                tl.store(entry + 1, starts + piece * size, mask=is_item)
+                tl.store(entry + 2, tl.minimum(size, counts - piece * size), mask=is_item)
 
 
-def permute(ids: torch.Tensor, expert_offset: int, num_experts: int, max_rows: int, arrivals: torch.Tensor, *, launch_early: bool = False) -> Items:
+def permute(ids: torch.Tensor, expert_offset: int, num_experts: int, max_rows: int, *, launch_early: bool = False) -> Items:
     """Sort the slots of ids [T, k] by expert.
 
     Args:
         ids: [T, k] int32 or int64, contiguous, T > 0.
         expert_offset, num_experts: the experts held here.
         max_rows: rows an item has at most.
-        arrivals: int32 [1] that is zero, and zero again afterwards; one a stream.
         launch_early: programmatic dependent launch (compute capability 9.0).
     """
-    num_slots, top_k, device = ids.numel(), ids.shape[1], ids.device
-    single = num_slots <= MAX_SINGLE_CHUNK
-    chunk = max(64, triton.next_power_of_2(num_slots)) if single else CHUNK
-    num_chunks, bins = triton.cdiv(num_slots, chunk), max(32, triton.next_power_of_2(num_experts))
-    aligned = -(-num_slots // 4) * 4  # 16 bytes: Triton compiles anew for pointers that are not
-    sizes = [aligned, aligned, 0 if single else aligned, num_chunks * bins, bins, bins, 4]
-    buffer = torch.empty(sum(sizes), dtype=torch.int32, device=device)
-    token_of_row, row_of_slot, rank, base, count, start, num_items = buffer.split(sizes)
-    items = torch.empty((max_items(num_slots, num_experts, max_rows), 4), dtype=torch.int32, device=device)
-    options: dict[str, Any] = {"num_warps": 8 if chunk > CHUNK else 4, **({"launch_pdl": True} if launch_early else {})}
-    _count[(num_chunks,)](
-        ids, token_of_row, row_of_slot, rank, base, count, start, items, num_items, arrivals, num_slots, num_chunks, expert_offset,
-        num_experts, bins, top_k, max_rows, ITEM_ALIGNMENT, chunk, 1 if single else max(1, SCAN_ELEMENTS // bins), single, launch_early, **options,
+    num_slots, device = ids.numel(), ids.device
+    single = num_slots <= MAX_SINGLE_SLOTS
+    aligned_slots, aligned_experts = (-(-size // 4) * 4 for size in (num_slots, num_experts))  # 16 bytes: Triton compiles anew for other pointers
+    sizes = [aligned_slots, aligned_slots, aligned_experts, aligned_experts, 4]
+    token_of_row, row_of_slot, count, start, num_items = torch.empty(sum(sizes), dtype=torch.int32, device=device).split(sizes)
+    num_list = max_items(num_slots, num_experts, max_rows)
+    items = torch.empty((num_list, 4), dtype=torch.int32, device=device)
+    # A new counter each time: one kept between calls would be shared by CUDA graphs that run at the same time.
+    arrivals = ids if single else torch.zeros(1, dtype=torch.int32, device=device)
+    block = max(256, triton.next_power_of_2(num_slots)) if single else 2048
+    options: dict[str, Any] = {"num_warps": 4 if block <= 1024 else 8, **({"launch_pdl": True} if launch_early else {})}
+    _permute[(num_experts,)](
+        ids, token_of_row, row_of_slot, count, start, items, num_items, arrivals, num_slots, expert_offset, num_experts,
+        max(32, triton.next_power_of_2(num_experts)), ids.shape[1], max_rows, ITEM_ALIGNMENT,
+        max_rows > ITEM_ALIGNMENT and num_list <= MAX_ORDERED_ITEMS, single, block, launch_early, **options,
     )  # fmt: skip
-    if not single:
-        _place[(num_chunks,)](
-            ids, token_of_row, row_of_slot, rank, base, start, num_slots, expert_offset, num_experts, bins, top_k, chunk, launch_early, **options
-        )
     return Items(token_of_row[:num_slots], row_of_slot[:num_slots], items, num_items[:1])
 
 
