@@ -6,7 +6,7 @@ The interpreter (Triton 3.6 to 3.9) rounds to e4m3 wrongly, so every quotient he
 import torch
 
 from halfbyte.formats.activations import quantize_fp8
-from halfbyte.kernels.triton.activations_fp8 import encode_rows, quantize_rows, quantize_tokens
+from halfbyte.kernels.triton.activations_fp8 import quantize_rows, quantize_tokens
 from halfbyte.kernels.triton.permute import permute
 from halfbyte.weights.layouts.hopper import SLOT_TO_COLUMN
 from halfbyte.weights.layouts.hopper_fp8 import FP8_SLOT_TO_COLUMN
@@ -36,11 +36,6 @@ def check(num_tokens: int, hidden: int) -> None:
     actual, actual_scales = quantize_rows(h)
     assert torch.equal(actual.view(torch.uint8)[: len(held)], expected[held])
     assert torch.equal(actual_scales[: len(held)], scales[held, 0])
-
-    for out in (None, x):
-        actual, actual_scales = encode_rows(x, out)
-        assert torch.equal(actual, codes.bfloat16()) and torch.equal(actual_scales, scales[:, 0])
-    assert actual is x
 
 
 if __name__ == "__main__":

@@ -172,7 +172,7 @@ def test_rows_whose_scales_span_more_than_e4m3_holds() -> None:
 
 @pytest.mark.parametrize("hidden", [64, 2880, 7168])
 def test_quantising_kernels_agree_with_the_format_bit_for_bit(hidden: int) -> None:
-    from halfbyte.kernels.triton.activations_fp8 import encode_rows, quantize_rows, quantize_tokens
+    from halfbyte.kernels.triton.activations_fp8 import quantize_rows, quantize_tokens
     from halfbyte.kernels.triton.permute import permute
 
     def in_order(codes: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
@@ -195,10 +195,6 @@ def test_quantising_kernels_agree_with_the_format_bit_for_bit(hidden: int) -> No
         assert_equal_bits(actual.view(torch.uint8)[finite], expected[finite])
         assert_equal_bits(actual_scales[finite], scales[held, 0][finite])
         assert (actual.float() * actual_scales.unsqueeze(1))[~finite].isnan().any(1).all()
-    kept = torch.isfinite(x).all(1)
-    actual, actual_scales = encode_rows(x)
-    assert_equal_bits(actual[kept], codes.bfloat16()[kept])
-    assert_equal_bits(actual_scales[kept], scales[kept, 0])
 
 
 @pytest.mark.parametrize("num_tokens", [1, 32, 700, 1500, 4000])

@@ -70,14 +70,18 @@ def test_a_fallback_on_a_gpu_is_logged_once(caplog):
 
 
 def test_obstacles_of_the_portable_kernel():
-    def obstacle(target: hb.Target, format, layout: str = "canonical", activations: str = "bf16") -> str | None:
-        found = obstacles(Problem("fused_moe", target, format, layout, activations))
+    def obstacle(target: hb.Target, format, layout: str = "canonical", activations: str = "bf16", dtype=torch.bfloat16) -> str | None:
+        found = obstacles(Problem("fused_moe", target, format, layout, activations, dtype))
         return next(obstacle for candidate, obstacle in found if candidate.name == "triton")
 
     ampere = replace(HOPPER, name="NVIDIA A100", arch="sm_80")
     assert obstacle(HOPPER, hb.NVFP4) is obstacle(ampere, hb.MXFP4) is None
     assert obstacle(HOPPER, None) == "reads NVFP4 and MXFP4 weights, these are dense"
-    assert obstacle(HOPPER, hb.NVFP4, activations="fp8") == "takes activations 'bf16', not 'fp8'"
+    assert obstacle(ampere, hb.NVFP4, activations="nvfp4") is obstacle(HOPPER, hb.MXFP4, activations="mxfp8", dtype=torch.float16) is None
+    assert obstacle(HOPPER, hb.NVFP4, dtype=torch.float32) is None
+    assert obstacle(HOPPER, hb.NVFP4, activations="fp8", dtype=torch.float32) == (
+        "quantises activations of bfloat16 and float16 to 'fp8', these are float32"
+    )
     assert obstacle(HOPPER, hb.NVFP4, layout="hopper") == "reads layout 'canonical', the weights are in 'hopper'"
     assert obstacle(replace(HOPPER, arch="sm_75"), hb.NVFP4) == "needs compute capability 8.0 or newer, this is sm_75"
     assert obstacle(CPU, hb.NVFP4) == "needs a CUDA GPU, this is a CPU"
@@ -88,8 +92,7 @@ def test_obstacles_of_the_hopper_kernel():
         found = obstacles(Problem("fused_moe", target, hb.NVFP4, layout, activations))
         return next(obstacle for candidate, obstacle in found if candidate.name == "hopper")
 
-    assert obstacle(HOPPER) is obstacle(HOPPER, activations="fp8") is None
-    assert obstacle(HOPPER, activations="nvfp4") == "takes activations 'bf16' and 'fp8', not 'nvfp4'"
+    assert obstacle(HOPPER) is obstacle(HOPPER, activations="fp8") is obstacle(HOPPER, activations="nvfp4") is None
     assert obstacle(HOPPER, layout="canonical") == "reads layout 'hopper', the weights are in 'canonical'"
 
 

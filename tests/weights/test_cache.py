@@ -149,7 +149,7 @@ SPOILED = {
         lambda model, file: rewrite(file, flip(tensor_files.TensorFile.open(file).data_start)),
         "damaged: the checksums of w13.words",
     ),
-    "last byte": (lambda model, file: rewrite(file, flip(-1)), "damaged: the checksums of w2.row_exponent"),
+    "last byte": (lambda model, file: rewrite(file, flip(-1)), "damaged: the checksums of w2_input_scale"),
     "header byte": (lambda model, file: rewrite(file, lambda data: data.__setitem__(8, 0)), "damaged header"),
     "tensor missing": (lambda model, file: without_a_tensor(file), "missing tensor w2.multiplier"),
     "empty": (lambda model, file: file.write_bytes(b""), "truncated file"),
@@ -184,7 +184,7 @@ def test_verify_sees_what_the_header_does_not(model: Path, directory: Path) -> N
     rewrite(file, flip(-1))
     assert not prepare(model, directory).written
     again = prepare(model, directory, verify=True)
-    assert again.written and "damaged: the checksums of w2.row_exponent" in again.reason
+    assert again.written and "damaged: the checksums of w2_input_scale" in again.reason
     assert prepare(model, directory, force=True).reason == "forced"
 
 

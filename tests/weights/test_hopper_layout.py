@@ -89,6 +89,22 @@ def test_experts_packed_in_slices_are_those_packed_at_once() -> None:
         assert_equal_bits(out.tensors[name], tensor)
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("activation", [SWIGLU, RELU2], ids=["gated", "plain"])
+def test_input_scales_of_all_experts_of_the_layer_are_kept(activation: Activation, in_place: bool) -> None:
+    shapes = ((9, 2) if activation.gated else (9,), (9,))
+    scales = dict(zip(("w13_input_scale", "w2_input_scale"), map(torch.rand, shapes), strict=True))
+    w = replace(make_experts(3, 64, 64, hb.NVFP4, activation), first_expert=4, num_global_experts=9, **scales)
+    kept = {name: scale.clone() for name, scale in scales.items()}
+    back = hb.prepare(w, "hopper", in_place=in_place).unprepare()
+    for name, scale in kept.items():
+        assert_equal_bits(getattr(back, name), scale)
+    assert (back.first_expert, back.num_global_experts) == (4, 9)
+    packed = hopper.allocate(replace(w, **kept), "cpu")
+    hopper.pack(replace(make_experts(3, 64, 64, hb.NVFP4, activation), num_global_experts=9, **kept)[1:3], packed, 1)
+    assert_equal_bits(packed.w13_input_scale, kept["w13_input_scale"])
+
+
 def test_codes_under_a_zero_scale_become_zero() -> None:
     w = make_experts(1, 64, 64, hb.NVFP4)
     w.w2.scales.view(torch.uint8)[0, 3, 1] = 0

@@ -109,13 +109,15 @@ def test_refused_and_nothing_written(layout: str, name: str) -> None:
     assert_same_tensors(prepared, hb.prepare(make(1), layout))
 
 
-def test_input_scales_of_the_canonical_layout_are_replaced_or_missed() -> None:
+@pytest.mark.parametrize("layout", ["canonical", "hopper"])
+def test_input_scales_are_replaced_or_missed(layout: str) -> None:
     def scaled(seed: int) -> hb.ExpertWeights:
         return replace(make(seed), w13_input_scale=torch.full((5, 2), 1.0 + seed), w2_input_scale=torch.full((5,), 2.0 + seed))
 
-    prepared = hb.prepare(scaled(1))
+    prepared = hb.prepare(scaled(1), layout)
     prepared.update_(scaled(2))
     assert prepared.experts.w13_input_scale.unique().item() == 3.0
+    assert prepared.unprepare().w2_input_scale.unique().item() == 4.0
     with pytest.raises(InputError, match=r"differ in w13_input_scale .*given none"):
         prepared.update_(make(2))
 

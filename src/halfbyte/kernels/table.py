@@ -88,8 +88,8 @@ _PORTABLE = "the portable Triton kernel runs instead; on sm_90, prepare(w, layou
 def _triton_fused_moe_obstacle(problem: Problem) -> str | None:
     if problem.layout == "canonical" and problem.format is None:
         return "reads NVFP4 and MXFP4 weights, these are dense"
-    if problem.activations != "bf16":
-        return f"takes activations 'bf16', not {problem.activations!r}"
+    if problem.activations != "bf16" and problem.dtype == torch.float32:
+        return f"quantises activations of bfloat16 and float16 to {problem.activations!r}, these are float32"
     return _reads_canonical(problem) or _triton_obstacle(problem)
 
 
@@ -102,8 +102,6 @@ def _triton_fused_moe(*args: Any, **kwargs: Any) -> Any:
 def _hopper_obstacle(problem: Problem) -> str | None:
     if problem.layout != "hopper":
         return f"reads layout 'hopper', the weights are in {problem.layout!r}"
-    if problem.activations not in ("bf16", "fp8"):
-        return f"takes activations 'bf16' and 'fp8', not {problem.activations!r}"
     if problem.target.arch != "sm_90":
         return f"needs compute capability 9.0, this is {problem.target.arch}"
     return _triton_obstacle(problem)
@@ -205,6 +203,8 @@ def _describe(problem: Problem) -> str:
     parts = [problem.target.arch]
     if problem.layout is not None:
         parts += [repr(problem.format) if problem.format else "dense weights", f"layout {problem.layout}", f"activations {problem.activations}"]
+    elif problem.format is not None:
+        parts.append(repr(problem.format))
     if problem.dtype is not None:
-        parts += [*([repr(problem.format)] if problem.format else []), str(problem.dtype)]
+        parts.append(str(problem.dtype))
     return ", ".join(parts)

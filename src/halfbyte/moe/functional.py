@@ -90,7 +90,7 @@ def run(
 ) -> torch.Tensor:
     """`fused_moe` with the prepared experts in parts."""
     check(hidden, experts, ids, weights, activations, out)
-    kernel = choose(Problem("fused_moe", target, experts.format, layout, activations), backend)
+    kernel = choose(Problem("fused_moe", target, experts.format, layout, activations, hidden.dtype), backend)
     options = {"activations": activations, "expert_offset": expert_offset, "batch_invariant": batch_invariant}
     return kernel.function(hidden, experts, ids, weights, out=out, **options)
 

@@ -120,7 +120,7 @@ class PreparedExperts:
         return replace(self, experts=self.experts.with_tensors(moved), target=Target.of(device))
 
     def unprepare(self) -> ExpertWeights:
-        """Return the canonical experts: every value exactly, without what the layout has no use for (hopper: calibrated input scales)."""
+        """Return the canonical experts: every value exactly."""
         return self.experts if isinstance(self.experts, ExpertWeights) else LAYOUTS[self.layout].unpack(self.experts)
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 def fix_cache_keys(*kernels: Any) -> None:
     """Let Triton compute the cache keys of these kernels now, in this order.
 
-    With Triton 3.6 (no longer with 3.9) a kernel's key contains the global constants of the functions it calls only if those were hashed before: which
+    With Triton 3.6 (not 3.9) a kernel's key contains the global constants of the functions it calls only if those were hashed before: which
     of two kernels runs first in a process would decide whether the other is found in the disk cache or compiled again.
     """
     for kernel in kernels:

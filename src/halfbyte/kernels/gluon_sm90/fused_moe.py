@@ -1,12 +1,14 @@
-"""The mixture-of-experts layer on Hopper: FP4 weights, bf16 or fp8 activations. Equation and semantics: `kernels.reference.fused_moe`.
+"""The mixture-of-experts layer on Hopper: FP4 weights, activations in any format. Equation and semantics: `kernels.reference.fused_moe`.
 
     up to 8 tokens        GEMM1, GEMM2 (both direct), combine
     few tokens an expert  permute, GEMM1, GEMM2 (decode), combine
     many                  permute, gather, GEMM1, GEMM2 (prefill), combine
     many, fp8             permute, quantise tokens, GEMM1, quantise rows, GEMM2 (prefill on fp8 tensor cores), combine
 
-Activations "fp8" up to `MIN_FP8_ROWS` rows an expert, where memory limits and fp8 tensor cores gain nothing: the W4A16 kernels on activations in
-fp8 codes, which bf16 holds exactly, and exact weights. Above, weights are rounded to e4m3 too (`weights.layouts.hopper_fp8`): `rounds_weights`.
+Activations "mxfp8" and "nvfp4", and "fp8" up to `MIN_FP8_ROWS` rows an expert, where memory limits and fp8 tensor cores gain nothing: the W4A16
+kernels on quantised activations, which bf16 holds exactly, and exact weights. Two more launches, `encode_rows` before each GEMM, which move 4 T H and
+4 R I bytes. That is never faster than "bf16": it is for the numbers that a Blackwell GPU would give. Above, with "fp8", weights are rounded to e4m3
+too (`weights.layouts.hopper_fp8`): `rounds_weights`.
 
 h gets one scale a row, which needs the largest value of the whole row and so a pass of its own. It moves 3 R I bytes where GEMM2 computes 2 R H I
 operations: at 3 TB/s and 1.3 Pflop/s 650 / H of GEMM2's time, 3 % of a DeepSeek-R1 layer and 10 % of a Qwen3-30B one. A scale for every 64 columns
@@ -36,8 +38,9 @@ from halfbyte.kernels.gluon_sm90.compat import fix_cache_keys
 from halfbyte.kernels.gluon_sm90.epilogue import KINDS
 from halfbyte.kernels.gluon_sm90.grouped_gemm_prefill import grouped_gemm_prefill
 from halfbyte.kernels.gluon_sm90.grouped_gemm_w4a16_decode import NUM_WARPS, grouped_gemm_w4a16_decode
-from halfbyte.kernels.triton.activations_fp8 import encode_rows, quantize_rows, quantize_tokens
+from halfbyte.kernels.triton.activations_fp8 import quantize_rows, quantize_tokens
 from halfbyte.kernels.triton.combine import combine
+from halfbyte.kernels.triton.encode_rows import encode_rows
 from halfbyte.kernels.triton.permute import Items, gather, permute
 from halfbyte.weights.layouts.hopper import HopperExperts, HopperMatrix, padded_size
 
@@ -174,14 +177,14 @@ def fused_moe(
         config = choose_config(num_tokens, top_k, experts.num_experts, activations, batch_invariant=batch_invariant)
     hidden, ids, weights = hidden.contiguous(), ids.contiguous(), weights.contiguous()
     run = _decode if isinstance(config, DecodeConfig) else _prefill_fp8 if config.fp8 else _prefill
-    y, row_of_slot = run(hidden, experts, ids, expert_offset, config, activations == "fp8")
+    y, row_of_slot = run(hidden, experts, ids, expert_offset, config, activations)
     result = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
     combine(y, row_of_slot, ids, weights, result, expert_offset, experts.num_experts, launch_early=True)
     return out if result is out else out.copy_(result)
 
 
 def _decode(
-    hidden: torch.Tensor, experts: HopperExperts, ids: torch.Tensor, expert_offset: int, config: DecodeConfig, to_fp8: bool
+    hidden: torch.Tensor, experts: HopperExperts, ids: torch.Tensor, expert_offset: int, config: DecodeConfig, activations: ActivationFormat
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     rows, device = ids.numel(), hidden.device
     h = torch.empty((1, rows, padded_size(experts.intermediate)), dtype=torch.bfloat16, device=device)
@@ -191,9 +194,9 @@ def _decode(
     else:
         y = torch.empty((1, rows, experts.hidden), dtype=torch.bfloat16, device=device)
         items = permute(ids, expert_offset, experts.num_experts, config.rows, launch_early=True)
-    x, x_scale = encode_rows(hidden, launch_early=True) if to_fp8 else (hidden, None)
+    x, x_scale = encode_rows(hidden, activations, experts.w13_input_scale, launch_early=True)
     _decode_gemm(x, x_scale, experts.w13, h, experts, ids, items, expert_offset, config, is_w13=True)
-    h_scale = encode_rows(h[0], h[0], launch_early=True)[1] if to_fp8 else None
+    _, h_scale = encode_rows(h[0], activations, experts.w2_input_scale, out=h[0], launch_early=True)
     _decode_gemm(h[0], h_scale, experts.w2, y, experts, ids, items, expert_offset, config, is_w13=False)
     return y, None if items is None else items.row_of_slot
 
@@ -218,21 +221,21 @@ def _decode_gemm(
 
 
 def _prefill(
-    hidden: torch.Tensor, experts: HopperExperts, ids: torch.Tensor, expert_offset: int, config: PrefillConfig, to_fp8: bool
+    hidden: torch.Tensor, experts: HopperExperts, ids: torch.Tensor, expert_offset: int, config: PrefillConfig, activations: ActivationFormat
 ) -> tuple[torch.Tensor, torch.Tensor]:
     items, h, y = _prefill_workspace(hidden, experts, ids, expert_offset, config)
-    codes, scales = encode_rows(hidden, launch_early=True) if to_fp8 else (hidden, None)
+    codes, scales = encode_rows(hidden, activations, experts.w13_input_scale, launch_early=True)
     x, x_scale = gather(codes, items, ids.shape[1], padded_size(experts.hidden), scales, launch_early=True)
     _prefill_gemm(x, x_scale, experts.w13, h, experts, items, config, is_w13=True)
-    h_scale = encode_rows(h, h)[1] if to_fp8 else None
+    _, h_scale = encode_rows(h, activations, experts.w2_input_scale, slots=True, out=h)
     _prefill_gemm(h, h_scale, experts.w2, y[0], experts, items, config, is_w13=False)
     return y, items.row_of_slot
 
 
 def _prefill_fp8(
-    hidden: torch.Tensor, experts: HopperExperts, ids: torch.Tensor, expert_offset: int, config: PrefillConfig, to_fp8: bool
+    hidden: torch.Tensor, experts: HopperExperts, ids: torch.Tensor, expert_offset: int, config: PrefillConfig, activations: ActivationFormat
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    assert to_fp8, "this configuration has fp8 tensor cores multiply"
+    assert activations == "fp8", "this configuration has fp8 tensor cores multiply"
     items, h, y = _prefill_workspace(hidden, experts, ids, expert_offset, config)
     x, x_scale = quantize_tokens(hidden, items, ids.shape[1], padded_size(experts.hidden), launch_early=True)
     _prefill_gemm(x, x_scale, experts.w13, h, experts, items, config, is_w13=True)

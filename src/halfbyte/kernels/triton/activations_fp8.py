@@ -3,10 +3,9 @@
 
     quantize_tokens    hidden [T, H] bf16          to x [R, H padded] e4m3: the row of every slot of a token, which is read once
     quantize_rows      h [R, I padded] bf16        to x [R, I padded] e4m3
-    encode_rows        x [rows, K] bf16            to x [rows, K] bf16, columns as they are: what W4A16 kernels multiply when activations are "fp8"
 
-e4m3 codes are in fp8 slot order (`weights.layouts.hopper_fp8`), h comes in the bf16 slot order in which the first GEMM writes it. Every code is exact
-in bf16, and the scale is applied to the product: multiplying by bf16(code * scale) instead would flip 1 % of the codes of h, an error of 9e-3.
+e4m3 codes are in fp8 slot order (`weights.layouts.hopper_fp8`), h comes in the bf16 slot order in which the first GEMM writes it. What W4A16 kernels
+multiply when activations are "fp8" comes from `encode_rows`.
 """
 
 from __future__ import annotations
@@ -98,29 +97,3 @@ def _launch(
         num_warps=4 if words <= 1024 else 8, **({"launch_pdl": True} if launch_early else {}),
     )  # fmt: skip
     return codes, scales
-
-
-@triton.jit
-def _encode(x_ptr, codes_ptr, scales_ptr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    row = tl.program_id(0)
-    start = row.to(tl.int64) * COLUMNS
-    if PDL:
-        gdc.gdc_wait()
-        gdc.gdc_launch_dependents()
-    column = tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + start + column, mask=column < COLUMNS, other=0.0).to(tl.float32)
-    scale = _scale_of(tl.max(tl.abs(x), 0))
-    codes = tl.div_rn(x, scale).to(tl.float8e4nv).to(tl.float32)
-    tl.store(codes_ptr + start + column, codes.to(tl.bfloat16), mask=column < COLUMNS)
-    tl.store(scales_ptr + row, scale)
-
-
-def encode_rows(x: torch.Tensor, out: torch.Tensor | None = None, *, launch_early: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [rows, K] bf16 (contiguous) to its codes in bf16, in `out` (which may be x), and scales fp32 [rows]."""
-    out = torch.empty_like(x) if out is None else out
-    scales = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
-    block = triton.next_power_of_2(x.shape[1])
-    _encode[(x.shape[0],)](
-        x, out, scales, x.shape[1], block, launch_early, num_warps=4 if block <= 4096 else 8, **({"launch_pdl": True} if launch_early else {})
-    )
-    return out, scales

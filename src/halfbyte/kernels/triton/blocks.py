@@ -208,6 +208,14 @@ def codes4(w0, w1, w2, w3, factor, divisor, inverse, BF16: tl.constexpr, DIVIDE:
 
 
 @triton.jit
+def e2m1_value(codes):
+    """The value of the lowest four bits, fp32."""
+    rank = (codes & 7).to(tl.float32)
+    value = tl.maximum(tl.maximum(rank * 0.5, rank - 2.0), rank * 2.0 - 8.0)
+    return tl.where(codes & 8 != 0, -value, value)
+
+
+@triton.jit
 def e4m3_of(x, NATIVE: tl.constexpr):
     """Round x in 0 .. 448 to e4m3: its byte (int32) and its value (fp32). NATIVE: compute capability 8.9 has the instruction."""
     if NATIVE:

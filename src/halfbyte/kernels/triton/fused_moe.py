@@ -1,9 +1,11 @@
 """The mixture-of-experts layer on canonical FP4 weights, every GPU from sm_80 on: `grouped_gemm_w4a16` twice, between a sort and a sum in torch.
 
-Defined by `kernels.reference.fused_moe`; computes the same with activations "bf16". Nothing waits for the device, so a call can be captured in a CUDA
-graph, and no kernel is compiled for a number of tokens. Gradients reach weights; asking for hidden's raises.
+Defined by `kernels.reference.fused_moe`; activations in another format than "bf16" go through `encode_rows` before each product. Nothing waits for
+the device, so a call can be captured in a CUDA graph, and no kernel is compiled for a number of tokens. Gradients reach weights; asking for hidden's
+raises.
 
-Memory beside the result: R rows of I elements in hidden's dtype and of H in fp32, and 12 bytes x T x H for the sum; R = T * k.
+Memory beside the result: R rows of I elements in hidden's dtype and of H in fp32, and 12 bytes x T x H for the sum; R = T * k. With quantised
+activations 2 bytes x T x H more.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from halfbyte.checkpoint.experts import ExpertWeights
 from halfbyte.errors import UnsupportedError
 from halfbyte.formats.activations import ActivationFormat
 from halfbyte.kernels.reference.fused_moe import combine
+from halfbyte.kernels.triton.encode_rows import encode_rows
 from halfbyte.kernels.triton.grouped_gemm_w4a16 import grouped_gemm_w4a16
 
 
@@ -43,9 +46,9 @@ def fused_moe(
     batch_invariant: bool = False,
 ) -> torch.Tensor:
     """hidden [T, H], ids int [T, k], weights float [T, k] to [T, H] of hidden's dtype (or out's); `moe.functional.fused_moe` checks the arguments."""
-    assert activations == "bf16", "the kernel table gives this kernel nothing else"
+    assert activations == "bf16" or hidden.dtype != torch.float32, "the kernel table gives this kernel nothing else"
     permutation = sort_by_expert(ids, expert_offset, experts.num_experts)
-    rows = _ExpertRows.apply(hidden, experts, permutation, ids.shape[1], batch_invariant)
+    rows = _ExpertRows.apply(hidden, experts, permutation, ids.shape[1], activations, batch_invariant)
     result = combine(rows, weights, permutation.row_of_slot)
     return result.to(hidden.dtype) if out is None else out.copy_(result)
 
@@ -55,14 +58,23 @@ class _ExpertRows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, experts: ExpertWeights, permutation: DevicePermutation, top_k: int, batch_invariant: bool
+        ctx: Any,
+        hidden: torch.Tensor,
+        experts: ExpertWeights,
+        permutation: DevicePermutation,
+        top_k: int,
+        activations: ActivationFormat,
+        batch_invariant: bool,
     ) -> torch.Tensor:
         slot_of_row, _, row_start = permutation
+        x, x_scale = encode_rows(hidden.contiguous(), activations, experts.w13_input_scale)
         h = torch.empty((len(slot_of_row), experts.intermediate), dtype=hidden.dtype, device=hidden.device)
         options: dict[str, Any] = {"slot_of_row": slot_of_row, "top_k": top_k, "batch_invariant": batch_invariant}
-        grouped_gemm_w4a16(hidden, experts.w13, row_start, h, bias=experts.w13_bias, activation=experts.activation, **options)
+        grouped_gemm_w4a16(x, experts.w13, row_start, h, bias=experts.w13_bias, activation=experts.activation, x_scale=x_scale, **options)
+        codes = None if activations == "bf16" else h.view(torch.bfloat16)
+        h, h_scale = encode_rows(h, activations, experts.w2_input_scale, out=codes)
         rows = torch.empty((len(slot_of_row), experts.hidden), dtype=torch.float32, device=hidden.device)
-        return grouped_gemm_w4a16(h, experts.w2, row_start, rows, bias=experts.w2_bias, batch_invariant=batch_invariant)
+        return grouped_gemm_w4a16(h, experts.w2, row_start, rows, bias=experts.w2_bias, x_scale=h_scale, batch_invariant=batch_invariant)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:

@@ -1,9 +1,10 @@
 """Grouped GEMM on canonical FP4 weights, every GPU from sm_80 on: the portable kernel, correct first.
 
-    plain       out[r] = x[source(r)] @ w[e]^T + bias[e]                                      e = expert of row r
-    activation  out[r] = activation(x[source(r)] @ w[e]^T + bias[e])                          gate rows of w, then up rows
+    plain       out[r] = x[source(r)] @ w[e]^T * x_scale[source(r)] + bias[e]                 e = expert of row r
+    activation  out[r] = activation(x[source(r)] @ w[e]^T * x_scale[source(r)] + bias[e])     gate rows of w, then up rows
 
     x             [S, K] bf16, fp16 or fp32; source(r) = slot_of_row[r] // top_k, or r without slot_of_row
+    x_scale       [S] fp32, or None for 1
     row_start     [E+1] int32, ascending; expert e owns rows row_start[e] .. row_start[e+1]; rows from row_start[E] on are left alone
     slot_of_row   [R] int32, or None
     codes         [E, W, K/2] uint8, low nibble = even column; W = N, or 2N with a gate
@@ -160,6 +161,7 @@ def grouped_gemm_w4a16_kernel(
     scales_ptr,
     global_scale_ptr,
     bias_ptr,
+    x_scale_ptr,
     out_ptr,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -210,6 +212,10 @@ def grouped_gemm_w4a16_kernel(
             w = _weight_tile(codes_ptr, scales_ptr, weight_row + N, k, K, BLOCK, COMPUTE, BLOCK_N, BLOCK_K)
             up = tl.dot(x, tl.trans(w), up, input_precision=PRECISION)
 
+    if x_scale_ptr is not None:
+        x_scale = tl.load(x_scale_ptr + source)[:, None]
+        acc *= x_scale
+        up *= x_scale
     value = _finish(acc, weight_row, expert, global_scale_ptr, bias_ptr, W, SCALE_GROUPS, FACTOR)
     if GATED:
         value = _gated(
@@ -233,6 +239,7 @@ def grouped_gemm_w4a16(
     slot_of_row: torch.Tensor | None = None,
     top_k: int = 1,
     batch_invariant: bool = False,
+    x_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Fill out [R, N] from x [S, K] and weight [E, W, K] as the module says; rows from row_start[E] on keep what they held.
 
@@ -259,6 +266,7 @@ def grouped_gemm_w4a16(
             weight.scales.view(torch.uint8).contiguous(),
             None if scale is None else scale.contiguous(),
             None if bias is None else bias.contiguous(),
+            x_scale,
             out,
             N=columns,
             K=x.shape[1],

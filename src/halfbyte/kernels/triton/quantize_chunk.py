@@ -6,7 +6,7 @@ A thread owns whole blocks: its 16 columns (32 for MXFP4) are eight words, or tw
 import triton
 import triton.language as tl
 
-from halfbyte.kernels.triton.blocks import amax8, codes4, e4m3_of, e8m0_of, half, normed, quotient, range_factor, reciprocal, swiglu
+from halfbyte.kernels.triton.blocks import amax8, codes4, e2m1_value, e4m3_of, e8m0_of, half, normed, quotient, range_factor, reciprocal, swiglu
 
 
 @triton.jit
@@ -19,11 +19,11 @@ def _split4(quad):
 
 
 @triton.jit
-def _load_words(pointers, mask):
-    """Eight consecutive words at pointers [rows, columns]: sixteen elements a thread, in two loads of 16 bytes."""
-    quads = pointers[:, :, None] + tl.arange(0, 4)[None, None, :]
+def load_words(pointers, mask, STEP: tl.constexpr = 1):
+    """Eight words, STEP apart, at pointers [rows, columns]: sixteen elements a thread, in two loads of 16 bytes where STEP is 1."""
+    quads = pointers[:, :, None] + STEP * tl.arange(0, 4)[None, None, :]
     w0, w1, w2, w3 = _split4(tl.load(quads, mask=mask[:, :, None], other=0))
-    w4, w5, w6, w7 = _split4(tl.load(quads + 4, mask=mask[:, :, None], other=0))
+    w4, w5, w6, w7 = _split4(tl.load(quads + 4 * STEP, mask=mask[:, :, None], other=0))
     return w0, w1, w2, w3, w4, w5, w6, w7
 
 
@@ -33,9 +33,9 @@ def _load_block(
     SOURCE: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Eight words of x ("x"), of the activation of x and what lies `up_words` words behind it ("swiglu"), or of x * factor * weights ("norm")."""
-    w = _load_words(pointers, mask)
+    w = load_words(pointers, mask)
     if SOURCE == "swiglu":
-        u = _load_words(pointers + up_words, mask)
+        u = load_words(pointers + up_words, mask)
         w = (
             swiglu(w[0], u[0], ALPHA, BETA, LIMIT, BF16, ASM),
             swiglu(w[1], u[1], ALPHA, BETA, LIMIT, BF16, ASM),
@@ -47,7 +47,7 @@ def _load_block(
             swiglu(w[7], u[7], ALPHA, BETA, LIMIT, BF16, ASM),
         )
     if SOURCE == "norm":
-        v = _load_words(weights, weight_mask)
+        v = load_words(weights, weight_mask)
         w = (
             normed(w[0], v[0], factor, BF16, ASM),
             normed(w[1], v[1], factor, BF16, ASM),
@@ -84,10 +84,7 @@ def _nvfp4_codes(w, scale, global_scale, BF16: tl.constexpr, ASM: tl.constexpr):
 
 @triton.jit
 def _squared(word, HALF: tl.constexpr, code, scale, global_scale, BF16: tl.constexpr):
-    rank = (code & 7).to(tl.float32)
-    value = tl.maximum(tl.maximum(rank * 0.5, rank - 2.0), rank * 2.0 - 8.0)
-    value = tl.where(code & 8 != 0, -value, value)
-    difference = value * scale * global_scale - half(word, HALF, BF16)
+    difference = e2m1_value(code) * scale * global_scale - half(word, HALF, BF16)
     return difference * difference
 
 
@@ -110,7 +107,7 @@ def _error(w, low, high, scale, global_scale, BF16: tl.constexpr):
 
 
 @triton.jit
-def _nvfp4_block(w, global_scale, BF16: tl.constexpr, FOUR_OVER_SIX: tl.constexpr, NATIVE: tl.constexpr, ASM: tl.constexpr):
+def nvfp4_block(w, global_scale, BF16: tl.constexpr, FOUR_OVER_SIX: tl.constexpr, NATIVE: tl.constexpr, ASM: tl.constexpr):
     """Scale byte and two words of codes of the block in eight words."""
     amax = amax8(w, BF16, ASM)
     byte, scale = _nvfp4_scale(amax, 6.0, global_scale, NATIVE, ASM)
@@ -168,7 +165,7 @@ def quantize_chunk(
                 global_scale = tl.load(global_ptr + (x_row + row) // rows_per_global, mask=row < present, other=1.0)
             else:
                 global_scale = tl.load(global_ptr + global_index)
-            byte, low, high = _nvfp4_block(w, global_scale, BF16, FOUR_OVER_SIX, NATIVE, ASM)
+            byte, low, high = nvfp4_block(w, global_scale, BF16, FOUR_OVER_SIX, NATIVE, ASM)
             tl.store(codes + tl.arange(0, 2)[None, None, :], tl.join(low, high), mask=mask[:, :, None])
         else:
             v = _load_block(words + 8, mask, up_words, weights + 8, column < num_columns, factor_of_row, SOURCE, ALPHA, BETA, LIMIT, BF16, ASM)

@@ -25,7 +25,7 @@ _SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 
 
 @triton.jit
-def _e4m3_bytes(x, NATIVE: tl.constexpr):
+def e4m3_bytes(x, NATIVE: tl.constexpr):
     """e4m3 of any fp32, saturating; every NaN is the positive one."""
     if NATIVE:
         return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
@@ -35,10 +35,19 @@ def _e4m3_bytes(x, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def _fp32_scale(amax):
+def fp32_scale(amax):
+    """amax / 448, at least the smallest normal number."""
     scale = tl.div_rn(amax, tl.full(amax.shape, 448.0, tl.float32))
     scale = tl.where(scale < _SMALLEST_NORMAL, _SMALLEST_NORMAL, scale)
     return tl.where(scale != scale, float("nan"), scale)  # one NaN for all devices
+
+
+@triton.jit
+def mx_scale(amax):
+    """The e8m0 byte (int32) of blocks whose maximum has the fp32 bits `amax` (of a 16-bit float, not NaN), and 2^-(byte - 127) as fp32."""
+    byte = tl.maximum(((amax + 0x1FFFFF) >> 23) - 8, 0)  # amax / 448: 448 is 1.75 * 2^8
+    byte = tl.where(amax == 0x7F800000, 254, byte)
+    return byte, tl.where(byte == 254, 0x400000, (254 - byte) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -61,15 +70,13 @@ def quantize_fp8_kernel(
     bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # in the order of the magnitudes, NaN above infinity
     if MX:
         amax = tl.max(tl.where(bits > 0x7F800000, 0, bits), axis=2)
-        byte = tl.maximum(((amax + 0x1FFFFF) >> 23) - 8, 0)  # amax / 448: 448 is 1.75 * 2^8
-        byte = tl.where(amax == 0x7F800000, 254, byte)
-        factor = tl.where(byte == 254, 0x400000, (254 - byte) << 23).to(tl.float32, bitcast=True)
+        byte, factor = mx_scale(amax)
         q = x * factor[:, :, None]
         scale = byte.to(tl.uint8)
     else:
-        scale = _fp32_scale(tl.max(bits, axis=2).to(tl.float32, bitcast=True))
+        scale = fp32_scale(tl.max(bits, axis=2).to(tl.float32, bitcast=True))
         q = tl.div_rn(x, tl.broadcast_to(scale[:, :, None], x.shape))
-    codes = tl.reshape(_e4m3_bytes(q, NATIVE), (TILE_ROWS, TILE_COLUMNS))
+    codes = tl.reshape(e4m3_bytes(q, NATIVE), (TILE_ROWS, TILE_COLUMNS))
     tl.store(codes_ptr + row * width + slot, codes, mask=mask)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)[None, :]
     offset = row * scale_columns + group

@@ -109,7 +109,7 @@ class HopperMatrix:
 
 @dataclass(frozen=True)
 class HopperExperts:
-    """The experts of one layer in tiles; `hidden` and `intermediate` are the sizes before padding."""
+    """The experts of one layer in tiles; `hidden` and `intermediate` are the sizes before padding, input scales as in `ExpertWeights`."""
 
     w13: HopperMatrix
     w2: HopperMatrix
@@ -119,6 +119,8 @@ class HopperExperts:
     intermediate: int
     first_expert: int
     num_global_experts: int
+    w13_input_scale: torch.Tensor | None = None
+    w2_input_scale: torch.Tensor | None = None
 
     @property
     def num_experts(self) -> int:
@@ -134,13 +136,15 @@ class HopperExperts:
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor by name: "w13.words", "w2.scales", ..."""
-        return {f"{side}.{name}": tensor for side, matrix in (("w13", self.w13), ("w2", self.w2)) for name, tensor in matrix.tensors.items()}
+        """Every tensor by name: "w13.words", "w2.scales", ..., "w13_input_scale", ..."""
+        tensors = {f"{side}.{name}": tensor for side, matrix in (("w13", self.w13), ("w2", self.w2)) for name, tensor in matrix.tensors.items()}
+        input_scales = {"w13_input_scale": self.w13_input_scale, "w2_input_scale": self.w2_input_scale}
+        return tensors | {name: scale for name, scale in input_scales.items() if scale is not None}
 
     def with_tensors(self, tensors: dict[str, torch.Tensor]) -> HopperExperts:
         """The same experts with other storage; names as in `tensors`."""
         sides = {side: replace(getattr(self, side), **{n: tensors[f"{side}.{n}"] for n in getattr(self, side).tensors}) for side in ("w13", "w2")}
-        return replace(self, **sides)
+        return replace(self, w13_input_scale=tensors.get("w13_input_scale"), w2_input_scale=tensors.get("w2_input_scale"), **sides)
 
 
 def allocate(w: ExpertWeights, device: torch.device | str) -> HopperExperts:
@@ -154,7 +158,8 @@ def allocate(w: ExpertWeights, device: torch.device | str) -> HopperExperts:
     w13_out = _allocate_matrix(w13, halves * padded_size(w.intermediate), w.w13_bias is not None, device)
     w2_out = _allocate_matrix(w2, padded_size(w.hidden), w.w2_bias is not None, device)
     num_global = w.num_experts if w.num_global_experts is None else w.num_global_experts
-    return HopperExperts(w13_out, w2_out, w13.format, w.activation, w.hidden, w.intermediate, w.first_expert, num_global)
+    input_scales = (None if scale is None else torch.empty_like(scale, device=device) for scale in (w.w13_input_scale, w.w2_input_scale))
+    return HopperExperts(w13_out, w2_out, w13.format, w.activation, w.hidden, w.intermediate, w.first_expert, num_global, *input_scales)
 
 
 def pack(w: ExpertWeights, out: HopperExperts, first: int = 0) -> None:
@@ -176,15 +181,26 @@ def pack(w: ExpertWeights, out: HopperExperts, first: int = 0) -> None:
         check_scales(w)
     _pack_matrix(w13, w.w13_bias, w13_order(w.activation), largest13, out.w13, first)
     _pack_matrix(w2, w.w2_bias, "straight", largest2, out.w2, first)
+    for kept, scale in ((out.w13_input_scale, w.w13_input_scale), (out.w2_input_scale, w.w2_input_scale)):
+        if kept is not None and scale is not None:
+            kept.copy_(scale)
 
 
 def unpack(experts: HopperExperts) -> ExpertWeights:
-    """Give the canonical experts back: the inverse of `pack`, without input scales."""
+    """Give the canonical experts back: the inverse of `pack`."""
     order, halves = w13_order(experts.activation), 2 if experts.activation.gated else 1
     w13, w13_bias = _unpack_matrix(experts.w13, experts.format, order, halves * experts.intermediate, experts.hidden)
     w2, w2_bias = _unpack_matrix(experts.w2, experts.format, "straight", experts.hidden, experts.intermediate)
     return ExpertWeights(
-        w13, w2, experts.activation, w13_bias, w2_bias, first_expert=experts.first_expert, num_global_experts=experts.num_global_experts
+        w13,
+        w2,
+        experts.activation,
+        w13_bias,
+        w2_bias,
+        experts.w13_input_scale,
+        experts.w2_input_scale,
+        experts.first_expert,
+        experts.num_global_experts,
     )
 
 
