@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import assert_close_rel, assert_equal_bits, relative_errors
-from test_fused_moe_hopper import ACTIVATIONS, make_experts, make_tokens, pytestmark  # noqa: F401
+from test_fused_moe_hopper import ACTIVATIONS, check_graph, make_experts, make_tokens, pytestmark  # noqa: F401
 
 import halfbyte as hb
 from halfbyte.bench.gate import FP8_GLOBAL_LIMIT, FP8_TOKEN_LIMIT
@@ -202,23 +202,7 @@ def test_a_graph_follows_its_routing_and_repeats_bit_for_bit(num_tokens: int) ->
     from halfbyte.kernels.gluon_sm90.fused_moe import rounds_weights
 
     w = make_experts(32, 512, 256, hb.NVFP4)
-    prepared, seen = hb.prepare(w), fp8_values(w) if rounds_weights(num_tokens, 4, 32, "fp8") else w
-    x, ids, weights = make_tokens(num_tokens, 512, 32, 4)
-    hb.fused_moe(x, prepared, ids, weights, activations="fp8")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = hb.fused_moe(x, prepared, ids, weights, activations="fp8")
-    for seed in range(3):
-        new = make_tokens(num_tokens, 512, 32, 4, seed=seed)
-        if seed == 2:
-            new[1].fill_(5)
-        for old, fresh in zip((x, ids, weights), new, strict=True):
-            old.copy_(fresh)
-        out.fill_(torch.nan)
-        graph.replay()
-        assert_close_rel(out, reference(x, seen, ids, weights, activations="fp8"), **(LAYER if seen is not w else {}))
-        first = out.clone()
-        for _ in range(350):
-            out.fill_(torch.nan)
-            graph.replay()
-            assert_equal_bits(out, first)
+    if rounds_weights(num_tokens, 4, 32, "fp8"):
+        check_graph(w, num_tokens, "fp8", fp8_values(w), **LAYER)
+    else:
+        check_graph(w, num_tokens, "fp8")
