@@ -94,8 +94,9 @@ HUGE = PrefillConfig(
     ((64, 0), (128, 0), (128, 32), (128, 64), (256, 0)), consumers=2, step_k=64, x_stages=5, w_stages=2, box=64, registers=240, max_registers=168
 )
 
-# By arithmetic, not measured yet. Decoding a tile for fp8 takes about 80 integer instructions a warp (160 cycles of its scheduler), and reading it
-# from memory about as long; the product takes 1 cycle a token, that of bf16 2. So fp8 gains above some 80 tokens, and wants large tiles.
+# By arithmetic. Decoding a tile for fp8 takes about 80 integer instructions a warp (160 cycles of its scheduler), and reading it from memory about as
+# long; the product takes 1 cycle a token, that of bf16 2. So fp8 gains above some 80 tokens, and wants large tiles. Measured on an H100, 2026-11-25:
+# 10 % slower than bf16 at 64 rows an expert, 15 to 26 % faster from 128 on.
 FP8_MEDIUM = PrefillConfig(
     ((32, 0), (64, 0), (64, 32), (128, 0)),
     consumers=3, step_k=128, x_stages=7, w_stages=3, box=32, registers=160, max_registers=128, fp8=True,
