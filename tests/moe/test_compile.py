@@ -220,7 +220,8 @@ def test_an_exported_layer_runs_in_another_process(tmp_path: Path) -> None:
     torch.save((hidden, layer(hidden)), tmp_path / "expected.pt")
     code = (
         "import sys, torch, halfbyte.moe; hidden, expected = torch.load(sys.argv[1] + '/expected.pt'); "
-        "assert torch.equal(torch.export.load(sys.argv[1] + '/layer.pt2').module()(hidden), expected)"
+        "actual = torch.export.load(sys.argv[1] + '/layer.pt2').module()(hidden); "
+        "assert (actual - expected).norm() <= 1e-4 * expected.norm(), (actual - expected).norm() / expected.norm()"
     )
     assert subprocess.run([sys.executable, "-c", code, tmp_path], check=False).returncode == 0
 
