@@ -212,7 +212,8 @@ def e2m1_value(codes):
     """The value of the lowest four bits, fp32."""
     rank = (codes & 7).to(tl.float32)
     value = tl.maximum(tl.maximum(rank * 0.5, rank - 2.0), rank * 2.0 - 8.0)
-    return tl.where(codes & 8 != 0, -value, value)
+    # The sign as a bit: Triton 3.6 makes -value of 0 - value, and +0 of code 8.
+    return (value.to(tl.int32, bitcast=True) | ((codes & 8) << 28)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
