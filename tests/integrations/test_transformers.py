@@ -183,6 +183,13 @@ def test_set_activations(checkpoint) -> None:
         hbt.set_activations(model, "int4")
 
 
+def test_activations_of_a_dense_model_are_refused() -> None:
+    """Nothing would quantise them, and every measurement would be that of bf16."""
+    with pytest.raises(InputError, match="no packed experts"):
+        hbt.load(DEMO, activations="nvfp4")
+    hbt.load(DEMO, activations="bf16")
+
+
 def test_prepared_experts_follow_their_tensors(checkpoint) -> None:
     fp4, dense = checkpoint("qwen3_moe", "modelopt", all_linear=True)
     model, expected = load(fp4), logits(load(dense))

@@ -93,6 +93,7 @@ def load(
 
     Raises:
         CheckpointError, UnsupportedError: as the readers in `halfbyte.checkpoint`; nothing is left at random values.
+        InputError: as `set_activations`.
 
     >>> from pathlib import Path
     >>> model, tokenizer = load(Path(halfbyte.__file__).parent / "demo_model")
@@ -115,13 +116,21 @@ def set_activations(model: Any, activations: ActivationFormat) -> None:
     Linear layers outside the experts always compute in the dtype of their input.
 
     Raises:
-        InputError: no such format.
+        InputError: no such format, or no packed experts that could see it.
     """
     if activations not in ACTIVATION_FORMATS:
         raise InputError("unknown activation format", where="set_activations", given=repr(activations), needed=" or ".join(ACTIVATION_FORMATS))
-    for module in model.modules():
-        if isinstance(getattr(module, "halfbyte", None), ExpertsState):
-            module.halfbyte.activations = activations
+    states = [module.halfbyte for module in model.modules() if isinstance(getattr(module, "halfbyte", None), ExpertsState)]
+    if activations != "bf16" and not states:
+        raise InputError(
+            "the model has no packed experts, which alone quantise activations",
+            where="set_activations",
+            given=repr(activations),
+            needed="'bf16', or a model with FP4 experts",
+            next_step="run: halfbyte quantize SRC DST",
+        )
+    for state in states:
+        state.activations = activations
 
 
 def set_layout(model: Any, layout: Literal["auto", "canonical"]) -> None:
