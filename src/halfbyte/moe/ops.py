@@ -14,7 +14,6 @@ import torch
 
 from halfbyte.device import Target
 from halfbyte.errors import UnsupportedError
-from halfbyte.formats.activations import ActivationFormat
 from halfbyte.moe import functional, routing
 from halfbyte.weights.description import rebuild
 
@@ -25,37 +24,13 @@ _ARGUMENTS = (
 
 
 @torch.library.custom_op("halfbyte::fused_moe", mutates_args=(), schema=f"({_ARGUMENTS}) -> Tensor")
-def fused_moe(
-    hidden: torch.Tensor,
-    experts: Sequence[torch.Tensor],
-    description: str,
-    layout: str,
-    ids: torch.Tensor,
-    weights: torch.Tensor,
-    activations: ActivationFormat,
-    expert_offset: int,
-    backend: str | None,
-    batch_invariant: bool,
-) -> torch.Tensor:
-    # contiguous: so is the result then, as the compiler was told
-    return _run(hidden.contiguous(), experts, description, layout, ids, weights, activations, expert_offset, backend, batch_invariant, None)
+def fused_moe(hidden: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    return _run(hidden.contiguous(), *arguments, None)  # contiguous: so is the result then, as the compiler was told
 
 
 @torch.library.custom_op("halfbyte::fused_moe_out", mutates_args=("out",), schema=f"({_ARGUMENTS}, Tensor(a!) out) -> ()")
-def fused_moe_out(
-    hidden: torch.Tensor,
-    experts: Sequence[torch.Tensor],
-    description: str,
-    layout: str,
-    ids: torch.Tensor,
-    weights: torch.Tensor,
-    activations: ActivationFormat,
-    expert_offset: int,
-    backend: str | None,
-    batch_invariant: bool,
-    out: torch.Tensor,
-) -> None:
-    _run(hidden, experts, description, layout, ids, weights, activations, expert_offset, backend, batch_invariant, out)
+def fused_moe_out(hidden: torch.Tensor, *arguments: Any) -> None:
+    _run(hidden, *arguments)
 
 
 def _run(hidden: torch.Tensor, tensors: Sequence[torch.Tensor], description: str, layout: str, *arguments: Any) -> torch.Tensor:
@@ -64,32 +39,21 @@ def _run(hidden: torch.Tensor, tensors: Sequence[torch.Tensor], description: str
 
 
 @fused_moe.register_fake
-def _(
-    hidden: torch.Tensor,
-    experts: Sequence[torch.Tensor],
-    description: str,
-    layout: str,
-    ids: torch.Tensor,
-    weights: torch.Tensor,
-    activations: ActivationFormat,
-    *others: Any,
-) -> torch.Tensor:
-    functional.check(hidden, rebuild(description, experts), ids, weights, activations, None)
+def _(hidden: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    _check(hidden, *arguments, None)
     return hidden.new_empty(hidden.shape)
 
 
 @fused_moe_out.register_fake
-def _(
-    hidden: torch.Tensor,
-    experts: Sequence[torch.Tensor],
-    description: str,
-    layout: str,
-    ids: torch.Tensor,
-    weights: torch.Tensor,
-    activations: ActivationFormat,
+def _(hidden: torch.Tensor, *arguments: Any) -> None:
+    _check(hidden, *arguments)
+
+
+def _check(
+    hidden: torch.Tensor, tensors: Sequence[torch.Tensor], description: str, layout: str, ids: torch.Tensor, weights: torch.Tensor, activations: str,
     *others: Any,
-) -> None:
-    functional.check(hidden, rebuild(description, experts), ids, weights, activations, others[-1])
+) -> None:  # fmt: skip
+    functional.check(hidden, rebuild(description, tensors), ids, weights, activations, out=others[-1])
 
 
 @torch.library.custom_op(
