@@ -17,15 +17,16 @@ from halfbyte.checkpoint.experts import GEGLU, GPT_OSS_SWIGLU, RELU2, SWIGLU, Ac
 from halfbyte.errors import InputError
 from halfbyte.formats import e2m1
 from halfbyte.kernels.reference.activation import activate
-from halfbyte.weights.layouts import cutlass, trtllm_gen
+from halfbyte.weights.layouts.cutlass import CUTLASS
 from halfbyte.weights.layouts.engine import EngineExperts
+from halfbyte.weights.layouts.trtllm_gen import TRTLLM_GEN
 
 
 def on_gpu(test: Callable) -> Callable:
     return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")(test))
 
 
-both_layouts = pytest.mark.parametrize("layout", [trtllm_gen, cutlass], ids=["trtllm_gen", "cutlass"])
+both_layouts = pytest.mark.parametrize("layout", [TRTLLM_GEN, CUTLASS], ids=["trtllm_gen", "cutlass"])
 both_formats = pytest.mark.parametrize("format", [hb.NVFP4, hb.MXFP4], ids=repr)
 both_kinds = pytest.mark.parametrize("activation", [SWIGLU, RELU2], ids=["gated", "plain"])
 
@@ -36,14 +37,14 @@ SIZED_FORMATS = [pytest.param(*sizes, format, id=f"{format!r}-{sizes}") for form
 
 # H and I are padded to multiples of these: (layout, format, gated).
 PADDING = {
-    (trtllm_gen, hb.NVFP4, True): (256, 64),
-    (trtllm_gen, hb.NVFP4, False): (512, 128),
-    (trtllm_gen, hb.MXFP4, True): (256, 256),
-    (trtllm_gen, hb.MXFP4, False): (512, 256),
-    (cutlass, hb.NVFP4, True): (32, 128),
-    (cutlass, hb.NVFP4, False): (32, 128),
-    (cutlass, hb.MXFP4, True): (128, 128),
-    (cutlass, hb.MXFP4, False): (128, 128),
+    (TRTLLM_GEN, hb.NVFP4, True): (256, 64),
+    (TRTLLM_GEN, hb.NVFP4, False): (512, 128),
+    (TRTLLM_GEN, hb.MXFP4, True): (256, 256),
+    (TRTLLM_GEN, hb.MXFP4, False): (512, 256),
+    (CUTLASS, hb.NVFP4, True): (32, 128),
+    (CUTLASS, hb.NVFP4, False): (32, 128),
+    (CUTLASS, hb.MXFP4, True): (128, 128),
+    (CUTLASS, hb.MXFP4, False): (128, 128),
 }
 
 
@@ -110,7 +111,7 @@ def test_every_byte_is_where_the_definition_says(
 
 def slow_matrix_of(w: hb.QuantTensor, expert: int, part: str, halves: int, padded_half: int, padded_k: int, layout: ModuleType) -> list[bytes]:
     width = padded_k // 2 if part == "codes" else round_up(padded_k // w.format.block, 4)
-    return slow_matrix(rows_of(getattr(w, part)[expert]), halves, padded_half, width, layout is trtllm_gen)
+    return slow_matrix(rows_of(getattr(w, part)[expert]), halves, padded_half, width, layout is TRTLLM_GEN)
 
 
 @pytest.mark.parametrize("rows", [0, 32, 64, 96, 192, 1024, 2816])
@@ -223,26 +224,26 @@ def test_scalars_of_trtllm_gen() -> None:
     w = with_input_scales(make_experts(5, 64, 64, hb.NVFP4))
     a13, a2 = w.w13_input_scale.max(), w.w2_input_scale.max()
     gate, up, down = w.w13.global_scale[:, 0], w.w13.global_scale[:, 1], w.w2.global_scale
-    out = packed(trtllm_gen, w)
+    out = packed(TRTLLM_GEN, w)
     assert_equal_bits(out.w13_input_scale_quant, (1 / a13).expand(5))
     assert_equal_bits(out.g1_alphas, a13 * gate)
     assert_equal_bits(out.g1_scale_c, (1 / a2) * (a13 * up))
     assert_equal_bits(out.g2_alphas, a2 * down)
     assert out.gemm1_alpha is None and out.gemm1_beta is None and out.gemm1_clamp_limit is None and out.w2_input_scale_quant is None
     equal = replace(w, activation=GPT_OSS_SWIGLU, w13=replace(w.w13, global_scale=gate))
-    out = packed(trtllm_gen, equal)
+    out = packed(TRTLLM_GEN, equal)
     assert_equal_bits(out.gemm1_clamp_limit, 7.0 / (a13 * gate))
     assert_equal_bits(out.gemm1_beta, 1.0 / (a13 * gate))
     assert_equal_bits(out.gemm1_alpha, torch.full((5,), 1.702))
     plain = with_input_scales(make_experts(5, 64, 64, hb.NVFP4, RELU2))
-    assert_equal_bits(packed(trtllm_gen, plain).g1_scale_c, (1 / plain.w2_input_scale.max()).expand(5))
+    assert_equal_bits(packed(TRTLLM_GEN, plain).g1_scale_c, (1 / plain.w2_input_scale.max()).expand(5))
 
 
 def test_scalars_of_cutlass() -> None:
     w = with_input_scales(make_experts(5, 64, 64, hb.NVFP4, GPT_OSS_SWIGLU))
     w = replace(w, w13=replace(w.w13, global_scale=w.w13.global_scale[:, :1].expand(5, 2).contiguous()))
     a13, a2 = w.w13_input_scale.max(), w.w2_input_scale.max()
-    out = packed(cutlass, w)
+    out = packed(CUTLASS, w)
     assert_equal_bits(out.w13_input_scale_quant, (1 / a13).expand(5))
     assert_equal_bits(out.w2_input_scale_quant, (1 / a2).expand(5))
     assert_equal_bits(out.g1_alphas, a13 * w.w13.global_scale[:, 0])
@@ -272,7 +273,7 @@ def engine_output(layout: ModuleType, out: EngineExperts, x: torch.Tensor, exper
         return in_order(value.flatten(-2), gated)
 
     def in_order(rows: torch.Tensor, gated: bool) -> torch.Tensor:
-        if layout is cutlass:
+        if layout is CUTLASS:
             return rows
         return torch.empty_like(rows).index_copy_(0, torch.tensor(slow_row_order(len(rows), gated)), rows)
 
@@ -292,13 +293,13 @@ def engine_output(layout: ModuleType, out: EngineExperts, x: torch.Tensor, exper
     def activated_gate(gate: torch.Tensor) -> torch.Tensor:
         return activate(torch.cat([gate, torch.ones_like(gate)], dim=-1), plain) if gated else activate(gate, plain)
 
-    accumulator = accumulator + bias13 if layout is trtllm_gen else accumulator * g1 + bias13
+    accumulator = accumulator + bias13 if layout is TRTLLM_GEN else accumulator * g1 + bias13
     if gated:
         up, gate = accumulator.chunk(2, dim=-1)
         up, gate = up.clamp(-limit, limit) + beta, gate.clamp(max=limit)
     else:
         up, gate = 1.0, accumulator
-    if layout is trtllm_gen:
+    if layout is TRTLLM_GEN:
         h = scalar(out.g1_scale_c, 1) * up * activated_gate(gate * g1)
         return ((h @ values("w2", False).T + bias2) * g2)[:, : out.hidden]
     h = up * activated_gate(gate) * scalar(out.w2_input_scale_quant, 1)

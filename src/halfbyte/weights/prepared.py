@@ -14,8 +14,10 @@ from halfbyte.errors import InputError, UnsupportedError
 from halfbyte.formats import BlockFormat
 from halfbyte.weights.checks import check_same_kind, check_scales
 from halfbyte.weights.description import describe
-from halfbyte.weights.layouts import cutlass, hopper, trtllm_gen
+from halfbyte.weights.layouts import hopper
+from halfbyte.weights.layouts.cutlass import CUTLASS
 from halfbyte.weights.layouts.engine import EngineExperts
+from halfbyte.weights.layouts.trtllm_gen import TRTLLM_GEN
 
 Experts: TypeAlias = ExpertWeights | hopper.HopperExperts | EngineExperts
 
@@ -47,13 +49,13 @@ LAYOUTS = {
     "hopper": Layout("register fragments in 64 x 64 tiles, read by the sm_90 kernels", hopper.allocate, hopper.pack, hopper.unpack, hopper.REUSED),
     "trtllm_gen": Layout(
         "shuffled rows and 128x4 scales, for the trtllm-gen kernels of Blackwell engines",
-        trtllm_gen.allocate,
-        trtllm_gen.pack,
-        trtllm_gen.unpack,
+        TRTLLM_GEN.allocate,
+        TRTLLM_GEN.pack,
+        TRTLLM_GEN.unpack,
         foreign=True,
     ),
     "cutlass": Layout(
-        "rows in order and 128x4 scales, for the CUTLASS kernels of Blackwell engines", cutlass.allocate, cutlass.pack, cutlass.unpack, foreign=True
+        "rows in order and 128x4 scales, for the CUTLASS kernels of Blackwell engines", CUTLASS.allocate, CUTLASS.pack, CUTLASS.unpack, foreign=True
     ),
 }
 POLICIES = {"packed": "weights stay in 4 bits"}

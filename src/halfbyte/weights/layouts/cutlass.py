@@ -20,25 +20,10 @@ from __future__ import annotations
 
 import torch
 
-from halfbyte.checkpoint.experts import Activation, ExpertWeights
+from halfbyte.checkpoint.experts import Activation
 from halfbyte.formats import NVFP4, BlockFormat
 from halfbyte.weights.layouts import engine
-from halfbyte.weights.layouts.engine import Arrangement, EngineExperts, Multipliers
-
-
-def allocate(w: ExpertWeights, device: torch.device | str) -> EngineExperts:
-    """`engine.allocate` for this layout."""
-    return engine.allocate(w, device, CUTLASS)
-
-
-def pack(w: ExpertWeights, out: EngineExperts, first: int = 0) -> None:
-    """`engine.pack` for this layout."""
-    engine.pack(w, out, first, CUTLASS)
-
-
-def unpack(experts: EngineExperts) -> ExpertWeights:
-    """`engine.unpack` for this layout."""
-    return engine.unpack(experts, CUTLASS)
+from halfbyte.weights.layouts.engine import Arrangement, Multipliers
 
 
 def _multiples(format: BlockFormat, gated: bool) -> tuple[int, int]:

@@ -121,7 +121,7 @@ class Multipliers:
 
 @dataclass(frozen=True)
 class Arrangement:
-    """What distinguishes one engine.
+    """What distinguishes one engine: a layout.
 
     Attributes:
         multiples: (format, gated) to what H and I are padded to multiples of.
@@ -134,94 +134,91 @@ class Arrangement:
     rows: Callable[[torch.Tensor, int], tuple[torch.Tensor, ...]]
     scalars: Callable[[Multipliers, Activation], tuple[dict[str, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]
 
+    def allocate(self, w: ExpertWeights, device: torch.device | str) -> EngineExperts:
+        """Return storage for all experts of `w`, uninitialised, on `device` ("meta" too).
 
-def allocate(w: ExpertWeights, device: torch.device | str, arrangement: Arrangement) -> EngineExperts:
-    """Return storage for all experts of `w`, uninitialised, on `device` ("meta" too).
+        Raises:
+            InputError: the weights are dense, or their scales are not in layout "linear".
+        """
+        w13, _ = fp4_matrices(w, self.name)
+        num_experts, gated = w.num_experts, w.activation.gated
+        multiple_h, multiple_i = self.multiples(w13.format, gated)
+        hidden, intermediate = _round_up(w.hidden, multiple_h), _round_up(w.intermediate, multiple_i)
 
-    Raises:
-        InputError: the weights are dense, or their scales are not in layout "linear".
-    """
-    w13, _ = fp4_matrices(w, arrangement.name)
-    num_experts, gated = w.num_experts, w.activation.gated
-    multiple_h, multiple_i = arrangement.multiples(w13.format, gated)
-    hidden, intermediate = _round_up(w.hidden, multiple_h), _round_up(w.intermediate, multiple_i)
+        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
 
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
+        def matrix(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+            scale_shape = padded_shape("128x4", rows, columns // w13.format.block)
+            codes = empty(num_experts, rows, columns // 2, dtype=torch.uint8)
+            return codes, empty(num_experts, *scale_shape, dtype=w13.format.scale_dtype)
 
-    def matrix(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-        scale_shape = padded_shape("128x4", rows, columns // w13.format.block)
-        codes = empty(num_experts, rows, columns // 2, dtype=torch.uint8)
-        return codes, empty(num_experts, *scale_shape, dtype=w13.format.scale_dtype)
+        rows = (2 if gated else 1) * intermediate
+        (w13_codes, w13_scales), (w2_codes, w2_scales) = matrix(rows, hidden), matrix(hidden, intermediate)
+        nowhere = torch.empty(num_experts, device="meta")  # just to learn which scalars there are
+        scalars, _ = self.scalars(Multipliers(nowhere, nowhere, nowhere, nowhere, nowhere), w.activation)
+        return EngineExperts(
+            w13_codes,
+            w13_scales,
+            w2_codes,
+            w2_scales,
+            **{name: empty(num_experts) if name in scalars else None for name in _SCALARS},  # type: ignore[arg-type]
+            w13_bias=None if w.w13_bias is None else empty(num_experts, rows),
+            w2_bias=None if w.w2_bias is None else empty(num_experts, hidden),
+            canonical={name: empty(*tensor.shape, dtype=tensor.dtype) for name, tensor in _vectors(w).items()},
+            format=w13.format,
+            activation=w.activation,
+            hidden=w.hidden,
+            intermediate=w.intermediate,
+            first_expert=w.first_expert,
+            num_global_experts=num_experts if w.num_global_experts is None else w.num_global_experts,
+        )
 
-    rows = (2 if gated else 1) * intermediate
-    (w13_codes, w13_scales), (w2_codes, w2_scales) = matrix(rows, hidden), matrix(hidden, intermediate)
-    nowhere = torch.empty(num_experts, device="meta")  # just to learn which scalars there are
-    scalars, _ = arrangement.scalars(Multipliers(nowhere, nowhere, nowhere, nowhere, nowhere), w.activation)
-    return EngineExperts(
-        w13_codes,
-        w13_scales,
-        w2_codes,
-        w2_scales,
-        **{name: empty(num_experts) if name in scalars else None for name in _SCALARS},  # type: ignore[arg-type]
-        w13_bias=None if w.w13_bias is None else empty(num_experts, rows),
-        w2_bias=None if w.w2_bias is None else empty(num_experts, hidden),
-        canonical={name: empty(*tensor.shape, dtype=tensor.dtype) for name, tensor in _vectors(w).items()},
-        format=w13.format,
-        activation=w.activation,
-        hidden=w.hidden,
-        intermediate=w.intermediate,
-        first_expert=w.first_expert,
-        num_global_experts=num_experts if w.num_global_experts is None else w.num_global_experts,
-    )
+    def pack(self, w: ExpertWeights, out: EngineExperts, first: int = 0) -> None:
+        """Write the experts of `w` to the experts `first` and following of `out`.
 
+        `w` may lie on another device than `out`: one expert's codes are then copied over at a time. Beside `out` this needs at most the size of one
+        expert. Exact: `unpack` gives every byte back.
 
-def pack(w: ExpertWeights, out: EngineExperts, first: int, arrangement: Arrangement) -> None:
-    """Write the experts of `w` to the experts `first` and following of `out`.
+        Raises:
+            InputError: `w` does not fit `out`; a scale is negative, NaN or otherwise not usable; gate and up have different global scales and the
+                activation a limit, which an engine has only one of. Nothing was written.
+        """
+        w13, w2 = fp4_matrices(w, self.name)
+        _check_scalars(w, self)
+        _check_fit(w, out, first, self)
+        halves = 2 if w.activation.gated else 1
+        _pack_matrix(w13, out.w13_codes, out.w13_scales, first, halves, self)
+        _pack_matrix(w2, out.w2_codes, out.w2_scales, first, 1, self)
+        here = slice(first, first + w.num_experts)
+        vectors = _vectors(w)
+        for name, tensor in vectors.items():
+            (out.canonical[name] if name.endswith("input_scale") else out.canonical[name][here]).copy_(tensor)
+        scalars, (*divisors, w2_divisor) = self.scalars(_multipliers(w), w.activation)
+        for name, tensor in scalars.items():
+            getattr(out, name)[here].copy_(tensor)
+        if out.w13_bias is not None:
+            biases = vectors["w13_bias"].float().chunk(halves, dim=1)
+            for bias, divisor, rows in zip(biases, divisors[:halves], self.rows(out.w13_bias[here].unsqueeze(-1), halves), strict=True):
+                _write(rows, (bias / divisor.unsqueeze(1)).unsqueeze(-1))
+        if out.w2_bias is not None:
+            bias = vectors["w2_bias"].float() / w2_divisor.unsqueeze(1)
+            _write(self.rows(out.w2_bias[here].unsqueeze(-1), 1)[0], bias.unsqueeze(-1))
 
-    `w` may lie on another device than `out`: one expert's codes are then copied over at a time. Beside `out` this needs at most the size of one
-    expert. Exact: `unpack` gives every byte back.
-
-    Raises:
-        InputError: `w` does not fit `out`; a scale is negative, NaN or otherwise not usable; gate and up have different global scales and the
-            activation a limit, which an engine has only one of. Nothing was written.
-    """
-    w13, w2 = fp4_matrices(w, arrangement.name)
-    _check_scalars(w, arrangement)
-    _check_fit(w, out, first, arrangement)
-    halves = 2 if w.activation.gated else 1
-    _pack_matrix(w13, out.w13_codes, out.w13_scales, first, halves, arrangement)
-    _pack_matrix(w2, out.w2_codes, out.w2_scales, first, 1, arrangement)
-    here = slice(first, first + w.num_experts)
-    vectors = _vectors(w)
-    for name, tensor in vectors.items():
-        (out.canonical[name] if name.endswith("input_scale") else out.canonical[name][here]).copy_(tensor)
-    scalars, (*divisors, w2_divisor) = arrangement.scalars(_multipliers(w), w.activation)
-    for name, tensor in scalars.items():
-        getattr(out, name)[here].copy_(tensor)
-    if out.w13_bias is not None:
-        biases = vectors["w13_bias"].float().chunk(halves, dim=1)
-        for bias, divisor, rows in zip(biases, divisors[:halves], arrangement.rows(out.w13_bias[here].unsqueeze(-1), halves), strict=True):
-            _write(rows, (bias / divisor.unsqueeze(1)).unsqueeze(-1))
-    if out.w2_bias is not None:
-        bias = vectors["w2_bias"].float() / w2_divisor.unsqueeze(1)
-        _write(arrangement.rows(out.w2_bias[here].unsqueeze(-1), 1)[0], bias.unsqueeze(-1))
-
-
-def unpack(experts: EngineExperts, arrangement: Arrangement) -> ExpertWeights:
-    """Give the canonical experts back: the inverse of `pack`, byte by byte."""
-    halves = 2 if experts.activation.gated else 1
-    vectors = {name: tensor.clone() for name, tensor in experts.canonical.items()}
-    w13 = _unpack_matrix(experts.w13_codes, experts.w13_scales, halves, experts.intermediate, experts.hidden, experts.format, arrangement)
-    w2 = _unpack_matrix(experts.w2_codes, experts.w2_scales, 1, experts.hidden, experts.intermediate, experts.format, arrangement)
-    return ExpertWeights(
-        QuantTensor(*w13, vectors.get("w13.global_scale"), experts.format),
-        QuantTensor(*w2, vectors.get("w2.global_scale"), experts.format),
-        experts.activation,
-        **{name: vectors.get(name) for name in ("w13_bias", "w2_bias", "w13_input_scale", "w2_input_scale")},
-        first_expert=experts.first_expert,
-        num_global_experts=experts.num_global_experts,
-    )
+    def unpack(self, experts: EngineExperts) -> ExpertWeights:
+        """Give the canonical experts back: the inverse of `pack`, byte by byte."""
+        halves = 2 if experts.activation.gated else 1
+        vectors = {name: tensor.clone() for name, tensor in experts.canonical.items()}
+        w13 = _unpack_matrix(experts.w13_codes, experts.w13_scales, halves, experts.intermediate, experts.hidden, experts.format, self)
+        w2 = _unpack_matrix(experts.w2_codes, experts.w2_scales, 1, experts.hidden, experts.intermediate, experts.format, self)
+        return ExpertWeights(
+            QuantTensor(*w13, vectors.get("w13.global_scale"), experts.format),
+            QuantTensor(*w2, vectors.get("w2.global_scale"), experts.format),
+            experts.activation,
+            **{name: vectors.get(name) for name in ("w13_bias", "w2_bias", "w13_input_scale", "w2_input_scale")},
+            first_expert=experts.first_expert,
+            num_global_experts=experts.num_global_experts,
+        )
 
 
 # The fields of EngineExperts that an arrangement may fill, as it needs them.

@@ -24,11 +24,11 @@ from __future__ import annotations
 
 import torch
 
-from halfbyte.checkpoint.experts import Activation, ExpertWeights
+from halfbyte.checkpoint.experts import Activation
 from halfbyte.errors import InputError
 from halfbyte.formats import NVFP4, BlockFormat
 from halfbyte.weights.layouts import engine
-from halfbyte.weights.layouts.engine import Arrangement, EngineExperts, Multipliers
+from halfbyte.weights.layouts.engine import Arrangement, Multipliers
 
 BLOCK_ROWS = 32
 
@@ -55,21 +55,6 @@ def trtllm_gen_row_order(rows: int, gated: bool) -> torch.Tensor:
     if gated:
         return old.view(2, blocks, 8, 2).permute(1, 3, 0, 2).reshape(-1)  # h, b, i, p to b, p, h, i
     return old.view(blocks, 8, 4).transpose(1, 2).reshape(-1)
-
-
-def allocate(w: ExpertWeights, device: torch.device | str) -> EngineExperts:
-    """`engine.allocate` for this layout."""
-    return engine.allocate(w, device, TRTLLM_GEN)
-
-
-def pack(w: ExpertWeights, out: EngineExperts, first: int = 0) -> None:
-    """`engine.pack` for this layout."""
-    engine.pack(w, out, first, TRTLLM_GEN)
-
-
-def unpack(experts: EngineExperts) -> ExpertWeights:
-    """`engine.unpack` for this layout."""
-    return engine.unpack(experts, TRTLLM_GEN)
 
 
 def _multiples(format: BlockFormat, gated: bool) -> tuple[int, int]:
