@@ -1,4 +1,4 @@
-"""Run by test_quantize_fp8.py under TRITON_INTERPRET=1: the quantising kernels against `formats.activations`, bit for bit.
+"""Run by test_activations_fp8.py under TRITON_INTERPRET=1: the quantising kernels against `formats.activations`, bit for bit.
 
 The interpreter (Triton 3.6 to 3.9) rounds to e4m3 wrongly, so every quotient here is an e4m3 value; rounding is tested on a GPU.
 """

@@ -15,11 +15,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc
 
-from halfbyte.formats import e4m3
 from halfbyte.kernels.triton.permute import Items
-
-E4M3_MAX = tl.constexpr(e4m3.MAX)
-SMALLEST_SCALE = tl.constexpr(torch.finfo(torch.float32).tiny)
+from halfbyte.kernels.triton.quantize_fp8 import e4m3_bytes, fp32_scale
 
 
 @triton.jit
@@ -29,13 +26,8 @@ def _halves(pair):
 
 
 @triton.jit
-def _scale_of(amax):
-    return tl.maximum(tl.div_rn(amax, E4M3_MAX), SMALLEST_SCALE)
-
-
-@triton.jit
 def _byte(value, scale):
-    return tl.div_rn(value, scale).to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.int32)
+    return e4m3_bytes(tl.div_rn(value, scale), True).to(tl.int32)
 
 
 @triton.jit
@@ -62,7 +54,7 @@ def _quantize(
     x00, x01 = _halves(first)
     x10, x11 = _halves(second)
     amax = tl.maximum(tl.maximum(tl.abs(x00), tl.abs(x01)), tl.maximum(tl.abs(x10), tl.abs(x11)))
-    scale = _scale_of(tl.max(amax, 0))
+    scale = fp32_scale(tl.max(amax, 0))
     codes = _byte(x10, scale) | (_byte(x00, scale) << 8) | (_byte(x11, scale) << 16) | (_byte(x01, scale) << 24)
     if TOP_K > 0:
         for j in tl.static_range(TOP_K):

@@ -57,17 +57,28 @@ def _decode_nvfp4_scale(c):
 
 
 @triton.jit
+def _of_this_program(codes_ptr, scales_ptr, words_ptr, scale_words_ptr, rows, lanes, column_tiles, SCALES: tl.constexpr):
+    """The pointers moved to the expert of this program, and to its row tile and run of scales."""
+    expert = tl.program_id(2).to(tl.int64)
+    row_tile = expert * tl.num_programs(1) + tl.program_id(1)
+    return (
+        codes_ptr + expert * rows * lanes,
+        scales_ptr + expert * rows * (lanes * SCALES // 4),
+        words_ptr + row_tile * column_tiles * 512,
+        scale_words_ptr + (row_tile * tl.num_programs(0) + tl.program_id(0)) * (32 * SCALES),
+    )
+
+
+@triton.jit
 def _pack(
     codes_ptr, scales_ptr, words_ptr, scale_words_ptr, rows, intermediate, lanes, column_tiles,
     ORDER: tl.constexpr, NVFP4: tl.constexpr,
 ):  # fmt: skip
-    run, tile, expert = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    scale_words, row_tiles = tl.num_programs(0), tl.num_programs(1)
+    run, tile = tl.program_id(0), tl.program_id(1)
     SCALES: tl.constexpr = 4 if NVFP4 else 2  # of a row in a tile
-    codes_ptr += expert * rows * lanes
-    scales_ptr += expert * rows * (lanes * SCALES // 4)
-    words_ptr += (expert * row_tiles + tile) * column_tiles * 512
-    scale_words_ptr += ((expert * row_tiles + tile) * scale_words + run) * (32 * SCALES)
+    codes_ptr, scales_ptr, words_ptr, scale_words_ptr = _of_this_program(
+        codes_ptr, scales_ptr, words_ptr, scale_words_ptr, rows, lanes, column_tiles, SCALES
+    )  # fmt: skip
     first_row, first_exists = _rows_of_pairs(tile, 0, intermediate, ORDER)
     second_row, second_exists = _rows_of_pairs(tile, 1, intermediate, ORDER)
 
@@ -122,13 +133,11 @@ def _unpack(
     words_ptr, scale_words_ptr, codes_ptr, scales_ptr, rows, intermediate, lanes, column_tiles,
     ORDER: tl.constexpr, NVFP4: tl.constexpr,
 ):  # fmt: skip
-    run, tile, expert = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    scale_words, row_tiles = tl.num_programs(0), tl.num_programs(1)
+    run, tile = tl.program_id(0), tl.program_id(1)
     SCALES: tl.constexpr = 4 if NVFP4 else 2
-    codes_ptr += expert * rows * lanes
-    scales_ptr += expert * rows * (lanes * SCALES // 4)
-    words_ptr += (expert * row_tiles + tile) * column_tiles * 512
-    scale_words_ptr += ((expert * row_tiles + tile) * scale_words + run) * (32 * SCALES)
+    codes_ptr, scales_ptr, words_ptr, scale_words_ptr = _of_this_program(
+        codes_ptr, scales_ptr, words_ptr, scale_words_ptr, rows, lanes, column_tiles, SCALES
+    )  # fmt: skip
 
     lane = 16 * run + tl.arange(0, 16)[None, :]
     lane3 = lane[:, :, None]
