@@ -74,6 +74,7 @@ class PrefillConfig:
     box: int
     registers: int
     max_registers: int
+    tiles: int = 1
     fp8: bool = False
 
     @property
@@ -94,6 +95,11 @@ HUGE = PrefillConfig(
     ((64, 0), (128, 0), (128, 32), (128, 64), (256, 0)), consumers=2, step_k=64, x_stages=5, w_stages=2, box=64, registers=240, max_registers=168
 )
 
+TWO64 = PrefillConfig(((32, 0), (32, 16), (64, 0)), consumers=4, step_k=128, x_stages=4, w_stages=2, box=16, registers=112, max_registers=96, tiles=2)
+TWO96 = PrefillConfig(((32, 0), (64, 0), (64, 32)), consumers=3, step_k=128, x_stages=4, w_stages=2, box=32, registers=160, max_registers=128, tiles=2)
+TWO160 = PrefillConfig(((64, 0), (128, 0), (128, 16), (128, 32)), consumers=2, step_k=64, x_stages=6, w_stages=2, box=32, registers=240, max_registers=168, tiles=2)
+FP8_TWO192 = PrefillConfig(((64, 0), (128, 0), (128, 32), (128, 64)), consumers=2, step_k=128, x_stages=5, w_stages=2, box=32, registers=240, max_registers=168, tiles=2, fp8=True)
+FP8_TWO160 = PrefillConfig(((64, 0), (128, 0), (128, 16), (128, 32)), consumers=2, step_k=128, x_stages=5, w_stages=2, box=32, registers=240, max_registers=168, tiles=2, fp8=True)
 # By arithmetic. Decoding a tile for fp8 takes about 80 integer instructions a warp (160 cycles of its scheduler), and reading it from memory about as
 # long; the product takes 1 cycle a token, that of bf16 2. So fp8 gains above some 80 tokens, and wants large tiles. Measured on an H100, 2026-11-25:
 # 10 % slower than bf16 at 64 rows an expert, 15 to 26 % faster from 128 on.
@@ -266,7 +272,7 @@ def _prefill_gemm(
         _descriptor(matrix.scales.view(torch.int32).view(-1, matrix.scales.shape[-1] // 4), 8, matrix.scales.shape[-1] // 4),
         shift, multiplier, matrix.row_exponent, multiplier if x_scale is None else x_scale, bias, y, items.items, items.num_items,
         matrix.row_tiles, matrix.column_tiles, y.shape[1], y.shape[1], experts.format == NVFP4, x_scale is not None, is_w13, *_activation(experts),
-        matrix.bias is not None, config.sizes, config.consumers, config.x_stages, config.w_stages, config.registers,
+        matrix.bias is not None, config.sizes, config.consumers, config.tiles, config.x_stages, config.w_stages, config.registers,
         num_warps=4, maxnreg=config.max_registers,
     )  # fmt: skip
 

@@ -64,10 +64,10 @@ def _produce_x(
 
 @gluon.jit
 def _produce_w(
-    words_desc, scales_desc, words, scales, full, empty, items_ptr, num_tiles, GROUPS: gl.constexpr, CONSUMERS: gl.constexpr, ROW_TILES: gl.constexpr,
+    words_desc, scales_desc, words, scales, full, empty, items_ptr, num_tiles, GROUPS: gl.constexpr, GROUP_TILES: gl.constexpr, ROW_TILES: gl.constexpr,
     TILES: gl.constexpr,
 ):  # fmt: skip
-    """Copy the weights of one tile of every consumer, four tiles of columns at a time; in the last run only as many as there are."""
+    """Copy the weights of GROUP_TILES row tiles, four tiles of columns at a time; in the last run only as many as there are."""
     RUNS: gl.constexpr = (TILES + RUN - 1) // RUN
     BOX: gl.constexpr = words_desc.block_type.shape[0] // 16  # tiles a copy: 16 rows of 128 bytes each
     PIECES: gl.constexpr = RUN // BOX
@@ -76,24 +76,24 @@ def _produce_w(
     STAGES: gl.constexpr = full.shape[0]
     it = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        first_row_tile = tile % GROUPS * CONSUMERS
+        first_row_tile = tile % GROUPS * GROUP_TILES
         matrix = gl.load(items_ptr + tile // GROUPS * 4) * ROW_TILES
         for run in range(RUNS):
             stage, phase = _stage_and_phase(it, empty)
             whole = run < RUNS - 1
             mbarrier.wait(empty.index(stage), phase ^ 1)
-            scales_bytes: gl.constexpr = CONSUMERS * scales_desc.block_type.nbytes
-            mbarrier.expect(full.index(stage), CONSUMERS * PIECES * words_desc.block_type.nbytes + scales_bytes, pred=whole)
-            mbarrier.expect(full.index(stage), CONSUMERS * LAST_PIECES * words_desc.block_type.nbytes + scales_bytes, pred=run == RUNS - 1)
-            for consumer in gl.static_range(CONSUMERS):
-                # The last group may be short: its spare consumers repeat the last row tile.
-                matrix_tile = matrix + gl.minimum(first_row_tile + consumer, ROW_TILES - 1)
-                destination = words.index(consumer * STAGES + stage)
+            scales_bytes: gl.constexpr = GROUP_TILES * scales_desc.block_type.nbytes
+            mbarrier.expect(full.index(stage), GROUP_TILES * PIECES * words_desc.block_type.nbytes + scales_bytes, pred=whole)
+            mbarrier.expect(full.index(stage), GROUP_TILES * LAST_PIECES * words_desc.block_type.nbytes + scales_bytes, pred=run == RUNS - 1)
+            for t in gl.static_range(GROUP_TILES):
+                # The last group may be short: what is beyond the last row tile repeats it.
+                matrix_tile = matrix + gl.minimum(first_row_tile + t, ROW_TILES - 1)
+                destination = words.index(t * STAGES + stage)
                 for piece in gl.static_range(PIECES):
                     row = (matrix_tile * TILES + run * RUN + piece * BOX) * 16
                     part = destination if PIECES == 1 else destination.slice(piece * BOX * 16, BOX * 16, dim=0)
                     tma_load(words_desc, [row, 0], full.index(stage), part, pred=whole | (piece < LAST_PIECES))
-                tma_load(scales_desc, [(matrix_tile * RUNS + run) * SCALE_ROWS, 0], full.index(stage), scales.index(consumer * STAGES + stage))
+                tma_load(scales_desc, [(matrix_tile * RUNS + run) * SCALE_ROWS, 0], full.index(stage), scales.index(t * STAGES + stage))
             it += 1
 
 
@@ -104,25 +104,26 @@ def _accumulator_layout(tokens: int, elements: int) -> gl.NVMMADistributedLayout
 
 
 @gluon.jit
-def _step(w, accumulator0, accumulator1, low, high, stage, COLUMN: gl.constexpr, SIZE0: gl.constexpr, SIZE1: gl.constexpr):
-    """Add w [64, 64] times columns COLUMN .. COLUMN + 63 of the stage's SIZE0 + SIZE1 rows of x to the accumulators."""
+def _step(w, accumulators, low, high, stage, FIRST: gl.constexpr, COLUMN: gl.constexpr, SIZE0: gl.constexpr, SIZE1: gl.constexpr):
+    """Add w [64, 64] times columns COLUMN .. COLUMN + 63 of the stage's SIZE0 + SIZE1 rows of x to the accumulators from FIRST on."""
+    PARTS: gl.constexpr = 2 if SIZE1 > 0 else 1
     x0 = _columns(low.index(stage), 0, SIZE0, COLUMN)
-    accumulator0 = warpgroup_mma(w, x0.permute((1, 0)), accumulator0, is_async=True)
+    new = (warpgroup_mma(w, x0.permute((1, 0)), accumulators[FIRST], is_async=True),)
     if SIZE1 > 0:
         x1 = _columns(low.index(stage), SIZE0, SIZE1, COLUMN) if low.shape[1] > SIZE0 else _columns(high.index(stage), 0, SIZE1, COLUMN)
         ELEMENTS: gl.constexpr = 32 // w.dtype.primitive_bitwidth
         w1 = gl.convert_layout(w, gl.DotOperandLayout(0, _accumulator_layout(SIZE1, ELEMENTS), ELEMENTS), assert_trivial=True)
-        accumulator1 = warpgroup_mma(w1, x1.permute((1, 0)), accumulator1, is_async=True)
-    return accumulator0, accumulator1
+        new = new + (warpgroup_mma(w1, x1.permute((1, 0)), accumulators[FIRST + 1], is_async=True),)
+    return accumulators[:FIRST] + new + accumulators[FIRST + PARTS:]
 
 
 @gluon.jit
-def _wait(accumulator0, accumulator1, LEAVE_ONE: gl.constexpr, SIZE1: gl.constexpr):
-    """Wait for the steps before the last (LEAVE_ONE) or for all; a step is one wgmma group an accumulator."""
-    if SIZE1 > 0:
-        return warpgroup_mma_wait(2 if LEAVE_ONE else 0, deps=(accumulator0, accumulator1))
+def _wait(accumulators, LEAVE: gl.constexpr):
+    """Wait until at most LEAVE of the latest products are in flight."""
+    if len(accumulators) > 1:
+        return warpgroup_mma_wait(LEAVE, deps=accumulators)
     else:  # noqa: RET505 (Triton compiles both branches of what returns early)
-        return warpgroup_mma_wait(1 if LEAVE_ONE else 0, deps=(accumulator0,)), accumulator1
+        return (warpgroup_mma_wait(LEAVE, deps=accumulators),)
 
 
 @gluon.jit
@@ -146,42 +147,48 @@ def _decode(words, scales, decoding, OPERAND: gl.constexpr, ODD: gl.constexpr, N
 
 @gluon.jit
 def _multiply(
-    rings, x_it, w_it, decoding, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, TILES: gl.constexpr, NVFP4: gl.constexpr,
-    FP8: gl.constexpr, SIZE0: gl.constexpr, SIZE1: gl.constexpr,
+    rings, x_it, w_it, decodings, CONSUMER: gl.constexpr, TILES: gl.constexpr, NVFP4: gl.constexpr, FP8: gl.constexpr,
+    SIZE0: gl.constexpr, SIZE1: gl.constexpr,
 ):  # fmt: skip
-    """One tile of 64 weight rows times SIZE0 + SIZE1 tokens, over all of K: the two accumulators and the advanced stage counters."""
+    """The row tiles of a consumer, 64 weight rows each, times SIZE0 + SIZE1 tokens, over all of K: the accumulators of the first tile, then those of
+    the second, and the advanced stage counters."""
     low, high, x_full, x_empty, words, scales, w_full, w_empty = rings
+    EACH: gl.constexpr = len(decodings)
     STEP_K: gl.constexpr = low.shape[2]
-    FIRST_STAGE: gl.constexpr = CONSUMER * w_full.shape[0]
-    SPARE: gl.constexpr = SIZE1 if SIZE1 > 0 else 16  # an accumulator that is not used costs no register
+    W_STAGES: gl.constexpr = w_full.shape[0]
     ELEMENTS: gl.constexpr = 4 if FP8 else 2
+    PARTS: gl.constexpr = 2 if SIZE1 > 0 else 1
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, _accumulator_layout(SIZE0, ELEMENTS), ELEMENTS)
-    accumulator0 = gl.zeros((64, SIZE0), gl.float32, layout=_accumulator_layout(SIZE0, ELEMENTS))
-    accumulator1 = gl.zeros((64, SPARE), gl.float32, layout=_accumulator_layout(SPARE, ELEMENTS))
+    accumulators = ()
+    for _ in gl.static_range(EACH):
+        accumulators = accumulators + (gl.zeros((64, SIZE0), gl.float32, layout=_accumulator_layout(SIZE0, ELEMENTS)),)
+        if SIZE1 > 0:
+            accumulators = accumulators + (gl.zeros((64, SIZE1), gl.float32, layout=_accumulator_layout(SIZE1, ELEMENTS)),)
     for _ in range((TILES + RUN - 1) // RUN):
         w_stage, w_phase = _stage_and_phase(w_it, w_full)
         mbarrier.wait(w_full.index(w_stage), w_phase)
-        low_scales, high_scales = load_scales(scales.index(FIRST_STAGE + w_stage), NVFP4)
-        run_words = words.index(FIRST_STAGE + w_stage)
         for c in gl.static_range(RUN):
-            tile_words = run_words.slice(c * 16, 16, dim=0).load(WORD_LAYOUT)
-            if c == RUN - 1:
-                mbarrier.arrive(w_empty.index(w_stage), count=1)
-            w = _decode(tile_words, low_scales if c < 2 else high_scales, decoding, OPERAND, c % 2 == 1, NVFP4, FP8)
             x_stage, x_phase = _stage_and_phase(x_it, x_full)
-            if c * 64 % STEP_K == 0:
-                mbarrier.wait(x_full.index(x_stage), x_phase)
-            accumulator0, accumulator1 = _step(w, accumulator0, accumulator1, low, high, x_stage, c * 64 % STEP_K, SIZE0, SIZE1)
+            for t in gl.static_range(EACH):
+                place = (CONSUMER * EACH + t) * W_STAGES + w_stage
+                tile_words = words.index(place).slice(c * 16, 16, dim=0).load(WORD_LAYOUT)
+                tile_scales = load_scales(scales.index(place), NVFP4)[c // 2]
+                if c * EACH + t == RUN * EACH - 1:
+                    mbarrier.arrive(w_empty.index(w_stage), count=1)
+                w = _decode(tile_words, tile_scales, decodings[t], OPERAND, c % 2 == 1, NVFP4, FP8)
+                if c * 64 % STEP_K == 0 and t == 0:
+                    mbarrier.wait(x_full.index(x_stage), x_phase)
+                accumulators = _step(w, accumulators, low, high, x_stage, t * PARTS, c * 64 % STEP_K, SIZE0, SIZE1)
+                # One step stays in flight while the next is dequantised, but none across the loop's back edge.
+                if c * EACH + t > 0:
+                    accumulators = _wait(accumulators, PARTS if c * EACH + t < RUN * EACH - 1 else 0)
+                if c > 0 and t == 0 and c * 64 % STEP_K == 0:
+                    mbarrier.arrive(x_empty.index(_stage_and_phase(x_it - 1, x_empty)[0]), count=1)
             if (c + 1) * 64 % STEP_K == 0:
                 x_it += 1
-            # One step stays in flight while the next is dequantised, but none across the loop's back edge.
-            if c > 0:
-                accumulator0, accumulator1 = _wait(accumulator0, accumulator1, c < RUN - 1, SIZE1)
-                if c * 64 % STEP_K == 0:
-                    mbarrier.arrive(x_empty.index(_stage_and_phase(x_it - (2 if STEP_K == 64 else 1), x_empty)[0]), count=1)
         mbarrier.arrive(x_empty.index(_stage_and_phase(x_it - 1, x_empty)[0]), count=1)
         w_it += 1
-    return accumulator0, accumulator1, x_it, w_it
+    return accumulators, x_it, w_it
 
 
 @gluon.jit
@@ -235,32 +242,40 @@ def _store(
 
 @gluon.jit
 def _multiply_and_store(
-    rings, x_it, w_it, decoding, multiplier0, multiplier1, exponents_ptr, x_scale_ptr, bias_ptr, y_ptr, row_start, num_rows, row_tile,
-    CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, TILES: gl.constexpr, N: gl.constexpr, Y_STRIDE: gl.constexpr, NVFP4: gl.constexpr,
+    rings, x_it, w_it, decodings, multiplier0, multiplier1, exponents_ptr, x_scale_ptr, bias_ptr, y_ptr, expert, row_start, num_rows, first_row_tile,
+    CONSUMER: gl.constexpr, ROW_TILES: gl.constexpr, TILES: gl.constexpr, N: gl.constexpr, Y_STRIDE: gl.constexpr, NVFP4: gl.constexpr,
     FP8: gl.constexpr, SCALED: gl.constexpr, IS_W13: gl.constexpr, KIND: gl.constexpr, ALPHA: gl.constexpr, BETA: gl.constexpr,
     LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr, SIZE0: gl.constexpr, SIZE1: gl.constexpr,
 ):  # fmt: skip
-    first, second, x_it, w_it = _multiply(rings, x_it, w_it, decoding, CONSUMER, CONSUMERS, TILES, NVFP4, FP8, SIZE0, SIZE1)
-    _store(
-        first, multiplier0, multiplier1, exponents_ptr, x_scale_ptr, bias_ptr, y_ptr, row_start, num_rows, row_tile, SIZE0, N, Y_STRIDE, NVFP4, FP8,
-        SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS,
-    )  # fmt: skip
-    if SIZE1 > 0:
-        _store(
-            second, multiplier0, multiplier1, exponents_ptr, x_scale_ptr, bias_ptr, y_ptr, row_start + SIZE0, num_rows - SIZE0, row_tile, SIZE1, N,
-            Y_STRIDE, NVFP4, FP8, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS,
-        )  # fmt: skip
+    PARTS: gl.constexpr = 2 if SIZE1 > 0 else 1
+    accumulators, x_it, w_it = _multiply(rings, x_it, w_it, decodings, CONSUMER, TILES, NVFP4, FP8, SIZE0, SIZE1)
+    for t in gl.static_range(len(decodings)):
+        row_tile = first_row_tile + t
+        tile_rows = _first_row(expert, row_tile, ROW_TILES)
+        for part in gl.static_range(PARTS):
+            first = SIZE0 if part == 1 else 0
+            _store(
+                accumulators[t * PARTS + part], multiplier0, multiplier1, exponents_ptr + tile_rows, x_scale_ptr, bias_ptr + tile_rows, y_ptr,
+                row_start + first, gl.where(row_tile < ROW_TILES, num_rows - first, 0), row_tile, SIZE1 if part == 1 else SIZE0, N, Y_STRIDE, NVFP4,
+                FP8, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS,
+            )  # fmt: skip
     return x_it, w_it
 
 
 @gluon.jit
+def _first_row(expert, row_tile, ROW_TILES: gl.constexpr):
+    """Where the rows of a tile begin among those of all experts; beyond the last tile, that of the last: nothing of it is stored."""
+    return (expert * ROW_TILES + gl.minimum(row_tile, ROW_TILES - 1)) * 64
+
+
+@gluon.jit
 def _consume(
-    tensors, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, ROW_TILES: gl.constexpr, TILES: gl.constexpr, N: gl.constexpr,
+    tensors, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, EACH: gl.constexpr, ROW_TILES: gl.constexpr, TILES: gl.constexpr, N: gl.constexpr,
     Y_STRIDE: gl.constexpr, NVFP4: gl.constexpr, FP8: gl.constexpr, SCALED: gl.constexpr, IS_W13: gl.constexpr, KIND: gl.constexpr,
     ALPHA: gl.constexpr, BETA: gl.constexpr, LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr, SIZES: gl.constexpr,
 ):  # fmt: skip
     rings, shift_ptr, multiplier_ptr, exponents_ptr, x_scale_ptr, bias_ptr, y_ptr, items_ptr, num_tiles = tensors
-    GROUPS: gl.constexpr = (ROW_TILES + CONSUMERS - 1) // CONSUMERS
+    GROUPS: gl.constexpr = (ROW_TILES + CONSUMERS * EACH - 1) // (CONSUMERS * EACH)
     x_it = 0
     w_it = 0
     item = items_ptr + gl.program_id(0) // GROUPS * 4
@@ -272,18 +287,21 @@ def _consume(
         if tile + gl.num_programs(0) < num_tiles:  # read a tile ahead, so that no consumer waits for it
             item = items_ptr + (tile + gl.num_programs(0)) // GROUPS * 4
             next_expert, next_row_start, next_num_rows = gl.load(item), gl.load(item + 1), gl.load(item + 2)
-        row_tile = tile % GROUPS * CONSUMERS + CONSUMER
+        first_row_tile = (tile % GROUPS * CONSUMERS + CONSUMER) * EACH
         multiplier0 = gl.load(multiplier_ptr + expert * 2)
         multiplier1 = gl.load(multiplier_ptr + expert * 2 + 1)
-        tile_rows = (expert * ROW_TILES + gl.minimum(row_tile, ROW_TILES - 1)) * 64
-        decoding = zero_scales(exponents_ptr + tile_rows, NVFP4) if FP8 else exponent_bias(0 if NVFP4 else gl.load(shift_ptr + expert))
-        stored_rows = gl.where(row_tile < ROW_TILES, num_rows, 0)  # spare consumers of a short last group store nothing
+        decodings = ()
+        for t in gl.static_range(EACH):
+            if FP8:
+                decodings = decodings + (zero_scales(exponents_ptr + _first_row(expert, first_row_tile + t, ROW_TILES), NVFP4),)
+            else:
+                decodings = decodings + (exponent_bias(0 if NVFP4 else gl.load(shift_ptr + expert)),)
         for s in gl.static_range(len(SIZES)):
             if (num_rows > (0 if s == 0 else SIZES[s - 1][0] + SIZES[s - 1][1])) & (num_rows <= SIZES[s][0] + SIZES[s][1]):
                 x_it, w_it = _multiply_and_store(
-                    rings, x_it, w_it, decoding, multiplier0, multiplier1, exponents_ptr + tile_rows, x_scale_ptr, bias_ptr + tile_rows, y_ptr,
-                    row_start, stored_rows, row_tile, CONSUMER, CONSUMERS, TILES, N, Y_STRIDE, NVFP4, FP8, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT,
-                    HAS_BIAS, SIZES[s][0], SIZES[s][1],
+                    rings, x_it, w_it, decodings, multiplier0, multiplier1, exponents_ptr, x_scale_ptr, bias_ptr, y_ptr, expert, row_start, num_rows,
+                    first_row_tile, CONSUMER, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, FP8, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS,
+                    SIZES[s][0], SIZES[s][1],
                 )  # fmt: skip
 
 
@@ -299,10 +317,11 @@ def grouped_gemm_prefill(
     x_desc, words_desc, scales_desc, shift_ptr, multiplier_ptr, exponents_ptr, x_scale_ptr, bias_ptr, y_ptr, items_ptr, num_items_ptr,
     ROW_TILES: gl.constexpr, TILES: gl.constexpr, N: gl.constexpr, Y_STRIDE: gl.constexpr,
     NVFP4: gl.constexpr, SCALED: gl.constexpr, IS_W13: gl.constexpr, KIND: gl.constexpr, ALPHA: gl.constexpr, BETA: gl.constexpr,
-    LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr, SIZES: gl.constexpr, CONSUMERS: gl.constexpr, X_STAGES: gl.constexpr, W_STAGES: gl.constexpr,
+    LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr, SIZES: gl.constexpr, CONSUMERS: gl.constexpr, EACH: gl.constexpr, X_STAGES: gl.constexpr, W_STAGES: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    GROUPS: gl.constexpr = (ROW_TILES + CONSUMERS - 1) // CONSUMERS
+    GROUP_TILES: gl.constexpr = CONSUMERS * EACH
+    GROUPS: gl.constexpr = (ROW_TILES + GROUP_TILES - 1) // GROUP_TILES
     MAX_TOKENS: gl.constexpr = SIZES[len(SIZES) - 1][0] + SIZES[len(SIZES) - 1][1]
     ROWS: gl.constexpr = _rows_of_stages(MAX_TOKENS)
     STEP_K: gl.constexpr = x_desc.block_type.shape[1]
@@ -311,8 +330,8 @@ def grouped_gemm_prefill(
     num_tiles = gl.load(num_items_ptr) * GROUPS
     low = gl.allocate_shared_memory(x_desc.dtype, [X_STAGES, ROWS[0], STEP_K], x_desc.layout)
     high = gl.allocate_shared_memory(x_desc.dtype, [X_STAGES if ROWS[0] < MAX_TOKENS else 1, ROWS[1], STEP_K], x_desc.layout)
-    words = gl.allocate_shared_memory(gl.int32, [W_STAGES * CONSUMERS, RUN * 16, 32], words_desc.layout)
-    scales = gl.allocate_shared_memory(gl.int32, [W_STAGES * CONSUMERS] + scales_desc.block_type.shape, scales_desc.layout)
+    words = gl.allocate_shared_memory(gl.int32, [W_STAGES * GROUP_TILES, RUN * 16, 32], words_desc.layout)
+    scales = gl.allocate_shared_memory(gl.int32, [W_STAGES * GROUP_TILES] + scales_desc.block_type.shape, scales_desc.layout)
     x_full = gl.allocate_shared_memory(gl.int64, [X_STAGES, 1], mbarrier.MBarrierLayout())
     x_empty = gl.allocate_shared_memory(gl.int64, [X_STAGES, 1], mbarrier.MBarrierLayout())
     w_full = gl.allocate_shared_memory(gl.int64, [W_STAGES, 1], mbarrier.MBarrierLayout())
@@ -327,12 +346,12 @@ def grouped_gemm_prefill(
     tensors = (rings, shift_ptr, multiplier_ptr, exponents_ptr, x_scale_ptr, bias_ptr, y_ptr, items_ptr, num_tiles)
     partitions: gl.constexpr = 4 - CONSUMERS  # how many of the following are left out
     gl.warp_specialize([
-        (_consume, (tensors, 3, CONSUMERS, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, FP8, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES)),
-        (_consume, (tensors, 2, CONSUMERS, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, FP8, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES)),
-        (_consume, (tensors, 1, CONSUMERS, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, FP8, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES)),
-        (_consume, (tensors, 0, CONSUMERS, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, FP8, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES)),
+        (_consume, (tensors, 3, CONSUMERS, EACH, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, FP8, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES)),
+        (_consume, (tensors, 2, CONSUMERS, EACH, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, FP8, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES)),
+        (_consume, (tensors, 1, CONSUMERS, EACH, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, FP8, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES)),
+        (_consume, (tensors, 0, CONSUMERS, EACH, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, FP8, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES)),
         (_produce_x, (x_desc, low, high, x_full, x_empty, items_ptr, num_tiles, GROUPS, STEPS, MAX_TOKENS)),
-        (_produce_w, (words_desc, scales_desc, words, scales, w_full, w_empty, items_ptr, num_tiles, GROUPS, CONSUMERS, ROW_TILES, TILES)),
+        (_produce_w, (words_desc, scales_desc, words, scales, w_full, w_empty, items_ptr, num_tiles, GROUPS, GROUP_TILES, ROW_TILES, TILES)),
     ][partitions:], _worker_warps(CONSUMERS), _worker_registers(CONSUMERS, CONSUMER_REGISTERS))  # fmt: skip
 
 
