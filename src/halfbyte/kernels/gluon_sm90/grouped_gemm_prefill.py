@@ -139,14 +139,12 @@ def _columns(x, FIRST: gl.constexpr, ROWS: gl.constexpr, COLUMN: gl.constexpr):
 
 
 @gluon.jit
-def _decode(words, scales, place, decoding, c: gl.constexpr, OPERAND: gl.constexpr, NVFP4: gl.constexpr, FP8: gl.constexpr):
-    """Tile `c` of the run at `place` as a register operand; `decoding` is what its rows or expert need for it."""
-    tile_words = words.index(place).slice(c * 16, 16, dim=0).load(WORD_LAYOUT)
-    tile_scales = load_scales(scales.index(place), NVFP4)[c // 2]
+def _decode(words, scales, decoding, OPERAND: gl.constexpr, ODD: gl.constexpr, NVFP4: gl.constexpr, FP8: gl.constexpr):
+    """One tile of weights as a register operand; `decoding` is what the tile's rows or expert need for it."""
     if FP8:
-        operand = dequantize_fp8(tile_words, tile_scales, decoding[0], decoding[1], OPERAND, c % 2 == 1, NVFP4)
+        operand = dequantize_fp8(words, scales, decoding[0], decoding[1], OPERAND, ODD, NVFP4)
     else:
-        operand = dequantize(tile_words, tile_scales, decoding, OPERAND, c % 2 == 1, NVFP4)
+        operand = dequantize(words, scales, decoding, OPERAND, ODD, NVFP4)
     return operand
 
 
@@ -169,38 +167,30 @@ def _multiply(
         accumulators = accumulators + (gl.zeros((64, SIZE0), gl.float32, layout=_accumulator_layout(SIZE0, ELEMENTS)),)
         if SIZE1 > 0:
             accumulators = accumulators + (gl.zeros((64, SIZE1), gl.float32, layout=_accumulator_layout(SIZE1, ELEMENTS)),)
-    RUNS: gl.constexpr = (TILES + RUN - 1) // RUN
-    w_stage, w_phase = _stage_and_phase(w_it, w_full)
-    place = CONSUMER * EACH * W_STAGES + w_stage
-    mbarrier.wait(w_full.index(w_stage), w_phase)
-    w = _decode(words, scales, place, decodings[0], 0, OPERAND, NVFP4, FP8)
-    for run in range(RUNS):
+    for _ in range((TILES + RUN - 1) // RUN):
+        w_stage, w_phase = _stage_and_phase(w_it, w_full)
+        mbarrier.wait(w_full.index(w_stage), w_phase)
         for c in gl.static_range(RUN):
             x_stage, x_phase = _stage_and_phase(x_it, x_full)
-            if c * 64 % STEP_K == 0:
-                mbarrier.wait(x_full.index(x_stage), x_phase)
             for t in gl.static_range(EACH):
+                place = (CONSUMER * EACH + t) * W_STAGES + w_stage
+                tile_words = words.index(place).slice(c * 16, 16, dim=0).load(WORD_LAYOUT)
+                tile_scales = load_scales(scales.index(place), NVFP4)[c // 2]
+                if c * EACH + t == RUN * EACH - 1:
+                    mbarrier.arrive(w_empty.index(w_stage), count=1)
+                w = _decode(tile_words, tile_scales, decodings[t], OPERAND, c % 2 == 1, NVFP4, FP8)
+                if c * 64 % STEP_K == 0 and t == 0:
+                    mbarrier.wait(x_full.index(x_stage), x_phase)
                 accumulators = _step(w, accumulators, low, high, x_stage, t * PARTS, c * 64 % STEP_K, SIZE0, SIZE1)
+                # One step stays in flight while the next is dequantised, but none across the loop's back edge.
                 if c * EACH + t > 0:
-                    accumulators = _wait(accumulators, PARTS)
+                    accumulators = _wait(accumulators, PARTS if c * EACH + t < RUN * EACH - 1 else 0)
                 if c > 0 and t == 0 and c * 64 % STEP_K == 0:
                     mbarrier.arrive(x_empty.index(_stage_and_phase(x_it - 1, x_empty)[0]), count=1)
-                # While this step is in flight, the weights of the next are dequantised.
-                if t < EACH - 1:
-                    w = _decode(words, scales, place + (t + 1) * W_STAGES, decodings[t + 1], c, OPERAND, NVFP4, FP8)
-                elif c < RUN - 1:
-                    w = _decode(words, scales, place, decodings[0], c + 1, OPERAND, NVFP4, FP8)
             if (c + 1) * 64 % STEP_K == 0:
                 x_it += 1
-        mbarrier.arrive(w_empty.index(w_stage), count=1)
-        w_it += 1
-        w_stage, w_phase = _stage_and_phase(w_it, w_full)
-        place = CONSUMER * EACH * W_STAGES + w_stage
-        if run < RUNS - 1:
-            mbarrier.wait(w_full.index(w_stage), w_phase)
-            w = _decode(words, scales, place, decodings[0], 0, OPERAND, NVFP4, FP8)
-        accumulators = _wait(accumulators, 0)  # no step may be in flight across the loop's back edge
         mbarrier.arrive(x_empty.index(_stage_and_phase(x_it - 1, x_empty)[0]), count=1)
+        w_it += 1
     return accumulators, x_it, w_it
 
 
