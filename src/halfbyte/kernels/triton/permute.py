@@ -6,8 +6,8 @@
     items          [max_items, 4] int32: expert, first row, number of rows, 0; `max_rows` rows at most
     num_items      [1] int32
 
-Program e counts the slots of expert e and of those before it, then writes the rows of its own: every program reads all ids (L2 serves them), none
-waits for another. The program that finishes last, found by a counter, lays out the items; few slots (SINGLE) every program counts for all experts,
+A program counts the slots of its expert and of those before it, then writes the rows of its own share of the slots: every program reads all ids (L2
+serves them), none waits for another. The program that finishes last, found by a counter, lays out the items; few slots (SINGLE) every program counts for all experts,
 and lays out its own items. An expert with more than `max_rows` rows is cut into equal items. Where there is a choice of tiles, larger items come
 first: what the persistent GEMMs do last is then small.
 """
@@ -23,6 +23,7 @@ from triton.language.extra.cuda import gdc
 
 ITEM_ALIGNMENT = 16  # cut experts at multiples of this many rows
 MAX_SINGLE_SLOTS = 1024
+SHARE = 16384  # slots whose rows a program writes
 MAX_ORDERED_ITEMS = 65535  # of each of the four sizes that items are ordered by: their counts share a word of 64 bits
 
 
@@ -75,9 +76,10 @@ def _items_of(counts, MAX_ROWS: tl.constexpr, ALIGNMENT: tl.constexpr, ORDERED: 
 def _permute(
     ids_ptr, token_of_row_ptr, row_of_slot_ptr, count_ptr, start_ptr, items_ptr, num_items_ptr, arrivals_ptr, num_slots, expert_offset,
     NUM_EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr, TOP_K: tl.constexpr, MAX_ROWS: tl.constexpr, ALIGNMENT: tl.constexpr,
-    ORDERED: tl.constexpr, SINGLE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    ORDERED: tl.constexpr, SINGLE: tl.constexpr, BLOCK: tl.constexpr, SHARE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     expert = tl.program_id(0)
+    begin = tl.program_id(1) * SHARE
     lane = tl.arange(0, BLOCK)
     experts = tl.arange(0, EXPERTS_PADDED)
     if PDL:
@@ -98,17 +100,23 @@ def _permute(
             entry += 4
         if expert == 0:
             tl.store(num_items_ptr, tl.sum(pieces))
+        row = start
     else:
-        seen = tl.zeros((BLOCK,), tl.int32)  # smaller experts, and in the upper half equal ones: a lane sees less than 2^15 slots
+        smaller = tl.zeros((BLOCK,), tl.int32)
+        equal = tl.zeros((BLOCK,), tl.int32)
+        equal_before = tl.zeros((BLOCK,), tl.int32)
         for first in range(0, num_slots, BLOCK):
             upcoming = _local_experts(ids_ptr, first + BLOCK + lane, num_slots, expert_offset)
-            seen += tl.where((local >= 0) & (local < expert), 1, tl.where(local == expert, 65536, 0))
+            smaller += ((local >= 0) & (local < expert)).to(tl.int32)
+            if first == begin:
+                equal_before = equal
+            equal += (local == expert).to(tl.int32)
             local = upcoming
-        start = tl.sum(seen & 0xFFFF)
-        count = tl.sum(seen >> 16)
-        local = _local_experts(ids_ptr, lane, num_slots, expert_offset)
-    row = start
-    for first in range(0, num_slots, BLOCK):
+        start = tl.sum(smaller)
+        count = tl.sum(equal)
+        row = start + tl.sum(equal_before)
+        local = _local_experts(ids_ptr, begin + lane, num_slots, expert_offset)
+    for first in range(begin, tl.minimum(begin + SHARE, num_slots), BLOCK):
         upcoming = _local_experts(ids_ptr, first + BLOCK + lane, num_slots, expert_offset)
         slot = first + lane
         mine = local == expert
@@ -124,7 +132,7 @@ def _permute(
         tl.store(start_ptr + expert, start)
         tl.debug_barrier()
         arrived = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel")
-        if arrived == NUM_EXPERTS - 1:
+        if arrived == tl.num_programs(0) * tl.num_programs(1) - 1:
             counts = tl.load(count_ptr + experts, mask=experts < NUM_EXPERTS, other=0, volatile=True)
             starts = tl.load(start_ptr + experts, mask=experts < NUM_EXPERTS, other=0, volatile=True)
             pieces, size, item = _items_of(counts, MAX_ROWS, ALIGNMENT, ORDERED)
@@ -155,12 +163,13 @@ def permute(ids: torch.Tensor, expert_offset: int, num_experts: int, max_rows: i
     items = torch.empty((num_list, 4), dtype=torch.int32, device=device)
     # A new counter each time: one kept between calls would be shared by CUDA graphs that run at the same time.
     arrivals = ids if single else torch.zeros(1, dtype=torch.int32, device=device)
-    block = max(256, triton.next_power_of_2(num_slots)) if single else 2048
-    options: dict[str, Any] = {"num_warps": 4 if block <= 1024 else 8, **({"launch_pdl": True} if launch_early else {})}
-    _permute[(num_experts,)](
+    # One warp: its sums and scans need no barrier.
+    block, num_warps, share = (max(256, triton.next_power_of_2(num_slots)), 4, MAX_SINGLE_SLOTS) if single else (1024, 1, SHARE)
+    options: dict[str, Any] = {"num_warps": num_warps, **({"launch_pdl": True} if launch_early else {})}
+    _permute[(num_experts, triton.cdiv(num_slots, share))](
         ids, token_of_row, row_of_slot, count, start, items, num_items, arrivals, num_slots, expert_offset, num_experts,
         max(32, triton.next_power_of_2(num_experts)), ids.shape[1], max_rows, ITEM_ALIGNMENT,
-        max_rows > ITEM_ALIGNMENT and num_list <= MAX_ORDERED_ITEMS, single, block, launch_early, **options,
+        max_rows > ITEM_ALIGNMENT and num_list <= MAX_ORDERED_ITEMS, single, block, share, launch_early, **options,
     )  # fmt: skip
     return Items(token_of_row[:num_slots], row_of_slot[:num_slots], items, num_items[:1])
 
