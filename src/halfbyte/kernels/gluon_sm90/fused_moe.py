@@ -234,7 +234,7 @@ def _prefill(
     codes, scales = encode_rows(hidden, activations, experts.w13_input_scale, launch_early=True)
     x, x_scale = gather(codes, items, ids.shape[1], padded_size(experts.hidden), scales, launch_early=True)
     _prefill_gemm(x, x_scale, experts.w13, h, experts, items, config, is_w13=True)
-    _, h_scale = encode_rows(h, activations, experts.w2_input_scale, slots=True, out=h, launch_early=True)
+    _, h_scale = encode_rows(h, activations, experts.w2_input_scale, slots=True, out=h)
     _prefill_gemm(h, h_scale, experts.w2, y[0], experts, items, config, is_w13=False)
     return y, items.row_of_slot
 
@@ -246,7 +246,7 @@ def _prefill_fp8(
     items, h, y = _prefill_workspace(hidden, experts, ids, expert_offset, config)
     x, x_scale = quantize_tokens(hidden, items, ids.shape[1], padded_size(experts.hidden), launch_early=True)
     _prefill_gemm(x, x_scale, experts.w13, h, experts, items, config, is_w13=True)
-    h_codes, h_scale = quantize_rows(h, launch_early=True)
+    h_codes, h_scale = quantize_rows(h)
     _prefill_gemm(h_codes, h_scale, experts.w2, y[0], experts, items, config, is_w13=False)
     return y, items.row_of_slot
 
@@ -273,7 +273,7 @@ def _prefill_gemm(
         shift, multiplier, matrix.row_exponent, multiplier if x_scale is None else x_scale, bias, y, items.items, items.num_items,
         matrix.row_tiles, matrix.column_tiles, y.shape[1], y.shape[1], experts.format == NVFP4, x_scale is not None, is_w13, *_activation(experts),
         matrix.bias is not None, config.sizes, config.consumers, config.tiles, config.x_stages, config.w_stages, config.registers,
-        num_warps=4, maxnreg=config.max_registers, launch_pdl=True,
+        num_warps=4, maxnreg=config.max_registers,
     )  # fmt: skip
 
 

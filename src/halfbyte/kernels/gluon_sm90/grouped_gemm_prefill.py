@@ -19,7 +19,6 @@ across the loop's back edge (a group in flight there makes ptxas serialise, or o
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
-from triton.language.extra.cuda import gdc
 
 from halfbyte.kernels.gluon_sm90.compat import tma_load
 from halfbyte.kernels.gluon_sm90.epilogue import RELU2, activate, split_halves
@@ -46,8 +45,6 @@ def _produce_x(
     STEP_K: gl.constexpr = x_desc.block_type.shape[1]
     BOXES: gl.constexpr = (MAX_TOKENS + BOX - 1) // BOX
     LOW_BOXES: gl.constexpr = low.shape[1] // BOX
-    gdc.gdc_wait()
-    gdc.gdc_launch_dependents()
     it = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         row_start = gl.load(items_ptr + tile // GROUPS * 4 + 1)
@@ -278,7 +275,6 @@ def _consume(
     ALPHA: gl.constexpr, BETA: gl.constexpr, LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr, SIZES: gl.constexpr,
 ):  # fmt: skip
     rings, shift_ptr, multiplier_ptr, exponents_ptr, x_scale_ptr, bias_ptr, y_ptr, items_ptr, num_tiles = tensors
-    gdc.gdc_wait()
     GROUPS: gl.constexpr = (ROW_TILES + CONSUMERS * EACH - 1) // (CONSUMERS * EACH)
     x_it = 0
     w_it = 0
