@@ -76,7 +76,7 @@ def pack_experts(module: ExpertsModule, format: BlockFormat, packed: dict[str, P
         delattr(module, projection)
         _register(module, projection, projection, format, (experts, rows, columns), groups, packed[projection])
     module.register_state_dict_post_hook(_save_canonical)
-    module.register_load_state_dict_pre_hook(lambda module, *_: restore_canonical(module))
+    module.register_load_state_dict_pre_hook(_load_canonical)
 
 
 def _check_complete(parameter: PackedParameter | None, tensors: int, where: str) -> None:
@@ -285,6 +285,10 @@ def _canonical_parameters(module: ExpertsModule, packed: PreparedExperts) -> dic
 def _save_canonical(module: ExpertsModule, state_dict: dict[str, torch.Tensor], prefix: str, _: object) -> None:
     if module.halfbyte.replaced:
         state_dict.update({prefix + name: tensor for name, tensor in _canonical_parameters(module, _packed(module)).items()})
+
+
+def _load_canonical(module: ExpertsModule, *_: object) -> None:
+    restore_canonical(module)
 
 
 def _buffer_name(name: str) -> str:
