@@ -143,15 +143,30 @@ def test_experts_are_packed_in_place_while_tracing(directory: Path, monkeypatch:
     assert all(module.halfbyte.replaced for module in packed_experts(model))
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not (torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)), reason="no GPU of compute capability 9.0")
+def on_hopper(test: Callable[..., None]) -> Callable[..., None]:
+    absent = not (torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0))
+    return pytest.mark.gpu(pytest.mark.skipif(absent, reason="no GPU of compute capability 9.0")(test))
+
+
+@on_hopper
 @torch.no_grad()
 def test_models_on_hopper(directory: Path) -> None:
+    """The whole model, recorded as CUDA graphs. Without Inductor, which rounds less often, so that some tokens are routed otherwise."""
     model, stock = load(directory, torch.bfloat16).cuda(), load(directory, torch.bfloat16).cuda()
-    compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead", dynamic=False)
+    compiled = torch.compile(model, fullgraph=True, backend="cudagraphs", dynamic=False)
     for seed in range(5):
         ids = torch.randint(128, (2, 12), generator=torch.Generator().manual_seed(seed)).cuda()
-        torch.compiler.cudagraph_mark_step_begin()
-        actual = compiled(ids, use_cache=False).logits.clone()
-        assert relative_errors(actual, stock(ids, use_cache=False).logits)[1] < 0.03  # Inductor rounds the dense layers to bf16 less often
+        assert torch.equal(compiled(ids, use_cache=False).logits, stock(ids, use_cache=False).logits)
     assert all(module.halfbyte.prepared.layout == "hopper" for module in packed_experts(model))
+
+
+@on_hopper
+@torch.no_grad()
+def test_experts_on_hopper_under_inductor(directory: Path) -> None:
+    module, stock = (packed_experts(load(directory, torch.bfloat16).cuda())[0] for _ in range(2))
+    compiled = torch.compile(module, fullgraph=True, mode="reduce-overhead", dynamic=False)
+    for num_tokens in (5, 5, 9, 9, 9):
+        hidden, ids, weights = (tensor.cuda() for tensor in inputs(num_tokens))
+        torch.compiler.cudagraph_mark_step_begin()
+        assert torch.equal(compiled(hidden.bfloat16(), ids, weights).clone(), stock(hidden.bfloat16(), ids, weights))
+    assert module.halfbyte.prepared.layout == "hopper"

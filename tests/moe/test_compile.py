@@ -255,7 +255,8 @@ def test_cuda_graphs_on_hopper(format: hb.BlockFormat, activations: str) -> None
             for _ in range(6):
                 hidden = torch.randn(num_tokens, 1024, device="cuda").bfloat16()
                 assert_same(hidden)
-            assert torch.cuda.memory_allocated() - before < layer.experts.nbytes / 2
+            if num_tokens > 1:  # the first recording brings the workspace of cuBLAS too
+                assert torch.cuda.memory_allocated() - before < layer.experts.nbytes / 2
         before = layer(hidden)
         layer.experts.update_(replace(w, w2=replace(w.w2, codes=w.w2.codes.flip(0))))
         assert relative_errors(layer(hidden), before)[1] > 0.1

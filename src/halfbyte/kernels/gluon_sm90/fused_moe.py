@@ -63,8 +63,9 @@ class DecodeConfig:
 
 @dataclass(frozen=True)
 class PrefillConfig:
-    """`sizes`: token counts of a tile, each (first, second accumulator). x is copied in boxes of `box` rows and `step_k` columns, in `x_stages`
-    stages, weights in `w_stages` stages of 256 columns; `fp8`: x is e4m3. See `grouped_gemm_prefill`."""
+    """`sizes`: token counts of a tile, each (first, second accumulator). A consumer has `tiles` tiles of 64 weight rows. x is copied in boxes of
+    `box` rows and `step_k` columns, in `x_stages` stages, weights in `w_stages` stages of 256 columns; `fp8`: x is e4m3. See
+    `grouped_gemm_prefill`."""
 
     sizes: tuple[tuple[int, int], ...]
     consumers: int
@@ -82,31 +83,25 @@ class PrefillConfig:
         return sum(self.sizes[-1])
 
 
-# Measured on an H100, 2026-11-25 (docs/kernels.md): wider groups of consumers hide the latency of the weight loads, larger tiles amortise decoding.
+# Measured on an H200, 2026-11-26 (docs/kernels.md): many consumers hide the latency of decoding for few tokens, two row tiles a consumer halve the
+# reads of x, and large tiles amortise decoding.
 TINY = PrefillConfig(((16, 0), (32, 0)), consumers=4, step_k=256, x_stages=4, w_stages=4, box=16, registers=112, max_registers=96)
 SMALL = PrefillConfig(((16, 0), (32, 0), (64, 0)), consumers=4, step_k=128, x_stages=6, w_stages=3, box=16, registers=112, max_registers=96)
 MEDIUM = PrefillConfig(
-    ((32, 0), (64, 0), (64, 32), (128, 0)), consumers=3, step_k=128, x_stages=4, w_stages=2, box=32, registers=160, max_registers=128
-)
+    ((32, 0), (64, 0), (64, 16), (64, 32)),
+    consumers=2, tiles=2, step_k=128, x_stages=4, w_stages=3, box=16, registers=240, max_registers=168,
+)  # fmt: skip
 LARGE = PrefillConfig(
-    ((64, 0), (128, 0), (128, 32), (128, 64)), consumers=3, step_k=64, x_stages=6, w_stages=2, box=64, registers=160, max_registers=128
-)
+    ((64, 0), (128, 0), (128, 16), (128, 32)),
+    consumers=2, tiles=2, step_k=64, x_stages=6, w_stages=2, box=32, registers=240, max_registers=168,
+)  # fmt: skip
 HUGE = PrefillConfig(
     ((64, 0), (128, 0), (128, 32), (128, 64), (256, 0)), consumers=2, step_k=64, x_stages=5, w_stages=2, box=64, registers=240, max_registers=168
 )
 
-TWO64 = PrefillConfig(((32, 0), (32, 16), (64, 0)), consumers=4, step_k=128, x_stages=4, w_stages=2, box=16, registers=112, max_registers=96, tiles=2)
-TWO96 = PrefillConfig(((32, 0), (64, 0), (64, 32)), consumers=3, step_k=128, x_stages=4, w_stages=2, box=32, registers=160, max_registers=128, tiles=2)
-TWO160 = PrefillConfig(((64, 0), (128, 0), (128, 16), (128, 32)), consumers=2, step_k=64, x_stages=6, w_stages=2, box=32, registers=240, max_registers=168, tiles=2)
-FP8_TWO192 = PrefillConfig(((64, 0), (128, 0), (128, 32), (128, 64)), consumers=2, step_k=128, x_stages=5, w_stages=2, box=32, registers=240, max_registers=168, tiles=2, fp8=True)
-FP8_TWO160 = PrefillConfig(((64, 0), (128, 0), (128, 16), (128, 32)), consumers=2, step_k=128, x_stages=5, w_stages=2, box=32, registers=240, max_registers=168, tiles=2, fp8=True)
 # By arithmetic. Decoding a tile for fp8 takes about 80 integer instructions a warp (160 cycles of its scheduler), and reading it from memory about as
-# long; the product takes 1 cycle a token, that of bf16 2. So fp8 gains above some 80 tokens, and wants large tiles. Measured on an H100, 2026-11-25:
-# 10 % slower than bf16 at 64 rows an expert, 15 to 26 % faster from 128 on.
-FP8_MEDIUM = PrefillConfig(
-    ((32, 0), (64, 0), (64, 32), (128, 0)),
-    consumers=3, step_k=128, x_stages=7, w_stages=3, box=32, registers=160, max_registers=128, fp8=True,
-)  # fmt: skip
+# long; the product takes 1 cycle a token, that of bf16 2. So fp8 gains above some 80 tokens, and wants large tiles. Measured: slower than bf16 at 64
+# rows an expert, 15 to 26 % faster from 128 on.
 FP8_LARGE = PrefillConfig(
     ((64, 0), (128, 0), (128, 32), (128, 64)),
     consumers=3, step_k=128, x_stages=5, w_stages=3, box=64, registers=160, max_registers=128, fp8=True,
@@ -115,7 +110,7 @@ FP8_HUGE = PrefillConfig(
     ((64, 0), (128, 0), (128, 64), (256, 0)),
     consumers=2, step_k=128, x_stages=5, w_stages=3, box=64, registers=240, max_registers=168, fp8=True,
 )  # fmt: skip
-MIN_FP8_ROWS = 64  # an expert, on average
+MIN_FP8_ROWS = 96  # an expert, on average
 
 
 def choose_config(
@@ -125,20 +120,20 @@ def choose_config(
 
     `batch_invariant`: among those that add up a token's products in one order, which are the prefill kernels of one kind of activations.
 
-    >>> choose_config(1, 8, 256).direct, choose_config(64, 8, 256).rows, choose_config(8192, 8, 256).max_rows
-    (True, 8, 192)
+    >>> choose_config(1, 8, 256).direct, choose_config(64, 8, 256).rows, choose_config(4096, 8, 256).max_rows
+    (True, 8, 160)
     >>> choose_config(1024, 8, 256, "fp8").fp8, choose_config(4096, 8, 256, "fp8").fp8
     (False, True)
     """
     rows = num_tokens * top_k
     average = rows / num_experts
     if activations == "fp8" and (average > MIN_FP8_ROWS or batch_invariant):
-        return FP8_MEDIUM if average <= 96 else FP8_LARGE if average <= 160 else FP8_HUGE
+        return FP8_LARGE if average <= 160 else FP8_HUGE
     if not batch_invariant and average <= 12:
         if num_tokens <= MAX_DIRECT_TOKENS and rows <= MAX_DIRECT_SLOTS:
             return DecodeConfig(direct=True, rows=8, tiles=1)
         return DecodeConfig(direct=False, rows=8, tiles=1) if average <= 4 else DecodeConfig(direct=False, rows=16, tiles=2)
-    for limit, config in ((24, TINY), (48, SMALL), (96, MEDIUM), (320, LARGE)):
+    for limit, config in ((24, TINY), (48, SMALL), (80, MEDIUM), (240, LARGE)):
         if average <= limit:
             return config
     return HUGE

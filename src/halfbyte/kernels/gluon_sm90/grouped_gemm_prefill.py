@@ -7,10 +7,10 @@
     y        [rows, I padded to 64] bf16, columns in bf16 slot order = activation(x @ w^T * scales + bias) where the matrix is w13, or [rows, N] bf16
 
 A persistent program a multiprocessor, its warps specialised: two warps copy x and the weights to shared memory by TMA, each through a ring of its own
-and across the ends of tiles, so that weights keep streaming while a tile is finished; each of CONSUMERS warpgroups multiplies 64 weight rows of its
-own. The operands are swapped: dequantised weights are the register operand of wgmma (64 rows), tokens its N dimension, so a tile has as many tokens
-as the expert has to give. `SIZES` lists the token counts a tile can have, each as one or two accumulators (a wgmma's N is a power of two in Gluon):
-(128, 32) is 160 tokens whose weights are dequantised once.
+and across the ends of tiles, so that weights keep streaming while a tile is finished; each of CONSUMERS warpgroups multiplies EACH tiles of 64 weight
+rows of its own. The operands are swapped: dequantised weights are the register operand of wgmma (64 rows), tokens its N dimension, so a tile has as
+many tokens as the expert has to give. `SIZES` lists the token counts a tile can have, each as one or two accumulators a row tile (a wgmma's N is a
+power of two in Gluon): (128, 32) is 160 tokens whose weights are dequantised once.
 
 wgmma reads its register operand asynchronously: one product stays in flight while the next weights are dequantised into other registers, and none
 across the loop's back edge (a group in flight there makes ptxas serialise, or overwrites live operands).
@@ -64,8 +64,8 @@ def _produce_x(
 
 @gluon.jit
 def _produce_w(
-    words_desc, scales_desc, words, scales, full, empty, items_ptr, num_tiles, GROUPS: gl.constexpr, GROUP_TILES: gl.constexpr, ROW_TILES: gl.constexpr,
-    TILES: gl.constexpr,
+    words_desc, scales_desc, words, scales, full, empty, items_ptr, num_tiles, GROUPS: gl.constexpr, GROUP_TILES: gl.constexpr,
+    ROW_TILES: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
     """Copy the weights of GROUP_TILES row tiles, four tiles of columns at a time; in the last run only as many as there are."""
     RUNS: gl.constexpr = (TILES + RUN - 1) // RUN
@@ -114,7 +114,7 @@ def _step(w, accumulators, low, high, stage, FIRST: gl.constexpr, COLUMN: gl.con
         ELEMENTS: gl.constexpr = 32 // w.dtype.primitive_bitwidth
         w1 = gl.convert_layout(w, gl.DotOperandLayout(0, _accumulator_layout(SIZE1, ELEMENTS), ELEMENTS), assert_trivial=True)
         new = new + (warpgroup_mma(w1, x1.permute((1, 0)), accumulators[FIRST + 1], is_async=True),)
-    return accumulators[:FIRST] + new + accumulators[FIRST + PARTS:]
+    return accumulators[:FIRST] + new + accumulators[FIRST + PARTS :]
 
 
 @gluon.jit
@@ -271,10 +271,11 @@ def _first_row(expert, row_tile, ROW_TILES: gl.constexpr):
 @gluon.jit
 def _consume(
     tensors, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, EACH: gl.constexpr, ROW_TILES: gl.constexpr, TILES: gl.constexpr, N: gl.constexpr,
-    Y_STRIDE: gl.constexpr, NVFP4: gl.constexpr, FP8: gl.constexpr, SCALED: gl.constexpr, IS_W13: gl.constexpr, KIND: gl.constexpr,
-    ALPHA: gl.constexpr, BETA: gl.constexpr, LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr, SIZES: gl.constexpr,
+    Y_STRIDE: gl.constexpr, NVFP4: gl.constexpr, SCALED: gl.constexpr, IS_W13: gl.constexpr, KIND: gl.constexpr, ALPHA: gl.constexpr,
+    BETA: gl.constexpr, LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr, SIZES: gl.constexpr,
 ):  # fmt: skip
     rings, shift_ptr, multiplier_ptr, exponents_ptr, x_scale_ptr, bias_ptr, y_ptr, items_ptr, num_tiles = tensors
+    FP8: gl.constexpr = rings[0].dtype == gl.float8e4nv
     GROUPS: gl.constexpr = (ROW_TILES + CONSUMERS * EACH - 1) // (CONSUMERS * EACH)
     x_it = 0
     w_it = 0
@@ -317,15 +318,14 @@ def grouped_gemm_prefill(
     x_desc, words_desc, scales_desc, shift_ptr, multiplier_ptr, exponents_ptr, x_scale_ptr, bias_ptr, y_ptr, items_ptr, num_items_ptr,
     ROW_TILES: gl.constexpr, TILES: gl.constexpr, N: gl.constexpr, Y_STRIDE: gl.constexpr,
     NVFP4: gl.constexpr, SCALED: gl.constexpr, IS_W13: gl.constexpr, KIND: gl.constexpr, ALPHA: gl.constexpr, BETA: gl.constexpr,
-    LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr, SIZES: gl.constexpr, CONSUMERS: gl.constexpr, EACH: gl.constexpr, X_STAGES: gl.constexpr, W_STAGES: gl.constexpr,
-    CONSUMER_REGISTERS: gl.constexpr,
+    LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr, SIZES: gl.constexpr, CONSUMERS: gl.constexpr, EACH: gl.constexpr, X_STAGES: gl.constexpr,
+    W_STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     GROUP_TILES: gl.constexpr = CONSUMERS * EACH
     GROUPS: gl.constexpr = (ROW_TILES + GROUP_TILES - 1) // GROUP_TILES
     MAX_TOKENS: gl.constexpr = SIZES[len(SIZES) - 1][0] + SIZES[len(SIZES) - 1][1]
     ROWS: gl.constexpr = _rows_of_stages(MAX_TOKENS)
     STEP_K: gl.constexpr = x_desc.block_type.shape[1]
-    FP8: gl.constexpr = x_desc.dtype == gl.float8e4nv
     STEPS: gl.constexpr = (TILES + RUN - 1) // RUN * (RUN * 64 // STEP_K)
     num_tiles = gl.load(num_items_ptr) * GROUPS
     low = gl.allocate_shared_memory(x_desc.dtype, [X_STAGES, ROWS[0], STEP_K], x_desc.layout)
@@ -346,10 +346,10 @@ def grouped_gemm_prefill(
     tensors = (rings, shift_ptr, multiplier_ptr, exponents_ptr, x_scale_ptr, bias_ptr, y_ptr, items_ptr, num_tiles)
     partitions: gl.constexpr = 4 - CONSUMERS  # how many of the following are left out
     gl.warp_specialize([
-        (_consume, (tensors, 3, CONSUMERS, EACH, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, FP8, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES)),
-        (_consume, (tensors, 2, CONSUMERS, EACH, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, FP8, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES)),
-        (_consume, (tensors, 1, CONSUMERS, EACH, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, FP8, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES)),
-        (_consume, (tensors, 0, CONSUMERS, EACH, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, FP8, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES)),
+        (_consume, (tensors, 3, CONSUMERS, EACH, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES)),
+        (_consume, (tensors, 2, CONSUMERS, EACH, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES)),
+        (_consume, (tensors, 1, CONSUMERS, EACH, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES)),
+        (_consume, (tensors, 0, CONSUMERS, EACH, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES)),
         (_produce_x, (x_desc, low, high, x_full, x_empty, items_ptr, num_tiles, GROUPS, STEPS, MAX_TOKENS)),
         (_produce_w, (words_desc, scales_desc, words, scales, w_full, w_empty, items_ptr, num_tiles, GROUPS, GROUP_TILES, ROW_TILES, TILES)),
     ][partitions:], _worker_warps(CONSUMERS), _worker_registers(CONSUMERS, CONSUMER_REGISTERS))  # fmt: skip

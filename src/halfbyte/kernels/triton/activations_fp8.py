@@ -58,10 +58,7 @@ def _quantize(
     scale = fp32_scale(tl.max(amax, 1, keep_dims=True))
     codes = _byte(x10, scale) | (_byte(x00, scale) << 8) | (_byte(x11, scale) << 16) | (_byte(x01, scale) << 24)
     for j in tl.static_range(TOP_K if TOP_K > 0 else 1):
-        if TOP_K > 0:
-            row = tl.load(row_of_slot_ptr + source * TOP_K + j, mask=inside, other=-1)
-        else:
-            row = tl.where(inside, source, -1)
+        row = tl.load(row_of_slot_ptr + source * TOP_K + j, mask=inside, other=-1) if TOP_K > 0 else tl.where(inside, source, -1)
         tl.store(codes_ptr + row.to(tl.int64) * PADDED_WORDS + word, codes, mask=(row >= 0) & (word < PADDED_WORDS))
         tl.store(scales_ptr + row, scale, mask=row >= 0)
 
@@ -86,6 +83,7 @@ def _launch(
     sources = max(1, 2048 // block) if row_of_slot is None else 1  # enough bytes in flight for short rows too
     _quantize[(triton.cdiv(x.shape[0], sources),)](
         x.view(torch.int32), scales if row_of_slot is None else row_of_slot, codes.view(torch.int32), scales, x.shape[0],
-        x.shape[1] // 2, words, top_k, sources, block, launch_early, num_warps=4 if sources * block <= 1024 else 8, **({"launch_pdl": True} if launch_early else {}),
+        x.shape[1] // 2, words, top_k, sources, block, launch_early,
+        num_warps=4 if sources * block <= 1024 else 8, **({"launch_pdl": True} if launch_early else {}),
     )  # fmt: skip
     return codes, scales

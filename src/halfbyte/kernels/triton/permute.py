@@ -178,7 +178,9 @@ def permute(ids: torch.Tensor, expert_offset: int, num_experts: int, max_rows: i
     """
     num_slots, device = ids.numel(), ids.device
     aligned_slots = -(-num_slots // 4) * 4  # 16 bytes: Triton compiles anew for other pointers
-    token_of_row, row_of_slot, num_items = torch.empty(2 * aligned_slots + 4, dtype=torch.int32, device=device).split([aligned_slots, aligned_slots, 4])
+    token_of_row, row_of_slot, num_items = torch.empty(2 * aligned_slots + 4, dtype=torch.int32, device=device).split(
+        [aligned_slots, aligned_slots, 4]
+    )
     num_list = max_items(num_slots, num_experts, max_rows)
     items = torch.empty((num_list, 4), dtype=torch.int32, device=device)
     padded = max(32, triton.next_power_of_2(num_experts))
@@ -187,8 +189,8 @@ def permute(ids: torch.Tensor, expert_offset: int, num_experts: int, max_rows: i
     if num_slots <= MAX_SINGLE_SLOTS:
         block = max(256, triton.next_power_of_2(num_slots))
         _permute[(num_experts,)](
-            ids, token_of_row, row_of_slot, items, num_items, num_slots, expert_offset, num_experts, padded, *layout, block, launch_early, num_warps=4,
-            **pdl,
+            ids, token_of_row, row_of_slot, items, num_items, num_slots, expert_offset, num_experts, padded, *layout, block, launch_early,
+            num_warps=4, **pdl,
         )  # fmt: skip
     else:
         chunks = triton.cdiv(num_slots, CHUNK)
