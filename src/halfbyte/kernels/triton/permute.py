@@ -44,6 +44,17 @@ def max_items(num_slots: int, num_experts: int, max_rows: int) -> int:
     return min(num_slots, num_experts + num_slots // max_rows)
 
 
+def variant(num_slots: int, num_experts: int, max_rows: int) -> tuple[bool, bool, int]:
+    """Which of the compiled kernels sorts these slots: ORDERED, SINGLE and BLOCK.
+
+    >>> variant(8, 256, 8), variant(65536, 256, 192)
+    ((False, True, 256), (True, False, 2048))
+    """
+    ordered = max_rows > ITEM_ALIGNMENT and max_items(num_slots, num_experts, max_rows) <= MAX_ORDERED_ITEMS
+    single = num_slots <= MAX_SINGLE_SLOTS
+    return ordered, single, max(256, triton.next_power_of_2(num_slots)) if single else 2048
+
+
 @triton.jit
 def _local_experts(ids_ptr, slot, num_slots, expert_offset):
     """Expert of each slot, counted from the first held here; -2^31 where there is no slot."""
@@ -147,20 +158,17 @@ def permute(ids: torch.Tensor, expert_offset: int, num_experts: int, max_rows: i
         launch_early: programmatic dependent launch (compute capability 9.0).
     """
     num_slots, device = ids.numel(), ids.device
-    single = num_slots <= MAX_SINGLE_SLOTS
+    ordered, single, block = variant(num_slots, num_experts, max_rows)
     aligned_slots, aligned_experts = (-(-size // 4) * 4 for size in (num_slots, num_experts))  # 16 bytes: Triton compiles anew for other pointers
     sizes = [aligned_slots, aligned_slots, aligned_experts, aligned_experts, 4]
     token_of_row, row_of_slot, count, start, num_items = torch.empty(sum(sizes), dtype=torch.int32, device=device).split(sizes)
-    num_list = max_items(num_slots, num_experts, max_rows)
-    items = torch.empty((num_list, 4), dtype=torch.int32, device=device)
+    items = torch.empty((max_items(num_slots, num_experts, max_rows), 4), dtype=torch.int32, device=device)
     # A new counter each time: one kept between calls would be shared by CUDA graphs that run at the same time.
     arrivals = ids if single else torch.zeros(1, dtype=torch.int32, device=device)
-    block = max(256, triton.next_power_of_2(num_slots)) if single else 2048
     options: dict[str, Any] = {"num_warps": 4 if block <= 1024 else 8, **({"launch_pdl": True} if launch_early else {})}
     _permute[(num_experts,)](
         ids, token_of_row, row_of_slot, count, start, items, num_items, arrivals, num_slots, expert_offset, num_experts,
-        max(32, triton.next_power_of_2(num_experts)), ids.shape[1], max_rows, ITEM_ALIGNMENT,
-        max_rows > ITEM_ALIGNMENT and num_list <= MAX_ORDERED_ITEMS, single, block, launch_early, **options,
+        max(32, triton.next_power_of_2(num_experts)), ids.shape[1], max_rows, ITEM_ALIGNMENT, ordered, single, block, launch_early, **options,
     )  # fmt: skip
     return Items(token_of_row[:num_slots], row_of_slot[:num_slots], items, num_items[:1])
 
