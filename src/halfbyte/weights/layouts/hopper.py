@@ -37,6 +37,7 @@ from typing import Literal
 import torch
 
 from halfbyte.checkpoint.experts import Activation, ExpertWeights
+from halfbyte.device import Target
 from halfbyte.formats import MXFP4, NVFP4, BlockFormat, QuantTensor
 from halfbyte.weights.checks import check_scales, fp4_matrices, has_unusable_scalars, largest_valid_scale
 from halfbyte.weights.layouts.hopper_bits import (
@@ -55,7 +56,7 @@ from halfbyte.weights.layouts.hopper_fp8 import row_exponents
 NVFP4_SCALE_EXPONENT = 118  # the kernels' bf16 scale is s * 2^118: 448 * 2^120 would overflow
 ELEMENT_EXPONENT = -126  # a code's bits at the bottom of bf16's exponent are worth e2m1 * 2^-126
 MAX_SHIFTED_EXPONENT = 254  # of a bf16
-BUFFER_BYTES = 32 << 20  # fits the L2 of an sm_90 GPU: what goes through it is read from there
+BUFFER_BYTES = 32 << 20  # on a GPU, for weights from elsewhere; fits the L2 of an sm_90 GPU: what goes through it is read from there
 CACHED_BYTES = 512 << 10  # a piece of work on a CPU: its operations are too short for torch to share among threads
 
 # Which row of the canonical matrix a row of a tile is: gate and up rows in turns, in slot order; rows in slot order; rows as they are.
@@ -166,8 +167,8 @@ def pack(w: ExpertWeights, out: HopperExperts, first: int = 0) -> None:
     """Arrange the experts of `w` in tiles and write them to the experts `first` and following of `out`.
 
     `w` may lie on another device than `out`, and `out` may lie in the storage of `w`, expert upon expert (`REUSED`). On a GPU a kernel reads and
-    writes every byte once; from another device, and in place, experts go through a buffer of 32 MiB or one projection of one expert. Elsewhere, and
-    without Triton, torch does the same, one expert at a time, from a copy of one projection of it.
+    writes every byte once; in place through a buffer of 20 MiB, and from another device through one of 32 MiB, or of one projection of one expert.
+    Elsewhere, and without Triton, torch does the same, one expert at a time, from a copy of one projection of it.
 
     Exact: `unpack` gives every value back, and every byte except codes under a zero scale, which become zero.
 
@@ -314,13 +315,17 @@ def _pack_weights_on_gpu(
     codes: torch.Tensor, scales: torch.Tensor, order: RowOrder, words: torch.Tensor, scale_words: torch.Tensor, row_exponent: torch.Tensor
 ) -> None:
     """The same with kernels, on the device of `words`."""
-    from halfbyte.weights.layouts.hopper_pack import pack_matrix
+    from halfbyte.weights.layouts.hopper_pack import PROGRAMS_OF_A_MULTIPROCESSOR, pack_matrix, pack_matrix_in_place
 
     written = {tensor.untyped_storage().data_ptr() for tensor in (words, scale_words)}
     sources = (codes, scales)
     aligned = all(tensor.is_contiguous() and tensor.data_ptr() % 8 == 0 for tensor in sources)
-    if aligned and codes.device == words.device and not any(tensor.untyped_storage().data_ptr() in written for tensor in sources):
-        pack_matrix(codes, scales, words, scale_words, row_exponent, order)
+    if aligned and codes.device == words.device:
+        if any(tensor.untyped_storage().data_ptr() in written for tensor in sources):
+            num_programs = PROGRAMS_OF_A_MULTIPROCESSOR * Target.of(words.device).num_sms
+            pack_matrix_in_place(codes, scales, words, scale_words, row_exponent, order, num_programs)
+        else:
+            pack_matrix(codes, scales, words, scale_words, row_exponent, order)
         return
     step = max(1, BUFFER_BYTES // (codes[0].nbytes + scales[0].nbytes))
     buffers = [torch.empty((min(step, len(codes)), *tensor.shape[1:]), dtype=torch.uint8, device=words.device) for tensor in sources]
