@@ -34,7 +34,7 @@ def warm_up(
     """Compile every kernel that `fused_moe` can need for layers like `experts`, so that no later call in this process does. For servers before their
     first request, and before a CUDA graph is captured.
 
-    `threads` compile at a time. The 29 kernels of a DeepSeek-R1 layer took 121 s with one and 75 s with two, on two cores with other work (Triton 3.6,
+    `threads` compile at a time. The 29 kernels of a DeepSeek-R1 layer took 121 s with one and 75 s with two, on two busy cores (Triton 3.6,
     2026-11-26); a fifth of the time is Python's, which threads do not share. Triton keeps the result on disk (TRITON_CACHE_DIR), from where another
     process has all 29 in 0.3 s. One layer of a kind is enough: same sizes, format, activation function and kinds of tensors. Where plain torch runs
     the layer, nothing is compiled.

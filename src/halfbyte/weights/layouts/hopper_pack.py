@@ -11,9 +11,9 @@ becomes its four words.
     row_exponent int8 [E, N], from the scale words that were just written
 
 In place, where the tiles of an expert lie in the memory of its codes, one launch packs all experts of a matrix. A program keeps the tiles that it
-packs of an expert in memory of its own until all programs have read theirs; then it moves them to where they belong and goes on to the next expert.
-What is kept, one expert or a few small ones, is used again and again, and should stay in the L2, so that global memory still sees every byte read once
-and written once. Not measured yet.
+packs in memory of its own until all programs have read their part of the expert, then moves them to where they belong and goes on to the next.
+What is kept, one expert or a few small ones, is used again and again, and should stay in the L2, so that global memory still sees every byte read
+once and written once. Not measured yet.
 
 Compiled for sm_80 and newer; interpreted on a CPU.
 """
