@@ -62,11 +62,3 @@ def test_the_command(tmp_path, capsys: pytest.CaptureFixture) -> None:
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [line["row"]["method"] for line in lines] == ["naive", "torch", "halfbyte", "halfbyte, in place"]
     assert all(line["benchmark"] == "prepare" and line["copy_gbps"] > 0 and line["row"]["format"] == "mxfp4" for line in lines)
-
-
-@pytest.mark.parametrize(
-    "arguments", [["--model", "x"], ["--model", "x", "--layer", "0", "--format", "nvfp4"], ["--shape", "64,64,4", "--out", "/no/such/directory/x"]]
-)
-def test_contradictions(arguments: list[str], capsys: pytest.CaptureFixture) -> None:
-    assert main(["bench", "prepare", "--device", "cpu", *arguments]) == 2
-    assert "halfbyte bench prepare: error:" in capsys.readouterr().err

@@ -187,6 +187,18 @@ def test_no_row_at_all_is_exit_3(quick, capsys):
         (["bench", "moe", "--peers", "absent.py:build"], "no such peer file"),
         (["bench", "moe", "--backend", "magic"], "invalid choice: 'magic'"),
         (["bench", "moe", "--routing", "random"], "invalid choice: 'random'"),
+        (["bench", "moe", "--model", "demo"], "--model and --layer need each other"),
+        (["bench", "moe", "--shape", "64,32,4,2", "--layer", "1"], "--model and --layer need each other"),
+        (["bench", "moe", "--model", "demo", "--layer", "0", "--format", "nvfp4"], "leave --format out"),
+        (["bench", "moe", "--shape", "72,32,4,2"], "do not divide into NVFP4 blocks of 16"),
+        (["bench", "prepare", "--model", "x"], "halfbyte bench prepare: error: --model and --layer need each other"),
+        (["bench", "prepare", "--model", "x", "--layer", "0", "--format", "nvfp4"], "halfbyte bench prepare: error: --model has the format"),
+        (["bench", "moe", "--out", "no/such/directory/rows.jsonl"], "argument --out: no directory for no/such/directory/rows.jsonl"),
+        (["bench", "moe", "--plot", "no/such/directory/plot.png"], "argument --plot: no directory for"),
+        (["bench", "report", "rows.jsonl", "--plot", "no/such/directory/plot.png"], "argument --plot: no directory for"),
+        (["bench", "prepare", "--out", "no/such/directory/rows.jsonl"], "argument --out: no directory for"),
+        (["bench", "prepare", "--shape", "64,64,4,2"], "not three integers H,I,E: hidden, intermediate, experts"),
+        (["bench", "quantize", "--out", "no/such/directory/rows.jsonl"], "argument --out: no directory for"),
     ],
 )
 def test_wrong_usage_exits_2(arguments, message, capsys):
@@ -194,18 +206,3 @@ def test_wrong_usage_exits_2(arguments, message, capsys):
         main(arguments)
     captured = capsys.readouterr()
     assert captured.out == "" and message in captured.err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--model", "demo"], "--model and --layer need each other"),
-        (["--shape", "64,32,4,2", "--layer", "1"], "--model and --layer need each other"),
-        (["--model", "demo", "--layer", "0", "--format", "nvfp4"], "leave --format out"),
-        (["--shape", "72,32,4,2"], "do not divide into NVFP4 blocks of 16"),
-        (["--out", "no/such/directory/rows.jsonl"], "no directory for"),
-    ],
-)
-def test_contradictions_exit_2(arguments, message, capsys):
-    assert main(["bench", "moe", *arguments]) == 2
-    assert message in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,21 @@ def test_experts_prepared_before_share_a_graph_for_any_number_of_tokens(director
             assert torch.equal(compiled(*inputs(num_tokens)), result)
             compilations.add(counter.frame_count)
     assert len(experts) == 2 and len(compilations) == 1
+
+
+@torch.no_grad()
+def test_copies_are_prepared_for_themselves(directory: Path) -> None:
+    module = packed_experts(load(directory))[0]
+    torch.save(module, file := io.BytesIO())
+    file.seek(0)
+    copies = [module, copy.deepcopy(module), torch.load(file, weights_only=False)]
+    compiled = torch.compile(lambda experts, *arguments: experts(*arguments), fullgraph=True, backend="aot_eager")
+    for shift, experts in enumerate(copies):
+        experts.down_proj.copy_(experts.down_proj.roll(shift, 0))
+        result = compiled(experts, *inputs(5))
+        assert [other.halfbyte.prepared is not None for other in copies] == [index <= shift for index in range(3)]
+        assert torch.equal(result, experts(*inputs(5)))
+        assert experts is module or relative_errors(result, module(*inputs(5)))[1] > 0.01
 
 
 @torch.no_grad()

@@ -1,20 +1,14 @@
-"""`encode_rows` against `formats.activations`, bit for bit: interpreted on a CPU (in one subprocess, see `test_interpreted`), compiled, on a GPU.
-
-Triton decides at import whether kernels are interpreted, hence the subprocess: it runs this file again with TRITON_INTERPRET=1.
-"""
+"""`encode_rows` against `formats.activations`, bit for bit: interpreted on a CPU (see `test_interpreted`), compiled, on a GPU."""
 
 from __future__ import annotations
 
 import math
-import os
-import re
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from helpers import assert_equal_bits
+from interpreted import DEVICE, INTERPRETED, not_interpreted, numeric, run_interpreted
 
 pytest.importorskip("triton")
 
@@ -27,13 +21,8 @@ from halfbyte.formats.quantizer import quantize
 from halfbyte.kernels.triton.encode_rows import encode_rows
 from halfbyte.weights.layouts.hopper import SLOT_TO_COLUMN
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-HAS_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if HAS_GPU and not INTERPRETED else "cpu"
 CASES = ["fp8", "mxfp8", "nvfp4", "nvfp4-calibrated"]
 INPUT_SCALE = torch.tensor([[2e-4, 1e-5], [7e-4, 3e-4], [1e-6, 2e-4]], device=DEVICE)  # the largest of them counts
-not_interpreted = pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
-numeric = pytest.mark.skipif(not (INTERPRETED or HAS_GPU), reason="no CUDA GPU (test_interpreted runs these on the CPU)")
 
 
 def make_rows(columns: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -70,7 +59,6 @@ def in_slots(x: torch.Tensor) -> torch.Tensor:
 
 
 @numeric
-@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("columns", [96, 320, 1408, 2688, 2880, 7168])
 @pytest.mark.parametrize(("activations", "input_scale"), [("fp8", None), ("mxfp8", None), ("nvfp4", None), ("nvfp4", INPUT_SCALE)], ids=CASES)
@@ -94,7 +82,6 @@ def test_equals_the_codec_bit_for_bit(activations, input_scale, columns, dtype):
 
 
 @numeric
-@pytest.mark.gpu
 @pytest.mark.parametrize(("activations", "input_scale"), [("fp8", None), ("mxfp8", None), ("nvfp4", None), ("nvfp4", INPUT_SCALE)], ids=CASES)
 @pytest.mark.parametrize("spoilt", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_where_the_format_has_it(activations, input_scale, spoilt):
@@ -108,7 +95,6 @@ def test_what_is_not_finite_is_where_the_format_has_it(activations, input_scale,
 
 
 @numeric
-@pytest.mark.gpu
 def test_the_comparison_notices_blocks_of_the_wrong_columns():
     """The order of columns matters: slots read as if they were columns have other block scales."""
     x = torch.randn(3, 320, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 1e-4]).repeat_interleave(32).repeat(5)
@@ -121,7 +107,6 @@ def test_the_comparison_notices_blocks_of_the_wrong_columns():
 
 
 @numeric
-@pytest.mark.gpu
 def test_bf16_and_no_rows_need_no_kernel():
     x = make_rows(96)
     assert encode_rows(x, "bf16") == (x, None)
@@ -132,10 +117,7 @@ def test_bf16_and_no_rows_need_no_kernel():
 @not_interpreted
 def test_interpreted():
     """Every numeric test above, in Triton's interpreter."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")} | {"TRITON_INTERPRET": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert result.returncode == 0 and re.search(r"\b30 passed", result.stdout), result.stdout + result.stderr
+    assert run_interpreted(__file__, timeout_s=600) == 30
 
 
 @not_interpreted

@@ -61,6 +61,12 @@ def make_tokens(num_tokens: int, hidden: int, num_experts: int, top_k: int, seed
     return x, ids, torch.rand(num_tokens, top_k, generator=random, device="cuda") + 0.1
 
 
+def natural(x: torch.Tensor, order: tuple[int, ...], columns: int) -> torch.Tensor:
+    """Columns in slot order to columns in natural order, fp32, without padding."""
+    slot_of_column = torch.tensor(order).argsort().tolist()
+    return x.float().unflatten(1, (-1, 64))[:, :, slot_of_column].flatten(1)[:, :columns]
+
+
 def check(w: ExpertWeights, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, config: object = None, offset: int = 0) -> torch.Tensor:
     """Compare with the reference; the output starts as NaN."""
     from halfbyte.kernels.gluon_sm90.fused_moe import fused_moe

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import assert_close_rel, assert_equal_bits, relative_errors
-from test_fused_moe_hopper import ACTIVATIONS, configs, make_experts, make_tokens, pytestmark  # noqa: F401
+from test_fused_moe_hopper import ACTIVATIONS, configs, make_experts, make_tokens, natural, pytestmark  # noqa: F401
 
 import halfbyte as hb
 from halfbyte.checkpoint.experts import GPT_OSS_SWIGLU, SWIGLU, ExpertWeights
@@ -53,12 +53,6 @@ def check(w: ExpertWeights, x: torch.Tensor, ids: torch.Tensor, weights: torch.T
     return out
 
 
-def natural(x: torch.Tensor, columns: int) -> torch.Tensor:
-    """Columns in slot order to columns in natural order, fp32, without padding."""
-    slot_of_column = torch.tensor(SLOT_TO_COLUMN).argsort().tolist()
-    return x.float().unflatten(1, (-1, 64))[:, :, slot_of_column].flatten(1)[:, :columns]
-
-
 @pytest.mark.parametrize("name", ["tiny", "large", "huge"])
 @pytest.mark.parametrize("format", [hb.NVFP4, hb.MXFP4], ids=repr)
 @pytest.mark.parametrize(("activations", "static"), CASES, ids=CASE_IDS)
@@ -85,7 +79,7 @@ def test_each_product_on_every_tail(name: str, format: hb.BlockFormat, activatio
     scale13, scale2 = (None if scale is None else scale.max() for scale in (w.w13_input_scale, w.w2_input_scale))
     x_seen, h_seen = (
         round_trip(tokens, activations, scale13)[items.token_of_row.long()],
-        round_trip(natural(h, intermediate).bfloat16(), activations, scale2),
+        round_trip(natural(h, SLOT_TO_COLUMN, intermediate).bfloat16(), activations, scale2),
     )
     expert_of_row = ids.flatten().sort().values
     w13, w2 = w.w13.dequantize(torch.float32), w.w2.dequantize(torch.float32)
@@ -95,7 +89,7 @@ def test_each_product_on_every_tail(name: str, format: hb.BlockFormat, activatio
         bias13, bias2 = (0 if bias is None else bias[expert].double() for bias in (w.w13_bias, w.w2_bias))
         expected_h[rows] = activate(x_seen[rows].double() @ w13[expert].double().T + bias13, w.activation).float()
         expected_y[rows] = (h_seen[rows].double() @ w2[expert].double().T + bias2).float()
-    assert_close_rel(natural(h, intermediate), expected_h)
+    assert_close_rel(natural(h, SLOT_TO_COLUMN, intermediate), expected_h)
     assert_close_rel(y[0], expected_y)
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import assert_close_rel, assert_equal_bits, relative_errors
-from test_fused_moe_hopper import ACTIVATIONS, check_graph, make_experts, make_tokens, pytestmark  # noqa: F401
+from test_fused_moe_hopper import ACTIVATIONS, check_graph, make_experts, make_tokens, natural, pytestmark  # noqa: F401
 
 import halfbyte as hb
 from halfbyte.bench.gate import FP8_GLOBAL_LIMIT, FP8_TOKEN_LIMIT
@@ -43,12 +43,6 @@ def check(w: ExpertWeights, x: torch.Tensor, ids: torch.Tensor, weights: torch.T
     expected = reference(x, fp8_values(w) if is_fp8 else w, ids, weights, activations="fp8", expert_offset=offset)
     assert_close_rel(out, expected, **(LAYER if is_fp8 else {}))
     return out
-
-
-def natural(x: torch.Tensor, order: tuple[int, ...], columns: int) -> torch.Tensor:
-    """Columns in slot order to columns in natural order, fp32, without padding."""
-    slot_of_column = torch.tensor(order).argsort().tolist()
-    return x.float().unflatten(1, (-1, 64))[:, :, slot_of_column].flatten(1)[:, :columns]
 
 
 @pytest.mark.parametrize("name", FP8_CONFIGS)

@@ -1,22 +1,16 @@
-"""The portable Triton MoE against the reference: interpreted on a CPU (in one subprocess, see `test_interpreted`), compiled without a GPU, on a GPU.
-
-Triton decides at import whether kernels are interpreted, hence the subprocess: it runs this file again with TRITON_INTERPRET=1.
-"""
+"""The portable Triton MoE against the reference: interpreted on a CPU (see `test_interpreted`), compiled without a GPU, on a GPU."""
 
 from __future__ import annotations
 
 import itertools
-import os
 import re
-import subprocess
-import sys
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 from compile_only import SHARED_LIMIT, compiling
 from helpers import assert_close_rel, assert_equal_bits
+from interpreted import DEVICE, INTERPRETED, gpu_only, not_interpreted, numeric, run_interpreted
 
 import halfbyte as hb
 from halfbyte.checkpoint.experts import DEEPSEEK_V4_SWIGLU, GEGLU, GEGLU_TANH, GPT_OSS_SWIGLU, RELU2, SWIGLU, Activation, ExpertWeights
@@ -29,27 +23,12 @@ from halfbyte.kernels.triton.encode_rows import encode_rows
 from halfbyte.kernels.triton.fused_moe import fused_moe, sort_by_expert
 from halfbyte.kernels.triton.grouped_gemm_w4a16 import choose_config, compute_dtype, grouped_gemm_w4a16, row_block_bound
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-HAS_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if HAS_GPU and not INTERPRETED else "cpu"
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # Interpreted bf16 stores truncate (Triton 3.9), so the interpreter checks fp16 and fp32 tightly and bf16 by the general rule.
 TOLERANCE = {BF16: (1e-2, 5e-3), FP16: (2e-3, 1e-3), FP32: (1e-4, 1e-4)}
 EXPERTS, TOP_K = 5, 3
 # Hidden and intermediate size: small, for the interpreter; multiples neither of a tile's 64 columns nor (but for MXFP4 in fp32) of its 32 or 64 k.
 SIZES = {hb.NVFP4: (48, 80), hb.MXFP4: (32, 96)}
-
-
-def numeric(test: Callable) -> Callable:
-    """Runs interpreted and on a GPU."""
-    return pytest.mark.gpu(pytest.mark.skipif(not (INTERPRETED or HAS_GPU), reason="no CUDA GPU (test_interpreted runs these on the CPU)")(test))
-
-
-def gpu_only(test: Callable) -> Callable:
-    return pytest.mark.gpu(pytest.mark.skipif(INTERPRETED or not HAS_GPU, reason="no CUDA GPU")(test))
-
-
-not_interpreted = pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
 
 
 @pytest.fixture(autouse=True)
@@ -333,10 +312,7 @@ def test_cuda_graph_and_no_synchronisation():
 @not_interpreted
 def test_interpreted():
     """Every numeric test above, in Triton's interpreter."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")} | {"TRITON_INTERPRET": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode == 0 and re.search(r"\b[45]\d passed", result.stdout), result.stdout + result.stderr
+    assert 40 <= run_interpreted(__file__, timeout_s=300) < 60
 
 
 @pytest.mark.parametrize("num_experts", [3, 0])

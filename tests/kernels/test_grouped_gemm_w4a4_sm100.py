@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
 from compile_only import SHARED_LIMIT, compiling
 from helpers import assert_close_rel
+from interpreted import run_interpreted_script
 from triton.runtime.interpreter import InterpreterBuilder
 
 import halfbyte as hb
@@ -44,10 +42,7 @@ def test_compiles_to_block_scaled_mma(format, kind, columns, k):
 
 @pytest.mark.skipif(not hasattr(InterpreterBuilder, "create_dot_scaled"), reason="the interpreter of this Triton has no dot_scaled (3.9 has)")
 def test_interpreted():
-    """`python this_file` under TRITON_INTERPRET=1."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    result = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
+    run_interpreted_script(__file__, timeout_s=120)
 
 
 def check_mxfp4() -> None:
@@ -72,3 +67,4 @@ def test_config():
 
 if __name__ == "__main__":
     check_mxfp4()
+    print("ok")

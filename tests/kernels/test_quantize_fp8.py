@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import os
-import re
-import subprocess
-import sys
 
 import pytest
 import torch
 from compile_only import compiling
 from helpers import assert_equal_bits
+from interpreted import DEVICE, gpu_only, not_interpreted, numeric, run_interpreted
 
 import halfbyte as hb
 from halfbyte.errors import InputError
@@ -20,19 +17,10 @@ from halfbyte.formats.fp8_tensor import quantize_fp8 as reference
 from halfbyte.kernels.triton.quantize_fp8 import quantize_fp8
 from halfbyte.weights.layouts.hopper import SLOT_TO_COLUMN
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-HAS_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if HAS_GPU and not INTERPRETED else "cpu"
 CASES = [("token", "linear", "natural"), ("token", "linear", "hopper"), ("block", "linear", "natural"), ("block", "linear", "hopper")]
 CASES += [("mx", layout, "natural") for layout in ("linear", "128x4", "8x4")]
 DTYPES = (torch.bfloat16, torch.float16)
-not_interpreted = pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
 every_case = pytest.mark.parametrize(("scaling", "layout", "order"), CASES)
-
-
-def numeric(test):
-    """Runs interpreted and on a GPU."""
-    return pytest.mark.gpu(pytest.mark.skipif(not (INTERPRETED or HAS_GPU), reason="no CUDA GPU (test_interpreted runs these on the CPU)")(test))
 
 
 def rows_of(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -134,8 +122,7 @@ def test_compiles(scaling, layout, order):
         assert ("cvt.rn.satfinite.e4m3x2" in launched[0].ptx) == (capability >= 89)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETED or not HAS_GPU, reason="no CUDA GPU")
+@gpu_only
 @every_case
 def test_matrix_on_a_gpu(scaling, layout, order):
     for num_rows, width, dtype in itertools.product((1, 127, 129), (128, 2944, 4096, 7168, 16384), DTYPES):
@@ -147,7 +134,4 @@ def test_matrix_on_a_gpu(scaling, layout, order):
 @not_interpreted
 def test_interpreted():
     """Everything marked `numeric`, on the CPU."""
-    command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "gpu", __file__]
-    result = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
-    assert int(re.search(r"(\d+) passed", result.stdout)[1]) == 28, result.stdout[-2000:]
+    assert run_interpreted(__file__, timeout_s=300) == 28

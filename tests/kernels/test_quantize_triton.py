@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
-import subprocess
-import sys
-from collections.abc import Callable
 
 import pytest
 import torch
 from compile_only import compiling
 from helpers import assert_equal_bits
+from interpreted import DEVICE, INTERPRETED, gpu_only, not_interpreted, numeric, run_interpreted
 
 import halfbyte as hb
 from halfbyte.checkpoint.experts import GPT_OSS_SWIGLU, RELU2, SWIGLU
@@ -25,24 +22,9 @@ from halfbyte.kernels.table import Problem, obstacles
 from halfbyte.kernels.triton.quantize import choose_config, programs_per_sm, quantize
 from halfbyte.kernels.triton.quantize import quantize_experts as kernel_quantize_experts
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-HAS_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if HAS_GPU and not INTERPRETED else "cpu"
 NAN, INF = float("nan"), float("inf")
 LAYOUTS = ("linear", "128x4", "8x4")
 DTYPES = (torch.bfloat16, torch.float16)
-
-
-def numeric(test: Callable) -> Callable:
-    """Runs interpreted and on a GPU."""
-    return pytest.mark.gpu(pytest.mark.skipif(not (INTERPRETED or HAS_GPU), reason="no CUDA GPU (test_interpreted runs these on the CPU)")(test))
-
-
-def on_gpu(test: Callable) -> Callable:
-    return pytest.mark.gpu(pytest.mark.skipif(INTERPRETED or not HAS_GPU, reason="no CUDA GPU")(test))
-
-
-not_interpreted = pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
 
 
 def rows_of(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> torch.Tensor:
@@ -387,7 +369,7 @@ def test_compiles_with_an_activation_or_a_norm(format, dtype):
     assert all(compiled.registers <= 128 and compiled.spill_bytes <= 64 for compiled in launched)
 
 
-@on_gpu
+@gpu_only
 @pytest.mark.parametrize("width", [64, 96, 1536, 2880, 4096, 7168, 16384])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("format", [hb.NVFP4, hb.MXFP4])
@@ -397,7 +379,7 @@ def test_matrix_on_a_gpu(format, layout, width):
             check(rows_of(num_rows, width, dtype=dtype) if num_rows else torch.empty(0, width, dtype=dtype), format, scale_layout=layout)
 
 
-@on_gpu
+@gpu_only
 def test_every_bf16_value_on_a_gpu():
     values = torch.arange(65536, dtype=torch.int32).to(torch.int16)
     for dtype in DTYPES:
@@ -409,7 +391,7 @@ def test_every_bf16_value_on_a_gpu():
             check(x, hb.MXFP4, scale_rule=rule)
 
 
-@on_gpu
+@gpu_only
 def test_reciprocals_on_a_gpu():
     """All block scales of 4,096 global scales with random mantissas, in blocks whose elements are near every tie."""
     scales = torch.rand(4096, generator=torch.Generator().manual_seed(3)) + 0.5
@@ -419,7 +401,7 @@ def test_reciprocals_on_a_gpu():
     check(x.half(), hb.NVFP4, scales)
 
 
-@on_gpu
+@gpu_only
 @pytest.mark.parametrize("scan", [True, False])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("counts", [[300], [0, 1, 127, 128, 129, 0], [3] * 257, [0] * 100 + [2000] + [0] * 155, [17] * 33], ids=lambda c: f"{len(c)}")
@@ -429,7 +411,7 @@ def test_experts_on_a_gpu(counts, layout, scan):
     check_experts(counts, 64, hb.NVFP4, layout, scan, dtype=torch.float16)
 
 
-@on_gpu
+@gpu_only
 def test_repeats_bit_for_bit():
     x, offsets = rows_of(5000, 4096).cuda(), offsets_of([20] * 250).cuda()
     scales = torch.rand(250, device="cuda") + 0.1
@@ -441,7 +423,7 @@ def test_repeats_bit_for_bit():
         assert torch.equal(first.scales[:rows].view(torch.uint8), again.scales[:rows].view(torch.uint8))
 
 
-@on_gpu
+@gpu_only
 @pytest.mark.parametrize("num_experts", [8, 300])
 def test_replays_in_a_cuda_graph_with_other_offsets(num_experts):
     x, scales = rows_of(1024, 2048).cuda(), torch.rand(num_experts).cuda() + 0.1
@@ -464,7 +446,4 @@ def test_replays_in_a_cuda_graph_with_other_offsets(num_experts):
 @not_interpreted
 def test_interpreted():
     """Everything marked `numeric`, on the CPU."""
-    command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "gpu", __file__]
-    result = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
-    assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 35, result.stdout[-2000:]
+    assert run_interpreted(__file__, timeout_s=300) > 35

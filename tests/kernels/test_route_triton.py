@@ -1,20 +1,16 @@
-"""The Triton `route` against the reference: interpreted on a CPU (in one subprocess, see the last test), compiled without a GPU, and on a GPU.
-
-Triton decides at import whether kernels are interpreted, hence the subprocess: it runs this file again with TRITON_INTERPRET=1.
-"""
+"""The Triton `route` against the reference: interpreted on a CPU (see the last test), compiled without a GPU, and on a GPU."""
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 
 import pytest
 import torch
 import triton
 from compile_only import compile_for, compiling
+from interpreted import DEVICE, HAS_GPU, gpu_only, not_interpreted, numeric, run_interpreted
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -24,20 +20,8 @@ from halfbyte.kernels.reference.routing import route as reference_route
 from halfbyte.kernels.table import CANDIDATES, Problem, obstacles
 from halfbyte.kernels.triton.route import RULES, choose_config, route, route_kernel
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-HAS_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if HAS_GPU and not INTERPRETED else "cpu"
 BIASED = [method for method, rule in METHODS.items() if rule.has_bias]
 NAN, INF = float("nan"), float("inf")
-
-
-def numeric(test: Callable) -> Callable:
-    """Runs interpreted and on a GPU."""
-    return pytest.mark.gpu(pytest.mark.skipif(not (INTERPRETED or HAS_GPU), reason="no CUDA GPU (test_interpreted runs these on the CPU)")(test))
-
-
-gpu_only = pytest.mark.skipif(INTERPRETED or not HAS_GPU, reason="no CUDA GPU")
-not_interpreted = pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
 
 
 def logits_of(num_tokens: int, num_experts: int, seed: int = 0) -> torch.Tensor:
@@ -266,7 +250,6 @@ def test_compile_for_takes_gluon_kernels_and_leaves_no_driver_behind():
     assert route_kernel.device_caches.get(0) is None or HAS_GPU
 
 
-@pytest.mark.gpu
 @gpu_only
 @pytest.mark.parametrize("num_tokens", [1, 33, 4096])
 @pytest.mark.parametrize(
@@ -285,7 +268,6 @@ def test_large_on_a_gpu(num_tokens, num_experts, top_k, method, groups):
         check(logits_of(num_tokens, num_experts).to(dtype), top_k, method, bias, num_groups=groups[0], top_k_groups=groups[1])
 
 
-@pytest.mark.gpu
 @gpu_only
 def test_the_public_function_uses_it_on_a_gpu():
     logits = logits_of(9, 128)
@@ -293,7 +275,6 @@ def test_the_public_function_uses_it_on_a_gpu():
     assert all(torch.equal(a, b) for a, b in zip(routing, route(logits.cuda(), 8, "renormalize"), strict=True))
 
 
-@pytest.mark.gpu
 @gpu_only
 def test_replays_in_a_cuda_graph_with_other_logits():
     logits, bias = logits_of(33, 256).cuda(), bias_of(256).cuda()
@@ -314,7 +295,4 @@ def test_replays_in_a_cuda_graph_with_other_logits():
 @not_interpreted
 def test_interpreted():
     """Everything marked `numeric`, on the CPU."""
-    command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "gpu", __file__]
-    result = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
-    assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 100, result.stdout[-2000:]
+    assert run_interpreted(__file__, timeout_s=300) > 100

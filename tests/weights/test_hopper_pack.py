@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import assert_equal_bits
+from interpreted import run_interpreted_script
 from random_experts import make_experts
 
 import halfbyte as hb
@@ -46,11 +44,7 @@ def packed_on_cpu(w: ExpertWeights) -> hopper.HopperExperts:
 
 
 def test_interpreted_kernels_write_the_bytes_of_the_torch_code() -> None:
-    script = Path(__file__).with_name("interpreted_pack.py")
-    path = os.pathsep.join([str(script.parent), str(script.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    result = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0 and result.stdout.strip() == "ok", result.stderr[-2000:]
+    run_interpreted_script(Path(__file__).with_name("interpreted_pack.py"), timeout_s=600)
 
 
 @pytest.mark.parametrize("capability", [80, 90])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,19 @@ class PrepareRow:
     copy_fraction: float | None = None
     extra_bytes: int | None = None
     speedup: float | None = None
+
+    def __str__(self) -> str:
+        time = self.status if self.ms is None else f"{self.ms:.2f} ms"
+        return f"{self.shape} {self.format}, {self.num_experts} experts, {self.method}: {time}"
+
+
+@dataclass(frozen=True)
+class PrepareRecord:
+    """A row with the environment and the copy bandwidth of its run: one line of a results file."""
+
+    environment: dict[str, Any]
+    copy_gbps: float
+    row: PrepareRow
 
 
 @dataclass(frozen=True)
@@ -116,14 +129,17 @@ def bench_prepare(name: str, weights: ExpertWeights, layout: str, copy_gbps: flo
         del given, copies
 
 
-def render(rows: list[PrepareRow]) -> str:
-    """A table in Markdown."""
+def render(records: Sequence[PrepareRecord]) -> str:
+    """A Markdown table under a heading about the run."""
 
     def cell(value: float | None, text: str) -> str:
         return "-" if value is None else text.format(value)
 
-    lines = ["| way | experts | ms | GB/s | of copy | extra MiB | speed-up |", "|---|---|---|---|---|---|---|"]
-    for row in rows:
+    first = records[0]
+    layer = f"{first.row.shape} {first.row.format.upper()}, layout {first.row.layout}"
+    lines = [f"### {layer}: {first.environment['device']}, copies {first.copy_gbps:.4g} GB/s", ""]
+    lines += ["| way | experts | ms | GB/s | of copy | extra MiB | speed-up |", "|---|---|---|---|---|---|---|"]
+    for row in (record.row for record in records):
         cells = (
             row.method,
             str(row.num_experts),

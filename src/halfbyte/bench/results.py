@@ -21,6 +21,7 @@ from halfbyte.bench.gate import GLOBAL_LIMIT
 from halfbyte.errors import InputError
 
 if TYPE_CHECKING:
+    from halfbyte.bench.prepare import PrepareRecord
     from halfbyte.bench.quantize import QuantizeRecord
 
 Status = Literal["ok", "refused", "skipped"]
@@ -104,7 +105,7 @@ def environment(device: torch.device, command: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def append(file: Path, record: Record | QuantizeRecord, benchmark: str = "moe") -> None:
+def append(file: Path, record: Record | PrepareRecord | QuantizeRecord, benchmark: str = "moe") -> None:
     """Add one line to a results file; what is there stays."""
     document = {"benchmark": benchmark, **asdict(record)}
     with file.open("a") as stream:

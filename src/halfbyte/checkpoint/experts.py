@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -57,7 +57,7 @@ class ExpertWeights:
 
     w13: QuantTensor | torch.Tensor
     w2: QuantTensor | torch.Tensor
-    activation: Activation = SWIGLU
+    activation: Activation = field(default_factory=Activation)  # SWIGLU; torch 2.11 compiles no constructor with an object as its default
     w13_bias: torch.Tensor | None = None
     w2_bias: torch.Tensor | None = None
     w13_input_scale: torch.Tensor | None = None

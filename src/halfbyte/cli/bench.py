@@ -28,4 +28,7 @@ def run(args: argparse.Namespace) -> int:
         prog=f"halfbyte bench {args.benchmark}", description=module.HELP, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     module.add_arguments(parser)
-    return module.run(parser.parse_args(args.arguments))
+    try:
+        return module.run(parser.parse_args(args.arguments))
+    except argparse.ArgumentError as error:  # arguments that contradict each other
+        parser.error(str(error))

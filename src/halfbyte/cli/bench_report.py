@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from halfbyte.cli.bench import BENCHMARKS
+from halfbyte.cli.bench_options import file_to_write
 
 HELP = BENCHMARKS["report"]
 
@@ -13,7 +14,7 @@ HELP = BENCHMARKS["report"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE.jsonl", help="results, the oldest first")
     parser.add_argument("--all", action="store_true", help="every run; otherwise the last one of each device, layer, format and routing")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="plot the share of the floor over tokens")
+    parser.add_argument("--plot", type=file_to_write, metavar="FILE.png", help="plot the share of the floor over tokens")
 
 
 def run(args: argparse.Namespace) -> int:

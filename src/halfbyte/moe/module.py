@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,10 @@ class MoE(torch.nn.Module):
         logits = product(hidden.float(), self.router.weight.float())
         if self.router.logit_bias is not None:
             logits = logits + self.router.logit_bias.float()
-        return route(logits, bias=self.router.correction_bias, **asdict(self.router.rule))
+        rule = self.router.rule
+        # Not by asdict: on Python 3.11 it deep-copies strings, which torch.compile of torch 2.11 refuses.
+        arguments = {field.name: getattr(rule, field.name) for field in fields(rule)}
+        return route(logits, bias=self.router.correction_bias, **arguments)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [..., H] bf16, fp16 or fp32 to the same shape and dtype."""

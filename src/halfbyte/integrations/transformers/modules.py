@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import itertools
 from collections.abc import Iterator
@@ -76,7 +77,7 @@ def pack_experts(module: ExpertsModule, format: BlockFormat, packed: dict[str, P
         delattr(module, projection)
         _register(module, projection, projection, format, (experts, rows, columns), groups, packed[projection])
     module.register_state_dict_post_hook(_save_canonical)
-    module.register_load_state_dict_pre_hook(lambda module, *_: restore_canonical(module))
+    module.register_load_state_dict_pre_hook(_load_canonical)
 
 
 def _check_complete(parameter: PackedParameter | None, tensors: int, where: str) -> None:
@@ -191,14 +192,18 @@ def _compiled_forward(module: ExpertsModule, hidden: torch.Tensor, ids: torch.Te
     if state.prepared_for == _circumstances(module, hidden.device):
         description, layout = state.prepared.description, state.prepared.layout
     else:
-        description, layout = _prepare_while_tracing(module)
+        description, layout = _prepare_while_tracing(id(module))
     tensors = expert_weights(module).tensors if layout == "canonical" else _packed_tensors(module)
     return torch.ops.halfbyte.fused_moe(hidden, list(tensors.values()), description, layout, ids, weights, state.activations, 0, None, False)
 
 
 @torch.compiler.assume_constant_result
-def _prepare_while_tracing(module: ExpertsModule) -> tuple[str, str]:
-    """Run by torch.compile, which ties the graph to this one module then; one prepared before can share its graph with its like."""
+def _prepare_while_tracing(address: int) -> tuple[str, str]:
+    """Run by torch.compile, which ties the graph to the one module with this id; those prepared before can share a graph with their like.
+
+    The id stands for the module, which is alive and which torch 2.11 cannot pass to a function that it runs while tracing.
+    """
+    module = ctypes.cast(address, ctypes.py_object).value
     prepared = _prepared(module)
     return prepared.description, prepared.layout
 
@@ -285,6 +290,10 @@ def _canonical_parameters(module: ExpertsModule, packed: PreparedExperts) -> dic
 def _save_canonical(module: ExpertsModule, state_dict: dict[str, torch.Tensor], prefix: str, _: object) -> None:
     if module.halfbyte.replaced:
         state_dict.update({prefix + name: tensor for name, tensor in _canonical_parameters(module, _packed(module)).items()})
+
+
+def _load_canonical(module: ExpertsModule, *_: object) -> None:
+    restore_canonical(module)
 
 
 def _buffer_name(name: str) -> str:

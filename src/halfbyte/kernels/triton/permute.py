@@ -1,4 +1,4 @@
-"""Rows sorted by expert, and the work list of the grouped GEMMs, in one launch without host synchronisation.
+"""Rows sorted by expert, and the work list of the grouped GEMMs, without host synchronisation.
 
     ids            [T * k] int32: expert of each slot; outside expert_offset .. expert_offset + E: not held here
     token_of_row   [T * k] int32: slot // k of the slots sorted by expert, ascending inside an expert (so the result is the same in every run)
@@ -6,9 +6,9 @@
     items          [max_items, 4] int32: expert, first row, number of rows, 0; `max_rows` rows at most
     num_items      [1] int32
 
-Program e counts the slots of expert e and of those before it, then writes the rows of its own: every program reads all ids (L2 serves them), none
-waits for another. The program that finishes last, found by a counter, lays out the items; few slots (SINGLE) every program counts for all experts,
-and lays out its own items. An expert with more than `max_rows` rows is cut into equal items. Where there is a choice of tiles, larger items come
+Few slots take one launch: every program, one an expert, counts for all experts and lays out its own items. Many take two: `_count` finds the rank of
+every slot among those of its expert in a chunk of slots, and `_place` adds what comes before. No atomics, no program waits for another.
+An expert with more than `max_rows` rows is cut into equal items. Where there is a choice of tiles, larger items come
 first: what the persistent GEMMs do last is then small.
 """
 
@@ -23,6 +23,7 @@ from triton.language.extra.cuda import gdc
 
 ITEM_ALIGNMENT = 16  # cut experts at multiples of this many rows
 MAX_SINGLE_SLOTS = 1024
+CHUNK = 512
 MAX_ORDERED_ITEMS = 65535  # of each of the four sizes that items are ordered by: their counts share a word of 64 bits
 
 
@@ -45,14 +46,14 @@ def max_items(num_slots: int, num_experts: int, max_rows: int) -> int:
 
 
 def variant(num_slots: int, num_experts: int, max_rows: int) -> tuple[bool, bool, int]:
-    """Which of the compiled kernels sorts these slots: ORDERED, SINGLE and BLOCK.
+    """Which of the compiled kernels sort these slots: ordered items or not, in a single launch or two, and the slots of a program.
 
     >>> variant(8, 256, 8), variant(65536, 256, 192)
-    ((False, True, 256), (True, False, 2048))
+    ((False, True, 256), (True, False, 512))
     """
     ordered = max_rows > ITEM_ALIGNMENT and max_items(num_slots, num_experts, max_rows) <= MAX_ORDERED_ITEMS
     single = num_slots <= MAX_SINGLE_SLOTS
-    return ordered, single, max(256, triton.next_power_of_2(num_slots)) if single else 2048
+    return ordered, single, max(256, triton.next_power_of_2(num_slots)) if single else CHUNK
 
 
 @triton.jit
@@ -84,68 +85,97 @@ def _items_of(counts, MAX_ROWS: tl.constexpr, ALIGNMENT: tl.constexpr, ORDERED: 
 
 @triton.jit(do_not_specialize=["num_slots", "expert_offset"])
 def _permute(
-    ids_ptr, token_of_row_ptr, row_of_slot_ptr, count_ptr, start_ptr, items_ptr, num_items_ptr, arrivals_ptr, num_slots, expert_offset,
+    ids_ptr, token_of_row_ptr, row_of_slot_ptr, items_ptr, num_items_ptr, num_slots, expert_offset,
     NUM_EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr, TOP_K: tl.constexpr, MAX_ROWS: tl.constexpr, ALIGNMENT: tl.constexpr,
-    ORDERED: tl.constexpr, SINGLE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    ORDERED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """At most BLOCK slots, a program an expert."""
     expert = tl.program_id(0)
-    lane = tl.arange(0, BLOCK)
+    slot = tl.arange(0, BLOCK)
     experts = tl.arange(0, EXPERTS_PADDED)
     if PDL:
         gdc.gdc_wait()
         gdc.gdc_launch_dependents()
-    local = _local_experts(ids_ptr, lane, num_slots, expert_offset)
-    if SINGLE:
-        counts = tl.histogram(local, EXPERTS_PADDED, mask=(local >= 0) & (local < NUM_EXPERTS))
-        start = tl.sum(tl.where(experts < expert, counts, 0))
-        count = tl.sum(tl.where(experts == expert, counts, 0))
+    local = _local_experts(ids_ptr, slot, num_slots, expert_offset)
+    held = (local >= 0) & (local < NUM_EXPERTS)
+    counts = tl.histogram(local, EXPERTS_PADDED, mask=held)
+    start = tl.sum(tl.where(experts < expert, counts, 0))
+    count = tl.sum(tl.where(experts == expert, counts, 0))
+    pieces, size, item = _items_of(counts, MAX_ROWS, ALIGNMENT, ORDERED)
+    my_size = tl.sum(tl.where(experts == expert, size, 0))
+    entry = items_ptr + tl.sum(tl.where(experts == expert, item, 0)) * 4
+    for first_row in range(0, count, my_size):
+        tl.store(entry, expert)
+        tl.store(entry + 1, start + first_row)
+        tl.store(entry + 2, tl.minimum(my_size, count - first_row))
+        entry += 4
+    mine = local == expert
+    row = start + tl.cumsum(mine.to(tl.int32)) - 1
+    tl.store(token_of_row_ptr + row, slot // TOP_K, mask=mine)
+    tl.store(row_of_slot_ptr + slot, row, mask=mine)
+    if expert == 0:
+        tl.store(num_items_ptr, tl.sum(pieces))
+        tl.store(row_of_slot_ptr + slot, tl.full((BLOCK,), -1, tl.int32), mask=(slot < num_slots) & (held == 0))
+
+
+@triton.jit(do_not_specialize=["num_slots", "expert_offset"])
+def _count(
+    ids_ptr, rank_ptr, counts_ptr, num_slots, expert_offset,
+    NUM_EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr, CHUNK: tl.constexpr, OTHERS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Of every slot of a chunk: how many before it in the chunk have its expert. Of every expert: how many slots of the chunk."""
+    begin = tl.program_id(0) * CHUNK
+    lane = tl.arange(0, CHUNK)
+    if PDL:
+        gdc.gdc_wait()
+        gdc.gdc_launch_dependents()
+    local = _local_experts(ids_ptr, begin + lane, num_slots, expert_offset)
+    rank = tl.zeros((CHUNK,), tl.int32)
+    for first in range(0, CHUNK, OTHERS):
+        other = first + tl.arange(0, OTHERS)
+        other_local = _local_experts(ids_ptr, begin + other, num_slots, expert_offset)
+        rank += tl.sum(((local[:, None] == other_local[None, :]) & (other[None, :] < lane[:, None])).to(tl.int32), 1)
+    tl.store(rank_ptr + begin + lane, rank, mask=begin + lane < num_slots)
+    counts = tl.histogram(local, EXPERTS_PADDED, mask=(local >= 0) & (local < NUM_EXPERTS))
+    tl.store(counts_ptr + tl.program_id(0) * EXPERTS_PADDED + tl.arange(0, EXPERTS_PADDED), counts)
+
+
+@triton.jit(do_not_specialize=["num_slots", "expert_offset"])
+def _place(
+    ids_ptr, counts_ptr, token_of_row_ptr, row_of_slot_ptr, items_ptr, num_items_ptr, num_slots, expert_offset,
+    NUM_EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr, TOP_K: tl.constexpr, MAX_ROWS: tl.constexpr, ALIGNMENT: tl.constexpr,
+    ORDERED: tl.constexpr, CHUNK: tl.constexpr, CHUNKS_READ: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Ranks, in row_of_slot, to rows: a program a chunk, each of which adds up the counts of all chunks. The first one lays out the items."""
+    chunk = tl.program_id(0)
+    experts = tl.arange(0, EXPERTS_PADDED)
+    if PDL:
+        gdc.gdc_wait()
+        gdc.gdc_launch_dependents()
+    counts = tl.zeros((EXPERTS_PADDED,), tl.int32)
+    counts_before = tl.zeros((EXPERTS_PADDED,), tl.int32)
+    for first in range(0, tl.num_programs(0), CHUNKS_READ):
+        other = first + tl.arange(0, CHUNKS_READ)[:, None]
+        of_chunk = tl.load(counts_ptr + other * EXPERTS_PADDED + experts[None, :], mask=other < tl.num_programs(0), other=0)
+        counts += tl.sum(of_chunk, 0)
+        counts_before += tl.sum(tl.where(other < chunk, of_chunk, 0), 0)
+    start = tl.cumsum(counts) - counts
+    slot = chunk * CHUNK + tl.arange(0, CHUNK)
+    local = _local_experts(ids_ptr, slot, num_slots, expert_offset)
+    held = (local >= 0) & (local < NUM_EXPERTS)
+    rank = tl.load(row_of_slot_ptr + slot, mask=slot < num_slots, other=0)
+    row = rank + tl.gather(start + counts_before, tl.where(held, local, 0), 0)
+    tl.store(row_of_slot_ptr + slot, tl.where(held, row, -1), mask=slot < num_slots)
+    tl.store(token_of_row_ptr + row, slot // TOP_K, mask=held)
+    if chunk == 0:
         pieces, size, item = _items_of(counts, MAX_ROWS, ALIGNMENT, ORDERED)
-        my_size = tl.sum(tl.where(experts == expert, size, 0))
-        entry = items_ptr + tl.sum(tl.where(experts == expert, item, 0)) * 4
-        for first_row in range(0, count, my_size):
-            tl.store(entry, expert)
-            tl.store(entry + 1, start + first_row)
-            tl.store(entry + 2, tl.minimum(my_size, count - first_row))
-            entry += 4
-        if expert == 0:
-            tl.store(num_items_ptr, tl.sum(pieces))
-    else:
-        seen = tl.zeros((BLOCK,), tl.int32)  # smaller experts, and in the upper half equal ones: a lane sees less than 2^15 slots
-        for first in range(0, num_slots, BLOCK):
-            upcoming = _local_experts(ids_ptr, first + BLOCK + lane, num_slots, expert_offset)
-            seen += tl.where((local >= 0) & (local < expert), 1, tl.where(local == expert, 65536, 0))
-            local = upcoming
-        start = tl.sum(seen & 0xFFFF)
-        count = tl.sum(seen >> 16)
-        local = _local_experts(ids_ptr, lane, num_slots, expert_offset)
-    row = start
-    for first in range(0, num_slots, BLOCK):
-        upcoming = _local_experts(ids_ptr, first + BLOCK + lane, num_slots, expert_offset)
-        slot = first + lane
-        mine = local == expert
-        through = tl.cumsum(mine.to(tl.int32))
-        tl.store(token_of_row_ptr + row + through - 1, slot // TOP_K, mask=mine)
-        tl.store(row_of_slot_ptr + slot, row + through - 1, mask=mine)
-        if expert == 0:
-            tl.store(row_of_slot_ptr + slot, tl.full((BLOCK,), -1, tl.int32), mask=((local < 0) | (local >= NUM_EXPERTS)) & (slot < num_slots))
-        row += tl.max(through)
-        local = upcoming
-    if not SINGLE:
-        tl.store(count_ptr + expert, count)
-        tl.store(start_ptr + expert, start)
-        tl.debug_barrier()
-        arrived = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel")
-        if arrived == NUM_EXPERTS - 1:
-            counts = tl.load(count_ptr + experts, mask=experts < NUM_EXPERTS, other=0, volatile=True)
-            starts = tl.load(start_ptr + experts, mask=experts < NUM_EXPERTS, other=0, volatile=True)
-            pieces, size, item = _items_of(counts, MAX_ROWS, ALIGNMENT, ORDERED)
-            tl.store(num_items_ptr, tl.sum(pieces))
-            for piece in range(0, tl.max(pieces)):
-                entry = items_ptr + (item + piece) * 4
-                is_item = piece < pieces
-                tl.store(entry, experts, mask=is_item)
-                tl.store(entry + 1, starts + piece * size, mask=is_item)
-                tl.store(entry + 2, tl.minimum(size, counts - piece * size), mask=is_item)
+        tl.store(num_items_ptr, tl.sum(pieces))
+        for piece in range(0, tl.max(pieces)):
+            entry = items_ptr + (item + piece) * 4
+            is_item = piece < pieces
+            tl.store(entry, experts, mask=is_item)
+            tl.store(entry + 1, start + piece * size, mask=is_item)
+            tl.store(entry + 2, tl.minimum(size, counts - piece * size), mask=is_item)
 
 
 def permute(ids: torch.Tensor, expert_offset: int, num_experts: int, max_rows: int, *, launch_early: bool = False) -> Items:
@@ -159,17 +189,25 @@ def permute(ids: torch.Tensor, expert_offset: int, num_experts: int, max_rows: i
     """
     num_slots, device = ids.numel(), ids.device
     ordered, single, block = variant(num_slots, num_experts, max_rows)
-    aligned_slots, aligned_experts = (-(-size // 4) * 4 for size in (num_slots, num_experts))  # 16 bytes: Triton compiles anew for other pointers
-    sizes = [aligned_slots, aligned_slots, aligned_experts, aligned_experts, 4]
-    token_of_row, row_of_slot, count, start, num_items = torch.empty(sum(sizes), dtype=torch.int32, device=device).split(sizes)
+    aligned_slots = -(-num_slots // 4) * 4  # 16 bytes: Triton compiles anew for other pointers
+    token_of_row, row_of_slot, num_items = torch.empty(2 * aligned_slots + 4, dtype=torch.int32, device=device).split([aligned_slots, aligned_slots, 4])
     items = torch.empty((max_items(num_slots, num_experts, max_rows), 4), dtype=torch.int32, device=device)
-    # A new counter each time: one kept between calls would be shared by CUDA graphs that run at the same time.
-    arrivals = ids if single else torch.zeros(1, dtype=torch.int32, device=device)
-    options: dict[str, Any] = {"num_warps": 4 if block <= 1024 else 8, **({"launch_pdl": True} if launch_early else {})}
-    _permute[(num_experts,)](
-        ids, token_of_row, row_of_slot, count, start, items, num_items, arrivals, num_slots, expert_offset, num_experts,
-        max(32, triton.next_power_of_2(num_experts)), ids.shape[1], max_rows, ITEM_ALIGNMENT, ordered, single, block, launch_early, **options,
-    )  # fmt: skip
+    padded = max(32, triton.next_power_of_2(num_experts))
+    layout = (ids.shape[1], max_rows, ITEM_ALIGNMENT, ordered)
+    pdl: dict[str, Any] = {"launch_pdl": True} if launch_early else {}
+    if single:
+        _permute[(num_experts,)](
+            ids, token_of_row, row_of_slot, items, num_items, num_slots, expert_offset, num_experts, padded, *layout, block, launch_early, num_warps=4,
+            **pdl,
+        )  # fmt: skip
+    else:
+        chunks = triton.cdiv(num_slots, block)
+        counts = torch.empty((chunks, padded), dtype=torch.int32, device=device)
+        _count[(chunks,)](ids, row_of_slot, counts, num_slots, expert_offset, num_experts, padded, block, 32, launch_early, num_warps=8, **pdl)
+        _place[(chunks,)](
+            ids, counts, token_of_row, row_of_slot, items, num_items, num_slots, expert_offset, num_experts, padded, *layout, block,
+            max(1, 4096 // padded), launch_early, num_warps=8, **pdl,
+        )  # fmt: skip
     return Items(token_of_row[:num_slots], row_of_slot[:num_slots], items, num_items[:1])
 
 

@@ -1,0 +1,141 @@
+"""What the benchmarks' command lines share: types of arguments, the options of every benchmark, and what becomes of the rows."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from halfbyte.bench.results import append, environment
+from halfbyte.bench.shapes import NAMED_SHAPES, MoEShape
+from halfbyte.cli.terminal import usable_device
+from halfbyte.errors import InputError
+from halfbyte.formats import FORMATS
+
+if TYPE_CHECKING:
+    from halfbyte.bench.prepare import PrepareRecord
+    from halfbyte.bench.quantize import QuantizeRecord
+    from halfbyte.bench.results import Record
+
+_Item = TypeVar("_Item")
+_Row = TypeVar("_Row")
+_Record = TypeVar("_Record", bound="Record | PrepareRecord | QuantizeRecord")
+
+
+def comma_list(item: Callable[[str], _Item]) -> Callable[[str], list[_Item]]:
+    """An argparse type: items between commas, none twice."""
+
+    def parse(text: str) -> list[_Item]:
+        return [item(part.strip()) for part in dict.fromkeys(text.split(","))]
+
+    parse.__name__ = f"list of {item.__name__}"  # argparse names it in its messages
+    return parse
+
+
+def one_of(kind: str, items: Mapping[str, _Item], otherwise: str = "") -> Callable[[str], _Item]:
+    """An argparse type: the item of that name."""
+
+    def parse(text: str) -> _Item:
+        if text not in items:
+            raise argparse.ArgumentTypeError(f"unknown {kind} {text!r}; choose from {', '.join(items)}{otherwise}")
+        return items[text]
+
+    return parse
+
+
+named_shape = one_of("shape", NAMED_SHAPES, ", or give --shape")
+block_format = one_of("format", FORMATS)
+block_formats = comma_list(block_format)
+
+
+def shape_of(text: str, needed: str, *rest: int) -> MoEShape:
+    """For argparse types: the layer of the sizes in `text`, then `rest`: hidden, intermediate, experts, top k.
+
+    >>> shape_of("64,32,4", "three integers", 1).num_experts
+    4
+    """
+    try:
+        hidden, intermediate, num_experts, top_k = *map(int, text.split(",")), *rest
+        return MoEShape(text, hidden, intermediate, num_experts, top_k)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {needed}") from error
+
+
+def file_to_write(text: str) -> Path:
+    """An argparse type: a file in a directory that is there."""
+    file = Path(text)
+    if not file.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"no directory for {file}")
+    return file
+
+
+def add_layer(parser: argparse.ArgumentParser, *, shape: dict[str, Any], name: dict[str, Any]) -> None:
+    """--shape and --name, given as for `add_argument`, or --model, and --layer."""
+    layer = parser.add_mutually_exclusive_group()
+    layer.add_argument("--shape", **shape)
+    layer.add_argument("--name", **name)
+    layer.add_argument("--model", metavar="MODEL", help="a layer of this checkpoint: a directory or a Hub name org/name")
+    parser.add_argument("--layer", type=int, metavar="N", help="which layer of --model")
+
+
+def check_model(args: argparse.Namespace, format: object) -> None:
+    """Raises argparse.ArgumentError when --model, --layer and --format contradict each other."""
+    if (args.model is None) != (args.layer is None):
+        raise argparse.ArgumentError(None, "--model and --layer need each other")
+    if args.model is not None and format is not None:
+        raise argparse.ArgumentError(None, "--model has the format of its files; leave --format out")
+
+
+def add_output(parser: argparse.ArgumentParser, *, seed: str) -> None:
+    """--out, --seed (of what `seed` says), --device and --json."""
+    parser.add_argument("--out", type=file_to_write, metavar="FILE.jsonl", help="append every row to this file, as soon as it is measured")
+    parser.add_argument("--seed", type=int, default=0, help=seed)
+    parser.add_argument("--device", help="torch device (default: the GPU where there is one)")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def say(line: object) -> None:
+    """Tell how it goes, on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def start(args: argparse.Namespace) -> tuple[torch.device, dict[str, Any]]:
+    """The device of --device, and the environment of this run.
+
+    Raises:
+        UnsupportedError: a device that is not there.
+    """
+    device = usable_device(args.device)
+    return device, environment(device, ["halfbyte", *sys.argv[1:]])
+
+
+def collect(args: argparse.Namespace, benchmark: str, rows: Iterable[_Row], record_of: Callable[[_Row], _Record]) -> list[_Record]:
+    """The record of every row; each is told, and appended to --out, as soon as it is measured."""
+    records = []
+    for row in rows:
+        say(row)
+        records.append(record_of(row))
+        if args.out:
+            append(args.out, records[-1], benchmark)
+    return records
+
+
+def finish(args: argparse.Namespace, about: Mapping[str, Any], records: Sequence[_Record], render: Callable[[Sequence[_Record]], str]) -> int:
+    """Print the tables, or with --json what the run was `about` and its rows; the exit code.
+
+    That is 0 when every result was right, 1 when one was refused, 3 when nothing could be timed.
+    """
+    if args.json:
+        print(json.dumps({**about, "rows": [record.row for record in records]}, allow_nan=False, default=asdict))
+    elif records:
+        print(render(records))
+    statuses = {record.row.status for record in records}
+    return 1 if "refused" in statuses else 0 if "ok" in statuses else 3
