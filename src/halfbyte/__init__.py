@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from halfbyte.device import Target
     from halfbyte.formats import MXFP4, NVFP4, BlockFormat, QuantTensor, swizzle_scales, unswizzle_scales
     from halfbyte.kernels.quantize import QuantizedExperts, quantize, quantize_experts, quantize_fp8, rms_norm_quantize, silu_mul_quantize
-    from halfbyte.moe import MoE, Routing, fused_moe, route
+    from halfbyte.moe import MoE, Routing, fused_moe, route, warm_up
     from halfbyte.weights import PreparedExperts, iter_prepared, load_prepared, prepare, trtllm_gen_row_order
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "swizzle_scales",
     "trtllm_gen_row_order",
     "unswizzle_scales",
+    "warm_up",
 ]
 
 # Public name -> home. Resolved on first use, so that `halfbyte --help` and the plug-ins of the engines do not wait for torch.
@@ -51,7 +52,7 @@ _HOMES = {
     "halfbyte.device": ("Target",),
     "halfbyte.formats": ("MXFP4", "NVFP4", "BlockFormat", "QuantTensor", "swizzle_scales", "unswizzle_scales"),
     "halfbyte.kernels.quantize": ("QuantizedExperts", "quantize", "quantize_experts", "quantize_fp8", "rms_norm_quantize", "silu_mul_quantize"),
-    "halfbyte.moe": ("MoE", "Routing", "fused_moe", "route"),
+    "halfbyte.moe": ("MoE", "Routing", "fused_moe", "route", "warm_up"),
     "halfbyte.weights": ("PreparedExperts", "iter_prepared", "load_prepared", "prepare", "trtllm_gen_row_order"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

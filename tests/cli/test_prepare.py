@@ -8,6 +8,7 @@ from pathlib import Path
 
 import checkpoint_files as cf
 import pytest
+import torch
 
 import halfbyte as hb
 from halfbyte.cli.main import main
@@ -91,7 +92,16 @@ def test_a_layout_that_does_not_hold_the_weights_is_1(tmp_path: Path, cache_dir:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--layout", "best"], ["--layers", "5-3"], ["--layers", "all"], ["--experts", "3"], ["--experts", "3:3"], ["--force", "--verify"]]
+    "arguments",
+    [
+        ["--layout", "best"],
+        ["--layers", "5-3"],
+        ["--layers", "all"],
+        ["--experts", "3"],
+        ["--experts", "3:3"],
+        ["--force", "--verify"],
+        ["--compile", "fp4"],
+    ],
 )
 def test_usage_errors(model: str, arguments: list[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
@@ -104,3 +114,28 @@ def test_fp8_error_of_the_experts_that_are_prepared(model: str, cache_dir: Path,
     assert main(["prepare", model, "--device", "cpu", "--fp8-error"]) == 0
     assert "layer   1  w13  fp8 tensor cores: " in capsys.readouterr().out
     assert "fp8_error" not in report(capsys, model)
+
+
+def test_compile_asks_for_every_kind_of_layer_before_anything_is_written(
+    cache_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def warm_up(experts: hb.PreparedExperts, top_k: int, **options: object) -> None:
+        assert not cache_dir.exists()
+        calls.append((experts.layout, experts.num_experts, top_k, options["activations"], options["ids_dtype"]))
+
+    monkeypatch.setattr("halfbyte.moe.warm_up", warm_up)
+    compiled = report(capsys, "demo", "--experts", "4:8", "--compile", "bf16,fp8")["compiled"]
+    assert compiled["activations"] == ["bf16", "fp8"] and compiled["seconds"] >= 0
+    assert len(calls) == 6 and {call[:3] for call in calls} == {("canonical", 4, 4)}  # six layers of one kind
+    assert {call[3:] for call in calls} == {(name, dtype) for name in ("bf16", "fp8") for dtype in (torch.int32, torch.int64)}
+
+
+def test_compile_is_refused_where_no_kernel_runs_the_layer_and_does_nothing_for_torch(
+    model: str, cache_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["prepare", model, "--device", "cpu", "--layout", "hopper", "--compile", "bf16"]) == 3
+    assert "no kernel runs fused_moe here" in capsys.readouterr().err and not cache_dir.exists()
+    assert main(["prepare", model, "--device", "cpu", "--compile", "bf16"]) == 0
+    assert "compiled for bf16 activations" in capsys.readouterr().out

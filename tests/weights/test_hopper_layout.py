@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -146,3 +148,45 @@ def test_prepare_and_update_say_the_same_of_bad_scales(layout: str) -> None:
         with pytest.raises(InputError) as of_update:
             prepared.update_(bad)
         assert str(of_prepare.value) == str(of_update.value) and "nothing was written" in str(of_update.value)
+
+
+def test_threads_of_the_packer_have_one_thread_each_and_leave_torch_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    w = make_experts(5, 256, 192, hb.NVFP4)
+    expected = hb.prepare(w, "hopper").experts.tensors
+    before, seen, pack = torch.get_num_threads(), set(), hopper._pack_row_tiles
+
+    def watched(*tensors: torch.Tensor) -> None:
+        seen.add((threading.get_ident(), torch.get_num_threads()))
+        pack(*tensors)
+
+    monkeypatch.setattr(hopper, "_pack_row_tiles", watched)
+    torch.set_num_threads(3)
+    try:
+        packed = hb.prepare(w, "hopper").experts.tensors
+        assert torch.get_num_threads() == 3
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(torch.get_num_threads).result() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert {num_threads for _, num_threads in seen} == {1} and threading.get_ident() not in dict(seen)
+    for name, tensor in expected.items():
+        assert_equal_bits(packed[name], tensor)
+
+
+def test_an_error_in_a_thread_is_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*tensors: torch.Tensor) -> None:
+        raise MemoryError("in a thread")
+
+    monkeypatch.setattr(hopper, "_pack_row_tiles", broken)
+    with pytest.raises(MemoryError, match="in a thread"):
+        hb.prepare(make_experts(2, 64, 64, hb.NVFP4), "hopper")
+
+
+@pytest.mark.parametrize("offset", [4, 8])
+def test_codes_at_any_address_are_packed(offset: int) -> None:
+    w = make_experts(2, 64, 64, hb.NVFP4)
+    buffer = torch.zeros(w.w13.codes.numel() + offset, dtype=torch.uint8)
+    codes = buffer[offset:].view(w.w13.codes.shape).copy_(w.w13.codes)
+    moved = hb.prepare(w.with_tensors({**w.tensors, "w13.codes": codes}), "hopper").experts
+    assert_equal_bits(moved.w13.words, hb.prepare(w, "hopper").experts.w13.words)
+    assert_equal_bits(codes, w.w13.codes)

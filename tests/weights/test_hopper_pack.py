@@ -61,7 +61,8 @@ def test_compiles_to_wide_loads_and_stores_without_spills(order: hopper.RowOrder
         hopper_pack.pack_matrix(codes, scales, words, scale_words, row_exponent, order)
         hopper_pack.unpack_matrix(words, scale_words, codes, scales, order)
         hopper_pack.largest_bytes(scales)
-    pack, row_exponents, unpack, largest_bytes = compiled
+        hopper_pack.pack_matrix_in_place(codes, scales, words, scale_words, row_exponent, order, 528)
+    pack, row_exponents, unpack, largest_bytes, in_place = compiled
     for kernel in compiled:
         assert kernel.spill_bytes == 0 and kernel.registers <= 64
     for kernel in (pack, unpack, largest_bytes):
@@ -69,6 +70,11 @@ def test_compiles_to_wide_loads_and_stores_without_spills(order: hopper.RowOrder
     for kernel in (pack, unpack):
         assert kernel.sass.count("STG.E.128") == 4
     assert "LDG.E.128" in row_exponents.sass
+    # What is kept must stay in the L2, all else pass through; and as many programs must run at the same time as are launched.
+    assert in_place.sass.count("STG.E.EL.128") == in_place.sass.count("LDG.E.EL.128") == in_place.sass.count("STG.E.EF.128") == 2
+    assert in_place.num_warps * 32 * in_place.registers * hopper_pack.PROGRAMS_OF_A_MULTIPROCESSOR <= 65536
+    assert in_place.shared_bytes * hopper_pack.PROGRAMS_OF_A_MULTIPROCESSOR <= 64 << 10
+    assert all(text in in_place.ptx for text in ("global.gpu.release.add", "acquire"))
 
 
 def test_scales_are_encoded_without_loss() -> None:
@@ -168,10 +174,25 @@ class TestOnAGPU:
         for in_place in (False, True):
             assert_same_experts(hb.prepare(w.with_tensors(moved), "hopper", in_place=in_place).experts, packed_on_cpu(w))
 
-    def test_in_place_batches_of_experts(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        w = make_experts(7, 256, 256, hb.NVFP4)
-        monkeypatch.setattr(hopper, "BUFFER_BYTES", 3 * (w.w13[0].nbytes))
-        assert_same_experts(hb.prepare(copy_of(w, "cuda"), "hopper", in_place=True).experts, packed_on_cpu(w))
+    @pytest.mark.parametrize("kept", [0, 3], ids=["one by one", "by threes"])
+    @pytest.mark.parametrize(("hidden", "intermediate"), [(256, 256), (1280, 768), (2880, 64)])
+    def test_in_place_experts_follow_one_another(self, hidden: int, intermediate: int, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Also programs without a piece of work, and with several; again and again, since they wait for one another."""
+        from halfbyte.weights.layouts import hopper_pack
+
+        w = make_experts(16, hidden, intermediate, hb.NVFP4)
+        monkeypatch.setattr(hopper_pack, "KEPT_BYTES", kept * w.w13[0].nbytes)
+        expected = packed_on_cpu(w)
+        for _ in range(20):
+            assert_same_experts(hb.prepare(copy_of(w, "cuda"), "hopper", in_place=True).experts, expected)
+
+    def test_scales_that_are_not_contiguous_take_the_way_through_a_buffer(self) -> None:
+        w = make_experts(3, 256, 256, hb.NVFP4)
+        there = copy_of(w, "cuda")
+        wide = torch.zeros((*there.w13.scales.shape[:2], 32), dtype=torch.uint8, device="cuda")
+        wide[:, :, :16] = there.w13.scales.view(torch.uint8)
+        strided = there.with_tensors({**there.tensors, "w13.scales": wide[:, :, :16].view(torch.float8_e4m3fn)})
+        assert_same_experts(hb.prepare(strided, "hopper", in_place=True).experts, packed_on_cpu(w))
 
     @pytest.mark.parametrize("pinned", [False, True])
     def test_from_the_host(self, pinned: bool) -> None:

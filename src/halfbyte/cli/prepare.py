@@ -6,8 +6,14 @@ import argparse
 import json
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from halfbyte.checkpoint import Checkpoint
 
 HELP = "arrange a model's experts for this machine's kernels once, so that later starts only read them"
 
@@ -26,6 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--force", action="store_true", help="write files that are there already again")
     existing.add_argument("--verify", action="store_true", help="check every byte of files that are there already, not only their headers")
+    parser.add_argument(
+        "--compile",
+        type=parse_activations,
+        default=(),
+        metavar="FORMAT,...",
+        help="also compile the kernels for these activations: bf16, fp8, ...",
+    )
     parser.add_argument("--fp8-error", action="store_true", help="also measure what Hopper's fp8 tensor cores round off (reads all experts)")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
@@ -34,10 +47,10 @@ def run(args: argparse.Namespace) -> int:
     """Prepare layer by layer; a layer that is done stays when a later one fails.
 
     Raises:
-        CheckpointError, UnsupportedError, InputError: as `load_experts` and `prepare`; the disk is full, the directory cannot be written.
+        CheckpointError, UnsupportedError, InputError: as `load_experts`, `prepare` and `warm_up`; the disk is full, the directory cannot be written.
     """
     from halfbyte.checkpoint import Checkpoint
-    from halfbyte.cli.progress import ByteBar
+    from halfbyte.cli.progress import Bar
     from halfbyte.cli.terminal import usable_device
     from halfbyte.weights.load import prepare_on_disk
 
@@ -54,7 +67,10 @@ def run(args: argparse.Namespace) -> int:
         "verify": args.verify,
     }
     start, rows = time.perf_counter(), []
-    with ByteBar("prepare") as bar:
+    if args.compile:
+        _compile(checkpoint, layers, args, device)
+        compiled_s = time.perf_counter() - start
+    with Bar("prepare") as bar:
         for index, layer in enumerate(layers):
 
             def progress(done: int, total: int, before: int = index) -> None:
@@ -71,12 +87,50 @@ def run(args: argparse.Namespace) -> int:
             for row in rows
         ],
     }
+    if args.compile:
+        report["compiled"] = {"activations": args.compile, "seconds": round(compiled_s, 3)}
     if args.fp8_error:
         from halfbyte.cli.fp8_error import describe_layer
 
         report["fp8_error"] = [row for layer in layers for row in describe_layer(checkpoint, layer, device, args.experts)]
     print(json.dumps(report, indent=2) if args.json else _render(report))
     return 0
+
+
+def _compile(checkpoint: Checkpoint, layers: Sequence[int], args: argparse.Namespace, device: torch.device) -> None:
+    """Compile what `route` and the routers of transformers ask of layers like these."""
+    import torch
+
+    from halfbyte.cli.progress import Bar
+    from halfbyte.moe import warm_up
+    from halfbyte.weights.load import kinds_of_layers
+
+    dtypes = ((torch.int32, torch.float32), (torch.int64, torch.float32), (torch.int64, torch.bfloat16))
+    passes: list[dict[str, Any]] = [
+        {"activations": activations, "ids_dtype": ids_dtype, "weights_dtype": weights_dtype}
+        for activations in args.compile
+        for ids_dtype, weights_dtype in dtypes
+    ]
+    for kind in kinds_of_layers(checkpoint, layers, device=device, layout=args.layout, experts=args.experts):
+        with Bar("compile", "pass") as bar:
+            for done, options in enumerate(passes, 1):
+                warm_up(kind, checkpoint.moe.top_k, **options)
+                bar.update(done, len(passes))
+
+
+def parse_activations(text: str) -> tuple[str, ...]:
+    """An argparse type: names of activation formats.
+
+    >>> parse_activations("bf16,fp8")
+    ('bf16', 'fp8')
+    """
+    from halfbyte.formats.activations import ACTIVATION_FORMATS
+
+    names = tuple(name.strip() for name in text.split(","))
+    for name in names:
+        if name not in ACTIVATION_FORMATS:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(ACTIVATION_FORMATS)}")
+    return names
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
@@ -117,5 +171,7 @@ def _render(report: dict[str, Any]) -> str:
         from halfbyte.cli.fp8_error import render
 
         lines += map(render, report["fp8_error"])
+    if "compiled" in report:
+        lines.append(f"  compiled for {', '.join(report['compiled']['activations'])} activations in {report['compiled']['seconds']:.1f} s")
     written = sum(row["written"] for row in rows)
     return "\n".join([*lines, f"{written} written, {len(rows) - written} kept, {report['bytes'] / 1e9:.2f} GB, {report['seconds']:.1f} s"])

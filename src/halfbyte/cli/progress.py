@@ -1,4 +1,4 @@
-"""A progress bar over bytes, for work that reports (bytes done, bytes in all)."""
+"""A progress bar for work that reports (done, in all)."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 
-class ByteBar:
+class Bar:
     """A tqdm bar on stderr; silent, after one line, where tqdm is not installed."""
 
-    def __init__(self, label: str) -> None:
-        self._label = label
+    def __init__(self, label: str, unit: str = "B") -> None:
+        self._label, self._unit = label, unit
         self._bar: Any = None
         self._make: Callable[..., Any] | None = None
 
-    def __enter__(self) -> ByteBar:
+    def __enter__(self) -> Bar:
         try:
             from tqdm import tqdm
         except ImportError:
@@ -28,7 +28,7 @@ class ByteBar:
         if self._make is None:
             return
         if self._bar is None:
-            self._bar = self._make(total=total, unit="B", unit_scale=True, desc=self._label, file=sys.stderr)
+            self._bar = self._make(total=total, unit=self._unit, unit_scale=self._unit == "B", desc=self._label, file=sys.stderr)
         self._bar.update(done - self._bar.n)
 
     def __exit__(self, *exception: object) -> None:

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from halfbyte.cli.progress import ByteBar
+    from halfbyte.cli.progress import Bar
     from halfbyte.convert import QuantizeOptions, quantize_model
 
     try:
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     except InputError as error:  # options that contradict each other: wrong usage, as argparse reports it
         print(f"halfbyte quantize: error: {error}", file=sys.stderr)
         return 2
-    with ByteBar("quantize") as bar:
+    with Bar("quantize") as bar:
         report = quantize_model(args.source, args.destination, options, dry_run=args.dry_run, progress=bar.update)
     print(json.dumps(report.as_dict(), indent=2) if args.json else report)
     return 0

@@ -39,7 +39,7 @@ class Problem:
 @dataclass(frozen=True)
 class Candidate:
     """A kernel of the table: `obstacle` returns why it cannot run a problem, or None; `fallback` marks one that is correct but not fast on a GPU,
-    where `instead` tells the user what runs and what would be faster."""
+    where `instead` tells the user what runs and what would be faster. `warm_up_calls` of a compiled fused_moe: see `KernelChoice`."""
 
     op: str
     name: str
@@ -47,15 +47,21 @@ class Candidate:
     obstacle: Callable[[Problem], str | None]
     fallback: bool = False
     instead: str = "plain torch runs instead"
+    warm_up_calls: Callable | None = None
 
 
 @dataclass(frozen=True)
 class KernelChoice:
-    """The kernel that runs a problem, and why this one."""
+    """The kernel that runs a problem, and why this one.
+
+    `warm_up_calls`, where something is compiled on first use: (num_experts, hidden, top_k, max_tokens, activations, batch_invariant) to calls that
+    compile all that any call can need, as [(numbers of tokens, further arguments of `function`), ...]; those of one entry share their large kernels.
+    """
 
     function: Callable
     name: str
     reason: str
+    warm_up_calls: Callable[..., list[tuple[list[int], dict[str, Any]]]] | None = None
 
 
 def _reads_canonical(problem: Problem) -> str | None:
@@ -99,6 +105,12 @@ def _triton_fused_moe(*args: Any, **kwargs: Any) -> Any:
     return fused_moe(*args, **kwargs)
 
 
+def _triton_warm_up_calls(*args: Any) -> Any:
+    from halfbyte.kernels.triton.fused_moe import warm_up_calls
+
+    return warm_up_calls(*args)
+
+
 def _hopper_obstacle(problem: Problem) -> str | None:
     if problem.layout != "hopper":
         return f"reads layout 'hopper', the weights are in {problem.layout!r}"
@@ -111,6 +123,12 @@ def _hopper_fused_moe(*args: Any, **kwargs: Any) -> Any:
     from halfbyte.kernels.gluon_sm90.fused_moe import fused_moe
 
     return fused_moe(*args, **kwargs)
+
+
+def _hopper_warm_up_calls(*args: Any) -> Any:
+    from halfbyte.kernels.gluon_sm90.fused_moe import warm_up_calls
+
+    return warm_up_calls(*args)
 
 
 def _triton_quantize_obstacle(problem: Problem) -> str | None:
@@ -141,8 +159,10 @@ def _triton_quantize_fp8(*args: Any, **kwargs: Any) -> Any:
 CANDIDATES = (
     Candidate("route", "triton", _triton_route, _triton_obstacle),
     Candidate("route", "reference", reference_route, _runs_anywhere, fallback=True),
-    Candidate("fused_moe", "hopper", _hopper_fused_moe, _hopper_obstacle),
-    Candidate("fused_moe", "triton", _triton_fused_moe, _triton_fused_moe_obstacle, fallback=True, instead=_PORTABLE),
+    Candidate("fused_moe", "hopper", _hopper_fused_moe, _hopper_obstacle, warm_up_calls=_hopper_warm_up_calls),
+    Candidate(
+        "fused_moe", "triton", _triton_fused_moe, _triton_fused_moe_obstacle, fallback=True, instead=_PORTABLE, warm_up_calls=_triton_warm_up_calls
+    ),
     Candidate("fused_moe", "reference", reference_fused_moe, _reads_canonical, fallback=True),
     Candidate("quantize", "triton", _triton_quantize, _triton_quantize_obstacle),
     Candidate("quantize", "reference", reference_quantize, _runs_anywhere, fallback=True),
@@ -191,12 +211,13 @@ def choose(problem: Problem, backend: str | None = None) -> KernelChoice:
 
 def _chosen(candidate: Candidate, problem: Problem, backend: str | None) -> KernelChoice:
     if backend is not None:
-        return KernelChoice(candidate.function, candidate.name, "asked for by backend=")
-    if problem.target.is_cpu or not candidate.fallback:
-        return KernelChoice(candidate.function, candidate.name, f"first that applies on {problem.target.arch}")
-    reason = f"no faster kernel of {problem.op} exists for {_describe(problem)}; {candidate.instead}"
-    logger.warning("%s: %s", problem.op, reason)
-    return KernelChoice(candidate.function, candidate.name, reason)
+        reason = "asked for by backend="
+    elif problem.target.is_cpu or not candidate.fallback:
+        reason = f"first that applies on {problem.target.arch}"
+    else:
+        reason = f"no faster kernel of {problem.op} exists for {_describe(problem)}; {candidate.instead}"
+        logger.warning("%s: %s", problem.op, reason)
+    return KernelChoice(candidate.function, candidate.name, reason, candidate.warm_up_calls)
 
 
 def _describe(problem: Problem) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from halfbyte.checkpoint import Checkpoint, RouterWeights, load_router
 from halfbyte.errors import UnsupportedError
 from halfbyte.formats.activations import ActivationFormat
+from halfbyte.moe.compilation import warm_up
 from halfbyte.moe.functional import fused_moe
 from halfbyte.moe.routing import Routing, invariant_linear, route
 from halfbyte.weights import PreparedExperts, load_prepared
@@ -84,6 +86,17 @@ class MoE(torch.nn.Module):
         routing = self.route(tokens)
         result = fused_moe(tokens, self.experts, *routing, activations=self.activations, batch_invariant=self.batch_invariant)
         return result.view(hidden.shape)
+
+    @torch.no_grad()
+    def warm_up(self, **options: Any) -> None:
+        """Compile what the layer can need, so that no later call does: `halfbyte.warm_up` with the layer's own settings, and the routing.
+
+        >>> from pathlib import Path
+        >>> halfbyte.MoE.from_checkpoint(Path(halfbyte.__file__).parent / "demo_model", 0).warm_up(max_tokens=8192)
+        """
+        self.route(torch.zeros((1, self.experts.hidden), device=self.experts.device))
+        settings: dict[str, Any] = {"activations": self.activations, "batch_invariant": self.batch_invariant}
+        warm_up(self.experts, self.router.rule.top_k, **settings, **options)
 
     def extra_repr(self) -> str:
         w, rule = self.experts, self.router.rule

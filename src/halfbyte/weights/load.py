@@ -147,6 +147,30 @@ def prepare_on_disk(
     return CachedLayer(layer, plan.layout, entry.file, entry.file.stat().st_size, True, reason)
 
 
+def kinds_of_layers(
+    checkpoint: Checkpoint,
+    layers: Iterable[int],
+    *,
+    device: torch.device | str = "cpu",
+    layout: str = "auto",
+    policy: str = "packed",
+    experts: range | None = None,
+) -> Iterator[PreparedExperts]:
+    """Yield one layer of each kind among what `load_prepared` would return, with uninitialised weights: what `warm_up` needs to compile for them all.
+
+    Raises:
+        CheckpointError, UnsupportedError, InputError: as `load_prepared`.
+    """
+    seen = set()
+    for layer in layers:
+        plan = _Plan.of(checkpoint, layer, device, layout, policy, experts, None)
+        outline = plan.result(plan.allocate("meta"))
+        kind = (outline.description, *((tensor.dtype, tensor.shape) for tensor in outline.experts.tensors.values()))
+        if kind not in seen:
+            seen.add(kind)
+            yield plan.result(plan.allocate(device))
+
+
 def fp8_weight_error(
     checkpoint: Checkpoint, layer: int, *, device: torch.device | str = "cpu", experts: range | None = None
 ) -> dict[str, WeightError]:

@@ -39,9 +39,9 @@ from halfbyte.kernels.gluon_sm90.epilogue import KINDS
 from halfbyte.kernels.gluon_sm90.grouped_gemm_prefill import grouped_gemm_prefill
 from halfbyte.kernels.gluon_sm90.grouped_gemm_w4a16_decode import NUM_WARPS, grouped_gemm_w4a16_decode
 from halfbyte.kernels.triton.activations_fp8 import quantize_rows, quantize_tokens
-from halfbyte.kernels.triton.combine import combine
+from halfbyte.kernels.triton.combine import block_size, combine
 from halfbyte.kernels.triton.encode_rows import encode_rows
-from halfbyte.kernels.triton.permute import Items, gather, permute
+from halfbyte.kernels.triton.permute import Items, gather, permute, variant
 from halfbyte.weights.layouts.hopper import HopperExperts, HopperMatrix, padded_size
 
 fix_cache_keys(grouped_gemm_w4a16_decode, grouped_gemm_prefill)
@@ -143,6 +143,34 @@ def rounds_weights(num_tokens: int, top_k: int, num_experts: int, activations: A
     """Whether a call multiplies by weights rounded to e4m3 (`weights.layouts.hopper_fp8.round_to_fp8`) instead of by the FP4 values."""
     config = choose_config(num_tokens, top_k, num_experts, activations)
     return isinstance(config, PrefillConfig) and config.fp8
+
+
+def warm_up_calls(
+    num_experts: int, hidden: int, top_k: int, max_tokens: int, activations: ActivationFormat, batch_invariant: bool
+) -> list[tuple[list[int], dict[str, Any]]]:
+    """(numbers of tokens, options) of calls, as small as possible, that launch every kernel that calls of up to `max_tokens` tokens launch.
+
+    >>> [numbers for numbers, _ in warm_up_calls(128, 2048, 8, 1024, "bf16", False)]
+    [[1], [1, 33], [65, 129], [129], [129, 512], [129]]
+    """
+    calls: dict[DecodeConfig | PrefillConfig, list[int]] = {}
+    seen: set[Any] = set()
+    for num_tokens in range(1, max_tokens + 1):
+        config = choose_config(num_tokens, top_k, num_experts, activations, batch_invariant=batch_invariant)
+        numbers = calls.setdefault(config, [])
+        for launch in _small_launches(num_tokens, top_k, num_experts, hidden, config) - seen:
+            seen.add(launch)
+            numbers.append(next(n for n in range(1, num_tokens + 1) if launch in _small_launches(n, top_k, num_experts, hidden, config)))
+    return [(sorted(set(numbers)) or [1], {"config": config}) for config, numbers in calls.items()]
+
+
+def _small_launches(num_tokens: int, top_k: int, num_experts: int, hidden: int, config: DecodeConfig | PrefillConfig) -> set[Any]:
+    """What the kernels around the GEMMs are compiled for, where that depends on the number of tokens."""
+    is_decode = isinstance(config, DecodeConfig)
+    is_direct = is_decode and config.direct
+    combined = (is_direct, block_size(num_tokens, hidden))
+    max_rows = config.rows if is_decode else config.max_rows
+    return {combined} if is_direct else {combined, (max_rows, *variant(num_tokens * top_k, num_experts, max_rows))}
 
 
 def fused_moe(

@@ -16,7 +16,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc
 
 
-@triton.jit(do_not_specialize=["expert_offset", "num_experts"])
+@triton.jit(do_not_specialize=["part_stride", "expert_offset", "num_experts"])
 def _combine(
     y_ptr, row_of_slot_ptr, ids_ptr, weights_ptr, out_ptr, part_stride, expert_offset, num_experts,
     TOP_K: tl.constexpr, HIDDEN: tl.constexpr, PARTS: tl.constexpr, DIRECT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
@@ -47,6 +47,11 @@ def _combine(
     tl.store(out_ptr + token.to(tl.int64) * HIDDEN + column, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
+def block_size(num_tokens: int, hidden: int) -> int:
+    """Columns of a program, which is all that the compiled kernel knows of the number of tokens."""
+    return min(triton.next_power_of_2(hidden), 2048 if num_tokens >= 512 else 512)
+
+
 def combine(
     y: torch.Tensor, row_of_slot: torch.Tensor | None, ids: torch.Tensor, weights: torch.Tensor, out: torch.Tensor, expert_offset: int,
     num_experts: int, *, launch_early: bool = False,
@@ -54,9 +59,10 @@ def combine(
     """y [parts, rows, H], ids and weights [T, k] to out [T, H]."""
     num_tokens, top_k = ids.shape
     hidden = out.shape[1]
-    block = min(triton.next_power_of_2(hidden), 2048 if num_tokens >= 512 else 512)
+    block = block_size(num_tokens, hidden)
+    part_stride = y.stride(0) if y.shape[0] > 1 else 0  # of many rows it would not fit 32 bits, and Triton compile anew
     _combine[(num_tokens, triton.cdiv(hidden, block))](
-        y, ids if row_of_slot is None else row_of_slot, ids, weights, out, y.stride(0), expert_offset, num_experts,
+        y, ids if row_of_slot is None else row_of_slot, ids, weights, out, part_stride, expert_offset, num_experts,
         top_k, hidden, y.shape[0], row_of_slot is None, block, launch_early,
         num_warps=4, **({"launch_pdl": True} if launch_early else {}),
     )  # fmt: skip

@@ -19,7 +19,7 @@ from halfbyte.errors import UnsupportedError
 from halfbyte.formats.activations import ActivationFormat
 from halfbyte.kernels.reference.fused_moe import combine
 from halfbyte.kernels.triton.encode_rows import encode_rows
-from halfbyte.kernels.triton.grouped_gemm_w4a16 import grouped_gemm_w4a16
+from halfbyte.kernels.triton.grouped_gemm_w4a16 import choose_config, grouped_gemm_w4a16
 
 
 class DevicePermutation(NamedTuple):
@@ -32,6 +32,22 @@ class DevicePermutation(NamedTuple):
     slot_of_row: torch.Tensor
     row_of_slot: torch.Tensor
     row_start: torch.Tensor
+
+
+def warm_up_calls(
+    num_experts: int, hidden: int, top_k: int, max_tokens: int, activations: ActivationFormat, batch_invariant: bool
+) -> list[tuple[list[int], dict[str, Any]]]:
+    """See `kernels.table.KernelChoice`: the fewest tokens of each kernel, for real, because nothing else chooses it.
+
+    >>> warm_up_calls(8, 64, 2, 1024, "bf16", False)
+    [([1], {}), ([65], {}), ([513], {})]
+    """
+    fewest: dict[int, int] = {}
+    for num_tokens in range(1, 2 if batch_invariant else max_tokens + 1):
+        # Whatever the dtype and the activation function: for others the same numbers of rows, or less of them, make a difference.
+        config = choose_config(num_tokens * top_k, num_experts, gated=False, compute=torch.bfloat16)
+        fewest.setdefault(config.block_m, num_tokens)
+    return [([num_tokens], {}) for num_tokens in fewest.values()]
 
 
 def fused_moe(

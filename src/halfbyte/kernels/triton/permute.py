@@ -45,6 +45,17 @@ def max_items(num_slots: int, num_experts: int, max_rows: int) -> int:
     return min(num_slots, num_experts + num_slots // max_rows)
 
 
+def variant(num_slots: int, num_experts: int, max_rows: int) -> tuple[bool, bool, int]:
+    """Which of the compiled kernels sort these slots: ordered items or not, in a single launch or two, and the slots of a program.
+
+    >>> variant(8, 256, 8), variant(65536, 256, 192)
+    ((False, True, 256), (True, False, 512))
+    """
+    ordered = max_rows > ITEM_ALIGNMENT and max_items(num_slots, num_experts, max_rows) <= MAX_ORDERED_ITEMS
+    single = num_slots <= MAX_SINGLE_SLOTS
+    return ordered, single, max(256, triton.next_power_of_2(num_slots)) if single else CHUNK
+
+
 @triton.jit
 def _local_experts(ids_ptr, slot, num_slots, expert_offset):
     """Expert of each slot, counted from the first held here; -2^31 where there is no slot."""
@@ -177,27 +188,25 @@ def permute(ids: torch.Tensor, expert_offset: int, num_experts: int, max_rows: i
         launch_early: programmatic dependent launch (compute capability 9.0).
     """
     num_slots, device = ids.numel(), ids.device
+    ordered, single, block = variant(num_slots, num_experts, max_rows)
     aligned_slots = -(-num_slots // 4) * 4  # 16 bytes: Triton compiles anew for other pointers
-    token_of_row, row_of_slot, num_items = torch.empty(2 * aligned_slots + 4, dtype=torch.int32, device=device).split(
-        [aligned_slots, aligned_slots, 4]
-    )
-    num_list = max_items(num_slots, num_experts, max_rows)
-    items = torch.empty((num_list, 4), dtype=torch.int32, device=device)
+    sizes = [aligned_slots, aligned_slots, 4]
+    token_of_row, row_of_slot, num_items = torch.empty(sum(sizes), dtype=torch.int32, device=device).split(sizes)
+    items = torch.empty((max_items(num_slots, num_experts, max_rows), 4), dtype=torch.int32, device=device)
     padded = max(32, triton.next_power_of_2(num_experts))
-    layout = (ids.shape[1], max_rows, ITEM_ALIGNMENT, max_rows > ITEM_ALIGNMENT and num_list <= MAX_ORDERED_ITEMS)
+    layout = (ids.shape[1], max_rows, ITEM_ALIGNMENT, ordered)
     pdl: dict[str, Any] = {"launch_pdl": True} if launch_early else {}
-    if num_slots <= MAX_SINGLE_SLOTS:
-        block = max(256, triton.next_power_of_2(num_slots))
+    if single:
         _permute[(num_experts,)](
             ids, token_of_row, row_of_slot, items, num_items, num_slots, expert_offset, num_experts, padded, *layout, block, launch_early,
             num_warps=4, **pdl,
         )  # fmt: skip
     else:
-        chunks = triton.cdiv(num_slots, CHUNK)
+        chunks = triton.cdiv(num_slots, block)
         counts = torch.empty((chunks, padded), dtype=torch.int32, device=device)
-        _count[(chunks,)](ids, row_of_slot, counts, num_slots, expert_offset, num_experts, padded, CHUNK, 32, launch_early, num_warps=8, **pdl)
+        _count[(chunks,)](ids, row_of_slot, counts, num_slots, expert_offset, num_experts, padded, block, 32, launch_early, num_warps=8, **pdl)
         _place[(chunks,)](
-            ids, counts, token_of_row, row_of_slot, items, num_items, num_slots, expert_offset, num_experts, padded, *layout, CHUNK,
+            ids, counts, token_of_row, row_of_slot, items, num_items, num_slots, expert_offset, num_experts, padded, *layout, block,
             max(1, 4096 // padded), launch_early, num_warps=8, **pdl,
         )  # fmt: skip
     return Items(token_of_row[:num_slots], row_of_slot[:num_slots], items, num_items[:1])

@@ -30,13 +30,17 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
 from halfbyte.checkpoint.experts import Activation, ExpertWeights
+from halfbyte.device import Target
 from halfbyte.formats import MXFP4, NVFP4, BlockFormat, QuantTensor
 from halfbyte.weights.checks import check_scales, fp4_matrices, has_unusable_scalars, largest_valid_scale
 from halfbyte.weights.layouts.hopper_bits import (
@@ -44,7 +48,6 @@ from halfbyte.weights.layouts.hopper_bits import (
     TILES_PER_SCALE_WORD,
     decode_nvfp4_scale,
     encode_nvfp4_scale,
-    largest_of_rows,
     pack_codes,
     pack_scales,
     unpack_codes,
@@ -55,8 +58,10 @@ from halfbyte.weights.layouts.hopper_fp8 import row_exponents
 NVFP4_SCALE_EXPONENT = 118  # the kernels' bf16 scale is s * 2^118: 448 * 2^120 would overflow
 ELEMENT_EXPONENT = -126  # a code's bits at the bottom of bf16's exponent are worth e2m1 * 2^-126
 MAX_SHIFTED_EXPONENT = 254  # of a bf16
-BUFFER_BYTES = 32 << 20  # fits the L2 of an sm_90 GPU: what goes through it is read from there
-CACHED_BYTES = 512 << 10  # a piece of work on a CPU: its operations are too short for torch to share among threads
+BUFFER_BYTES = 32 << 20  # on a GPU, for weights from elsewhere; fits the L2 of an sm_90 GPU: what goes through it is read from there
+# A piece of work of a thread on a CPU. It should fit the L2 of a core; but with less, threads wait for Python's lock between their operations: two
+# need 46 ms for an expert of DeepSeek-R1 at 0.5 MiB, 35 at 1 and 33 at 2 (EPYC, torch 2.13, 2026-11-26).
+PIECE_BYTES = 1 << 20
 
 # Which row of the canonical matrix a row of a tile is: gate and up rows in turns, in slot order; rows in slot order; rows as they are.
 RowOrder = Literal["gate_up", "slots", "straight"]
@@ -166,8 +171,8 @@ def pack(w: ExpertWeights, out: HopperExperts, first: int = 0) -> None:
     """Arrange the experts of `w` in tiles and write them to the experts `first` and following of `out`.
 
     `w` may lie on another device than `out`, and `out` may lie in the storage of `w`, expert upon expert (`REUSED`). On a GPU a kernel reads and
-    writes every byte once; from another device, and in place, experts go through a buffer of 32 MiB or one projection of one expert. Elsewhere, and
-    without Triton, torch does the same, one expert at a time, from a copy of one projection of it.
+    writes every byte once; in place through a buffer of 20 MiB, and from another device through one of 32 MiB, or of one projection of one expert.
+    Elsewhere, and without Triton, torch does the same; in place, and from another device, one expert at a time from a copy of one projection of it.
 
     Exact: `unpack` gives every value back, and every byte except codes under a zero scale, which become zero.
 
@@ -277,27 +282,65 @@ def _pack_weights(
     codes: torch.Tensor, scales: torch.Tensor, order: RowOrder, words: torch.Tensor, scale_words: torch.Tensor, row_exponent: torch.Tensor
 ) -> None:
     """Codes uint8 [E, N, K/2] and scale bytes [E, N, K/block] to tiles, with torch. `words` and `scale_words` may be the storage of the two."""
-    format = NVFP4 if 2 * codes.shape[2] == NVFP4.block * scales.shape[2] else MXFP4
-    _, row_tiles, column_tiles, _ = words.shape
+    num_experts, row_tiles, column_tiles, _ = words.shape
     device, inference = words.device, torch.is_inference_mode_enabled()
     rows = source_rows(order, codes.shape[1]).to(device)
-    step = max(1, CACHED_BYTES // (column_tiles * TILE * TILE // 2)) if device.type == "cpu" else row_tiles
+    is_cpu = device.type == "cpu"
+    step = max(1, PIECE_BYTES // (column_tiles * TILE * TILE // 2)) if is_cpu else row_tiles
+    as_they_are = is_cpu and all(_is_readable(tensor, words, scale_words) for tensor in (codes, scales))
 
-    def pack_some(first: int) -> None:
-        tiles = slice(first, first + step)
+    def pieces(expert: int) -> list[tuple[int, int, torch.Tensor, torch.Tensor]]:
+        sources = (codes[expert], scales[expert])
+        ready, raw = sources if as_they_are else (tensor.to(device, copy=True, memory_format=torch.contiguous_format) for tensor in sources)
+        return [(expert, first, ready, raw) for first in range(0, row_tiles, step)]
+
+    def pack_piece(piece: tuple[int, int, torch.Tensor, torch.Tensor]) -> None:
+        expert, first, ready, raw = piece
+        tiles, tile_rows = slice(first, first + step), slice(first * TILE, (first + step) * TILE)
         with torch.inference_mode(inference):  # which every thread has its own of
-            _pack_row_tiles(expert_codes, expert_scales, rows[first * TILE : (first + step) * TILE], words[expert, tiles], scale_words[expert, tiles])
+            _pack_row_tiles(ready, raw, rows[tile_rows], words[expert, tiles], scale_words[expert, tiles], row_exponent[expert, tile_rows])
 
-    # Threads over pieces that fit a cache: torch's own would wait for one another after each of some forty operations.
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        run = pool.map if device.type == "cpu" else map
-        for expert in range(len(codes)):
-            expert_codes, expert_scales = (tensor[expert].to(device, copy=True) for tensor in (codes, scales))
-            list(run(pack_some, range(0, row_tiles, step)))
-            row_exponent[expert] = row_exponents(largest_of_rows(scale_words[expert]), format)
+    with _pool_of_single_threads() if is_cpu else nullcontext() as pool:
+        run = pool.map if pool else map
+        for experts in [range(num_experts)] if as_they_are else [range(expert, expert + 1) for expert in range(num_experts)]:
+            list(run(pack_piece, [piece for expert in experts for piece in pieces(expert)]))
 
 
-def _pack_row_tiles(codes: torch.Tensor, scales: torch.Tensor, rows: torch.Tensor, words: torch.Tensor, scale_words: torch.Tensor) -> None:
+def _is_readable(tensor: torch.Tensor, *written: torch.Tensor) -> bool:
+    """Whether `tensor`, on a CPU, need not be copied first: it can be viewed in lanes of 8 bytes, and is not what will be written."""
+    aligned = tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.storage_offset() % 8 == 0 and tensor.data_ptr() % 8 == 0
+    return aligned and all(tensor.untyped_storage().data_ptr() != other.untyped_storage().data_ptr() for other in written)
+
+
+@contextmanager
+def _pool_of_single_threads() -> Iterator[ThreadPoolExecutor]:
+    """As many threads as torch uses, in each of which it uses one.
+
+    Torch's own threads would wait for one another after each of some forty short operations; left to itself, torch would have them also under these,
+    for operations on more than 32768 elements: 84 ms of CPU an expert instead of 57 (DeepSeek-R1, EPYC, torch 2.13, 2026-11-26).
+    """
+    num_threads = torch.get_num_threads()
+    started = threading.Barrier(num_threads + 1)
+
+    def start() -> None:
+        torch.get_num_threads()  # or the first operation would set the number again
+        torch.set_num_threads(1)  # of this thread, and of those that use torch for the first time from now on
+        started.wait()
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        try:
+            for _ in range(num_threads):
+                pool.submit(start)
+            started.wait()
+        finally:
+            started.abort()  # where a thread could not be started, the others do not wait for it
+            torch.set_num_threads(num_threads)
+        yield pool
+
+
+def _pack_row_tiles(
+    codes: torch.Tensor, scales: torch.Tensor, rows: torch.Tensor, words: torch.Tensor, scale_words: torch.Tensor, row_exponent: torch.Tensor
+) -> None:
     """Write these rows of one expert."""
     block = 2 * codes.shape[1] // scales.shape[1]
     columns = words.shape[1] * TILE
@@ -308,19 +351,24 @@ def _pack_row_tiles(codes: torch.Tensor, scales: torch.Tensor, rows: torch.Tenso
         raw = encode_nvfp4_scale(raw)
     pack_codes(lanes.view(torch.uint8), words)
     scale_words.copy_(pack_scales(raw, block))
+    row_exponent.copy_(row_exponents(raw.amax(1), NVFP4 if block == NVFP4.block else MXFP4))
 
 
 def _pack_weights_on_gpu(
     codes: torch.Tensor, scales: torch.Tensor, order: RowOrder, words: torch.Tensor, scale_words: torch.Tensor, row_exponent: torch.Tensor
 ) -> None:
     """The same with kernels, on the device of `words`."""
-    from halfbyte.weights.layouts.hopper_pack import pack_matrix
+    from halfbyte.weights.layouts.hopper_pack import PROGRAMS_OF_A_MULTIPROCESSOR, pack_matrix, pack_matrix_in_place
 
     written = {tensor.untyped_storage().data_ptr() for tensor in (words, scale_words)}
     sources = (codes, scales)
     aligned = all(tensor.is_contiguous() and tensor.data_ptr() % 8 == 0 for tensor in sources)
-    if aligned and codes.device == words.device and not any(tensor.untyped_storage().data_ptr() in written for tensor in sources):
-        pack_matrix(codes, scales, words, scale_words, row_exponent, order)
+    if aligned and codes.device == words.device:
+        if any(tensor.untyped_storage().data_ptr() in written for tensor in sources):
+            num_programs = PROGRAMS_OF_A_MULTIPROCESSOR * Target.of(words.device).num_sms
+            pack_matrix_in_place(codes, scales, words, scale_words, row_exponent, order, num_programs)
+        else:
+            pack_matrix(codes, scales, words, scale_words, row_exponent, order)
         return
     step = max(1, BUFFER_BYTES // (codes[0].nbytes + scales[0].nbytes))
     buffers = [torch.empty((min(step, len(codes)), *tensor.shape[1:]), dtype=torch.uint8, device=words.device) for tensor in sources]

@@ -73,13 +73,6 @@ def unpack_scales(scales: torch.Tensor) -> torch.Tensor:
     return b.permute(0, 2, 6, 3, 1, 5, 4).reshape(row_tiles * TILE, -1)
 
 
-def largest_of_rows(scales: torch.Tensor) -> torch.Tensor:
-    """The largest scale byte of every row, as stored: int64 [N/64, ceil(K/256), entries] to uint8 [N]."""
-    row_tiles, scale_words, entries = scales.shape
-    b = scales.view(torch.uint8).view(row_tiles, scale_words, 4, 8, entries // 32, TILES_PER_SCALE_WORD, 2)  # tile, word, w, g, t, c, h
-    return b.amax(dim=(1, 4, 5)).transpose(-1, -2).reshape(-1)
-
-
 def encode_nvfp4_scale(e4m3: torch.Tensor) -> torch.Tensor:
     """e4m3 bytes m >= 0 to (exponent + 21) << 3 | mantissa; zero stays zero. The four lines meet where subnormals double: at 1, 4 and 8."""
     m = e4m3.to(torch.int16)

@@ -10,6 +10,11 @@ becomes its four words.
     scale_words  int64 [E, N/64, ceil(K/256), 128 or 64]
     row_exponent int8 [E, N], from the scale words that were just written
 
+In place, where the tiles of an expert lie in the memory of its codes, one launch packs all experts of a matrix. A program keeps the tiles that it
+packs in memory of its own until all programs have read their part of the expert, then moves them to where they belong and goes on to the next.
+What is kept, one expert or a few small ones, is used again and again, and should stay in the L2, so that global memory still sees every byte read
+once and written once. Not measured yet.
+
 Compiled for sm_80 and newer; interpreted on a CPU.
 """
 
@@ -21,6 +26,12 @@ import triton.language as tl
 
 from halfbyte.weights.layouts import hopper_fp8
 from halfbyte.weights.layouts.hopper import RowOrder
+
+INTERPRETED = triton.knobs.runtime.interpret
+# In place. 8 warps of 64 registers a thread: four programs have all registers of a multiprocessor, and half of its threads or more.
+PROGRAMS_OF_A_MULTIPROCESSOR = 4
+MAX_REGISTERS = 64
+KEPT_BYTES = 20 << 20  # tiles that stay in the L2 of an sm_90 GPU (50 MiB in two halves), whose other traffic passes through with "evict_first"
 
 TOP_EXPONENT = tl.constexpr(hopper_fp8.TOP_EXPONENT)
 SMALLEST_ROW_EXPONENT = tl.constexpr(hopper_fp8.SMALLEST_ROW_EXPONENT)
@@ -57,16 +68,16 @@ def _decode_nvfp4_scale(c):
 
 
 @triton.jit
-def _of_this_program(codes_ptr, scales_ptr, words_ptr, scale_words_ptr, rows, lanes, column_tiles, SCALES: tl.constexpr):
-    """The pointers moved to the expert of this program, and to its row tile and run of scales."""
-    expert = tl.program_id(2).to(tl.int64)
-    row_tile = expert * tl.num_programs(1) + tl.program_id(1)
-    return (
-        codes_ptr + expert * rows * lanes,
-        scales_ptr + expert * rows * (lanes * SCALES // 4),
-        words_ptr + row_tile * column_tiles * 512,
-        scale_words_ptr + (row_tile * tl.num_programs(0) + tl.program_id(0)) * (32 * SCALES),
-    )
+def _source_of(codes_ptr, scales_ptr, expert, rows, lanes, SCALES: tl.constexpr):
+    """The pointers moved to an expert."""
+    return codes_ptr + expert.to(tl.int64) * rows * lanes, scales_ptr + expert.to(tl.int64) * rows * (lanes * SCALES // 4)
+
+
+@triton.jit
+def _tiles_of(words_ptr, scale_words_ptr, row_tile, run, runs, column_tiles, SCALES: tl.constexpr):
+    """The pointers moved to a row tile, counted through all experts, and to its run of scales."""
+    row_tile = row_tile.to(tl.int64)
+    return words_ptr + row_tile * column_tiles * 512, scale_words_ptr + (row_tile * runs + run) * (32 * SCALES)
 
 
 @triton.jit
@@ -74,11 +85,21 @@ def _pack(
     codes_ptr, scales_ptr, words_ptr, scale_words_ptr, rows, intermediate, lanes, column_tiles,
     ORDER: tl.constexpr, NVFP4: tl.constexpr,
 ):  # fmt: skip
-    run, tile = tl.program_id(0), tl.program_id(1)
+    run, tile, expert = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     SCALES: tl.constexpr = 4 if NVFP4 else 2  # of a row in a tile
-    codes_ptr, scales_ptr, words_ptr, scale_words_ptr = _of_this_program(
-        codes_ptr, scales_ptr, words_ptr, scale_words_ptr, rows, lanes, column_tiles, SCALES
-    )  # fmt: skip
+    codes_ptr, scales_ptr = _source_of(codes_ptr, scales_ptr, expert, rows, lanes, SCALES)
+    row_tile = expert * tl.num_programs(1) + tile
+    words_ptr, scale_words_ptr = _tiles_of(words_ptr, scale_words_ptr, row_tile, run, tl.num_programs(0), column_tiles, SCALES)
+    _pack_tiles(codes_ptr, scales_ptr, words_ptr, scale_words_ptr, tile, run, intermediate, lanes, column_tiles, ORDER, NVFP4, "")
+
+
+@triton.jit
+def _pack_tiles(
+    codes_ptr, scales_ptr, words_ptr, scale_words_ptr, tile, run, intermediate, lanes, column_tiles,
+    ORDER: tl.constexpr, NVFP4: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """Four tiles and their scales, from the matrix of an expert to its row tile `tile`. KEEP: eviction policy of what is written."""
+    SCALES: tl.constexpr = 4 if NVFP4 else 2
     first_row, first_exists = _rows_of_pairs(tile, 0, intermediate, ORDER)
     second_row, second_exists = _rows_of_pairs(tile, 1, intermediate, ORDER)
 
@@ -100,7 +121,7 @@ def _pack(
         scale = first_scale.to(tl.int32) | second_scale.to(tl.int32) << 8
     scale = tl.reshape(scale.to(tl.int64), (32, 4, SCALES)) << (16 * tl.arange(0, 4))[None, :, None]
     entry = SCALES * tl.arange(0, 32)[:, None] + tl.arange(0, SCALES)[None, :]
-    tl.store(scale_words_ptr + entry, tl.sum(scale, axis=1))
+    tl.store(scale_words_ptr + entry, tl.sum(scale, axis=1), eviction_policy=KEEP)
 
     # Bytes with the codes of even columns, and of odd ones: the second row's in the low nibble, the first row's in the high one.
     even = (second & LOW_NIBBLES) | (first & LOW_NIBBLES) << 4
@@ -110,7 +131,52 @@ def _pack(
     word = _word_of_nibbles(even16 | (odd[:, :, None] >> shift).to(tl.uint32) << 16)
     lane3 = lane[:, :, None]
     target = lane3 // 4 * 512 + 16 * tl.arange(0, 32)[:, None, None] + 4 * (lane3 % 4) + tl.arange(0, 4)[None, None, :]
-    tl.store(words_ptr + target, word.to(tl.int32, bitcast=True), mask=lane3 < 4 * column_tiles)
+    tl.store(words_ptr + target, word.to(tl.int32, bitcast=True), mask=lane3 < 4 * column_tiles, eviction_policy=KEEP)
+
+
+@triton.jit
+def _meet(arrivals_ptr):
+    """Wait until every program is here. They must all run at the same time."""
+    tl.debug_barrier()
+    tl.atomic_add(arrivals_ptr, 1, sem="release")
+    while tl.atomic_add(arrivals_ptr, 0, sem="acquire") < tl.num_programs(0):  # one thread asks: many would keep the last programs from arriving
+        pass
+    tl.debug_barrier()
+
+
+@triton.jit
+def _pack_in_place(
+    codes_ptr, scales_ptr, words_ptr, scale_words_ptr, kept_words_ptr, kept_scale_words_ptr, arrivals_ptr,
+    num_experts, num_kept, rows, intermediate, lanes, row_tiles, column_tiles, runs,
+    ORDER: tl.constexpr, NVFP4: tl.constexpr,
+):  # fmt: skip
+    """`num_kept` experts at a time; a program has the same tiles of all of them."""
+    SCALES: tl.constexpr = 4 if NVFP4 else 2
+    num_steps = tl.cdiv(num_experts, num_kept)
+    offset = tl.arange(0, 2048)
+    for step in range(0, num_steps + 1):
+        if step > 0:
+            _meet(arrivals_ptr + step - 1)
+            first = (step - 1) * num_kept
+            for index in range(tl.program_id(0), tl.minimum(num_kept, num_experts - first) * row_tiles * runs, tl.num_programs(0)):
+                kept_tile, run = index // runs, index % runs
+                kept, kept_scales = _tiles_of(kept_words_ptr, kept_scale_words_ptr, kept_tile, run, runs, column_tiles, SCALES)
+                words, scale_words = _tiles_of(words_ptr, scale_words_ptr, first * row_tiles + kept_tile, run, runs, column_tiles, SCALES)
+                inside = 2048 * run + offset < 512 * column_tiles
+                word = tl.load(kept + 2048 * run + offset, mask=inside, eviction_policy="evict_last")
+                scale = tl.load(kept_scales + tl.arange(0, 32 * SCALES), eviction_policy="evict_last")
+                tl.store(words + 2048 * run + offset, word, mask=inside, eviction_policy="evict_first")
+                tl.store(scale_words + tl.arange(0, 32 * SCALES), scale, eviction_policy="evict_first")
+            tl.debug_barrier()  # before other threads write to what is kept
+        if step < num_steps:
+            first = step * num_kept
+            for index in range(tl.program_id(0), tl.minimum(num_kept, num_experts - first) * row_tiles * runs, tl.num_programs(0)):
+                kept_tile, run = index // runs, index % runs
+                codes, scales = _source_of(codes_ptr, scales_ptr, first + kept_tile // row_tiles, rows, lanes, SCALES)
+                kept, kept_scales = _tiles_of(kept_words_ptr, kept_scale_words_ptr, kept_tile, run, runs, column_tiles, SCALES)
+                _pack_tiles(
+                    codes, scales, kept, kept_scales, kept_tile % row_tiles, run, intermediate, lanes, column_tiles, ORDER, NVFP4, "evict_last"
+                )  # fmt: skip
 
 
 @triton.jit
@@ -133,11 +199,11 @@ def _unpack(
     words_ptr, scale_words_ptr, codes_ptr, scales_ptr, rows, intermediate, lanes, column_tiles,
     ORDER: tl.constexpr, NVFP4: tl.constexpr,
 ):  # fmt: skip
-    run, tile = tl.program_id(0), tl.program_id(1)
+    run, tile, expert = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     SCALES: tl.constexpr = 4 if NVFP4 else 2
-    codes_ptr, scales_ptr, words_ptr, scale_words_ptr = _of_this_program(
-        codes_ptr, scales_ptr, words_ptr, scale_words_ptr, rows, lanes, column_tiles, SCALES
-    )  # fmt: skip
+    codes_ptr, scales_ptr = _source_of(codes_ptr, scales_ptr, expert, rows, lanes, SCALES)
+    row_tile = expert * tl.num_programs(1) + tile
+    words_ptr, scale_words_ptr = _tiles_of(words_ptr, scale_words_ptr, row_tile, run, tl.num_programs(0), column_tiles, SCALES)
 
     lane = 16 * run + tl.arange(0, 16)[None, :]
     lane3 = lane[:, :, None]
@@ -206,8 +272,38 @@ def pack_matrix(
     All are contiguous, codes 8-byte aligned; scales are neither negative nor NaN.
     """
     _launch(_pack, codes, scales, words, scale_words, order, codes.view(torch.int64), scales, words, scale_words)
-    num_experts, row_tiles, runs, entries = scale_words.shape
+    _write_row_exponents(scale_words, row_exponent)
+
+
+def pack_matrix_in_place(
+    codes: torch.Tensor, scales: torch.Tensor, words: torch.Tensor, scale_words: torch.Tensor, row_exponent: torch.Tensor, order: RowOrder,
+    num_programs: int,
+) -> None:  # fmt: skip
+    """`pack_matrix` where `words`, `scale_words` or both lie in the storage of codes and scales, expert upon expert.
+
+    `num_programs`: at most what the device runs at the same time, `PROGRAMS_OF_A_MULTIPROCESSOR` on each of its multiprocessors. Memory: tiles of
+    `KEPT_BYTES`, or of one expert where that has more.
+    """
+    num_experts, rows, half_columns = codes.shape
+    _, row_tiles, runs, entries = scale_words.shape
+    num_kept = min(num_experts, max(1, KEPT_BYTES // (words[0].nbytes + scale_words[0].nbytes)))
+    kept = [torch.empty((num_kept, *tensor.shape[1:]), dtype=tensor.dtype, device=tensor.device) for tensor in (words, scale_words)]
+    arrivals = torch.zeros(triton.cdiv(num_experts, num_kept), dtype=torch.int32, device=words.device)
+    pieces = num_kept * row_tiles * runs
+    num_programs = triton.cdiv(pieces, triton.cdiv(pieces, num_programs))  # all with the same number of pieces
+    options = {} if INTERPRETED else {"launch_cooperative_grid": True, "maxnreg": MAX_REGISTERS}
     with torch.cuda.device_of(words):
+        _pack_in_place[(num_programs,)](
+            codes.view(torch.int64), scales, words, scale_words, *kept, arrivals, num_experts, num_kept,
+            rows, rows // 2 if order == "gate_up" else rows, half_columns // 8, row_tiles, words.shape[2], runs, order, entries == 128,
+            num_warps=8, **options,
+        )  # fmt: skip
+    _write_row_exponents(scale_words, row_exponent)
+
+
+def _write_row_exponents(scale_words: torch.Tensor, row_exponent: torch.Tensor) -> None:
+    num_experts, row_tiles, runs, entries = scale_words.shape
+    with torch.cuda.device_of(scale_words):
         _row_exponents[(row_tiles, num_experts)](scale_words, row_exponent, runs, entries == 128, num_warps=1)
 
 
