@@ -11,7 +11,7 @@ from halfbyte.checkpoint.experts import GPT_OSS_SWIGLU, SWIGLU
 from halfbyte.errors import UnsupportedError
 from halfbyte.weights.layouts.hopper import HopperExperts, HopperMatrix
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 from halfbyte.kernels.gluon_sm90 import fused_moe as layer
 from halfbyte.kernels.triton.activations_fp8 import quantize_rows, quantize_tokens
@@ -68,11 +68,10 @@ def test_decode_kernels_use_mma_without_spills(name: str, nvfp4: bool, scaled: b
         assert kernel.shared_bytes <= 256  # the one reduction of the direct variant
 
 
-# Register budgets of 160 and 112 for three and four consumers leave a few values in local memory: 0 to 24 bytes a thread with Triton 3.6, up to 64
-# with 3.9 (2026-11). A wider budget costs a consumer warpgroup, which costs more.
-MAX_SPILL_BYTES = 64
-# Of kernels that scale the rows of x: up to 24 bytes a thread with Triton 3.6, more with 3.9, of values that the loop over K does not touch.
-MAX_SCALED_SPILL_BYTES = 256
+# Register budgets of 240, 160 and 112 for two to four consumers leave a few values in local memory, which the loop over K does not touch: 0 to 40
+# bytes a thread with Triton 3.6, what all measurements were made with, and up to 376 with 3.9 (2026-11). A wider budget costs a consumer warpgroup,
+# which costs more.
+MAX_SPILL_BYTES = 64 if triton.__version__.startswith("3.6") else 384
 
 
 @pytest.mark.parametrize(
@@ -87,7 +86,7 @@ def test_prefill_kernels_use_wgmma_within_their_registers(name: str, nvfp4: bool
         layer._prefill_gemm(x, scales, experts.w13, y, experts, ITEMS, config, is_w13=True)
     (kernel,) = compiled
     assert all(f"wgmma.mma_async.sync.aligned.m64n{size}k16" in kernel.ptx for pair in config.sizes for size in pair if size)
-    assert kernel.spill_bytes <= (MAX_SCALED_SPILL_BYTES if scaled else MAX_SPILL_BYTES)
+    assert kernel.spill_bytes <= MAX_SPILL_BYTES
     assert kernel.registers <= config.max_registers
     assert kernel.shared_bytes <= 227 * 1024
 
@@ -104,7 +103,7 @@ def test_fp8_prefill_kernels_use_fp8_wgmma_within_their_registers(name: str, nvf
         layer._prefill_gemm(x, torch.empty(64), matrix, y, experts, ITEMS, config, is_w13=is_w13)
     (kernel,) = compiled
     assert all(f"wgmma.mma_async.sync.aligned.m64n{size}k32.f32.e4m3.e4m3" in kernel.ptx for pair in config.sizes for size in pair if size)
-    assert kernel.spill_bytes <= MAX_SCALED_SPILL_BYTES
+    assert kernel.spill_bytes <= MAX_SPILL_BYTES
     assert kernel.registers <= config.max_registers
     assert kernel.shared_bytes <= 227 * 1024
 
@@ -122,7 +121,7 @@ def test_the_choice_follows_the_rows_an_expert_has() -> None:
     names = {id(config): name for name, config in PREFILL.items()}
     chosen = [layer.choose_config(num_tokens, 8, 128) for num_tokens in (1, 8, 9, 64, 128, 256, 512, 1024, 2048, 4096)]
     assert [names.get(id(config), getattr(config, "rows", None)) for config in chosen] == [
-        8, 8, 8, 8, 16, "tiny", "small", "medium", "large", "huge",
+        8, 8, 8, 8, "tiny", "tiny", "small", "medium", "large", "huge",
     ]  # fmt: skip
     assert chosen[0].direct and chosen[1].direct and not chosen[2].direct
     assert not layer.choose_config(8, 9, 128).direct  # 72 slots

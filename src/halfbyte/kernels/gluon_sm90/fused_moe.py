@@ -129,10 +129,10 @@ def choose_config(
     average = rows / num_experts
     if activations == "fp8" and (average > MIN_FP8_ROWS or batch_invariant):
         return FP8_LARGE if average <= 160 else FP8_HUGE
-    if not batch_invariant and average <= 12:
-        if num_tokens <= MAX_DIRECT_TOKENS and rows <= MAX_DIRECT_SLOTS:
-            return DecodeConfig(direct=True, rows=8, tiles=1)
-        return DecodeConfig(direct=False, rows=8, tiles=1) if average <= 4 else DecodeConfig(direct=False, rows=16, tiles=2)
+    if not batch_invariant and average <= 12 and num_tokens <= MAX_DIRECT_TOKENS and rows <= MAX_DIRECT_SLOTS:
+        return DecodeConfig(direct=True, rows=8, tiles=1)
+    if not batch_invariant and average <= 4:
+        return DecodeConfig(direct=False, rows=8, tiles=1)
     for limit, config in ((24, TINY), (48, SMALL), (80, MEDIUM), (240, LARGE)):
         if average <= limit:
             return config
