@@ -23,7 +23,7 @@ from triton.language.extra.cuda import gdc
 
 ITEM_ALIGNMENT = 16  # cut experts at multiples of this many rows
 MAX_SINGLE_SLOTS = 1024
-CHUNK = 512
+CHUNK = 256  # slots that are ranked among one another
 MAX_ORDERED_ITEMS = 65535  # of each of the four sizes that items are ordered by: their counts share a word of 64 bits
 
 
@@ -49,7 +49,7 @@ def variant(num_slots: int, num_experts: int, max_rows: int) -> tuple[bool, bool
     """Which of the compiled kernels sort these slots: ordered items or not, in a single launch or two, and the slots of a program.
 
     >>> variant(8, 256, 8), variant(65536, 256, 192)
-    ((False, True, 256), (True, False, 512))
+    ((False, True, 256), (True, False, 256))
     """
     ordered = max_rows > ITEM_ALIGNMENT and max_items(num_slots, num_experts, max_rows) <= MAX_ORDERED_ITEMS
     single = num_slots <= MAX_SINGLE_SLOTS
@@ -121,7 +121,7 @@ def _permute(
 @triton.jit(do_not_specialize=["num_slots", "expert_offset"])
 def _count(
     ids_ptr, rank_ptr, counts_ptr, num_slots, expert_offset,
-    NUM_EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr, CHUNK: tl.constexpr, OTHERS: tl.constexpr, PDL: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Of every slot of a chunk: how many before it in the chunk have its expert. Of every expert: how many slots of the chunk."""
     begin = tl.program_id(0) * CHUNK
@@ -131,8 +131,8 @@ def _count(
         gdc.gdc_launch_dependents()
     local = _local_experts(ids_ptr, begin + lane, num_slots, expert_offset)
     rank = tl.zeros((CHUNK,), tl.int32)
-    for first in range(0, CHUNK, OTHERS):
-        other = first + tl.arange(0, OTHERS)
+    for first in tl.static_range(0, CHUNK, 64):
+        other = first + tl.arange(0, 64)
         other_local = _local_experts(ids_ptr, begin + other, num_slots, expert_offset)
         rank += tl.sum(((local[:, None] == other_local[None, :]) & (other[None, :] < lane[:, None])).to(tl.int32), 1)
     tl.store(rank_ptr + begin + lane, rank, mask=begin + lane < num_slots)
@@ -204,7 +204,7 @@ def permute(ids: torch.Tensor, expert_offset: int, num_experts: int, max_rows: i
     else:
         chunks = triton.cdiv(num_slots, block)
         counts = torch.empty((chunks, padded), dtype=torch.int32, device=device)
-        _count[(chunks,)](ids, row_of_slot, counts, num_slots, expert_offset, num_experts, padded, block, 32, launch_early, num_warps=8, **pdl)
+        _count[(chunks,)](ids, row_of_slot, counts, num_slots, expert_offset, num_experts, padded, block, launch_early, num_warps=8, **pdl)
         _place[(chunks,)](
             ids, counts, token_of_row, row_of_slot, items, num_items, num_slots, expert_offset, num_experts, padded, *layout, block,
             max(1, 4096 // padded), launch_early, num_warps=8, **pdl,
