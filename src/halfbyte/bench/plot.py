@@ -36,7 +36,10 @@ def plot_fractions(groups: Sequence[list[Record]], file: Path) -> None:
     for axes in panels[len(groups) :]:
         axes.set_axis_off()
     figure.suptitle(f"Share of the measured floor, {groups[0][0].environment['device']}")
-    figure.savefig(file, dpi=150)
+    lines_of = {line.get_label(): line for axes in panels for line in axes.lines if not line.get_label().startswith("_")}
+    if lines_of:
+        figure.legend(handles=list(lines_of.values()), loc="outside lower center", ncols=len(lines_of), frameon=False)
+    figure.savefig(file, dpi=100)
 
 
 def _panel(axes: Any, group: list[Record], colours: dict[str, str]) -> None:
@@ -50,14 +53,12 @@ def _panel(axes: Any, group: list[Record], colours: dict[str, str]) -> None:
         axes.axvline(boundary, color="0.5", linestyle=":", linewidth=1)
     tokens = sorted({row.num_tokens for row in rows})
     axes.set_xscale("log", base=2)
-    axes.set_xticks(tokens, [str(number) for number in tokens])
+    axes.set_xticks(tokens, [str(number) for number in tokens], rotation=45)
     axes.minorticks_off()
     axes.set(title=title(group), xlabel="tokens", ylabel="% of floor", ylim=(0, 105))
     axes.title.set_size("small")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    if axes.lines:
-        axes.legend(fontsize="small", frameon=False)
 
 
 def _boundary(rows: Sequence[Row]) -> float | None:
