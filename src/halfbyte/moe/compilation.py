@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from halfbyte.errors import InputError
+from halfbyte.errors import HalfbyteError, InputError
 from halfbyte.formats.activations import ActivationFormat
 from halfbyte.kernels.table import Problem, choose
 from halfbyte.moe.functional import check
@@ -34,8 +34,8 @@ def warm_up(
     """Compile every kernel that `fused_moe` can need for layers like `experts`, so that no later call in this process does. For servers before their
     first request, and before a CUDA graph is captured.
 
-    `threads` compile at a time. The 29 kernels of a DeepSeek-R1 layer took 121 s with one and 75 s with two, on two busy cores (Triton 3.6,
-    2026-11-26); a fifth of the time is Python's, which threads do not share. Triton keeps the result on disk (TRITON_CACHE_DIR), from where another
+    `threads` compile at a time. The 29 kernels of a DeepSeek-R1 layer took 121 s with one and 75 s with two, on two busy cores, and 34 s on 16 cores
+    (Triton 3.6, 2026-11-26); a fifth of the time is Python's, which threads do not share. Triton keeps the result on disk (TRITON_CACHE_DIR), from where another
     process has all 29 in 0.3 s. One layer of a kind is enough: same sizes, format, activation function and kinds of tensors. Where plain torch runs
     the layer, nothing is compiled.
 
@@ -92,13 +92,16 @@ def warm_up(
         futures = [pool.submit(run, numbers, options) for numbers, options in reversed(calls)]
         try:
             for done, future in enumerate(as_completed(futures), 1):
-                future.result()
+                # Python 3.11's parser can fail in threads (CPython issue 106905): the call below compiles what is missing then.
+                if isinstance(error := future.exception(), HalfbyteError):
+                    raise error
                 if progress is not None:
                     progress(done, len(calls))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    # Threads that met a kernel at the same moment may have left Triton with only one thread's: the others are taken from its cache on disk.
+    # Threads that met a kernel at the same moment may have left Triton with only one thread's: the others are taken from its cache on disk. What no
+    # thread could compile is compiled here, or its error raised.
     for numbers, options in calls:
         run(numbers, options)
     if experts.device.type == "cuda":

@@ -151,7 +151,7 @@ def warm_up_calls(
     """(numbers of tokens, options) of calls, as small as possible, that launch every kernel that calls of up to `max_tokens` tokens launch.
 
     >>> [numbers for numbers, _ in warm_up_calls(128, 2048, 8, 1024, "bf16", False)]
-    [[1], [1, 33], [65, 129], [129], [129, 512], [129]]
+    [[1], [1, 33], [65, 129], [129, 512], [129]]
     """
     calls: dict[DecodeConfig | PrefillConfig, list[int]] = {}
     seen: set[Any] = set()
