@@ -35,9 +35,9 @@ def warm_up(
     first request, and before a CUDA graph is captured.
 
     `threads` compile at a time. The 29 kernels of a DeepSeek-R1 layer took 121 s with one and 75 s with two, on two busy cores, and 34 s on 16 cores
-    (Triton 3.6, 2026-11-26); a fifth of the time is Python's, which threads do not share. Triton keeps the result on disk (TRITON_CACHE_DIR), from where another
-    process has all 29 in 0.3 s. One layer of a kind is enough: same sizes, format, activation function and kinds of tensors. Where plain torch runs
-    the layer, nothing is compiled.
+    (Triton 3.6, 2026-11-26); a fifth of the time is Python's, which threads do not share. Triton keeps the result on disk (TRITON_CACHE_DIR), from
+    where another process has all 29 in 0.3 s. One layer of a kind is enough: same sizes, format, activation function and kinds of tensors. Where
+    plain torch runs the layer, nothing is compiled.
 
     It works by calling the layer, with tokens that chose no expert; no weight is read. A workspace is allocated for every thread, of up to 512 tokens
     for the Hopper kernels and `max_tokens` for the portable one.
