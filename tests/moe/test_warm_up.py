@@ -95,7 +95,7 @@ def test_compiled_kernels_are_in_memory_and_on_disk(tmp_path: Path, monkeypatch:
                 call(experts, num_tokens)
         assert not keys
         with missed(compile=True) as keys:
-            call(experts, 60)
+            call(experts, 120)
         assert keys  # the negative control: more tokens than were asked for
     hits.clear()
     with compiling(90):  # another device, as another process would be
