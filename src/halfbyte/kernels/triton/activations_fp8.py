@@ -30,37 +30,41 @@ def _byte(value, scale):
     return e4m3_bytes(tl.div_rn(value, scale), True).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["num_sources"])
+@triton.jit
 def _quantize(
-    x_ptr, row_of_slot_ptr, codes_ptr, scales_ptr, num_sources,
-    PAIRS: tl.constexpr, PADDED_WORDS: tl.constexpr, TOP_K: tl.constexpr, SOURCES: tl.constexpr, WORDS: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, row_of_slot_ptr, codes_ptr, scales_ptr,
+    PAIRS: tl.constexpr, PADDED_WORDS: tl.constexpr, TOP_K: tl.constexpr, WORDS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A program reads SOURCES tokens and writes the rows of each (TOP_K > 0), or rows, whose columns are in bf16 slot order (TOP_K 0)."""
-    source = tl.program_id(0) * SOURCES + tl.arange(0, SOURCES)[:, None]
-    inside = source < num_sources
+    """Program t writes the rows of token t (TOP_K > 0), or program r row r, whose columns are in bf16 slot order (TOP_K 0)."""
+    source = tl.program_id(0)
     if PDL:
         gdc.gdc_wait()
         gdc.gdc_launch_dependents()
     # Word 4 s + t of a block of 64 slots has the bytes (p 1, e 0), (0, 0), (1, 1), (0, 1); a pair of the source is one (s, t, p).
-    word = tl.arange(0, WORDS)[None, :]
+    word = tl.arange(0, WORDS)
     if TOP_K > 0:
         pair = word // 16 * 32 + word % 4 * 8 + word // 4 % 4 * 2
         next_pair = pair + 1
     else:
         pair = word // 4 * 8 + word % 4
         next_pair = pair + 4
-    x_rows = x_ptr + source.to(tl.int64) * PAIRS
-    first = tl.load(x_rows + pair, mask=inside & (pair < PAIRS) & (word < PADDED_WORDS), other=0)
-    second = tl.load(x_rows + next_pair, mask=inside & (next_pair < PAIRS) & (word < PADDED_WORDS), other=0)
+    x_row = x_ptr + source.to(tl.int64) * PAIRS
+    first = tl.load(x_row + pair, mask=(pair < PAIRS) & (word < PADDED_WORDS), other=0)
+    second = tl.load(x_row + next_pair, mask=(next_pair < PAIRS) & (word < PADDED_WORDS), other=0)
     x00, x01 = _halves(first)
     x10, x11 = _halves(second)
     amax = tl.maximum(tl.maximum(tl.abs(x00), tl.abs(x01)), tl.maximum(tl.abs(x10), tl.abs(x11)))
-    scale = fp32_scale(tl.max(amax, 1, keep_dims=True))
+    scale = fp32_scale(tl.max(amax, 0))
     codes = _byte(x10, scale) | (_byte(x00, scale) << 8) | (_byte(x11, scale) << 16) | (_byte(x01, scale) << 24)
-    for j in tl.static_range(TOP_K if TOP_K > 0 else 1):
-        row = tl.load(row_of_slot_ptr + source * TOP_K + j, mask=inside, other=-1) if TOP_K > 0 else tl.where(inside, source, -1)
-        tl.store(codes_ptr + row.to(tl.int64) * PADDED_WORDS + word, codes, mask=(row >= 0) & (word < PADDED_WORDS))
-        tl.store(scales_ptr + row, scale, mask=row >= 0)
+    if TOP_K > 0:
+        for j in tl.static_range(TOP_K):
+            row = tl.load(row_of_slot_ptr + source * TOP_K + j)
+            if row >= 0:
+                tl.store(codes_ptr + row.to(tl.int64) * PADDED_WORDS + word, codes, mask=word < PADDED_WORDS)
+                tl.store(scales_ptr + row, scale)
+    else:
+        tl.store(codes_ptr + source.to(tl.int64) * PADDED_WORDS + word, codes, mask=word < PADDED_WORDS)
+        tl.store(scales_ptr + source, scale)
 
 
 def quantize_tokens(hidden: torch.Tensor, rows: Items, top_k: int, padded: int, *, launch_early: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,11 +83,9 @@ def _launch(
     codes = torch.empty((num_rows, padded), dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty(num_rows, dtype=torch.float32, device=x.device)
     words = padded // 4
-    block = triton.next_power_of_2(words)
-    sources = max(1, 2048 // block) if row_of_slot is None else 1  # enough bytes in flight for short rows too
-    _quantize[(triton.cdiv(x.shape[0], sources),)](
-        x.view(torch.int32), scales if row_of_slot is None else row_of_slot, codes.view(torch.int32), scales, x.shape[0],
-        x.shape[1] // 2, words, top_k, sources, block, launch_early,
-        num_warps=4 if sources * block <= 1024 else 8, **({"launch_pdl": True} if launch_early else {}),
+    _quantize[(x.shape[0],)](
+        x.view(torch.int32), scales if row_of_slot is None else row_of_slot, codes.view(torch.int32), scales,
+        x.shape[1] // 2, words, top_k, triton.next_power_of_2(words), launch_early,
+        num_warps=4 if words <= 1024 else 8, **({"launch_pdl": True} if launch_early else {}),
     )  # fmt: skip
     return codes, scales
