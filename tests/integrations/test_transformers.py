@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from devices import on_hopper
 from helpers import assert_close_rel, assert_equal_bits, relative_errors
 from safetensors.torch import load_file, save_file
 from tiny_models import build, write
@@ -249,8 +250,7 @@ def test_experts_packed_in_place_are_saved_reloaded_and_restored(checkpoint, fam
         hbt.set_layout(model, "hopper")
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not (torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)), reason="no GPU of compute capability 9.0")
+@on_hopper
 @pytest.mark.parametrize(("family", "output"), [("qwen3_moe", "modelopt"), ("qwen3_moe", "mxfp4-pack-quantized"), ("gpt_oss", "gpt-oss")])
 def test_models_on_hopper_run_its_layout(checkpoint, family: str, output: str) -> None:
     fp4, dense = checkpoint(family, output, all_linear=family != "gpt_oss")

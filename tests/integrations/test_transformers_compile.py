@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from devices import on_hopper
 from helpers import relative_errors
 from tiny_models import build, write
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -142,11 +142,6 @@ def test_experts_are_packed_in_place_while_tracing(directory: Path, monkeypatch:
     hbt.set_layout(model, "auto")
     assert relative_errors(compiled(IDS, use_cache=False).logits, expected)[1] < 1e-5
     assert all(module.halfbyte.replaced for module in packed_experts(model))
-
-
-def on_hopper(test: Callable[..., None]) -> Callable[..., None]:
-    absent = not (torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0))
-    return pytest.mark.gpu(pytest.mark.skipif(absent, reason="no GPU of compute capability 9.0")(test))
 
 
 @on_hopper

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from devices import hopper
 from helpers import assert_close_rel, assert_equal_bits
 
 import halfbyte as hb
@@ -13,8 +14,7 @@ from halfbyte.checkpoint.experts import DEEPSEEK_V4_SWIGLU, GEGLU, GEGLU_TANH, G
 from halfbyte.errors import UnsupportedError
 from halfbyte.kernels.reference.fused_moe import fused_moe as reference
 
-HAS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_HOPPER, reason="no GPU of compute capability 9.0")]
+pytestmark = hopper
 ACTIVATIONS = {"swiglu": SWIGLU, "gpt-oss": GPT_OSS_SWIGLU, "deepseek-v4": DEEPSEEK_V4_SWIGLU, "geglu": GEGLU, "tanh": GEGLU_TANH, "relu2": RELU2}
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from devices import on_hopper
 from helpers import relative_errors
 from random_experts import make_experts
 from torch._dynamo.backends.common import aot_autograd
@@ -231,8 +232,7 @@ def test_importing_does_not_import_the_compiler() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not (torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)), reason="no GPU of compute capability 9.0")
+@on_hopper
 @pytest.mark.parametrize("activations", ["bf16", "fp8"])
 @pytest.mark.parametrize("format", [hb.NVFP4, hb.MXFP4], ids=repr)
 def test_cuda_graphs_on_hopper(format: hb.BlockFormat, activations: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from compile_only import compiling
+from devices import on_hopper
 from random_experts import make_experts
 
 import halfbyte as hb
@@ -20,7 +21,6 @@ from halfbyte.formats.activations import ACTIVATION_FORMATS
 triton = pytest.importorskip("triton")
 
 HOPPER = hb.Target("NVIDIA H100", "sm_90", 132, 232448, 50 << 20, 3350.0)
-HAS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 EXPERTS, TOP_K = 8, 2
 
 
@@ -149,8 +149,7 @@ def test_bad_arguments(options: dict[str, Any], message: str) -> None:
         hb.warm_up(make_experts(EXPERTS, 64, 64, hb.NVFP4), TOP_K)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not HAS_HOPPER, reason="no GPU of compute capability 9.0")
+@on_hopper
 @pytest.mark.parametrize(("layout", "activations"), [("hopper", "bf16"), ("hopper", "fp8"), ("canonical", "bf16")])
 def test_no_call_compiles_on_a_gpu(layout: str, activations: str) -> None:
     experts = layer(layout, hidden=320, intermediate=192, device="cuda")

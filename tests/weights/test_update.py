@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from devices import on_hopper
 from helpers import assert_equal_bits
 
 import halfbyte as hb
@@ -15,7 +16,6 @@ from halfbyte.checkpoint.experts import GPT_OSS_SWIGLU, SWIGLU
 from halfbyte.errors import InputError
 from halfbyte.weights.prepared import LAYOUTS
 
-HAS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 SHAPE = MoEShape("tiny", 64, 96, 5, 2, SWIGLU, True, hb.NVFP4)
 
 
@@ -131,8 +131,7 @@ def test_slices_share_storage_and_know_their_place() -> None:
         w[::2]
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not HAS_HOPPER, reason="no GPU of compute capability 9.0")
+@on_hopper
 @pytest.mark.parametrize("layout", ["canonical", "hopper"])
 def test_a_captured_graph_goes_on_with_the_new_weights(layout: str) -> None:
     device = torch.device("cuda")

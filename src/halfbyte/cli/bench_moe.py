@@ -20,7 +20,7 @@ from halfbyte.bench.shapes import NAMED_SHAPES, MoEShape
 from halfbyte.checkpoint.experts import ExpertWeights
 from halfbyte.cli import bench_options as shared
 from halfbyte.cli.bench import BENCHMARKS
-from halfbyte.cli.terminal import positive_int
+from halfbyte.cli.terminal import comma_list, positive_int
 from halfbyte.errors import InputError
 from halfbyte.formats import BlockFormat
 from halfbyte.formats.activations import ACTIVATION_FORMATS
@@ -38,17 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared.add_layer(
         parser,
         shape={"dest": "shapes", "type": parse_shape, "metavar": "H,I,E,k", "help": "hidden, intermediate, experts, experts a token"},
-        name={"dest": "shapes", "type": shared.comma_list(shared.named_shape), "metavar": "NAME,...", "help": f"of {', '.join(NAMED_SHAPES)}"},
+        name={"dest": "shapes", "type": comma_list(shared.named_shape), "metavar": "NAME,...", "help": f"of {', '.join(NAMED_SHAPES)}"},
     )
-    parser.add_argument(
-        "--tokens", type=shared.comma_list(positive_int), metavar="T,...", help="how many tokens; default 1,4,16,..,4096, on a CPU to 16"
-    )
+    parser.add_argument("--tokens", type=comma_list(positive_int), metavar="T,...", help="how many tokens; default 1,4,16,..,4096, on a CPU to 16")
     parser.add_argument(
         "--format", dest="formats", type=shared.block_formats, metavar="NAME,...", help="nvfp4, mxfp4; default: as the model was published"
     )
     parser.add_argument("--activations", choices=ACTIVATION_FORMATS, default="bf16", help="what halfbyte computes on; peers compute on bf16")
     parser.add_argument("--routing", choices=ROUTING_KINDS, default="uniform", help="how tokens choose experts")
-    parser.add_argument("--peers", type=shared.comma_list(parse_peer), metavar="NAME,...", default=[], help="torch, reference, FILE.py:FUNCTION")
+    parser.add_argument("--peers", type=comma_list(parse_peer), metavar="NAME,...", default=[], help="torch, reference, FILE.py:FUNCTION")
     parser.add_argument(
         "--peer-limit", type=float, metavar="X", default=GLOBAL_LIMIT, help="relative error over all tokens that peers are allowed; halfbyte is not"
     )

@@ -14,7 +14,7 @@ import torch
 
 from halfbyte.bench.results import append, environment
 from halfbyte.bench.shapes import NAMED_SHAPES, MoEShape
-from halfbyte.cli.terminal import usable_device
+from halfbyte.cli.terminal import comma_list, one_of, usable_device
 from halfbyte.errors import InputError
 from halfbyte.formats import FORMATS
 
@@ -23,30 +23,8 @@ if TYPE_CHECKING:
     from halfbyte.bench.quantize import QuantizeRecord
     from halfbyte.bench.results import Record
 
-_Item = TypeVar("_Item")
 _Row = TypeVar("_Row")
 _Record = TypeVar("_Record", bound="Record | PrepareRecord | QuantizeRecord")
-
-
-def comma_list(item: Callable[[str], _Item]) -> Callable[[str], list[_Item]]:
-    """An argparse type: items between commas, none twice."""
-
-    def parse(text: str) -> list[_Item]:
-        return [item(part.strip()) for part in dict.fromkeys(text.split(","))]
-
-    parse.__name__ = f"list of {item.__name__}"  # argparse names it in its messages
-    return parse
-
-
-def one_of(kind: str, items: Mapping[str, _Item], otherwise: str = "") -> Callable[[str], _Item]:
-    """An argparse type: the item of that name."""
-
-    def parse(text: str) -> _Item:
-        if text not in items:
-            raise argparse.ArgumentTypeError(f"unknown {kind} {text!r}; choose from {', '.join(items)}{otherwise}")
-        return items[text]
-
-    return parse
 
 
 named_shape = one_of("shape", NAMED_SHAPES, ", or give --shape")

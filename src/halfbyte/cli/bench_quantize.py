@@ -10,7 +10,7 @@ from halfbyte.bench import ceilings
 from halfbyte.bench.quantize import SYSTEMS, QuantizeCase, QuantizeRecord, bench_quantize, render
 from halfbyte.cli import bench_options as shared
 from halfbyte.cli.bench import BENCHMARKS
-from halfbyte.cli.terminal import positive_int
+from halfbyte.cli.terminal import comma_list, one_of, positive_int
 from halfbyte.formats.scale_layout import LAYOUTS
 
 HELP = BENCHMARKS["quantize"]
@@ -19,15 +19,15 @@ _GPU_WIDTHS, _CPU_WIDTHS = (4096, 7168), (1024,)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rows", type=shared.comma_list(positive_int), metavar="M,...", help="default 64,1024,32768,65536, on a CPU 64")
-    parser.add_argument("--width", type=shared.comma_list(positive_int), metavar="K,...", help="default 4096,7168, on a CPU 1024")
+    parser.add_argument("--rows", type=comma_list(positive_int), metavar="M,...", help="default 64,1024,32768,65536, on a CPU 64")
+    parser.add_argument("--width", type=comma_list(positive_int), metavar="K,...", help="default 4096,7168, on a CPU 1024")
     parser.add_argument("--format", dest="formats", type=shared.block_formats, metavar="NAME,...", default="nvfp4", help="nvfp4, mxfp4")
-    layouts = shared.comma_list(shared.one_of("layout", {name: name for name in LAYOUTS}))
+    layouts = comma_list(one_of("layout", {name: name for name in LAYOUTS}))
     parser.add_argument("--layout", dest="layouts", type=layouts, metavar="NAME,...", default="128x4", help="linear, 128x4, 8x4")
     parser.add_argument(
-        "--experts", type=shared.comma_list(experts), metavar="E,...", default="0", help="0: one matrix; else rows sorted by so many experts"
+        "--experts", type=comma_list(experts), metavar="E,...", default="0", help="0: one matrix; else rows sorted by so many experts"
     )
-    systems = shared.comma_list(shared.one_of("system", {name: name for name in SYSTEMS}))
+    systems = comma_list(one_of("system", {name: name for name in SYSTEMS}))
     parser.add_argument("--systems", type=systems, metavar="NAME,...", default="halfbyte,naive", help="halfbyte, naive; with experts: scan, search")
     shared.add_output(parser, seed="of inputs and experts")
 

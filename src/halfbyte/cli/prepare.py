@@ -118,19 +118,16 @@ def _compile(checkpoint: Checkpoint, layers: Sequence[int], args: argparse.Names
                 bar.update(done, len(passes))
 
 
-def parse_activations(text: str) -> tuple[str, ...]:
+def parse_activations(text: str) -> list[str]:
     """An argparse type: names of activation formats.
 
     >>> parse_activations("bf16,fp8")
-    ('bf16', 'fp8')
+    ['bf16', 'fp8']
     """
+    from halfbyte.cli.terminal import comma_list, one_of
     from halfbyte.formats.activations import ACTIVATION_FORMATS
 
-    names = tuple(name.strip() for name in text.split(","))
-    for name in names:
-        if name not in ACTIVATION_FORMATS:
-            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(ACTIVATION_FORMATS)}")
-    return names
+    return comma_list(one_of("activation format", {name: name for name in ACTIVATION_FORMATS}))(text)
 
 
 def parse_layers(text: str) -> tuple[int, ...]:

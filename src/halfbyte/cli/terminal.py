@@ -1,13 +1,16 @@
-"""What the commands that run models share: progress on stderr, a quiet transformers, the choice of device."""
+"""What commands share: types of arguments, progress on stderr, a quiet transformers, the choice of device."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 
 from halfbyte.errors import UnsupportedError
+
+_Item = TypeVar("_Item")
 
 
 def positive_int(text: str) -> int:
@@ -16,6 +19,27 @@ def positive_int(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is below 1")
     return value
+
+
+def comma_list(item: Callable[[str], _Item]) -> Callable[[str], list[_Item]]:
+    """An argparse type: items between commas, none twice."""
+
+    def parse(text: str) -> list[_Item]:
+        return [item(part.strip()) for part in dict.fromkeys(text.split(","))]
+
+    parse.__name__ = f"list of {item.__name__}"  # argparse names it in its messages
+    return parse
+
+
+def one_of(kind: str, items: Mapping[str, _Item], otherwise: str = "") -> Callable[[str], _Item]:
+    """An argparse type: the item of that name."""
+
+    def parse(text: str) -> _Item:
+        if text not in items:
+            raise argparse.ArgumentTypeError(f"unknown {kind} {text!r}; choose from {', '.join(items)}{otherwise}")
+        return items[text]
+
+    return parse
 
 
 def progress_bar(total: int, label: str) -> Any:

@@ -7,9 +7,9 @@
     num_items      [1] int32
 
 Few slots take one launch: every program, one an expert, counts for all experts and lays out its own items. Many take two: `_count` finds the rank of
-every slot among those of its expert in a chunk of slots, and `_place` adds what comes before. No atomics, no program waits for another.
-An expert with more than `max_rows` rows is cut into equal items. Where there is a choice of tiles, larger items come
-first: what the persistent GEMMs do last is then small.
+every slot among those of its expert in a chunk of slots, and `_place` adds what comes before. No atomics, no program waits for another. An expert
+with more than `max_rows` rows is cut into equal items. Where there is a choice of tiles, larger items come first: what the persistent GEMMs do last
+is then small.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def _permute(
     tl.store(row_of_slot_ptr + slot, row, mask=mine)
     if expert == 0:
         tl.store(num_items_ptr, tl.sum(pieces))
-        tl.store(row_of_slot_ptr + slot, tl.full((BLOCK,), -1, tl.int32), mask=(slot < num_slots) & (held == 0))
+        tl.store(row_of_slot_ptr + slot, tl.full((BLOCK,), -1, tl.int32), mask=(slot < num_slots) & ~held)
 
 
 @triton.jit(do_not_specialize=["num_slots", "expert_offset"])

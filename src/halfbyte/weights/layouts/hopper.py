@@ -31,7 +31,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -287,7 +287,8 @@ def _pack_weights(
     rows = source_rows(order, codes.shape[1]).to(device)
     is_cpu = device.type == "cpu"
     step = max(1, PIECE_BYTES // (column_tiles * TILE * TILE // 2)) if is_cpu else row_tiles
-    as_they_are = is_cpu and all(_is_readable(tensor, words, scale_words) for tensor in (codes, scales))
+    in_lanes = all(_in_lanes(tensor, device) for tensor in (codes, scales))
+    as_they_are = is_cpu and in_lanes and not _share_storage((codes, scales), (words, scale_words))
 
     def pieces(expert: int) -> list[tuple[int, int, torch.Tensor, torch.Tensor]]:
         sources = (codes[expert], scales[expert])
@@ -306,10 +307,14 @@ def _pack_weights(
             list(run(pack_piece, [piece for expert in experts for piece in pieces(expert)]))
 
 
-def _is_readable(tensor: torch.Tensor, *written: torch.Tensor) -> bool:
-    """Whether `tensor`, on a CPU, need not be copied first: it can be viewed in lanes of 8 bytes, and is not what will be written."""
-    aligned = tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.storage_offset() % 8 == 0 and tensor.data_ptr() % 8 == 0
-    return aligned and all(tensor.untyped_storage().data_ptr() != other.untyped_storage().data_ptr() for other in written)
+def _in_lanes(tensor: torch.Tensor, device: torch.device) -> bool:
+    """Whether `tensor`, on `device`, can be viewed in lanes of 8 bytes where it is."""
+    return tensor.device == device and tensor.is_contiguous() and tensor.storage_offset() % 8 == 0 and tensor.data_ptr() % 8 == 0
+
+
+def _share_storage(sources: Sequence[torch.Tensor], written: Sequence[torch.Tensor]) -> bool:
+    storages = {tensor.untyped_storage().data_ptr() for tensor in written}
+    return any(tensor.untyped_storage().data_ptr() in storages for tensor in sources)
 
 
 @contextmanager
@@ -360,11 +365,9 @@ def _pack_weights_on_gpu(
     """The same with kernels, on the device of `words`."""
     from halfbyte.weights.layouts.hopper_pack import PROGRAMS_OF_A_MULTIPROCESSOR, pack_matrix, pack_matrix_in_place
 
-    written = {tensor.untyped_storage().data_ptr() for tensor in (words, scale_words)}
     sources = (codes, scales)
-    aligned = all(tensor.is_contiguous() and tensor.data_ptr() % 8 == 0 for tensor in sources)
-    if aligned and codes.device == words.device:
-        if any(tensor.untyped_storage().data_ptr() in written for tensor in sources):
+    if all(_in_lanes(tensor, words.device) for tensor in sources):
+        if _share_storage(sources, (words, scale_words)):
             num_programs = PROGRAMS_OF_A_MULTIPROCESSOR * Target.of(words.device).num_sms
             pack_matrix_in_place(codes, scales, words, scale_words, row_exponent, order, num_programs)
         else:
