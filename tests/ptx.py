@@ -9,7 +9,6 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 CANONICAL_NAN = {"f32": 0x7FFFFFFF, "bf16": 0x7FFF, "f16": 0x7FFF}
 
@@ -41,17 +40,17 @@ def _step(statement: str, registers: dict[str, np.ndarray]) -> None:
 
 
 def _literal(text: str) -> int:
-    return int(text[2:], 16) if text.startswith("0f") else int(text, 0)
+    return (int(text[2:], 16) if text.startswith("0f") else int(text, 0)) & 0xFFFFFFFF
 
 
 def _compute(operation: str, v: list[np.ndarray]) -> np.ndarray:
     name, *rest = operation.split(".")
     kind = rest[-1]
-    if operation == "cvt.rn.satfinite.e4m3x2.f16x2":
-        return _e4m3(v[0] & np.uint32(0xFFFF)) | _e4m3(v[0] >> np.uint32(16)) << np.uint32(8)
     if kind in ("bf16x2", "f16x2"):
         low = _float(name, kind[:-2], [x & np.uint32(0xFFFF) for x in v])
         return low | _float(name, kind[:-2], [x >> np.uint32(16) for x in v]) << np.uint32(16)
+    if operation == "max.s16x2":
+        return np.maximum(*(x.copy().view(np.int16) for x in np.broadcast_arrays(*map(np.atleast_1d, v)))).view(np.uint32)
     if operation == "cvt.f32.f16":
         return _bits(_to_double(v[0], "f16"), "f32")
     if operation == "rcp.approx.ftz.f32":
@@ -95,11 +94,6 @@ def _prmt(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
         assert not (nibble & np.uint64(8)).any(), "a selector asks for the sign"
         result = result | (both >> np.uint64(8) * nibble & np.uint64(0xFF)) << np.uint64(8 * byte)
     return result
-
-
-def _e4m3(bits: np.ndarray) -> np.ndarray:
-    value = torch.from_numpy(_to_double(bits, "f16").astype(np.float32))
-    return value.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8).numpy().astype(np.uint32)
 
 
 def _float(name: str, kind: str, v: list[np.ndarray]) -> np.ndarray:

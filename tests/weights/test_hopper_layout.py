@@ -23,13 +23,12 @@ def packed_hopper(w: ExpertWeights) -> hopper.HopperExperts:
     return out
 
 
-def code_of_word(word: int, p: int, h: int, e: int) -> int:
+def code_of_word(word: int, i: int, e: int) -> int:
     """What the kernel's masks and shifts make of a word: the sign and magnitude bits of one bf16 of one register."""
-    rotate = {(0, 0): 0, (0, 1): 4, (1, 0): 10}
-    if (p, h) in rotate:
-        turned = (word << rotate[p, h] | word >> (32 - rotate[p, h])) & 0x81C081C0
-    else:
-        turned = ((word >> 2 | word << 30) & 0x81808180) | ((word << 6) & 0x00400040)
+    right = {0: 28, 1: 0, 2: 2, 3: 6}[i]
+    turned = (word >> right | word << (32 - right)) & (0x81808180 if i == 2 else 0x81C081C0)
+    if i == 2:
+        turned |= word << 6 & 0x00400040
     half = turned >> (16 * e) & 0xFFFF
     return half >> 15 << 3 | half >> 6 & 7
 
@@ -52,10 +51,10 @@ def test_every_code_and_scale_is_where_the_kernel_looks(format: hb.BlockFormat, 
                 column = 64 * tile + slot_to_column[row]
                 source = column if column < 96 else None
             for k in range(192):
-                t, s, p, e = k % 64 // 16, k % 16 // 4, k % 4 // 2, k % 2
-                word = words[tile][k // 64][4 * (32 * warp + 4 * g + t) + s] & 0xFFFFFFFF
+                t, q, i, e = k % 64 // 16, k % 16 // 8, k % 8 // 2, k % 2
+                word = words[tile][k // 64][4 * (32 * warp + 4 * g + t) + 2 * h + q] & 0xFFFFFFFF
                 given = 0 if source is None or k >= 160 else codes[source][k // 2] >> 4 * (k % 2) & 0xF
-                assert code_of_word(word, p, h, e) == given
+                assert code_of_word(word, i, e) == given
                 if source is not None and k < 160:
                     entry = 32 * warp + 4 * g + t if format is hb.NVFP4 else 16 * warp + 2 * g + t // 2
                     stored, original = scale_bytes[tile][0][8 * entry + 2 * (k // 64) + h], scales[source][k // format.block]

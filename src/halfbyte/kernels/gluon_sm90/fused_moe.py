@@ -96,8 +96,9 @@ LARGE = PrefillConfig(
     consumers=2, tiles=2, step_k=64, x_stages=6, w_stages=2, box=32, registers=240, max_registers=168,
 )  # fmt: skip
 HUGE = PrefillConfig(
-    ((64, 0), (128, 0), (128, 32), (128, 64), (256, 0)), consumers=2, step_k=64, x_stages=5, w_stages=2, box=64, registers=240, max_registers=168
-)
+    ((64, 0), (128, 0), (128, 64), (256, 0), (256, 16), (256, 32)),
+    consumers=2, step_k=64, x_stages=4, w_stages=2, box=32, registers=240, max_registers=168,
+)  # fmt: skip
 
 # By arithmetic. Decoding a tile for fp8 takes about 80 integer instructions a warp (160 cycles of its scheduler), and reading it from memory about as
 # long; the product takes 1 cycle a token, that of bf16 2. So fp8 gains above some 80 tokens, and wants large tiles. Measured: slower than bf16 at 64
@@ -107,8 +108,8 @@ FP8_LARGE = PrefillConfig(
     consumers=3, step_k=128, x_stages=5, w_stages=3, box=64, registers=160, max_registers=128, fp8=True,
 )  # fmt: skip
 FP8_HUGE = PrefillConfig(
-    ((64, 0), (128, 0), (128, 64), (256, 0)),
-    consumers=2, step_k=128, x_stages=5, w_stages=3, box=64, registers=240, max_registers=168, fp8=True,
+    ((64, 0), (128, 0), (128, 64), (256, 0), (256, 16), (256, 32)),
+    consumers=2, step_k=128, x_stages=4, w_stages=3, box=32, registers=240, max_registers=168, fp8=True,
 )  # fmt: skip
 MIN_FP8_ROWS = 96  # an expert, on average
 

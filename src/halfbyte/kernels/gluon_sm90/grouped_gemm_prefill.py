@@ -24,7 +24,7 @@ from halfbyte.kernels.gluon_sm90.compat import tma_load
 from halfbyte.kernels.gluon_sm90.epilogue import RELU2, activate, split_halves
 from halfbyte.weights.layouts.hopper import ELEMENT_EXPONENT, NVFP4_SCALE_EXPONENT
 from halfbyte.weights.layouts.hopper_dequant import WORD_LAYOUT, dequantize, exponent_bias, load_scales
-from halfbyte.weights.layouts.hopper_dequant_fp8 import dequantize_fp8, zero_scales
+from halfbyte.weights.layouts.hopper_dequant_fp8 import dequantize_fp8, scale_limits
 
 RUN = gl.constexpr(4)  # tiles of 64 columns that share a word of scales: the unit in which weights are copied
 NVFP4_MULTIPLIER = gl.constexpr(2.0 ** (NVFP4_SCALE_EXPONENT + ELEMENT_EXPONENT))  # takes the bf16 kernels' exponents out of the multiplier
@@ -294,7 +294,7 @@ def _consume(
         decodings = ()
         for t in gl.static_range(EACH):
             if FP8:
-                decodings = decodings + (zero_scales(exponents_ptr + _first_row(expert, first_row_tile + t, ROW_TILES), NVFP4),)
+                decodings = decodings + (scale_limits(exponents_ptr + _first_row(expert, first_row_tile + t, ROW_TILES), NVFP4),)
             else:
                 decodings = decodings + (exponent_bias(0 if NVFP4 else gl.load(shift_ptr + expert)),)
         for s in gl.static_range(len(SIZES)):

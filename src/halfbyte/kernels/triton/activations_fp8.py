@@ -15,8 +15,13 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc
 
+from halfbyte.kernels.triton.blocks import quotient, range_factor, reciprocal
 from halfbyte.kernels.triton.permute import Items
 from halfbyte.kernels.triton.quantize_fp8 import e4m3_bytes, fp32_scale
+
+INTERPRETED = triton.knobs.runtime.interpret
+_INFINITY = tl.constexpr(float("inf"))
+_FOUR_CODES = tl.constexpr("{ .reg .b16 a, b; cvt.rn.satfinite.e4m3x2.f32 a, $2, $1; cvt.rn.satfinite.e4m3x2.f32 b, $4, $3; mov.b32 $0, {a, b}; }")
 
 
 @triton.jit
@@ -26,21 +31,26 @@ def _halves(pair):
 
 
 @triton.jit
-def _byte(value, scale):
-    return e4m3_bytes(tl.div_rn(value, scale), True).to(tl.int32)
+def _e4m3_word(q0, q1, q2, q3, ASM: tl.constexpr):
+    """Four e4m3 codes in an int32, the first one lowest."""
+    if ASM:
+        return tl.inline_asm_elementwise(_FOUR_CODES, "=r,f,f,f,f", [q0, q1, q2, q3], dtype=tl.int32, is_pure=True, pack=1)
+    low = e4m3_bytes(q0, True).to(tl.int32) | (e4m3_bytes(q1, True).to(tl.int32) << 8)
+    return low | (e4m3_bytes(q2, True).to(tl.int32) << 16) | (e4m3_bytes(q3, True).to(tl.int32) << 24)
 
 
 @triton.jit
 def _quantize(
     x_ptr, row_of_slot_ptr, codes_ptr, scales_ptr,
-    PAIRS: tl.constexpr, PADDED_WORDS: tl.constexpr, TOP_K: tl.constexpr, WORDS: tl.constexpr, PDL: tl.constexpr,
+    PAIRS: tl.constexpr, PADDED_WORDS: tl.constexpr, TOP_K: tl.constexpr, WORDS: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Program t writes the rows of token t (TOP_K > 0), or program r row r, whose columns are in bf16 slot order (TOP_K 0)."""
     source = tl.program_id(0)
     if PDL:
         gdc.gdc_wait()
         gdc.gdc_launch_dependents()
-    # Word 4 s + t of a block of 64 slots has the bytes (p 1, e 0), (0, 0), (1, 1), (0, 1); a pair of the source is one (s, t, p).
+    # Word 4 s + t of a block of 64 slots has the bytes (p 0, e 0), (1, 0), (0, 1), (1, 1), for odd s with the halves exchanged; a pair of the source
+    # is one (s, t, p).
     word = tl.arange(0, WORDS)
     if TOP_K > 0:
         pair = word // 16 * 32 + word % 4 * 8 + word // 4 % 4 * 2
@@ -55,7 +65,14 @@ def _quantize(
     x10, x11 = _halves(second)
     amax = tl.maximum(tl.maximum(tl.abs(x00), tl.abs(x01)), tl.maximum(tl.abs(x10), tl.abs(x11)))
     scale = fp32_scale(tl.max(amax, 0))
-    codes = _byte(x10, scale) | (_byte(x00, scale) << 8) | (_byte(x11, scale) << 16) | (_byte(x01, scale) << 24)
+    # x / scale by Markstein's division; an infinite scale makes zeros, and NaN of infinities.
+    factor = range_factor(scale)
+    divisor = tl.where(scale == _INFINITY, 1.0, scale * factor)
+    inverse = tl.where(scale == _INFINITY, 0.0, reciprocal(divisor, ASM))
+    q00, q10 = quotient(x00 * factor, divisor, inverse, ASM), quotient(x10 * factor, divisor, inverse, ASM)
+    q01, q11 = quotient(x01 * factor, divisor, inverse, ASM), quotient(x11 * factor, divisor, inverse, ASM)
+    codes = _e4m3_word(q00, q10, q01, q11, ASM)
+    codes = tl.where(word // 4 % 2 == 1, codes << 16 | (codes >> 16 & 0xFFFF), codes)
     if TOP_K > 0:
         for j in tl.static_range(TOP_K):
             row = tl.load(row_of_slot_ptr + source * TOP_K + j)
@@ -85,7 +102,7 @@ def _launch(
     words = padded // 4
     _quantize[(x.shape[0],)](
         x.view(torch.int32), scales if row_of_slot is None else row_of_slot, codes.view(torch.int32), scales,
-        x.shape[1] // 2, words, top_k, triton.next_power_of_2(words), launch_early,
+        x.shape[1] // 2, words, top_k, triton.next_power_of_2(words), launch_early, not INTERPRETED,
         num_warps=4 if words <= 1024 else 8, **({"launch_pdl": True} if launch_early else {}),
     )  # fmt: skip
     return codes, scales

@@ -6,10 +6,10 @@
     items          [max_items, 4] int32: expert, first row, number of rows, 0; `max_rows` rows at most
     num_items      [1] int32
 
-Few slots take one launch: every program, one an expert, counts for all experts and lays out its own items. Many take two: `_count` finds the rank of
-every slot among those of its expert in a chunk of slots, and `_place` adds what comes before. No atomics, no program waits for another. An expert
-with more than `max_rows` rows is cut into equal items. Where there is a choice of tiles, larger items come first: what the persistent GEMMs do last
-is then small.
+Few slots take one launch: every program, one an expert, counts for all experts and lays out its own items. Many take three: `_count` finds the rank
+of every slot among those of its expert in a chunk of slots, `_sum_before` adds up the chunks, and `_place` adds the two. No atomics, no program waits
+for another. An expert with more than `max_rows` rows is cut into equal items. Where there is a choice of tiles, larger items come first: what the
+persistent GEMMs do last is then small.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from triton.language.extra.cuda import gdc
 ITEM_ALIGNMENT = 16  # cut experts at multiples of this many rows
 MAX_SINGLE_SLOTS = 1024
 CHUNK = 256  # slots that are ranked among one another
+EXPERTS_SUMMED, CHUNKS_SUMMED = 16, 128  # by a program of `_sum_before` at a time
 MAX_ORDERED_ITEMS = 65535  # of each of the four sizes that items are ordered by: their counts share a word of 64 bits
 
 
@@ -46,7 +47,7 @@ def max_items(num_slots: int, num_experts: int, max_rows: int) -> int:
 
 
 def variant(num_slots: int, num_experts: int, max_rows: int) -> tuple[bool, bool, int]:
-    """Which of the compiled kernels sort these slots: ordered items or not, in a single launch or two, and the slots of a program.
+    """Which of the compiled kernels sort these slots: ordered items or not, in a single launch or three, and the slots of a program.
 
     >>> variant(8, 256, 8), variant(65536, 256, 192)
     ((False, True, 256), (True, False, 256))
@@ -140,25 +141,37 @@ def _count(
     tl.store(counts_ptr + tl.program_id(0) * EXPERTS_PADDED + tl.arange(0, EXPERTS_PADDED), counts)
 
 
+@triton.jit(do_not_specialize=["num_chunks"])
+def _sum_before(counts_ptr, totals_ptr, num_chunks, EXPERTS_PADDED: tl.constexpr, EXPERTS: tl.constexpr, CHUNKS: tl.constexpr, PDL: tl.constexpr):
+    """The counts of a chunk become those of all chunks before it."""
+    experts = tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS)
+    if PDL:
+        gdc.gdc_wait()
+        gdc.gdc_launch_dependents()
+    before = tl.zeros((EXPERTS,), tl.int32)
+    for first in range(0, num_chunks, CHUNKS):
+        chunk = first + tl.arange(0, CHUNKS)[:, None]
+        entry = counts_ptr + chunk * EXPERTS_PADDED + experts[None, :]
+        counts = tl.load(entry, mask=chunk < num_chunks, other=0)
+        tl.store(entry, before[None, :] + tl.cumsum(counts, 0) - counts, mask=chunk < num_chunks)
+        before += tl.sum(counts, 0)
+    tl.store(totals_ptr + experts, before)
+
+
 @triton.jit(do_not_specialize=["num_slots", "expert_offset"])
 def _place(
-    ids_ptr, counts_ptr, token_of_row_ptr, row_of_slot_ptr, items_ptr, num_items_ptr, num_slots, expert_offset,
+    ids_ptr, counts_before_ptr, totals_ptr, token_of_row_ptr, row_of_slot_ptr, items_ptr, num_items_ptr, num_slots, expert_offset,
     NUM_EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr, TOP_K: tl.constexpr, MAX_ROWS: tl.constexpr, ALIGNMENT: tl.constexpr,
-    ORDERED: tl.constexpr, CHUNK: tl.constexpr, CHUNKS_READ: tl.constexpr, PDL: tl.constexpr,
+    ORDERED: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Ranks, in row_of_slot, to rows: a program a chunk, each of which adds up the counts of all chunks. The first one lays out the items."""
+    """Ranks, in row_of_slot, to rows: a program a chunk. The first one lays out the items."""
     chunk = tl.program_id(0)
     experts = tl.arange(0, EXPERTS_PADDED)
     if PDL:
         gdc.gdc_wait()
         gdc.gdc_launch_dependents()
-    counts = tl.zeros((EXPERTS_PADDED,), tl.int32)
-    counts_before = tl.zeros((EXPERTS_PADDED,), tl.int32)
-    for first in range(0, tl.num_programs(0), CHUNKS_READ):
-        other = first + tl.arange(0, CHUNKS_READ)[:, None]
-        of_chunk = tl.load(counts_ptr + other * EXPERTS_PADDED + experts[None, :], mask=other < tl.num_programs(0), other=0)
-        counts += tl.sum(of_chunk, 0)
-        counts_before += tl.sum(tl.where(other < chunk, of_chunk, 0), 0)
+    counts = tl.load(totals_ptr + experts)
+    counts_before = tl.load(counts_before_ptr + chunk * EXPERTS_PADDED + experts)
     start = tl.cumsum(counts) - counts
     slot = chunk * CHUNK + tl.arange(0, CHUNK)
     local = _local_experts(ids_ptr, slot, num_slots, expert_offset)
@@ -203,11 +216,13 @@ def permute(ids: torch.Tensor, expert_offset: int, num_experts: int, max_rows: i
         )  # fmt: skip
     else:
         chunks = triton.cdiv(num_slots, block)
-        counts = torch.empty((chunks, padded), dtype=torch.int32, device=device)
+        counts = torch.empty((chunks + 1, padded), dtype=torch.int32, device=device)
+        totals = counts[chunks]
         _count[(chunks,)](ids, row_of_slot, counts, num_slots, expert_offset, num_experts, padded, block, launch_early, num_warps=8, **pdl)
+        _sum_before[(padded // EXPERTS_SUMMED,)](counts, totals, chunks, padded, EXPERTS_SUMMED, CHUNKS_SUMMED, launch_early, num_warps=4, **pdl)
         _place[(chunks,)](
-            ids, counts, token_of_row, row_of_slot, items, num_items, num_slots, expert_offset, num_experts, padded, *layout, block,
-            max(1, 4096 // padded), launch_early, num_warps=8, **pdl,
+            ids, counts, totals, token_of_row, row_of_slot, items, num_items, num_slots, expert_offset, num_experts, padded, *layout, block,
+            launch_early, num_warps=4, **pdl,
         )  # fmt: skip
     return Items(token_of_row[:num_slots], row_of_slot[:num_slots], items, num_items[:1])
 

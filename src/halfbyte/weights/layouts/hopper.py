@@ -5,13 +5,21 @@ A tile has 64 weight rows and 64 columns of k, and belongs to 128 threads (warp 
     rows     16 w + g (half h = 0) and 16 w + g + 8 (h = 1)
     columns  16 t + 4 s + 2 p + e        s = 0..3, p = 0..1, e = 0..1
 
-so its columns are one block of 16 with one scale a row, and its 64 codes are 16 contiguous bytes: word s is the A fragment of the s-th m16k16
-step (`mma.sync.m16n8k16`, `wgmma.m64nNk16`), in which step slot 8 p + 2 t + e of k stands where column 4 s + 2 p + e of thread t stands. Who
-multiplies permutes the activations the same way inside each 64: `SLOT_TO_COLUMN`.
+so its columns are one block of 16 with one scale a row, and its 64 codes are 16 contiguous bytes: word 2 h + q has the columns 8 q + 2 i + e,
+i = 0..3, of row half h. The s-th m16k16 A fragment (`mma.sync.m16n8k16`, `wgmma.m64nNk16`) takes the pairs i = 2 (s % 2) + p of q = s // 2: slot
+8 p + 2 t + e of k stands where column 4 s + 2 p + e of thread t stands. Who multiplies permutes the activations the same way inside each 64:
+`SLOT_TO_COLUMN`.
 
-A word is coded so that three shifts and masks turn it into four pairs of bf16 (`hopper_dequant.py`); this file has the host side:
+A word is coded so that shifts and masks turn it into four pairs of bf16 (`hopper_dequant.py`), and so that its eight codes, which share a table, are
+soon selectors of bytes (`hopper_dequant_fp8.py`). In each half, e = 0 in the low one, the codes i have these bits, * in the other half:
 
-    words   int32 [E, N/64, K/64, 512]    word s of thread i = 32 w + 4 g + t at 4 i + s
+    i           0     1     2           3
+    magnitude   4-2   8-6   10, 9, 0    14-12
+    sign        11    15    1*          5*
+
+This file has the host side:
+
+    words   int32 [E, N/64, K/64, 512]    word 2 h + q of thread i = 32 w + 4 g + t at 4 i + 2 h + q
     scales  int64 [E, N/64, ceil(K/256), 128 or 64]    8 bytes a thread: byte 2 c + h is the scale of half h in tile c of a run of four.
             NVFP4: entry i. MXFP4 has one scale for two neighbouring t: entry 16 w + 2 g + t // 2
 

@@ -9,51 +9,50 @@ TILES_PER_SCALE_WORD = 4
 
 
 def pack_codes(codes: torch.Tensor, words: torch.Tensor) -> None:
-    """uint8 [N, K/2] (low nibble = even column) to int32 words [N/64, K/64, 512], in lanes of 8 bytes: the four words of a thread."""
+    """uint8 [N, K/2] (low nibble = even column) to int32 words [N/64, K/64, 512], in lanes of 8 bytes: two words of a thread."""
     row_tiles, column_tiles, _ = words.shape
-    lanes = codes.view(torch.int64).view(row_tiles, 4, 2, 8, 4 * column_tiles)  # tile, w, h, g, column tile and t
-    halves = words.view(torch.int16).view(row_tiles, column_tiles, 32, 16, 2)  # tile, column tile, w and g, t and s, half of the word
-    first, second = lanes[:, :, 0], lanes[:, :, 1]
-    even = ((first & _LOW_NIBBLES) << 4).bitwise_or_(second & _LOW_NIBBLES)
-    odd = ((first >> 4) & _LOW_NIBBLES).bitwise_left_shift_(4).bitwise_or_((second >> 4) & _LOW_NIBBLES)
-    for half, (this, other) in enumerate(((even, odd), (odd, even))):
-        half_words = _half_words_of_nibbles(this, other).view(torch.int16).view(row_tiles, 32, column_tiles, 16)
-        halves[..., half] = half_words.transpose(1, 2)
+    lanes = _words_of_codes(codes.view(torch.int64)).view(row_tiles, 4, 2, 8, column_tiles, 4)  # tile, w, h, g, column tile, t
+    words.view(torch.int64).view(row_tiles, column_tiles, 4, 8, 4, 2).copy_(lanes.permute(0, 4, 1, 3, 5, 2))
 
 
-def _half_words_of_nibbles(this: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Halves of words, 16 bits each, four in an int64: the low ones for the codes of even columns in `this` and of odd columns in `other`, the high
-    ones the other way round.
-
-    Of 16 bits, 0-7 have p = 0 and 8-15 have p = 1; in each, 0-3 are the code of row half h = 1, 4-7 that of h = 0.
-    """
-    half = (this << 8).bitwise_and_(_four_times(0x8800))
-    half |= (this << 2).bitwise_and_(_four_times(0x01DC))
-    half |= (this & _four_times(0x8000)).bitwise_or_(other & _four_times(0x0800)).bitwise_right_shift_(10).bitwise_and_(_four_times(0x0022))
-    half |= (this >> 8).bitwise_and_(_four_times(0x0001))
-    half |= this & _four_times(0x0600)
-    half |= other & _four_times(0x7000)
-    return half
+def _words_of_codes(codes: torch.Tensor) -> torch.Tensor:
+    """int64, two times eight codes in the order of their columns, to two words."""
+    n = _swap(_swap(codes, 4, 0x00F000F0), 8, 0x0000FF00)  # even columns in the low half of each 32 bits, odd ones in the high half
+    words = (n << 2).bitwise_and_(_twice(0x01DC01DC))
+    words |= (n << 8).bitwise_and_(_twice(0x88008800))
+    words |= (n >> 8).bitwise_and_(_twice(0x00010001))
+    words |= (n << 6).bitwise_and_(_twice(0x00220000))
+    words |= (n >> 26).bitwise_and_(_twice(0x00000022))
+    return words.bitwise_or_(n.bitwise_and_(_twice(0x76007600)))
 
 
-def _four_times(bits: int) -> int:
-    """16 bits repeated in an int64."""
-    return int.from_bytes(bits.to_bytes(2, "little") * 4, "little", signed=True)
+def _codes_of_words(words: torch.Tensor) -> torch.Tensor:
+    """The inverse of `_words_of_codes`."""
+    n = (words >> 2).bitwise_and_(_twice(0x00770077))
+    n |= (words >> 8).bitwise_and_(_twice(0x00880088))
+    n |= (words << 8).bitwise_and_(_twice(0x01000100))
+    n |= (words >> 6).bitwise_and_(_twice(0x00008800))
+    n |= (words << 26).bitwise_and_(_twice(0x88000000))
+    n |= words & _twice(0x76007600)
+    return _swap(_swap(n, 8, 0x0000FF00), 4, 0x00F000F0)
 
 
-_LOW_NIBBLES = _four_times(0x0F0F)
+def _swap(lanes: torch.Tensor, distance: int, low: int) -> torch.Tensor:
+    """Exchange the bits `low` of each 32 with those `distance` above them."""
+    difference = (lanes >> distance).bitwise_xor_(lanes).bitwise_and_(_twice(low))
+    return (difference << distance).bitwise_xor_(difference).bitwise_xor_(lanes)
+
+
+def _twice(bits: int) -> int:
+    """32 bits repeated in an int64."""
+    return int.from_bytes(bits.to_bytes(4, "little") * 2, "little", signed=True)
 
 
 def unpack_codes(words: torch.Tensor) -> torch.Tensor:
     """The inverse of `pack_codes`."""
     row_tiles, column_tiles, _ = words.shape
-    nibbles = ((words >> 8) & 0x00880088) | ((words >> 2) & 0x00770077) | ((words << 10) & -0x7FFF8000) | (words & 0x06000600)
-    nibbles |= ((words << 8) & 0x01000100) | ((words >> 16) & 0x00007000) | ((words << 16) & 0x70000000)
-    nibbles |= ((words >> 6) & 0x00000800) | ((words << 26) & 0x08000000)
-    even, odd = nibbles & 0xFFFF, (nibbles >> 16) & 0xFFFF
-    first, second = ((even >> 4) & 0x0F0F) | (odd & 0xF0F0), (even & 0x0F0F) | ((odd << 4) & 0xF0F0)
-    b = torch.stack((first, second), dim=-1).to(torch.int16).view(row_tiles, column_tiles, 4, 8, 16, 2)  # tile, column tile, w, g, t and s, h
-    return b.permute(0, 2, 5, 3, 1, 4).reshape(row_tiles * TILE, column_tiles * 16).view(torch.uint8)
+    lanes = _codes_of_words(words.contiguous().view(torch.int64)).view(row_tiles, column_tiles, 4, 8, 4, 2)  # tile, column tile, w, g, t, h
+    return lanes.permute(0, 2, 5, 3, 1, 4).reshape(row_tiles * TILE, column_tiles * 4).view(torch.uint8)
 
 
 def pack_scales(raw: torch.Tensor, block: int) -> torch.Tensor:

@@ -15,7 +15,7 @@ from triton.experimental.gluon import language as gl
 def _assembly(scale_byte: int, nvfp4: bool) -> str:
     """PTX for the four words of a thread.
 
-    Operands: $0-$15 results (word s, half p, row half h at 4 s + 2 p + h), $16-$19 words, $20 the scale word (repeated in $21-$23), and for MXFP4 $24
+    Operands: $0-$15 results (step s, half p, row half h at 4 s + 2 p + h), $16-$19 words, $20 the scale word (repeated in $21-$23), and for MXFP4 $24
     the bias to add (repeated in $25-$27). `scale_byte` is 0 or 2: where this tile's two bytes are in the scale word.
     """
     lines = ["{", ".reg .b32 t, u, d0, d1, zero, bias;", "mov.b32 zero, 0;"]
@@ -23,16 +23,18 @@ def _assembly(scale_byte: int, nvfp4: bool) -> str:
     for h in range(2):
         byte = scale_byte + h
         lines.append(f"prmt.b32 t, $20, zero, 0x4{byte}4{byte}; mad.lo.u32 d{h}, t, {16 if nvfp4 else 128}, bias;")
-    for s in range(4):
-        word, result = f"${16 + s}", {(p, h): f"${4 * s + 2 * p + h}" for p in range(2) for h in range(2)}
-        lines += [
-            f"and.b32 {result[0, 0]}, {word}, 0x81C081C0;",
-            f"shl.b32 t, {word}, 4; and.b32 {result[0, 1]}, t, 0x81C081C0;",
-            f"shf.l.wrap.b32 t, {word}, {word}, 10; and.b32 {result[1, 0]}, t, 0x81C081C0;",
-            f"shf.r.wrap.b32 t, {word}, {word}, 2; and.b32 u, t, 0x81808180;",
-            f"shl.b32 t, {word}, 6; lop3.b32 {result[1, 1]}, t, 0x00400040, u, 0xEA;",
-        ]
-        lines += [f"mul.bf16x2 {result[p, h]}, {result[p, h]}, d{h};" for p in range(2) for h in range(2)]
+    for h in range(2):
+        for q in range(2):
+            word = f"${16 + 2 * h + q}"
+            r0, r1, r2, r3 = (f"${4 * (2 * q + i // 2) + 2 * (i % 2) + h}" for i in range(4))
+            lines += [
+                f"shl.b32 t, {word}, 4; and.b32 {r0}, t, 0x81C081C0;",
+                f"and.b32 {r1}, {word}, 0x81C081C0;",
+                f"shf.r.wrap.b32 t, {word}, {word}, 2; and.b32 u, t, 0x81808180;",
+                f"shl.b32 t, {word}, 6; lop3.b32 {r2}, t, 0x00400040, u, 0xEA;",
+                f"shf.r.wrap.b32 t, {word}, {word}, 6; and.b32 {r3}, t, 0x81C081C0;",
+            ]
+            lines += [f"mul.bf16x2 {result}, {result}, d{h};" for result in (r0, r1, r2, r3)]
     return "\n".join([*lines, "}"])
 
 
@@ -113,7 +115,7 @@ def dequantize(words, scales, bias, OPERAND: gl.constexpr, ODD: gl.constexpr, NV
         r0, r1, r2, r3, r4, r5, r6, r7 = gl.inline_asm_elementwise(asm, _TWO_INPUTS, [words, scales], dtype=_EIGHT_BF16, is_pure=True, pack=4)
     else:
         r0, r1, r2, r3, r4, r5, r6, r7 = gl.inline_asm_elementwise(asm, _THREE_INPUTS, [words, scales, bias], dtype=_EIGHT_BF16, is_pure=True, pack=4)
-    # Result 2 s + p holds (h, e) of word s; the joins append p, s % 2, s // 2.
+    # Result 2 s + p holds (h, e) of step s; the joins append p, s % 2, s // 2.
     fragments = gl.join(gl.join(gl.join(r0, r1), gl.join(r2, r3)), gl.join(gl.join(r4, r5), gl.join(r6, r7)))
     fragments = gl.reshape(fragments, (4, 8, 4, 2, 2, 2, 2, 2))  # w, g, t, h, e, p, s % 2, s // 2
     fragments = gl.permute(fragments, (0, 3, 1, 7, 6, 5, 2, 4))  # w, h, g, s // 2, s % 2, p, t, e

@@ -1,8 +1,11 @@
 """The words of `hopper.pack` as a [64, 64] e4m3 operand in registers (Gluon); numerics and slot order: `hopper_fp8.py`.
 
-A thread's 32 codes in a tile belong to two rows and have one scale each, so each row needs a table of 8 values, e4m3(m * scale * 2^-j) for the 8
-magnitudes m: fp16 products, which are exact, and the conversion instruction. Two PRMT then look up four codes at once. For 8 codes: 15 shifts,
-masks and PRMTs and 3 multiply-shifts (IMAD, a pipe of its own); for a table about 6 integer instructions, 4 HMUL2 and 4 conversions.
+A thread's 32 codes in a tile belong to two rows and have one scale each, so each row needs a table of 8 bytes, e4m3 of the 8 magnitudes times the
+scale, from which a PRMT takes four at once. Values with one significant bit are a few exponents above the first; those with two (1.5, 3 and 6) come
+from one fp16 product, rounded by an addition to its bits. A subnormal value would break this, so small scales count as the smallest that has none.
+
+For 8 codes 11 shifts, masks and PRMTs and 4 multiplications (IMAD, a pipe of its own); for the tables of both rows 6 and some 8 additions and
+multiplications (NVFP4).
 """
 
 from triton.experimental import gluon
@@ -15,37 +18,36 @@ from halfbyte.weights.layouts.hopper_dequant import SCALE_LAYOUT, four_times
 def _assembly(scale_byte: int, nvfp4: bool) -> str:
     """PTX for the four words of a thread.
 
-    Operands: $0-$7 results (word s, row half h at 2 s + h), $8-$11 words, $12 the scale word (repeated in $13-$15), $16 and $20 the scale byte that
-    stands for zero in rows h = 0 and 1 (repeated too). `scale_byte` is 0 or 2: where this tile's two bytes are in the scale word.
-
-    Bits of a word (`hopper.pack_codes`), for the row pairs A: h 0, p 0; B: h 1, p 0; C: h 0, p 1; D: h 1, p 1, in both halves: A sign 15, magnitude
-    8-6; B 11, 4-2; C 5, 14-12 (of the other half); D 1 (of the other half), 10-9 and 0. `v` has the magnitudes as nibbles D, C, B, A in each half.
+    Operands: $0-$7 results (step s, row half h at 2 s + h), $8-$11 words, $12 the scale word (repeated in $13-$15), $16 the smallest scale bytes and
+    $20 the offsets that `scale_limits` returns (repeated too). `scale_byte` is 0 or 2: where this tile's two bytes are in the scale word.
     """
-    lines = ["{", ".reg .b32 t, u, v, d, zero, low0, high0, low1, high1;", ".reg .b16 a, b;", "mov.b32 zero, 0;"]
+    both = 0x4040 + 0x101 * scale_byte + 0x100  # the two scale bytes, each at the bottom of a half
+    lines = ["{", ".reg .b32 t, u, v, first, second, zero, low0, high0, low1, high1;", "mov.b32 zero, 0;"]
+    lines.append(f"prmt.b32 t, $12, zero, {both}; max.s16x2 t, t, $16;")
+    if nvfp4:
+        # The byte of e4m3(scale) in byte 0 or 2 of `first`, that of 1.5 times it in byte 1 or 3 of `second`.
+        lines += [
+            "add.u32 first, t, $20;",
+            "mul.lo.u32 t, t, 0x80; mov.b32 u, 0x3E003E00; mul.f16x2 t, t, u;",
+            "mad.lo.u32 u, $20, 0x100, 0x00800080; mad.lo.u32 second, t, 2, u;",
+        ]
+        tables = {"low0": (0x5001, -0x800), "high0": (0x5050, 0x10100808), "low1": (0x7223, -0x800), "high1": (0x7272, 0x10100808)}
+    else:
+        lines.append("mad.lo.u32 first, t, 8, $20; mov.b32 second, zero;")
+        tables = {"low0": (0x0001, 0x03FFF800), "high0": (0, 0x14100C08), "low1": (0x2223, 0x03FFF800), "high1": (0x2222, 0x14100C08)}
+    lines += [f"prmt.b32 t, first, second, {selector}; add.s32 {table}, t, {distances};" for table, (selector, distances) in tables.items()]
     for h in range(2):
-        lines += [
-            f"prmt.b32 t, $12, zero, 0x444{scale_byte + h}; sub.s32 t, t, ${16 + 4 * h}; max.s32 t, t, 0;",
-            f"mul.lo.u32 d, t, {0x00800080 if nvfp4 else 0x04000400};",
-        ]
-        # fp16 pairs (0, 0.5), (1, 1.5), (2, 3), (4, 6): the magnitudes in the order of their codes.
-        for half, first, second in (("low", 0x38000000, 0x3E003C00), ("high", 0x42004000, 0x46004400)):
+        for q in range(2):
+            word, even, odd = f"${8 + 2 * h + q}", f"${4 * q + h}", f"${4 * q + 2 + h}"
             lines += [
-                f"mov.b32 u, {first}; mul.f16x2 t, d, u; cvt.rn.satfinite.e4m3x2.f16x2 a, t;",
-                f"mov.b32 u, {second}; mul.f16x2 t, d, u; cvt.rn.satfinite.e4m3x2.f16x2 b, t;",
-                f"mov.b32 {half}{h}, {{a, b}};",
+                # Codes i = 0, 1 of both halves: magnitudes to nibbles 2 and 3 of each half, signs to the tops of bytes.
+                f"mul.lo.u32 t, {word}, 64; and.b32 t, t, 0x77007700; prmt.b32 t, t, zero, 0x4431; prmt.b32 u, low{h}, high{h}, t;",
+                f"mul.lo.u32 t, {word}, 16; prmt.b32 t, t, {word}, 0x7351; lop3.b32 {even}, t, 0x80808080, u, 0xEA;",
+                # Codes 2, 3; their signs are in the other half.
+                f"and.b32 v, {word}, 0x76007600; mul.lo.u32 t, {word}, 0x100; lop3.b32 v, t, 0x01000100, v, 0xEA;",
+                f"prmt.b32 t, v, zero, 0x4413; prmt.b32 u, low{h}, high{h}, t;",
+                f"and.b32 t, {word}, 0x00220022; mul.lo.u32 t, t, 0x440; lop3.b32 {odd}, t, 0x80808080, u, 0xEA;",
             ]
-    for s in range(4):
-        word, even, odd = f"${8 + s}", f"${2 * s}", f"${2 * s + 1}"
-        lines += [
-            f"shr.u32 t, {word}, 8; and.b32 v, t, 0x00760076;",
-            f"mul.lo.u32 t, {word}, 64; lop3.b32 v, t, 0x77007700, v, 0xEA; lop3.b32 v, {word}, 0x00010001, v, 0xEA;",
-            "shr.u32 u, v, 16;",
-            f"prmt.b32 t, low0, high0, v; prmt.b32 d, low0, high0, u; prmt.b32 {even}, t, d, 0x7135;",
-            f"prmt.b32 t, low1, high1, v; prmt.b32 d, low1, high1, u; prmt.b32 {odd}, t, d, 0x6420;",
-            f"mul.lo.u32 t, {word}, 4; lop3.b32 t, {word}, 0xFF00FF00, t, 0xE2; lop3.b32 {even}, t, 0x80808080, {even}, 0xEA;",
-            f"shf.r.wrap.b32 t, {word}, {word}, 10; mul.lo.u32 u, {word}, 16;",
-            f"lop3.b32 t, u, 0xFF00FF00, t, 0xE2; lop3.b32 {odd}, t, 0x80808080, {odd}, 0xEA;",
-        ]
     return "\n".join([*lines, "}"])
 
 
@@ -54,33 +56,34 @@ _CONSTRAINTS = gl.constexpr(",".join(["=&r"] * 8 + ["r"] * 16))
 
 
 @gluon.jit
-def zero_scales(exponents_ptr, NVFP4: gl.constexpr):
-    """Rows g and g + 8 of a tile, from their j's int8 [64]: the scale bytes that count as zero, two int32 [16, 32] beside each word of every thread.
-
-    A byte above it makes fp16: exponent and three mantissa bits (NVFP4), or the exponent (MXFP4).
+def scale_limits(exponents_ptr, NVFP4: gl.constexpr):
+    """Rows g and g + 8 of a tile, from their j's int8 [64], as two int32 [16, 32] beside each word of every thread: the smallest scale bytes, the
+    first row's in the low half, and what makes e4m3 of the scales: added to the bytes (NVFP4) or to 8 times them (MXFP4).
     """
     thread = gl.arange(0, 16, layout=gl.SliceLayout(1, SCALE_LAYOUT))[:, None] * 8 + gl.arange(0, 8, layout=gl.SliceLayout(0, SCALE_LAYOUT))[None, :]
     row = thread // 32 * 16 + thread % 32 // 4
     first = gl.load(exponents_ptr + row).to(gl.int32)
     second = gl.load(exponents_ptr + row + 8).to(gl.int32)
+    both = first + (second << 16)
     if NVFP4:
-        first, second = (first + 6) * 8, (second + 6) * 8
+        first, second, offset = (first + 16) * 8, (second + 16) * 8, -8 * (both + 14 * 0x10001)
     else:
-        first, second = first + 112, second + 112
-    return four_times(first), four_times(second)
+        first, second, offset = first + 122, second + 122, -8 * (both + 120 * 0x10001)
+    return four_times((first & 0xFFFF) | (second << 16)), four_times(offset)
 
 
 @gluon.jit
-def dequantize_fp8(words, scales, zero0, zero1, OPERAND: gl.constexpr, ODD: gl.constexpr, NVFP4: gl.constexpr):
-    """words, scales int32 [16, 32] to e4m3 [64, 64] in `OPERAND`, columns in fp8 slot order; zero0, zero1 from `zero_scales`.
+def dequantize_fp8(words, scales, smallest, offset, OPERAND: gl.constexpr, ODD: gl.constexpr, NVFP4: gl.constexpr):
+    """words, scales int32 [16, 32] to e4m3 [64, 64] in `OPERAND`, columns in fp8 slot order; smallest, offset from
+    `scale_limits`.
 
     ODD: whether the tile is the second one that `scales` serves.
     """
     asm: gl.constexpr = _assembly(2 if ODD else 0, NVFP4)
     r0, r1, r2, r3, r4, r5, r6, r7 = gl.inline_asm_elementwise(
-        asm, _CONSTRAINTS, [words, scales, zero0, zero1], dtype=_EIGHT_FP8, is_pure=True, pack=4
+        asm, _CONSTRAINTS, [words, scales, smallest, offset], dtype=_EIGHT_FP8, is_pure=True, pack=4
     )
-    # Result 2 s + h holds the four bytes b of word s; the joins append h, s % 2, s // 2.
+    # Result 2 s + h holds the four bytes b of step s; the joins append h, s % 2, s // 2.
     fragments = gl.join(gl.join(gl.join(r0, r1), gl.join(r2, r3)), gl.join(gl.join(r4, r5), gl.join(r6, r7)))
     fragments = gl.reshape(fragments, (4, 8, 4, 4, 2, 2, 2))  # w, g, t, b, h, s % 2, s // 2
     fragments = gl.permute(fragments, (0, 4, 1, 6, 5, 2, 3))  # w, h, g, s // 2, s % 2, t, b

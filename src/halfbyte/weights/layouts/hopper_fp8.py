@@ -1,16 +1,18 @@
 """What the fp8 tensor cores make of the Hopper layout: the same words and scales as W4A16, decoded to e4m3 (`hopper_dequant_fp8.py`).
 
-    weight = e4m3(e2m1 * scale * 2^-j) * 2^j        rounded to nearest even; j is one integer a row: `row_exponents`
+    weight = e4m3(e2m1 * scale * 2^-j) * 2^j        rounded to nearest, ties away from zero; j is one integer a row: `row_exponents`
 
-j brings the largest scale of a row to 64 or just below, so that 6 times it is within e4m3's 448. What that costs:
+j brings the largest scale of a row to 64 or just below, so that 6 times it is within e4m3's 448; a scale that this makes smaller than 2^-5 counts as
+2^-5, so that no value is subnormal. What that costs:
 
-    MXFP4   nothing where the scales of a row span at most 14 octaves: e4m3 holds 0.5 * 2^-8 to 6 * 2^6. Beyond that, values are rounded to multiples
-            of 2^-9 in a row whose largest scale is 64: a relative error of the row of at most sqrt(K) * 2^-15 (2.6e-3 for K = 7168)
+    MXFP4   nothing where the scales of a row span at most 11 octaves: e4m3 has normal values from 0.5 * 2^-5 to 6 * 2^6. Beyond that, the values of
+            blocks at least 2^12 times smaller than the largest grow, to at most 2^-11 of the row's largest: in a row of K weights an error of at
+            most sqrt(K / 32) * 2^-11 of its norm (0.7 % for K = 7168)
     NVFP4   1.5 times an e4m3 scale has up to 6 significant bits, e4m3 has 4: magnitudes 1.5, 3 and 6 are rounded, the others are exact. About 2 %
-            of the weights' norm, beside the 9.6 % that NVFP4 itself lost
+            of the weights' norm, beside the 9.6 % that NVFP4 itself lost; rows whose scales span more, as with MXFP4
 
-A thread's 16 columns are its share of two steps of m64nNk32: slot 16 s + 4 t + 2 e + 1 - p of k holds column 16 t + 4 s + 2 p + e. Who multiplies
-permutes the activations the same way inside each 64: `FP8_SLOT_TO_COLUMN`.
+A thread's 16 columns are its share of two steps of m64nNk32: slot 16 s + 4 t + b of k holds column 16 t + 4 s + 2 p + e, b = p + 2 (e ^ s % 2). Who
+multiplies permutes the activations the same way inside each 64: `FP8_SLOT_TO_COLUMN`.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from halfbyte.formats import NVFP4, BlockFormat, QuantTensor, e2m1, e4m3
 
 TOP_EXPONENT = 6  # of a row's largest power-of-two scale after the shift; other scales stay below 2^6
 SMALLEST_ROW_EXPONENT = -126  # keeps 2^j a normal fp32
-FP8_SLOT_TO_COLUMN = tuple(16 * (slot // 4 % 4) + 4 * (slot // 16) + 2 * (1 - slot % 2) + slot // 2 % 2 for slot in range(64))
+SMALLEST_SCALE_EXPONENT = -5  # after the shift: half of it is the smallest normal number of e4m3
+FP8_SLOT_TO_COLUMN = tuple(16 * (slot // 4 % 4) + 4 * (slot // 16) + 2 * (slot % 2) + (slot // 2 + slot // 16) % 2 for slot in range(64))
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,9 @@ def round_to_fp8(w: QuantTensor) -> torch.Tensor:
     _, exponent = torch.frexp(scales.amax(dim=-1, keepdim=True))  # the largest scale is in [2^(exponent - 1), 2^exponent)
     j = (exponent - (TOP_EXPONENT if w.format == NVFP4 else TOP_EXPONENT + 1)).clamp(min=SMALLEST_ROW_EXPONENT)
     elements = e2m1.decode_packed(linear.codes).unflatten(-1, (-1, w.format.block))
-    rounded = torch.ldexp(e4m3.encode((elements * torch.ldexp(scales, -j).unsqueeze(-1)).flatten(-2)).float(), j)
+    kept = torch.where(scales > 0, torch.ldexp(scales, -j).clamp(min=2.0**SMALLEST_SCALE_EXPONENT), 0.0)
+    ties_away = (elements * kept.unsqueeze(-1)).flatten(-2) * (1 + 2.0**-12)  # no other value comes near a tie
+    rounded = torch.ldexp(e4m3.encode(ties_away).float(), j)
     row_scale = w.row_global_scale()
     return rounded if row_scale is None else rounded * row_scale
 

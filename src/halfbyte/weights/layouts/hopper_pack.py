@@ -1,8 +1,8 @@
 """`hopper.pack` and `hopper.unpack` of whole matrices on a GPU: every byte read once and written once. Byte for byte what the torch code does.
 
 A program has one row tile and one scale word, which is four tiles: 64 rows x 128 bytes of codes in, four tiles of 2 KiB and one run of scales out.
-Rows 16 w + g and 16 w + g + 8 of a tile are a pair, 8 w + g. A lane of 8 bytes of both rows has the 16 columns of one thread of the layout, and
-becomes its four words.
+Rows 16 w + g and 16 w + g + 8 of a tile are a pair, 8 w + g. A lane of 8 bytes of each row has the 16 columns of one thread of the layout, and
+becomes two of its four words.
 
     codes        uint8 [E, N, K/2], read and written 8 bytes at a time
     scales       uint8 [E, N, K/16 or K/32]
@@ -35,7 +35,6 @@ KEPT_BYTES = 20 << 20  # tiles that stay in the L2 of an sm_90 GPU (50 MiB in tw
 
 TOP_EXPONENT = tl.constexpr(hopper_fp8.TOP_EXPONENT)
 SMALLEST_ROW_EXPONENT = tl.constexpr(hopper_fp8.SMALLEST_ROW_EXPONENT)
-LOW_NIBBLES = tl.constexpr(0x0F0F0F0F0F0F0F0F)
 
 
 @triton.jit
@@ -77,7 +76,7 @@ def _source_of(codes_ptr, scales_ptr, expert, rows, lanes, SCALES: tl.constexpr)
 def _tiles_of(words_ptr, scale_words_ptr, row_tile, run, runs, column_tiles, SCALES: tl.constexpr):
     """The pointers moved to a row tile, counted through all experts, and to its run of scales."""
     row_tile = row_tile.to(tl.int64)
-    return words_ptr + row_tile * column_tiles * 512, scale_words_ptr + (row_tile * runs + run) * (32 * SCALES)
+    return words_ptr + row_tile * column_tiles * 256, scale_words_ptr + (row_tile * runs + run) * (32 * SCALES)
 
 
 @triton.jit
@@ -123,15 +122,10 @@ def _pack_tiles(
     entry = SCALES * tl.arange(0, 32)[:, None] + tl.arange(0, SCALES)[None, :]
     tl.store(scale_words_ptr + entry, tl.sum(scale, axis=1), eviction_policy=KEEP)
 
-    # Bytes with the codes of even columns, and of odd ones: the second row's in the low nibble, the first row's in the high one.
-    even = (second & LOW_NIBBLES) | (first & LOW_NIBBLES) << 4
-    odd = (second >> 4 & LOW_NIBBLES) | (first >> 4 & LOW_NIBBLES) << 4
-    shift = (16 * tl.arange(0, 4))[None, None, :]
-    even16 = (even[:, :, None] >> shift).to(tl.uint32) & 0xFFFF
-    word = _word_of_nibbles(even16 | (odd[:, :, None] >> shift).to(tl.uint32) << 16)
     lane3 = lane[:, :, None]
-    target = lane3 // 4 * 512 + 16 * tl.arange(0, 32)[:, None, None] + 4 * (lane3 % 4) + tl.arange(0, 4)[None, None, :]
-    tl.store(words_ptr + target, word.to(tl.int32, bitcast=True), mask=lane3 < 4 * column_tiles, eviction_policy=KEEP)
+    target = lane3 // 4 * 256 + 8 * tl.arange(0, 32)[:, None, None] + 2 * (lane3 % 4) + tl.arange(0, 2)[None, None, :]
+    lanes_of_pair = tl.join(_words_of_codes(first), _words_of_codes(second))
+    tl.store(words_ptr + target, lanes_of_pair, mask=lane3 < 4 * column_tiles, eviction_policy=KEEP)
 
 
 @triton.jit
@@ -153,7 +147,7 @@ def _pack_in_place(
     """`num_kept` experts at a time; a program has the same tiles of all of them."""
     SCALES: tl.constexpr = 4 if NVFP4 else 2
     num_steps = tl.cdiv(num_experts, num_kept)
-    offset = tl.arange(0, 2048)
+    offset = tl.arange(0, 1024)
     for step in range(0, num_steps + 1):
         if step > 0:
             _meet(arrivals_ptr + step - 1)
@@ -162,10 +156,10 @@ def _pack_in_place(
                 kept_tile, run = index // runs, index % runs
                 kept, kept_scales = _tiles_of(kept_words_ptr, kept_scale_words_ptr, kept_tile, run, runs, column_tiles, SCALES)
                 words, scale_words = _tiles_of(words_ptr, scale_words_ptr, first * row_tiles + kept_tile, run, runs, column_tiles, SCALES)
-                inside = 2048 * run + offset < 512 * column_tiles
-                word = tl.load(kept + 2048 * run + offset, mask=inside, eviction_policy="evict_last")
+                inside = 1024 * run + offset < 256 * column_tiles
+                word = tl.load(kept + 1024 * run + offset, mask=inside, eviction_policy="evict_last")
                 scale = tl.load(kept_scales + tl.arange(0, 32 * SCALES), eviction_policy="evict_last")
-                tl.store(words + 2048 * run + offset, word, mask=inside, eviction_policy="evict_first")
+                tl.store(words + 1024 * run + offset, word, mask=inside, eviction_policy="evict_first")
                 tl.store(scale_words + tl.arange(0, 32 * SCALES), scale, eviction_policy="evict_first")
             tl.debug_barrier()  # before other threads write to what is kept
         if step < num_steps:
@@ -180,18 +174,24 @@ def _pack_in_place(
 
 
 @triton.jit
-def _word_of_nibbles(nibbles):
-    """uint32 with even columns in the low half and odd ones in the high half, as `hopper_bits._half_words_of_nibbles` has them, to a word."""
-    word = (nibbles << 8 & 0x88008800) | (nibbles << 2 & 0x01DC01DC) | (nibbles >> 10 & 0x00200020)
-    word |= (nibbles & 0x06000600) | (nibbles >> 8 & 0x00010001)
-    return word | ((nibbles << 16 | nibbles >> 16) & 0x70007000) | ((nibbles << 6 | nibbles >> 26) & 0x00020002)
+def _swap(lanes, distance: tl.constexpr, low: tl.constexpr):
+    difference = (lanes >> distance ^ lanes) & low
+    return lanes ^ difference ^ difference << distance
 
 
 @triton.jit
-def _nibbles_of_word(word):
-    nibbles = (word >> 8 & 0x00880088) | (word >> 2 & 0x00770077) | (word << 10 & 0x80008000)
-    nibbles |= (word & 0x06000600) | (word << 8 & 0x01000100)
-    return nibbles | ((word << 16 | word >> 16) & 0x70007000) | ((word << 26 | word >> 6) & 0x08000800)
+def _words_of_codes(codes):
+    """`hopper_bits._words_of_codes`, of int64."""
+    n = _swap(_swap(codes, 4, 0x00F000F000F000F0), 8, 0x0000FF000000FF00)
+    words = (n << 2 & 0x01DC01DC01DC01DC) | (n << 8 & -0x77FF77FF77FF7800) | (n >> 8 & 0x0001000100010001)
+    return words | (n & 0x7600760076007600) | (n << 6 & 0x0022000000220000) | (n >> 26 & 0x0000002200000022)
+
+
+@triton.jit
+def _codes_of_words(words):
+    n = (words >> 2 & 0x0077007700770077) | (words >> 8 & 0x0088008800880088) | (words << 8 & 0x0100010001000100)
+    n |= (words & 0x7600760076007600) | (words >> 6 & 0x0000880000008800) | (words << 26 & -0x77FFFFFF78000000)
+    return _swap(_swap(n, 8, 0x0000FF000000FF00), 4, 0x00F000F000F000F0)
 
 
 @triton.jit
@@ -207,12 +207,8 @@ def _unpack(
 
     lane = 16 * run + tl.arange(0, 16)[None, :]
     lane3 = lane[:, :, None]
-    source = lane3 // 4 * 512 + 16 * tl.arange(0, 32)[:, None, None] + 4 * (lane3 % 4) + tl.arange(0, 4)[None, None, :]
-    word = tl.load(words_ptr + source, mask=lane3 < 4 * column_tiles, other=0)
-    nibbles = _nibbles_of_word(word.to(tl.uint32, bitcast=True)).to(tl.int64)
-    shift = (16 * tl.arange(0, 4))[None, None, :]
-    even = tl.sum((nibbles & 0xFFFF) << shift, axis=2)
-    odd = tl.sum((nibbles >> 16) << shift, axis=2)
+    source = lane3 // 4 * 256 + 8 * tl.arange(0, 32)[:, None, None] + 2 * (lane3 % 4) + tl.arange(0, 2)[None, None, :]
+    of_rows = tl.split(_codes_of_words(tl.load(words_ptr + source, mask=lane3 < 4 * column_tiles, other=0)))
 
     column = 4 * SCALES * run + tl.arange(0, 4 * SCALES)[None, :]
     columns = lanes * SCALES // 4
@@ -221,8 +217,7 @@ def _unpack(
     scale = (scale_word >> (16 * (place // SCALES))).to(tl.int32)
     for half in tl.static_range(2):
         row, exists = _rows_of_pairs(tile, half, intermediate, ORDER)
-        code = (even >> (4 - 4 * half) & LOW_NIBBLES) | (odd >> (4 - 4 * half) & LOW_NIBBLES) << 4
-        tl.store(codes_ptr + row[:, None] * lanes + lane, code, mask=exists[:, None] & (lane < lanes))
+        tl.store(codes_ptr + row[:, None] * lanes + lane, of_rows[half], mask=exists[:, None] & (lane < lanes))
         raw = scale >> (8 * half) & 0xFF
         if NVFP4:
             raw = _decode_nvfp4_scale(raw)
@@ -271,7 +266,7 @@ def pack_matrix(
 
     All are contiguous, codes 8-byte aligned; scales are neither negative nor NaN.
     """
-    _launch(_pack, codes, scales, words, scale_words, order, codes.view(torch.int64), scales, words, scale_words)
+    _launch(_pack, codes, scales, words, scale_words, order, codes.view(torch.int64), scales, words.view(torch.int64), scale_words)
     _write_row_exponents(scale_words, row_exponent)
 
 
@@ -294,9 +289,9 @@ def pack_matrix_in_place(
     options = {} if INTERPRETED else {"launch_cooperative_grid": True, "maxnreg": MAX_REGISTERS}
     with torch.cuda.device_of(words):
         _pack_in_place[(num_programs,)](
-            codes.view(torch.int64), scales, words, scale_words, *kept, arrivals, num_experts, num_kept,
-            rows, rows // 2 if order == "gate_up" else rows, half_columns // 8, row_tiles, words.shape[2], runs, order, entries == 128,
-            num_warps=8, **options,
+            codes.view(torch.int64), scales, words.view(torch.int64), scale_words, *(tensor.view(torch.int64) for tensor in kept), arrivals,
+            num_experts, num_kept, rows, rows // 2 if order == "gate_up" else rows, half_columns // 8, row_tiles, words.shape[2], runs,
+            order, entries == 128, num_warps=8, **options,
         )  # fmt: skip
     _write_row_exponents(scale_words, row_exponent)
 
@@ -309,7 +304,7 @@ def _write_row_exponents(scale_words: torch.Tensor, row_exponent: torch.Tensor) 
 
 def unpack_matrix(words: torch.Tensor, scale_words: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, order: RowOrder) -> None:
     """The inverse of `pack_matrix`."""
-    _launch(_unpack, codes, scales, words, scale_words, order, words, scale_words, codes.view(torch.int64), scales)
+    _launch(_unpack, codes, scales, words, scale_words, order, words.view(torch.int64), scale_words, codes.view(torch.int64), scales)
 
 
 def largest_bytes(raw: torch.Tensor) -> torch.Tensor:
