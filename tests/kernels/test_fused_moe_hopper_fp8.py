@@ -20,7 +20,7 @@ from halfbyte.weights.layouts.hopper_fp8 import FP8_SLOT_TO_COLUMN, round_to_fp8
 
 # Of the whole layer, for the reason given beside FP8_GLOBAL_LIMIT. Each product alone is held to the usual bounds: `test_each_product_on_every_tail`.
 LAYER = {"token": FP8_TOKEN_LIMIT, "overall": FP8_GLOBAL_LIMIT}
-FP8_CONFIGS = ("FP8_LARGE", "FP8_HUGE")
+FP8_CONFIGS = ("FP8_SMALL", "FP8_MEDIUM", "FP8_LARGE", "FP8_HUGE")
 TAILS = [(256, 128), (2880, 96), (768, 1408), (320, 2688), (1536, 736), (2880, 2880)]
 
 

@@ -100,9 +100,16 @@ HUGE = PrefillConfig(
     consumers=2, step_k=64, x_stages=4, w_stages=2, box=32, registers=240, max_registers=168,
 )  # fmt: skip
 
-# By arithmetic. Decoding a tile for fp8 takes about 80 integer instructions a warp (160 cycles of its scheduler), and reading it from memory about as
-# long; the product takes 1 cycle a token, that of bf16 2. So fp8 gains above some 80 tokens, and wants large tiles. Measured: slower than bf16 at 64
-# rows an expert, 15 to 26 % faster from 128 on.
+# Decoding a tile for fp8 keeps the integer pipe busy for about 120 cycles of a scheduler, and reading it from memory takes about as long; the product
+# takes 1 cycle a token, that of bf16 2. Measured: slower than bf16 at 16 rows an expert, 6 to 8 % faster at 32, 18 % at 64, 25 to 34 % from 96 on.
+FP8_SMALL = PrefillConfig(
+    ((32, 0), (64, 0), (64, 32)),
+    consumers=4, step_k=256, x_stages=4, w_stages=3, box=32, registers=112, max_registers=96, fp8=True,
+)  # fmt: skip
+FP8_MEDIUM = PrefillConfig(
+    ((32, 0), (64, 0), (64, 32), (128, 0)),
+    consumers=3, step_k=128, x_stages=6, w_stages=3, box=32, registers=160, max_registers=128, fp8=True,
+)  # fmt: skip
 FP8_LARGE = PrefillConfig(
     ((64, 0), (128, 0), (128, 32), (128, 64)),
     consumers=3, step_k=128, x_stages=5, w_stages=3, box=64, registers=160, max_registers=128, fp8=True,
@@ -111,7 +118,7 @@ FP8_HUGE = PrefillConfig(
     ((64, 0), (128, 0), (128, 64), (256, 0), (256, 16), (256, 32)),
     consumers=2, step_k=128, x_stages=4, w_stages=3, box=32, registers=240, max_registers=168, fp8=True,
 )  # fmt: skip
-MIN_FP8_ROWS = 96  # an expert, on average
+MIN_FP8_ROWS = 24  # an expert, on average
 
 
 def choose_config(
@@ -123,13 +130,13 @@ def choose_config(
 
     >>> choose_config(1, 8, 256).direct, choose_config(64, 8, 256).rows, choose_config(4096, 8, 256).max_rows
     (True, 8, 160)
-    >>> choose_config(1024, 8, 256, "fp8").fp8, choose_config(4096, 8, 256, "fp8").fp8
+    >>> choose_config(512, 8, 256, "fp8").fp8, choose_config(1024, 8, 256, "fp8").fp8
     (False, True)
     """
     rows = num_tokens * top_k
     average = rows / num_experts
     if activations == "fp8" and (average > MIN_FP8_ROWS or batch_invariant):
-        return FP8_LARGE if average <= 160 else FP8_HUGE
+        return next((config for limit, config in ((72, FP8_SMALL), (112, FP8_MEDIUM), (160, FP8_LARGE)) if average <= limit), FP8_HUGE)
     if not batch_invariant and average <= 12 and num_tokens <= MAX_DIRECT_TOKENS and rows <= MAX_DIRECT_SLOTS:
         return DecodeConfig(direct=True, rows=8, tiles=1)
     if not batch_invariant and average <= 4:
