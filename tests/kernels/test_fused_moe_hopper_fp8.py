@@ -176,7 +176,7 @@ def test_quantising_kernels_agree_with_the_format_bit_for_bit(hidden: int) -> No
     x, ids, _ = make_tokens(70, hidden, 9, 3)
     x *= torch.logspace(-20, 20, 70, device="cuda").unsqueeze(1)
     x = x.bfloat16()
-    x[3], x[4, 1], x[5, 2] = 0, torch.inf, torch.nan
+    x[3], x[4, 1], x[5, 2], x[6, ::3] = 0, torch.inf, torch.nan, -0.0
     rows = permute(ids, 0, 7, 16)
     held = rows.token_of_row[: int((ids < 7).sum())].long()
     codes, scales = quantize_fp8(x)

@@ -6,6 +6,7 @@ import itertools
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from compile_only import SHARED_LIMIT, compiling
@@ -153,8 +154,10 @@ def test_blocks_of_every_height(experts, num_tokens):
 
 @numeric
 @pytest.mark.parametrize("dtype", [FP16, FP32] if INTERPRETED else [BF16, FP16, FP32], ids=str)
-def test_batch_invariant(dtype):
+def test_batch_invariant(dtype, monkeypatch):
     """A token alone, in parts of other heights and in the whole batch: the same bits, right ones."""
+    if INTERPRETED:  # on some CPUs BLAS adds up a row in another order where it stands elsewhere in the matrix
+        monkeypatch.setattr(np, "matmul", lambda a, b, dtype: (a[:, :, None] * b[None]).sum(axis=1, dtype=dtype))
     w = make_experts(experts=2)
     hidden, ids, weights = make_tokens(w, 140, dtype, top_k=1)
     whole = check(w, hidden, ids, weights, batch_invariant=True)

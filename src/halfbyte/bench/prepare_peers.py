@@ -89,24 +89,24 @@ def _words(q: QuantTensor, codes: torch.Tensor, raw: torch.Tensor) -> torch.Tens
         codes = torch.where((raw == 0).repeat_interleave(8, dim=1), 0, codes)
     codes = torch.nn.functional.pad(codes, (0, -codes.shape[1] % 32))
     row_tiles, column_tiles = codes.shape[0] // _TILE, codes.shape[1] // 32
-    b = codes.view(row_tiles, 4, 2, 8, column_tiles, 4, 4, 2).permute(0, 4, 1, 3, 5, 6, 7, 2).int()  # ..., w, g, t, s, p, h
+    b = codes.view(row_tiles, 4, 2, 8, column_tiles, 4, 2, 4).permute(0, 4, 1, 3, 5, 2, 6, 7).int()  # ..., w, g, t, h, q, i
     nibbles = torch.stack((b & 15, b >> 4), dim=-1)  # ..., e
-    word = torch.zeros_like(nibbles[..., 0, 0, 0])
-    for p, h, e, pieces in _PLACES:
+    word = torch.zeros_like(nibbles[..., 0, 0])
+    for i, e, pieces in _PLACES:
         for first_bit, mask, shift in pieces:
-            word |= ((nibbles[..., p, h, e] >> first_bit) & mask) << shift
+            word |= ((nibbles[..., i, e] >> first_bit) & mask) << shift
     return word.reshape(row_tiles, column_tiles, 512)
 
 
-def _pieces(p: int, h: int, e: int) -> list[tuple[int, int, int]]:
-    """(first bit, mask, where it goes) of each piece of code (p, h, e): what the kernel's rotations bring to bits 6-8 and 15 of half e."""
-    if (p, h) == (1, 1):
+def _pieces(i: int, e: int) -> list[tuple[int, int, int]]:
+    """(first bit, mask, where it goes) of each piece of code (i, e): what the kernel's rotations bring to bits 6-8 and 15 of half e."""
+    if i == 2:
         return [(0, 1, 16 * e), (1, 3, 16 * e + 9), (3, 1, (16 * e + 17) % 32)]
-    rotation = {(0, 0): 0, (0, 1): 4, (1, 0): 10}[p, h]
-    return [(0, 7, (16 * e + 6 - rotation) % 32), (3, 1, (16 * e + 15 - rotation) % 32)]
+    right = {0: -4, 1: 0, 3: 6}[i]
+    return [(0, 7, (16 * e + 6 + right) % 32), (3, 1, (16 * e + 15 + right) % 32)]
 
 
-_PLACES = [(p, h, e, _pieces(p, h, e)) for p in range(2) for h in range(2) for e in range(2)]
+_PLACES = [(i, e, _pieces(i, e)) for i in range(4) for e in range(2)]
 
 
 def _scale_words(q: QuantTensor, raw: torch.Tensor) -> torch.Tensor:

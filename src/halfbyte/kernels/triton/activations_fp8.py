@@ -31,6 +31,13 @@ def _halves(pair):
 
 
 @triton.jit
+def _divide(x, factor, divisor, inverse, ASM: tl.constexpr):
+    """x * factor / divisor with the sign of x, which Markstein's division takes from a negative zero."""
+    q = quotient(x * factor, divisor, inverse, ASM)
+    return ((q.to(tl.int32, bitcast=True) & 0x7FFFFFFF) | (x.to(tl.int32, bitcast=True) & -2147483648)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _e4m3_word(q0, q1, q2, q3, ASM: tl.constexpr):
     """Four e4m3 codes in an int32, the first one lowest."""
     if ASM:
@@ -69,8 +76,8 @@ def _quantize(
     factor = range_factor(scale)
     divisor = tl.where(scale == _INFINITY, 1.0, scale * factor)
     inverse = tl.where(scale == _INFINITY, 0.0, reciprocal(divisor, ASM))
-    q00, q10 = quotient(x00 * factor, divisor, inverse, ASM), quotient(x10 * factor, divisor, inverse, ASM)
-    q01, q11 = quotient(x01 * factor, divisor, inverse, ASM), quotient(x11 * factor, divisor, inverse, ASM)
+    q00, q10 = _divide(x00, factor, divisor, inverse, ASM), _divide(x10, factor, divisor, inverse, ASM)
+    q01, q11 = _divide(x01, factor, divisor, inverse, ASM), _divide(x11, factor, divisor, inverse, ASM)
     codes = _e4m3_word(q00, q10, q01, q11, ASM)
     codes = tl.where(word // 4 % 2 == 1, codes << 16 | (codes >> 16 & 0xFFFF), codes)
     if TOP_K > 0:
