@@ -6,8 +6,8 @@ j brings the largest scale of a row to 64 or just below, so that 6 times it is w
 2^-5, so that no value is subnormal. What that costs:
 
     MXFP4   nothing where the scales of a row span at most 11 octaves: e4m3 has normal values from 0.5 * 2^-5 to 6 * 2^6. Beyond that, the values of
-            blocks at least 2^12 times smaller than the largest grow, to at most 2^-11 of the row's largest: in a row of K weights an error of at
-            most sqrt(K / 32) * 2^-11 of its norm (0.7 % for K = 7168)
+            blocks 2^12 times smaller than the largest, or more, grow to at most 2^-11 of the row's largest: an error of a row of K weights of at most
+            sqrt(K) * 2^-11 of its norm where the largest block reaches 6 (4 % for K = 7168, if all other blocks are that small)
     NVFP4   1.5 times an e4m3 scale has up to 6 significant bits, e4m3 has 4: magnitudes 1.5, 3 and 6 are rounded, the others are exact. About 2 %
             of the weights' norm, beside the 9.6 % that NVFP4 itself lost; rows whose scales span more, as with MXFP4
 

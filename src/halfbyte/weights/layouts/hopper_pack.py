@@ -13,7 +13,7 @@ becomes two of its four words.
 In place, where the tiles of an expert lie in the memory of its codes, one launch packs all experts of a matrix. A program keeps the tiles that it
 packs in memory of its own until all programs have read their part of the expert, then moves them to where they belong and goes on to the next.
 What is kept, one expert or a few small ones, is used again and again, and should stay in the L2, so that global memory still sees every byte read
-once and written once. Measured: 35 % of the copy bandwidth, so it does not quite (H200, 2026-11-26, docs/weights.md).
+once and written once. Measured: 38 % of the copy bandwidth, so it does not quite (H200, 2026-11-26, docs/weights.md).
 
 Compiled for sm_80 and newer; interpreted on a CPU.
 """
