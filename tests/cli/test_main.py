@@ -57,6 +57,7 @@ def test_version():
         (["eval", "demo", "--limit", "0"], "0 is below 1"),
         (["eval", "demo", "--limit", "some"], "invalid positive_int value"),
         (["eval", "demo", "--activations", "int8"], "invalid choice"),
+        (["eval", "demo", "--budget", "-1"], "-1 is not a percentage"),
         (["generate", "demo"], "required: prompt"),
         (["demo", "--output"], "expected one argument"),
     ],
@@ -102,11 +103,27 @@ def test_eval_prints_exactly_one_document():
     assert document["exact_match"] is None and document["kinds"] == {}
 
 
+def test_eval_chooses_the_fastest_activations_within_the_budget(capsys, tmp_path):
+    assert main(["quantize", "demo", str(tmp_path / "fp4"), "--format", "nvfp4"]) == 0
+    chosen = ["eval", str(tmp_path / "fp4"), "--text", "demo", "--windows", "1", "--activations", "auto", "--json", "--budget"]
+    documents = {}
+    for budget in ("100", "0"):
+        capsys.readouterr()
+        assert main([*chosen, budget]) == 0
+        documents[budget] = json.loads(capsys.readouterr().out)
+    generous, strict = documents["100"], documents["0"]
+    assert generous["activations"] == "fp8" and generous["perplexity"] == generous["perplexities"]["fp8"] != generous["perplexities"]["bf16"]
+    rose = strict["perplexities"]["fp8"] > strict["perplexities"]["bf16"]
+    assert strict["activations"] == ("bf16" if rose else "fp8") and strict["perplexity"] == strict["perplexities"][strict["activations"]]
+
+
 def test_eval_says_what_is_missing(capsys, tmp_path):
     assert main(["eval", str(tmp_path)]) == 1
     assert "--questions FILE or --text FILE" in capsys.readouterr().err
     assert main(["eval", "demo", "--questions", "demo", "--reference", "demo"]) == 1
     assert "needed --text FILE" in capsys.readouterr().err
+    assert main(["eval", "demo", "--questions", "demo", "--activations", "auto"]) == 1
+    assert "chosen by the perplexity of a text (needed --text FILE)" in capsys.readouterr().err
     assert main(["eval", str(tmp_path / "nowhere"), "--text", "demo"]) == 1
     assert "nowhere: not a model directory" in capsys.readouterr().err
 
