@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
@@ -117,6 +119,17 @@ def test_quantising_kernels_compile() -> None:
         quantize_rows(x)
     assert len(compiled) == 2
     assert all("cvt.rn.satfinite.e4m3x2.f32" in kernel.ptx and kernel.spill_bytes == 0 for kernel in compiled)
+
+
+@pytest.mark.parametrize("in_registers", [True, False])
+@pytest.mark.parametrize("fp8", [True, False])
+def test_the_benchmark_of_the_instruction_compiles(fp8: bool, in_registers: bool) -> None:
+    spec = importlib.util.spec_from_file_location("wgmma", Path(__file__).parents[2] / "benchmarks/wgmma.py")
+    wgmma = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(wgmma)
+    with compiling(90) as compiled:
+        wgmma.multiply[(1,)](torch.empty(1), 10, 32, 4, fp8, in_registers, 4, True, num_warps=16)
+    assert compiled[0].ptx.count("wgmma.mma_async") == (8 if fp8 else 16) and compiled[0].spill_bytes == 0
 
 
 def test_the_choice_follows_the_rows_an_expert_has() -> None:
