@@ -103,6 +103,20 @@ def test_chosen_kernels_at_every_size(num_tokens: int, num_experts: int) -> None
     check(w, *make_tokens(num_tokens, 512, num_experts, min(4, num_experts)))
 
 
+def rows_at_the_edges(sizes: tuple[tuple[int, int], ...]) -> torch.Tensor:
+    """ids [T, 1]: for every size of a tile an expert with as many rows, one with one fewer and one with one more."""
+    rows = torch.tensor([sum(size) + more for size in sizes for more in (-1, 0, 1)], device="cuda")
+    return torch.arange(len(rows), dtype=torch.int32, device="cuda").repeat_interleave(rows).unsqueeze(1)
+
+
+@pytest.mark.parametrize("name", ["tiny", "small", "medium", "large", "huge"])
+def test_every_size_of_tile(name: str) -> None:
+    config = configs()[name]
+    ids = rows_at_the_edges(config.sizes)
+    x, _, weights = make_tokens(len(ids), 256, 1, 1)
+    check(make_experts(3 * len(config.sizes), 256, 128, hb.NVFP4), x, ids, weights, config)
+
+
 @pytest.mark.parametrize("name", ["direct", "rows8", "small", "large"])
 def test_odd_routings(name: str) -> None:
     w = make_experts(9, 256, 128, hb.NVFP4)

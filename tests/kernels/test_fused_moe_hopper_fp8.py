@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import assert_close_rel, assert_equal_bits, relative_errors
-from test_fused_moe_hopper import ACTIVATIONS, check_graph, make_experts, make_tokens, natural, pytestmark  # noqa: F401
+from test_fused_moe_hopper import ACTIVATIONS, check_graph, make_experts, make_tokens, natural, pytestmark, rows_at_the_edges  # noqa: F401
 
 import halfbyte as hb
 from halfbyte.bench.gate import FP8_GLOBAL_LIMIT, FP8_TOKEN_LIMIT
@@ -123,6 +123,16 @@ def test_the_comparison_would_notice_what_can_go_wrong() -> None:
     for name, other in wrong.items():
         token, overall = relative_errors(other, reference(x, seen, ids, weights, activations="fp8"))
         assert token > LAYER["token"] or overall > LAYER["overall"], name
+
+
+@pytest.mark.parametrize("name", FP8_CONFIGS)
+def test_every_size_of_tile(name: str) -> None:
+    from halfbyte.kernels.gluon_sm90 import fused_moe as layer
+
+    sizes = getattr(layer, name).sizes
+    ids = rows_at_the_edges(sizes)
+    x, _, weights = make_tokens(len(ids), 256, 1, 1)
+    check(make_experts(3 * len(sizes), 256, 128, hb.NVFP4), x, ids, weights, name)
 
 
 @pytest.mark.parametrize("name", FP8_CONFIGS)
