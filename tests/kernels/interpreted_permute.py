@@ -33,14 +33,14 @@ def check_gather_and_combine() -> None:
     assert gathered_scales is not None and torch.equal(gathered_scales[:4], scales[[0, 2, 0, 1]])
     padded = torch.nn.functional.pad(hidden, (0, 32)).view(3, 2, 64)[:, :, list(SLOT_TO_COLUMN)].reshape(3, 128)
     assert torch.equal(gathered[:4], padded[[0, 2, 0, 1]])
-    y, weights = torch.randn(1, 6, 96), torch.rand(3, 2)
+    y, weights = torch.randn(6, 96), torch.rand(3, 2)
     out = combine(y, rows.row_of_slot, ids, weights, torch.full((3, 96), torch.nan), 0, 3)
-    expected = torch.stack([weights[0, 0] * y[0, 2] + weights[0, 1] * y[0, 0], weights[1, 1] * y[0, 3], weights[2, 0] * y[0, 1]])
+    expected = torch.stack([weights[0, 0] * y[2] + weights[0, 1] * y[0], weights[1, 1] * y[3], weights[2, 0] * y[1]])
     torch.testing.assert_close(out, expected, rtol=1e-6, atol=0)
     direct_ids = torch.tensor([[4, 4, 7]], dtype=torch.int32)  # the second 4 has its row at the first; 7 is not held
-    y, weights = torch.randn(2, 3, 96), torch.rand(1, 3)
+    y, weights = torch.randn(3, 96), torch.rand(1, 3)
     out = combine(y, None, direct_ids, weights, torch.empty(1, 96), 4, 3)
-    torch.testing.assert_close(out, (weights[0, 0] + weights[0, 1]) * y[:, 0].sum(0, keepdim=True), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out, (weights[0, 0] + weights[0, 1]) * y[:1], rtol=1e-5, atol=1e-6)
 
 
 if __name__ == "__main__":

@@ -22,11 +22,8 @@ def configs() -> dict[str, object]:
     from halfbyte.kernels.gluon_sm90.fused_moe import HUGE, LARGE, MEDIUM, SMALL, TINY, DecodeConfig
 
     return {
-        "direct": DecodeConfig(direct=True, rows=8, tiles=1),
-        "split": DecodeConfig(direct=True, rows=8, tiles=1, split=2),
-        "rows8": DecodeConfig(direct=False, rows=8, tiles=1),
-        "rows16": DecodeConfig(direct=False, rows=16, tiles=2),
-        "rows32": DecodeConfig(direct=False, rows=32, tiles=2, ahead=1),
+        "direct": DecodeConfig(direct=True),
+        "decode": DecodeConfig(direct=False),
         "tiny": TINY,
         "small": SMALL,
         "medium": MEDIUM,
@@ -79,7 +76,7 @@ def check(w: ExpertWeights, x: torch.Tensor, ids: torch.Tensor, weights: torch.T
     return out
 
 
-@pytest.mark.parametrize("name", ["rows8", "rows16", "rows32", "tiny", "small", "medium", "large", "huge"])
+@pytest.mark.parametrize("name", ["decode", "tiny", "small", "medium", "large", "huge"])
 @pytest.mark.parametrize("format", [hb.NVFP4, hb.MXFP4], ids=repr)
 @pytest.mark.parametrize(("hidden", "intermediate"), [(256, 128), (2880, 96), (768, 1408), (320, 2688), (1536, 736)])
 def test_every_kernel_on_every_tail(name: str, format: hb.BlockFormat, hidden: int, intermediate: int) -> None:
@@ -87,12 +84,12 @@ def test_every_kernel_on_every_tail(name: str, format: hb.BlockFormat, hidden: i
     check(w, *make_tokens(201, hidden, 5, 3), config=configs()[name])
 
 
-@pytest.mark.parametrize("name", ["direct", "split", "rows8", "large"])
+@pytest.mark.parametrize("name", ["direct", "decode", "large"])
 @pytest.mark.parametrize("format", [hb.NVFP4, hb.MXFP4], ids=repr)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation(name: str, format: hb.BlockFormat, activation: str) -> None:
     w = make_experts(6, 320, 320, format, ACTIVATIONS[activation])
-    for num_tokens in (1, 7) if name in ("direct", "split") else (90,):
+    for num_tokens in (1, 7) if name == "direct" else (90,):
         check(w, *make_tokens(num_tokens, 320, 6, 2), config=configs()[name])
 
 
@@ -117,7 +114,7 @@ def test_every_size_of_tile(name: str) -> None:
     check(make_experts(3 * len(config.sizes), 256, 128, hb.NVFP4), x, ids, weights, config)
 
 
-@pytest.mark.parametrize("name", ["direct", "rows8", "small", "large"])
+@pytest.mark.parametrize("name", ["direct", "decode", "small", "large"])
 def test_odd_routings(name: str) -> None:
     w = make_experts(9, 256, 128, hb.NVFP4)
     config = None if name == "direct" else configs()[name]

@@ -21,11 +21,6 @@ from halfbyte.kernels.gluon_sm90 import fused_moe as layer
 from halfbyte.kernels.triton.activations_fp8 import quantize_rows, quantize_tokens
 from halfbyte.kernels.triton.permute import Items
 
-DECODE = {
-    "direct": layer.DecodeConfig(direct=True, rows=8, tiles=1, split=2),
-    "rows8": layer.DecodeConfig(direct=False, rows=8, tiles=1),
-    "rows16": layer.DecodeConfig(direct=False, rows=16, tiles=2),
-}
 PREFILL = {"tiny": layer.TINY, "small": layer.SMALL, "medium": layer.MEDIUM, "large": layer.LARGE, "huge": layer.HUGE}
 
 
@@ -54,21 +49,22 @@ ITEMS = Items(*(torch.empty((4, 4), dtype=torch.int32) for _ in range(4)))
 
 
 @pytest.mark.parametrize("nvfp4", [True, False], ids=["nvfp4", "mxfp4"])
-@pytest.mark.parametrize(("name", "scaled"), [(name, name == "rows16") for name in DECODE] + [("direct", True)])
-def test_decode_kernels_use_mma_without_spills(name: str, nvfp4: bool, scaled: bool) -> None:
-    config, experts = DECODE[name], empty_experts(nvfp4=nvfp4)
-    ids, items = torch.zeros((4, 8), dtype=torch.int32), None if DECODE[name].direct else ITEMS
-    h = torch.empty((1, 32, experts.intermediate), dtype=torch.bfloat16)
-    y = torch.empty((config.split, 32, experts.hidden), dtype=torch.float32 if config.direct else torch.bfloat16)
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
+@pytest.mark.parametrize("direct", [False, True], ids=["items", "direct"])
+def test_decode_kernels_use_mma_without_spills(direct: bool, nvfp4: bool, scaled: bool) -> None:
+    experts = empty_experts(nvfp4=nvfp4)
+    ids, items = torch.zeros((4, 8), dtype=torch.int32), None if direct else ITEMS
+    h = torch.empty((32, experts.intermediate), dtype=torch.bfloat16)
+    y = torch.empty((32, experts.hidden), dtype=torch.float32 if direct else torch.bfloat16)
     with compiling(90) as compiled:
         x, scales = torch.empty((4, experts.hidden), dtype=torch.bfloat16), torch.empty(4) if scaled else None
-        layer._decode_gemm(x, scales, experts.w13, h, experts, ids, items, 0, config, is_w13=True)
-        layer._decode_gemm(h[0], scales, experts.w2, y, experts, ids, items, 0, config, is_w13=False)
+        layer._decode_gemm(x, scales, experts.w13, h, experts, ids, items, 0, is_w13=True)
+        layer._decode_gemm(h, scales, experts.w2, y, experts, ids, items, 0, is_w13=False)
     assert len(compiled) == 2
     for kernel in compiled:
         assert "mma.sync.aligned.m16n8k16" in kernel.ptx
         assert kernel.spill_bytes == 0
-        assert kernel.registers <= (72 if config.rows == 8 else 144)
+        assert kernel.registers <= 72
         assert kernel.shared_bytes <= 256  # the one reduction of the direct variant
 
 
@@ -135,8 +131,8 @@ def test_the_benchmark_of_the_instruction_compiles(fp8: bool, in_registers: bool
 def test_the_choice_follows_the_rows_an_expert_has() -> None:
     names = {id(config): name for name, config in PREFILL.items()}
     chosen = [layer.choose_config(num_tokens, 8, 128) for num_tokens in (1, 8, 9, 64, 128, 256, 512, 1024, 2048, 4096)]
-    assert [names.get(id(config), getattr(config, "rows", None)) for config in chosen] == [
-        8, 8, 8, 8, "tiny", "tiny", "small", "medium", "large", "huge",
+    assert [names.get(id(config), "decode") for config in chosen] == [
+        "decode", "decode", "decode", "decode", "tiny", "tiny", "small", "medium", "large", "huge",
     ]  # fmt: skip
     assert chosen[0].direct and chosen[1].direct and not chosen[2].direct
     assert not layer.choose_config(8, 9, 128).direct  # 72 slots

@@ -17,7 +17,7 @@ would save 2 of the 3 bytes and cost GEMM2 a multiply-add on every accumulator a
 Nothing synchronises with the host, and launch shapes depend on the number of tokens alone, so a captured CUDA graph serves any routing. Every sum has
 a fixed order: equal inputs give equal bits. Consecutive kernels overlap by programmatic dependent launch, except around prefill GEMMs.
 
-Workspace of a call, from torch's allocator: with R = T * k rows, 2 R I bytes, 2 R H bytes (4 R H * split for direct), and for prefill 2 R H more
+Workspace of a call, from torch's allocator: with R = T * k rows, 2 R I bytes, 2 R H bytes (4 R H for direct), and for prefill 2 R H more
 (fp8: R H and R I).
 """
 
@@ -37,7 +37,7 @@ from halfbyte.formats.activations import ActivationFormat
 from halfbyte.kernels.gluon_sm90.compat import fix_cache_keys
 from halfbyte.kernels.gluon_sm90.epilogue import KINDS
 from halfbyte.kernels.gluon_sm90.grouped_gemm_prefill import grouped_gemm_prefill
-from halfbyte.kernels.gluon_sm90.grouped_gemm_w4a16_decode import NUM_WARPS, grouped_gemm_w4a16_decode
+from halfbyte.kernels.gluon_sm90.grouped_gemm_w4a16_decode import NUM_WARPS, ROWS, grouped_gemm_w4a16_decode
 from halfbyte.kernels.triton.activations_fp8 import quantize_rows, quantize_tokens
 from halfbyte.kernels.triton.combine import block_size, combine
 from halfbyte.kernels.triton.encode_rows import encode_rows
@@ -52,13 +52,9 @@ MAX_DIRECT_SLOTS = 64
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """`rows` of x and `tiles` of 64 weight rows a program; `split` parts of K for the second GEMM (direct only); x blocks fetched `ahead`."""
+    """Whether programs find their rows in `ids`, or in the work list of `permute`. See `grouped_gemm_w4a16_decode`."""
 
     direct: bool
-    rows: int
-    tiles: int
-    split: int = 1
-    ahead: int = 2
 
 
 @dataclass(frozen=True)
@@ -128,8 +124,8 @@ def choose_config(
 
     `batch_invariant`: among those that add up a token's products in one order, which are the prefill kernels of one kind of activations.
 
-    >>> choose_config(1, 8, 256).direct, choose_config(64, 8, 256).rows, choose_config(4096, 8, 256).max_rows
-    (True, 8, 160)
+    >>> choose_config(1, 8, 256).direct, choose_config(64, 8, 256).direct, choose_config(4096, 8, 256).max_rows
+    (True, False, 160)
     >>> choose_config(512, 8, 256, "fp8").fp8, choose_config(1024, 8, 256, "fp8").fp8
     (False, True)
     """
@@ -138,9 +134,9 @@ def choose_config(
     if activations == "fp8" and (average > MIN_FP8_ROWS or batch_invariant):
         return next((config for limit, config in ((72, FP8_SMALL), (112, FP8_MEDIUM), (160, FP8_LARGE)) if average <= limit), FP8_HUGE)
     if not batch_invariant and average <= 12 and num_tokens <= MAX_DIRECT_TOKENS and rows <= MAX_DIRECT_SLOTS:
-        return DecodeConfig(direct=True, rows=8, tiles=1)
+        return DecodeConfig(direct=True)
     if not batch_invariant and average <= 4:
-        return DecodeConfig(direct=False, rows=8, tiles=1)
+        return DecodeConfig(direct=False)
     for limit, config in ((24, TINY), (48, SMALL), (80, MEDIUM), (240, LARGE)):
         if average <= limit:
             return config
@@ -177,7 +173,7 @@ def _small_launches(num_tokens: int, top_k: int, num_experts: int, hidden: int, 
     is_decode = isinstance(config, DecodeConfig)
     is_direct = is_decode and config.direct
     combined = (is_direct, block_size(num_tokens, hidden))
-    max_rows = config.rows if is_decode else config.max_rows
+    max_rows = ROWS.value if is_decode else config.max_rows
     return {combined} if is_direct else {combined, (max_rows, *variant(num_tokens * top_k, num_experts, max_rows))}
 
 
@@ -225,35 +221,28 @@ def _decode(
     hidden: torch.Tensor, experts: HopperExperts, ids: torch.Tensor, expert_offset: int, config: DecodeConfig, activations: ActivationFormat
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     rows, device = ids.numel(), hidden.device
-    h = torch.empty((1, rows, padded_size(experts.intermediate)), dtype=torch.bfloat16, device=device)
-    if config.direct:
-        y = torch.empty((config.split, rows, experts.hidden), dtype=torch.float32, device=device)
-        items = None
-    else:
-        y = torch.empty((1, rows, experts.hidden), dtype=torch.bfloat16, device=device)
-        items = permute(ids, expert_offset, experts.num_experts, config.rows, launch_early=True)
+    h = torch.empty((rows, padded_size(experts.intermediate)), dtype=torch.bfloat16, device=device)
+    y = torch.empty((rows, experts.hidden), dtype=torch.float32 if config.direct else torch.bfloat16, device=device)
+    items = None if config.direct else permute(ids, expert_offset, experts.num_experts, ROWS.value, launch_early=True)
     x, x_scale = encode_rows(hidden, activations, experts.w13_input_scale, launch_early=True)
-    _decode_gemm(x, x_scale, experts.w13, h, experts, ids, items, expert_offset, config, is_w13=True)
-    _, h_scale = encode_rows(h[0], activations, experts.w2_input_scale, out=h[0], launch_early=True)
-    _decode_gemm(h[0], h_scale, experts.w2, y, experts, ids, items, expert_offset, config, is_w13=False)
+    _decode_gemm(x, x_scale, experts.w13, h, experts, ids, items, expert_offset, is_w13=True)
+    _, h_scale = encode_rows(h, activations, experts.w2_input_scale, out=h, launch_early=True)
+    _decode_gemm(h, h_scale, experts.w2, y, experts, ids, items, expert_offset, is_w13=False)
     return y, None if items is None else items.row_of_slot
 
 
 def _decode_gemm(
     x: torch.Tensor, x_scale: torch.Tensor | None, matrix: HopperMatrix, y: torch.Tensor, experts: HopperExperts, ids: torch.Tensor,
-    items: Items | None, expert_offset: int, config: DecodeConfig, *, is_w13: bool,
+    items: Items | None, expert_offset: int, *, is_w13: bool,
 ) -> None:  # fmt: skip
-    parts, _, columns = y.shape
-    tiles = min(config.tiles, matrix.row_tiles)
-    groups = -(-matrix.row_tiles // tiles)
     work = ids.numel() if items is None else items.items.shape[0]
     token_of_row, item_list, num_items = (ids, ids, ids) if items is None else (items.token_of_row, items.items, items.num_items)
     k = experts.hidden if is_w13 else experts.intermediate
-    grouped_gemm_w4a16_decode[(work * groups * parts,)](
+    grouped_gemm_w4a16_decode[(work * matrix.row_tiles,)](
         x, x if x_scale is None else x_scale, matrix.words, matrix.scales, *_optional(matrix), y, ids, item_list, num_items, token_of_row,
-        ids.shape[0], expert_offset, experts.num_experts, y.stride(0),
-        ids.shape[1], k, x.stride(0), matrix.row_tiles, columns, columns, experts.format == NVFP4, is_w13, *_activation(experts),
-        matrix.bias is not None, x_scale is not None, config.direct, config.rows, tiles, parts, config.ahead, True,
+        ids.shape[0], expert_offset, experts.num_experts,
+        ids.shape[1], k, x.stride(0), matrix.row_tiles, y.shape[1], y.shape[1], experts.format == NVFP4, is_w13, *_activation(experts),
+        matrix.bias is not None, x_scale is not None, items is None, True,
         num_warps=NUM_WARPS, launch_pdl=True,
     )  # fmt: skip
 
@@ -266,7 +255,7 @@ def _prefill(
     x, x_scale = gather(codes, items, ids.shape[1], padded_size(experts.hidden), scales, launch_early=True)
     _prefill_gemm(x, x_scale, experts.w13, h, experts, items, config, is_w13=True)
     _, h_scale = encode_rows(h, activations, experts.w2_input_scale, slots=True, out=h)
-    _prefill_gemm(h, h_scale, experts.w2, y[0], experts, items, config, is_w13=False)
+    _prefill_gemm(h, h_scale, experts.w2, y, experts, items, config, is_w13=False)
     return y, items.row_of_slot
 
 
@@ -278,17 +267,17 @@ def _prefill_fp8(
     x, x_scale = quantize_tokens(hidden, items, ids.shape[1], padded_size(experts.hidden), launch_early=True)
     _prefill_gemm(x, x_scale, experts.w13, h, experts, items, config, is_w13=True)
     h_codes, h_scale = quantize_rows(h)
-    _prefill_gemm(h_codes, h_scale, experts.w2, y[0], experts, items, config, is_w13=False)
+    _prefill_gemm(h_codes, h_scale, experts.w2, y, experts, items, config, is_w13=False)
     return y, items.row_of_slot
 
 
 def _prefill_workspace(
     hidden: torch.Tensor, experts: HopperExperts, ids: torch.Tensor, expert_offset: int, config: PrefillConfig
 ) -> tuple[Items, torch.Tensor, torch.Tensor]:
-    """The rows sorted by expert, and memory for h [rows, I padded] and y [1, rows, H]."""
+    """The rows sorted by expert, and memory for h [rows, I padded] and y [rows, H]."""
     items = permute(ids, expert_offset, experts.num_experts, config.max_rows, launch_early=True)
     h = torch.empty((ids.numel(), padded_size(experts.intermediate)), dtype=torch.bfloat16, device=hidden.device)
-    return items, h, torch.empty((1, ids.numel(), experts.hidden), dtype=torch.bfloat16, device=hidden.device)
+    return items, h, torch.empty((ids.numel(), experts.hidden), dtype=torch.bfloat16, device=hidden.device)
 
 
 def _prefill_gemm(

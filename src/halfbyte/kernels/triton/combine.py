@@ -1,6 +1,6 @@
-"""out[t] = round(sum over slots j = 0 .. k-1, in this order, of weight[t, j] * sum over parts of y[part, row of slot (t, j)]); fp32 accumulation.
+"""out[t] = round(sum over slots j = 0 .. k-1, in this order, of weight[t, j] * y[row of slot (t, j)]); fp32 accumulation.
 
-    y            [parts, rows, H] bf16 or fp32
+    y            [rows, H] bf16 or fp32
     weights      [T, k] fp32, bf16 or fp16
     out          [T, H]
 
@@ -16,10 +16,10 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc
 
 
-@triton.jit(do_not_specialize=["part_stride", "expert_offset", "num_experts"])
+@triton.jit(do_not_specialize=["expert_offset", "num_experts"])
 def _combine(
-    y_ptr, row_of_slot_ptr, ids_ptr, weights_ptr, out_ptr, part_stride, expert_offset, num_experts,
-    TOP_K: tl.constexpr, HIDDEN: tl.constexpr, PARTS: tl.constexpr, DIRECT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    y_ptr, row_of_slot_ptr, ids_ptr, weights_ptr, out_ptr, expert_offset, num_experts,
+    TOP_K: tl.constexpr, HIDDEN: tl.constexpr, DIRECT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -39,9 +39,7 @@ def _combine(
         else:
             row = tl.load(row_of_slot_ptr + token * TOP_K + j) + tl.zeros_like(column)
             held = row >= 0
-        value = tl.zeros((BLOCK,), tl.float32)
-        for part in tl.static_range(PARTS):
-            value += tl.load(y_ptr + part * part_stride + row.to(tl.int64) * HIDDEN + column, mask=inside & held, other=0.0).to(tl.float32)
+        value = tl.load(y_ptr + row.to(tl.int64) * HIDDEN + column, mask=inside & held, other=0.0).to(tl.float32)
         weight = tl.load(weights_ptr + token * TOP_K + j).to(tl.float32)
         total += tl.where(held, weight * value, 0.0)
     tl.store(out_ptr + token.to(tl.int64) * HIDDEN + column, total.to(out_ptr.dtype.element_ty), mask=inside)
@@ -56,14 +54,13 @@ def combine(
     y: torch.Tensor, row_of_slot: torch.Tensor | None, ids: torch.Tensor, weights: torch.Tensor, out: torch.Tensor, expert_offset: int,
     num_experts: int, *, launch_early: bool = False,
 ) -> torch.Tensor:  # fmt: skip
-    """y [parts, rows, H], ids and weights [T, k] to out [T, H]."""
+    """y [rows, H], ids and weights [T, k] to out [T, H]."""
     num_tokens, top_k = ids.shape
     hidden = out.shape[1]
     block = block_size(num_tokens, hidden)
-    part_stride = y.stride(0) if y.shape[0] > 1 else 0  # of many rows it would not fit 32 bits, and Triton compile anew
     _combine[(num_tokens, triton.cdiv(hidden, block))](
-        y, ids if row_of_slot is None else row_of_slot, ids, weights, out, part_stride, expert_offset, num_experts,
-        top_k, hidden, y.shape[0], row_of_slot is None, block, launch_early,
+        y, ids if row_of_slot is None else row_of_slot, ids, weights, out, expert_offset, num_experts,
+        top_k, hidden, row_of_slot is None, block, launch_early,
         num_warps=4, **({"launch_pdl": True} if launch_early else {}),
     )  # fmt: skip
     return out
