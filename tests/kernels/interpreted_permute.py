@@ -41,6 +41,9 @@ def check_gather_and_combine() -> None:
     y, weights = torch.randn(3, 96), torch.rand(1, 3)
     out = combine(y, None, direct_ids, weights, torch.empty(1, 96), 4, 3)
     torch.testing.assert_close(out, (weights[0, 0] + weights[0, 1]) * y[:1], rtol=1e-5, atol=1e-6)
+    parts = torch.randn(4, 3, 96)
+    in_parts = combine(parts.flatten(0, 1), None, direct_ids, weights, torch.empty(1, 96), 4, 3)
+    assert torch.equal(in_parts, combine(parts[0] + parts[1] + parts[2] + parts[3], None, direct_ids, weights, torch.empty(1, 96), 4, 3))
 
 
 if __name__ == "__main__":

@@ -93,6 +93,20 @@ def test_every_activation(name: str, format: hb.BlockFormat, activation: str) ->
         check(w, *make_tokens(num_tokens, 320, 6, 2), config=configs()[name])
 
 
+@pytest.mark.parametrize("activation", ["swiglu", "gpt-oss"])  # without and with biases
+@pytest.mark.parametrize("format", [hb.NVFP4, hb.MXFP4], ids=repr)
+@pytest.mark.parametrize("intermediate", [2880, 3072, 3392])  # a tail, four equal parts, unequal ones with a tail
+def test_direct_kernel_with_the_columns_of_w2_in_parts(intermediate: int, format: hb.BlockFormat, activation: str) -> None:
+    from halfbyte.kernels.gluon_sm90.fused_moe import MIN_COLUMNS_OF_PARTS
+
+    assert intermediate >= MIN_COLUMNS_OF_PARTS
+    w = make_experts(4, 320, intermediate, format, ACTIVATIONS[activation])
+    for num_tokens in (1, 8):
+        x, ids, weights = make_tokens(num_tokens, 320, 4, 2)
+        ids[0] = ids[0, 0]  # the same expert twice
+        check(w, x, ids, weights, config=configs()["direct"])
+
+
 @pytest.mark.parametrize("num_tokens", [1, 2, 7, 8, 9, 16, 33, 64, 127, 128, 129, 500, 2000])
 @pytest.mark.parametrize("num_experts", [1, 7, 60])
 def test_chosen_kernels_at_every_size(num_tokens: int, num_experts: int) -> None:

@@ -50,12 +50,12 @@ ITEMS = Items(*(torch.empty((4, 4), dtype=torch.int32) for _ in range(4)))
 
 @pytest.mark.parametrize("nvfp4", [True, False], ids=["nvfp4", "mxfp4"])
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
-@pytest.mark.parametrize("direct", [False, True], ids=["items", "direct"])
-def test_decode_kernels_use_mma_without_spills(direct: bool, nvfp4: bool, scaled: bool) -> None:
+@pytest.mark.parametrize(("direct", "parts"), [(False, 1), (True, 1), (True, 4)], ids=["items", "direct", "parts"])
+def test_decode_kernels_use_mma_without_spills(direct: bool, parts: int, nvfp4: bool, scaled: bool) -> None:
     experts = empty_experts(nvfp4=nvfp4)
     ids, items = torch.zeros((4, 8), dtype=torch.int32), None if direct else ITEMS
     h = torch.empty((32, experts.intermediate), dtype=torch.bfloat16)
-    y = torch.empty((32, experts.hidden), dtype=torch.float32 if direct else torch.bfloat16)
+    y = torch.empty((parts * 32, experts.hidden), dtype=torch.float32 if direct else torch.bfloat16)
     with compiling(90) as compiled:
         x, scales = torch.empty((4, experts.hidden), dtype=torch.bfloat16), torch.empty(4) if scaled else None
         layer._decode_gemm(x, scales, experts.w13, h, experts, ids, items, 0, is_w13=True)

@@ -119,7 +119,7 @@ def test_more_rows_than_fit_32_bits_are_combined_by_the_same_kernel() -> None:
 
     def keys(num_tokens: int) -> set[tuple[str, str]]:
         ids, weights = torch.zeros((num_tokens, 8), dtype=torch.int32), torch.ones((num_tokens, 8))
-        y = torch.empty((1, num_tokens * 8, 7168), dtype=torch.bfloat16, device="meta")
+        y = torch.empty((num_tokens * 8, 7168), dtype=torch.bfloat16, device="meta")
         with compiling(90), missed(compile=False) as keys:
             combine(y, ids, ids, weights, torch.empty((num_tokens, 7168), dtype=torch.bfloat16, device="meta"), 0, 8)
         return keys

@@ -11,6 +11,7 @@ shared memory and no barriers: the warps of a program run freely, and what limit
 Two ways to find the rows of an expert:
     direct   up to 8 tokens: a program belongs to one slot of `ids`, returns unless it is the first slot with this expert, and its rows are the tokens
              that chose the expert. No sorting pass. y has one row a slot; a token that names an expert twice has its row at the first of the two.
+             A few slots make few programs: for w2 each may do one of PARTS parts of K, and y [PARTS, rows, N] fp32 is added up in `combine`.
     items    the work list of `kernels.triton.permute`: rows sorted by expert.
 """
 
@@ -54,7 +55,7 @@ def grouped_gemm_w4a16_decode(
     num_tokens, expert_offset, num_experts,
     TOP_K: gl.constexpr, K: gl.constexpr, X_STRIDE: gl.constexpr, ROW_TILES: gl.constexpr, N: gl.constexpr, Y_STRIDE: gl.constexpr,
     NVFP4: gl.constexpr, IS_W13: gl.constexpr, KIND: gl.constexpr, ALPHA: gl.constexpr, BETA: gl.constexpr, LIMIT: gl.constexpr,
-    HAS_BIAS: gl.constexpr, SCALED: gl.constexpr, DIRECT: gl.constexpr, PDL: gl.constexpr,
+    HAS_BIAS: gl.constexpr, SCALED: gl.constexpr, DIRECT: gl.constexpr, PARTS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [4, 1], [16, 8])
     FLAT: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
@@ -86,7 +87,7 @@ def grouped_gemm_w4a16_decode(
         _tile(
             x_ptr, x_scale_ptr, words_ptr, scales_ptr, shift_ptr, multiplier_ptr, bias_ptr, y_ptr, ids_ptr, token_of_row_ptr, num_tokens,
             expert, expert_id, row_start, num_rows, row_tile, TOP_K, K, X_STRIDE, ROW_TILES, N, Y_STRIDE, NVFP4, IS_W13, KIND, ALPHA, BETA, LIMIT,
-            HAS_BIAS, SCALED, DIRECT, PDL, MMA,
+            HAS_BIAS, SCALED, DIRECT, PARTS, PDL, MMA,
         )  # fmt: skip
 
 
@@ -96,11 +97,12 @@ def _tile(
     expert, expert_id, row_start, num_rows, row_tile,
     TOP_K: gl.constexpr, K: gl.constexpr, X_STRIDE: gl.constexpr, ROW_TILES: gl.constexpr, N: gl.constexpr, Y_STRIDE: gl.constexpr,
     NVFP4: gl.constexpr, IS_W13: gl.constexpr, KIND: gl.constexpr, ALPHA: gl.constexpr, BETA: gl.constexpr, LIMIT: gl.constexpr,
-    HAS_BIAS: gl.constexpr, SCALED: gl.constexpr, DIRECT: gl.constexpr, PDL: gl.constexpr, MMA: gl.constexpr,
+    HAS_BIAS: gl.constexpr, SCALED: gl.constexpr, DIRECT: gl.constexpr, PARTS: gl.constexpr, PDL: gl.constexpr, MMA: gl.constexpr,
 ):  # fmt: skip
     TILES: gl.constexpr = (K + 63) // 64
     RUNS: gl.constexpr = (TILES + 3) // 4
-    K_MASK: gl.constexpr = RUNS * 256 != K
+    PART_RUNS: gl.constexpr = (RUNS + PARTS - 1) // PARTS
+    K_MASK: gl.constexpr = PART_RUNS * PARTS * 256 != K
     SCALES: gl.constexpr = 128 if NVFP4 else 64
     X_LAYOUT: gl.constexpr = gl.DistributedLinearLayout(
         [[0, 1], [0, 2], [0, 4], [0, 8]], [[0, 16], [0, 32], [1, 0], [2, 0], [4, 0]], [[0, 0], [0, 0]], [], [ROWS, 64]
@@ -110,11 +112,13 @@ def _tile(
     matrix_tile = expert * ROW_TILES + row_tile
     word_pointers = words_ptr + matrix_tile.to(gl.int64) * (TILES * 512) + word_offsets()
     scale_pointers = scales_ptr + matrix_tile.to(gl.int64) * (RUNS * SCALES) + scale_offsets(NVFP4)
+    part = 0 if PARTS == 1 else gl.program_id(1)
+    first_run = part * PART_RUNS
     # Four tiles of words and one run of scales are always on their way.
     queue = ()
     for c in gl.static_range(4):
-        queue = queue + (gl.load(word_pointers + min(c, TILES - 1) * 512, eviction_policy="evict_first"),)
-    next_scales = gl.load(scale_pointers, eviction_policy="evict_first")
+        queue = queue + (gl.load(word_pointers + gl.minimum(first_run * 4 + c, TILES - 1) * 512, eviction_policy="evict_first"),)
+    next_scales = gl.load(scale_pointers + first_run * SCALES, eviction_policy="evict_first")
 
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, X_LAYOUT))
     if PDL and not IS_W13:
@@ -134,10 +138,11 @@ def _tile(
     x_mask = is_row[:, None] & (column >= 0)
     x_queue = ()
     for c in gl.static_range(X_AHEAD):
-        x_queue = x_queue + (_load_x(x_pointers + c * 64, x_mask, column + c * 64, MMA, K, K_MASK),)
+        step = first_run * 4 + c
+        x_queue = x_queue + (_load_x(x_pointers + step * 64, x_mask, column + step * 64, MMA, K, K_MASK),)
 
     accumulator = gl.zeros((64, ROWS), gl.float32, layout=MMA)
-    for run in range(RUNS):
+    for run in range(first_run, first_run + PART_RUNS):
         upcoming = gl.minimum(run + 1, RUNS - 1)
         scales_low, scales_high = split_scales(next_scales)
         next_scales = gl.load(scale_pointers + upcoming * SCALES, eviction_policy="evict_first")
@@ -185,7 +190,7 @@ def _tile(
         i = gl.arange(0, 64, layout=gl.SliceLayout(1, MMA))
         value = accumulator * multiplier0
         if HAS_BIAS:
-            value = value + gl.load(tile_bias + i)[:, None]
+            value = value + gl.where(part == 0, gl.load(tile_bias + i), 0.0)[:, None]
         n = row_tile * 64 + i
         if IS_W13:
             value = activate(value, value, KIND, ALPHA, BETA, LIMIT)
@@ -194,6 +199,7 @@ def _tile(
     if DIRECT:
         y_row = _first_slot_of(ids_ptr, token, expert_id, num_tokens, TOP_K)
         is_y_row = y_row >= 0
+        y_row += part * num_tokens * TOP_K
     else:
         y_row = row_start + token
         is_y_row = token < num_rows

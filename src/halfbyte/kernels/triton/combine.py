@@ -1,6 +1,6 @@
 """out[t] = round(sum over slots j = 0 .. k-1, in this order, of weight[t, j] * y[row of slot (t, j)]); fp32 accumulation.
 
-    y            [rows, H] bf16 or fp32
+    y            [rows, H] bf16 or fp32, or [parts * rows, H]: the sum of so many, in their order
     weights      [T, k] fp32, bf16 or fp16
     out          [T, H]
 
@@ -19,7 +19,7 @@ from triton.language.extra.cuda import gdc
 @triton.jit(do_not_specialize=["expert_offset", "num_experts"])
 def _combine(
     y_ptr, row_of_slot_ptr, ids_ptr, weights_ptr, out_ptr, expert_offset, num_experts,
-    TOP_K: tl.constexpr, HIDDEN: tl.constexpr, DIRECT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    TOP_K: tl.constexpr, HIDDEN: tl.constexpr, PARTS: tl.constexpr, DIRECT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -39,7 +39,10 @@ def _combine(
         else:
             row = tl.load(row_of_slot_ptr + token * TOP_K + j) + tl.zeros_like(column)
             held = row >= 0
-        value = tl.load(y_ptr + row.to(tl.int64) * HIDDEN + column, mask=inside & held, other=0.0).to(tl.float32)
+        value = tl.zeros((BLOCK,), tl.float32)
+        for part in tl.static_range(PARTS):
+            part_row = (row + part * tl.num_programs(0) * TOP_K).to(tl.int64)
+            value += tl.load(y_ptr + part_row * HIDDEN + column, mask=inside & held, other=0.0).to(tl.float32)
         weight = tl.load(weights_ptr + token * TOP_K + j).to(tl.float32)
         total += tl.where(held, weight * value, 0.0)
     tl.store(out_ptr + token.to(tl.int64) * HIDDEN + column, total.to(out_ptr.dtype.element_ty), mask=inside)
@@ -54,13 +57,13 @@ def combine(
     y: torch.Tensor, row_of_slot: torch.Tensor | None, ids: torch.Tensor, weights: torch.Tensor, out: torch.Tensor, expert_offset: int,
     num_experts: int, *, launch_early: bool = False,
 ) -> torch.Tensor:  # fmt: skip
-    """y [rows, H], ids and weights [T, k] to out [T, H]."""
+    """y [parts * T * k, H], ids and weights [T, k] to out [T, H]."""
     num_tokens, top_k = ids.shape
     hidden = out.shape[1]
     block = block_size(num_tokens, hidden)
     _combine[(num_tokens, triton.cdiv(hidden, block))](
         y, ids if row_of_slot is None else row_of_slot, ids, weights, out, expert_offset, num_experts,
-        top_k, hidden, row_of_slot is None, block, launch_early,
+        top_k, hidden, y.shape[0] // ids.numel(), row_of_slot is None, block, launch_early,
         num_warps=4, **({"launch_pdl": True} if launch_early else {}),
     )  # fmt: skip
     return out
