@@ -2,10 +2,13 @@
 
 from typing import Any
 
+from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
-# Named async_copy_global_to_shared up to Triton 3.6; a call of that name raises in 3.9.
+# The second names are those of Triton 3.6; calling them raises in 3.9.
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
 def fix_cache_keys(*kernels: Any) -> None:

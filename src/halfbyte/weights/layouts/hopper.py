@@ -190,7 +190,7 @@ def pack(w: ExpertWeights, out: HopperExperts, first: int = 0) -> None:
     w13, w2 = fp4_matrices(w, "hopper")
     largest13, largest2 = _largest_scales(w13), _largest_scales(w2)
     # The one time the host waits for the device.
-    if w.num_experts and bool((torch.maximum(largest13, largest2).max() > largest_valid_scale(w13.format)) | has_unusable_scalars(w)):
+    if w.num_experts and bool((torch.maximum(largest13.max(), largest2.max()) > largest_valid_scale(w13.format)) | has_unusable_scalars(w)):
         check_scales(w)
     _pack_matrix(w13, w.w13_bias, w13_order(w.activation), largest13, out.w13, first)
     _pack_matrix(w2, w.w2_bias, "straight", largest2, out.w2, first)
@@ -266,17 +266,18 @@ def _allocate_matrix(w: QuantTensor, rows: int, has_bias: bool, device: torch.de
 
 
 def _pack_matrix(w: QuantTensor, bias: torch.Tensor | None, order: RowOrder, largest: torch.Tensor, out: HopperMatrix, first: int) -> None:
-    """`largest`: int32 [E], the largest scale byte of each expert."""
+    """`largest`: uint8 [E, N], the largest scale byte of each row."""
     num_experts, device = w.codes.shape[0], out.words.device
     here = slice(first, first + num_experts)
     pack_weights = _pack_weights_on_gpu if _has_kernels(device) else _pack_weights
-    pack_weights(w.codes, w.scales.view(torch.uint8), order, out.words[here], out.scales[here], out.row_exponent[here])
+    _write_row_exponents(largest.to(device), order, w.format, out.row_exponent[here])
+    pack_weights(w.codes, w.scales.view(torch.uint8), order, out.words[here], out.scales[here])
     if w.format == NVFP4:
         assert w.global_scale is not None
         out.multiplier[here] = (w.global_scale.view(num_experts, -1).expand(num_experts, 2) * _nvfp4_factor()).to(device)
     else:
         assert out.shift is not None
-        shift = (MAX_SHIFTED_EXPONENT - largest.to(device)).clamp(max=MAX_SHIFTED_EXPONENT - 4)
+        shift = (MAX_SHIFTED_EXPONENT - largest.amax(1).int().to(device)).clamp(max=MAX_SHIFTED_EXPONENT - 4)
         out.shift[here] = shift
         power_of_two = (127 - ELEMENT_EXPONENT - shift) << 23  # its bits in fp32
         out.multiplier[here] = power_of_two.view(torch.float32).unsqueeze(1)
@@ -286,9 +287,18 @@ def _pack_matrix(w: QuantTensor, bias: torch.Tensor | None, order: RowOrder, lar
         out.bias[here] = _ordered(bias.to(device).float().T, rows, num_experts).T
 
 
-def _pack_weights(
-    codes: torch.Tensor, scales: torch.Tensor, order: RowOrder, words: torch.Tensor, scale_words: torch.Tensor, row_exponent: torch.Tensor
-) -> None:
+def _write_row_exponents(largest: torch.Tensor, order: RowOrder, format: BlockFormat, row_exponent: torch.Tensor) -> None:
+    if _has_kernels(largest.device):
+        from halfbyte.weights.layouts.hopper_pack import write_row_exponents
+
+        write_row_exponents(largest, row_exponent, order, nvfp4=format == NVFP4)
+        return
+    rows = source_rows(order, largest.shape[1]).to(largest.device)
+    stored = encode_nvfp4_scale(largest) if format == NVFP4 else largest
+    row_exponent.copy_(row_exponents(_ordered(stored.T, rows, len(stored)).T, format))
+
+
+def _pack_weights(codes: torch.Tensor, scales: torch.Tensor, order: RowOrder, words: torch.Tensor, scale_words: torch.Tensor) -> None:
     """Codes uint8 [E, N, K/2] and scale bytes [E, N, K/block] to tiles, with torch. `words` and `scale_words` may be the storage of the two."""
     num_experts, row_tiles, column_tiles, _ = words.shape
     device, inference = words.device, torch.is_inference_mode_enabled()
@@ -307,7 +317,7 @@ def _pack_weights(
         expert, first, ready, raw = piece
         tiles, tile_rows = slice(first, first + step), slice(first * TILE, (first + step) * TILE)
         with torch.inference_mode(inference):  # which every thread has its own of
-            _pack_row_tiles(ready, raw, rows[tile_rows], words[expert, tiles], scale_words[expert, tiles], row_exponent[expert, tile_rows])
+            _pack_row_tiles(ready, raw, rows[tile_rows], words[expert, tiles], scale_words[expert, tiles])
 
     with _pool_of_single_threads() if is_cpu else nullcontext() as pool:
         run = pool.map if pool else map
@@ -351,9 +361,7 @@ def _pool_of_single_threads() -> Iterator[ThreadPoolExecutor]:
         yield pool
 
 
-def _pack_row_tiles(
-    codes: torch.Tensor, scales: torch.Tensor, rows: torch.Tensor, words: torch.Tensor, scale_words: torch.Tensor, row_exponent: torch.Tensor
-) -> None:
+def _pack_row_tiles(codes: torch.Tensor, scales: torch.Tensor, rows: torch.Tensor, words: torch.Tensor, scale_words: torch.Tensor) -> None:
     """Write these rows of one expert."""
     block = 2 * codes.shape[1] // scales.shape[1]
     columns = words.shape[1] * TILE
@@ -364,23 +372,24 @@ def _pack_row_tiles(
         raw = encode_nvfp4_scale(raw)
     pack_codes(lanes.view(torch.uint8), words)
     scale_words.copy_(pack_scales(raw, block))
-    row_exponent.copy_(row_exponents(raw.amax(1), NVFP4 if block == NVFP4.block else MXFP4))
 
 
-def _pack_weights_on_gpu(
-    codes: torch.Tensor, scales: torch.Tensor, order: RowOrder, words: torch.Tensor, scale_words: torch.Tensor, row_exponent: torch.Tensor
-) -> None:
+def _pack_weights_on_gpu(codes: torch.Tensor, scales: torch.Tensor, order: RowOrder, words: torch.Tensor, scale_words: torch.Tensor) -> None:
     """The same with kernels, on the device of `words`."""
-    from halfbyte.weights.layouts.hopper_pack import PROGRAMS_OF_A_MULTIPROCESSOR, pack_matrix, pack_matrix_in_place
+    from halfbyte.weights.layouts.hopper_pack import pack_matrix
 
     sources = (codes, scales)
     if all(_in_lanes(tensor, words.device) for tensor in sources):
-        if _share_storage(sources, (words, scale_words)):
-            num_programs = PROGRAMS_OF_A_MULTIPROCESSOR * Target.of(words.device).num_sms
-            pack_matrix_in_place(codes, scales, words, scale_words, row_exponent, order, num_programs)
-        else:
-            pack_matrix(codes, scales, words, scale_words, row_exponent, order)
-        return
+        if not _share_storage(sources, (words, scale_words)):
+            pack_matrix(codes, scales, words, scale_words, order)
+            return
+        target = Target.of(words.device)
+        if target.arch == "sm_90":
+            from halfbyte.weights.layouts.hopper_pack_in_place import num_groups, pack_matrix_in_place
+
+            if num_groups(scale_words, target.num_sms) > 0:
+                pack_matrix_in_place(codes, scales, words, scale_words, order, target.num_sms)
+                return
     step = max(1, BUFFER_BYTES // (codes[0].nbytes + scales[0].nbytes))
     buffers = [torch.empty((min(step, len(codes)), *tensor.shape[1:]), dtype=torch.uint8, device=words.device) for tensor in sources]
     for expert in range(0, len(codes), step):
@@ -388,7 +397,7 @@ def _pack_weights_on_gpu(
         staged_codes, staged_scales = (
             buffer[: len(tensor[batch])].copy_(tensor[batch], non_blocking=True) for buffer, tensor in zip(buffers, sources, strict=True)
         )
-        pack_matrix(staged_codes, staged_scales, words[batch], scale_words[batch], row_exponent[batch], order)
+        pack_matrix(staged_codes, staged_scales, words[batch], scale_words[batch], order)
     if codes.device.type == "cpu":
         torch.cuda.current_stream(words.device).synchronize()  # pinned memory may still be read, and is the caller's to change
 
@@ -403,13 +412,13 @@ def _has_kernels(device: torch.device) -> bool:
 
 
 def _largest_scales(w: QuantTensor) -> torch.Tensor:
-    """int32 [E]: the largest scale byte of each expert. Negative scales and NaN have larger bytes than all others."""
+    """uint8 [E, N]: the largest scale byte of each row. Negative scales and NaN have larger bytes than all others."""
     raw = w.scales.view(torch.uint8)
     if _has_kernels(raw.device):
-        from halfbyte.weights.layouts.hopper_pack import largest_bytes
+        from halfbyte.weights.layouts.hopper_pack import largest_of_rows
 
-        return largest_bytes(raw.contiguous())
-    return raw.flatten(1).amax(1).int()
+        return largest_of_rows(raw.contiguous())
+    return raw.amax(2)
 
 
 def _ordered(matrix: torch.Tensor, source: torch.Tensor, columns: int) -> torch.Tensor:

@@ -1,0 +1,169 @@
+"""`hopper_pack.pack_matrix` where the tiles of an expert lie in the memory of its codes (Gluon, sm_90): every byte read once and written once.
+
+A group of programs packs one expert at a time. Its programs keep their pieces of it, four tiles and a run of scales each, in shared memory until all
+have read theirs, then write them to where they belong. As many groups run side by side as experts fit into the shared memory of the device, 29 MB on
+an H200: one with DeepSeek-R1's w13, 16 with Qwen3-30B's. While an expert waits for the programs that are still reading it, the free slots of its
+programs take the first pieces of the next one.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from halfbyte.kernels.gluon_sm90.compat import barrier, tma_store
+from halfbyte.weights.layouts.hopper import RowOrder
+from halfbyte.weights.layouts.hopper_pack import encode_nvfp4_scale, row_of_pair, words_of_codes
+
+PROGRAMS_OF_A_MULTIPROCESSOR = 4
+SLOTS = gl.constexpr(6)  # of a program, 9 KiB each
+AHEAD = gl.constexpr(2)  # pieces on their way while one is encoded
+MAX_REGISTERS = 128
+
+
+@gluon.jit
+def _read(source, expert, index, ORDER: gl.constexpr, SCALES: gl.constexpr):
+    """The codes, int32 [32, 32], and scales, uint8 [32, 4 SCALES], of both rows of each pair of a piece. Zeros beyond the last column or expert."""
+    CODES: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])
+    SCALE_BYTES: gl.constexpr = gl.BlockedLayout([1, SCALES], [8, 4], [4, 1], [1, 0])
+    codes_ptr, scales_ptr, num_experts, rows, intermediate, lanes, runs = source
+    tile, run = index // runs, index % runs
+    columns = lanes * SCALES // 4  # of scales
+    codes_ptr += expert.to(gl.int64) * rows * (2 * lanes)
+    scales_ptr += expert.to(gl.int64) * rows * columns
+    code = 32 * run + gl.arange(0, 32, layout=gl.SliceLayout(0, CODES))
+    scale = 4 * SCALES * run + gl.arange(0, 4 * SCALES, layout=gl.SliceLayout(0, SCALE_BYTES))
+    is_code = (code < gl.where(expert < num_experts, 2 * lanes, 0))[None, :]
+    is_scale = (scale < gl.where(expert < num_experts, columns, 0))[None, :]
+    codes, scales = (), ()
+    for half in gl.static_range(2):
+        row, exists = row_of_pair(gl.arange(0, 32, layout=gl.SliceLayout(1, CODES)), tile, half, intermediate, ORDER)
+        codes = codes + (gl.load(codes_ptr + row[:, None] * (2 * lanes) + code[None, :], mask=exists[:, None] & is_code, other=0),)
+        row, exists = row_of_pair(gl.arange(0, 32, layout=gl.SliceLayout(1, SCALE_BYTES)), tile, half, intermediate, ORDER)
+        scales = scales + (gl.load(scales_ptr + row[:, None] * columns + scale[None, :], mask=exists[:, None] & is_scale, other=0),)
+    return codes[0], codes[1], scales[0], scales[1]
+
+
+@gluon.jit
+def _words(codes, scales, NVFP4: gl.constexpr):
+    """int32 [32, 16, 2]; 16 codes with an NVFP4 scale of zero are zeros."""
+    codes = gl.reshape(codes, (32, 16, 2))
+    if NVFP4:
+        has_scale = gl.convert_layout(scales, gl.SliceLayout(2, codes.type.layout), assert_trivial=True) != 0
+        codes = gl.where(gl.expand_dims(has_scale, 2), codes, 0)
+    return words_of_codes(codes)
+
+
+@gluon.jit
+def _keep(piece, words, scale_words, NVFP4: gl.constexpr):
+    """Write what `_read` gave to `words`, int32 [64, 32] in shared memory, and `scale_words`, int16 [8, 64 or 32], as it will be in the tiles."""
+    codes0, codes1, scales0, scales1 = piece
+    SCALES: gl.constexpr = scales0.shape[1] // 4
+    both = gl.join(_words(codes0, scales0, NVFP4), _words(codes1, scales1, NVFP4))
+    both = gl.permute(gl.reshape(both, (32, 4, 4, 2, 2)), (1, 0, 2, 4, 3))  # pair, tile, t, word, row to tile, pair, t, row, word
+    words.store(gl.reshape(both, (64, 32)))
+    scales0, scales1 = scales0.to(gl.int32), scales1.to(gl.int32)
+    if NVFP4:
+        scales0, scales1 = encode_nvfp4_scale(scales0), encode_nvfp4_scale(scales1)
+    scales = gl.permute(gl.reshape(scales0 | scales1 << 8, (32, 4, SCALES)), (0, 2, 1))  # pair, tile, scale to pair, scale, tile
+    scale_words.store(gl.reshape(scales.to(gl.int16), (8, 16 * SCALES)))
+
+
+@gluon.jit
+def _write(target, slots, arrivals_ptr, expert, first_slot, program, num_programs, num_held):
+    """When all programs of the group have read the expert, for which they must run at the same time, write the pieces to where they belong."""
+    words, scale_words, words_desc, scale_words_desc = slots
+    row_tiles, column_tiles, runs = target
+    BOX: gl.constexpr = words_desc.block_type.shape[0] // 16  # tiles
+    while gl.atomic_add(arrivals_ptr + expert, 0, sem="acquire") < num_programs:  # one thread asks: many would keep the last programs from arriving
+        pass
+    barrier()
+    for i in range(num_held):
+        index, slot = program + i * num_programs, (first_slot + i) % SLOTS
+        tile, run = expert * row_tiles + index // runs, index % runs
+        for c in gl.static_range(0, 4, BOX):
+            if 4 * run + c < column_tiles:
+                tiles = words.index(slot) if BOX == 4 else words.index(slot).slice(16 * c, 16, dim=0)
+                tma_store(words_desc, [(tile * column_tiles + 4 * run + c) * 16, 0], tiles)
+        tma_store(scale_words_desc, [(tile * runs + run) * 8, 0], scale_words.index(slot))
+
+
+@gluon.jit
+def _pack_in_place(
+    codes_ptr, scales_ptr, words_desc, scale_words_desc, arrivals_ptr,
+    num_experts, num_groups, rows, intermediate, lanes, row_tiles, column_tiles, runs,
+    ORDER: gl.constexpr, NVFP4: gl.constexpr,
+):  # fmt: skip
+    SCALES: gl.constexpr = 4 if NVFP4 else 2  # of a row in a tile
+    words = gl.allocate_shared_memory(gl.int32, [SLOTS, 64, 32], words_desc.layout)
+    scale_words = gl.allocate_shared_memory(gl.int16, [SLOTS, 8, 16 * SCALES], scale_words_desc.layout)
+    slots, target = (words, scale_words, words_desc, scale_words_desc), (row_tiles, column_tiles, runs)
+    source = (codes_ptr, scales_ptr, num_experts, rows, intermediate, lanes, runs)
+    group, program, num_programs = gl.program_id(0) % num_groups, gl.program_id(0) // num_groups, gl.num_programs(0) // num_groups
+    num_held = (row_tiles * runs - program + num_programs - 1) // num_programs  # pieces of this program in an expert
+    num_free = gl.minimum(SLOTS - num_held, num_held - 1)
+
+    next_expert, next_i, pieces = group, 0, ()
+    for _ in gl.static_range(AHEAD):
+        pieces = pieces + (_read(source, next_expert, program + next_i * num_programs, ORDER, SCALES),)
+        next_i += 1
+        next_expert, next_i = gl.where(next_i == num_held, next_expert + num_groups, next_expert), gl.where(next_i == num_held, 0, next_i)
+
+    first_slot = 0
+    for expert in range(group, num_experts, num_groups):
+        for i in range(num_held):
+            piece = pieces[0]
+            pieces = pieces[1:] + (_read(source, next_expert, program + next_i * num_programs, ORDER, SCALES),)
+            next_i += 1
+            next_expert, next_i = gl.where(next_i == num_held, next_expert + num_groups, next_expert), gl.where(next_i == num_held, 0, next_i)
+            if (expert > group) & (i == gl.maximum(num_free - 1, 0)):
+                _write(target, slots, arrivals_ptr, expert - num_groups, first_slot + SLOTS - num_held, program, num_programs, num_held)
+            if i == num_free:  # from here on in slots of the last expert
+                tma.store_wait(0)
+                barrier()
+            slot = (first_slot + i) % SLOTS
+            _keep(piece, words.index(slot), scale_words.index(slot), NVFP4)
+        fence_async_shared()
+        barrier()
+        gl.atomic_add(arrivals_ptr + expert, 1, sem="release")
+        first_slot = (first_slot + num_held) % SLOTS
+    last = (num_experts - 1 - group) // num_groups * num_groups + group
+    _write(target, slots, arrivals_ptr, last, first_slot + SLOTS - num_held, program, num_programs, num_held)
+    tma.store_wait(0)
+
+
+def num_groups(scale_words: torch.Tensor, num_sms: int) -> int:
+    """How many experts, of `scale_words` [E, row tiles, runs, 128 or 64], the shared memory of a device holds; 0 if they are too large."""
+    programs = triton.cdiv(scale_words.shape[1] * scale_words.shape[2], SLOTS.value)
+    return min(len(scale_words), PROGRAMS_OF_A_MULTIPROCESSOR * num_sms // programs)
+
+
+def pack_matrix_in_place(
+    codes: torch.Tensor, scales: torch.Tensor, words: torch.Tensor, scale_words: torch.Tensor, order: RowOrder, num_sms: int
+) -> None:
+    """`hopper_pack.pack_matrix` where `words`, `scale_words` or both lie in the storage of codes and scales, expert upon expert.
+
+    `num_sms`: multiprocessors of the device, whose shared memory holds an expert (`num_groups` is not 0).
+    """
+    num_experts, rows, half_columns = codes.shape
+    _, row_tiles, runs, entries = scale_words.shape
+    groups, pieces, column_tiles = num_groups(scale_words, num_sms), row_tiles * runs, words.shape[2]
+    programs = min(pieces, PROGRAMS_OF_A_MULTIPROCESSOR * num_sms // groups)
+    arrivals = torch.zeros(num_experts, dtype=torch.int32, device=words.device)
+    with torch.cuda.device_of(words):
+        _pack_in_place[(groups * programs,)](
+            codes.view(torch.int32), scales, _descriptor(words.view(-1, 32), 64 if column_tiles % 4 == 0 else 16),
+            _descriptor(scale_words.view(torch.int16).view(-1, entries // 2), 8), arrivals,
+            num_experts, groups, rows, rows // 2 if order == "gate_up" else rows, half_columns // 8, row_tiles, column_tiles, runs,
+            order, entries == 128, num_warps=4, maxnreg=MAX_REGISTERS, launch_cooperative_grid=True,
+        )  # fmt: skip
+
+
+def _descriptor(tensor: torch.Tensor, rows: int) -> TensorDescriptor:
+    block = [rows, tensor.shape[1]]
+    dtype = {torch.int32: gl.int32, torch.int16: gl.int16}[tensor.dtype]
+    return TensorDescriptor.from_tensor(tensor, block, gl.NVMMASharedLayout.get_default_for(block, dtype))
