@@ -179,13 +179,10 @@ def _row_exponents(largest_ptr, row_exponent_ptr, rows, intermediate, ORDER: tl.
 def _largest_of_rows(bytes_ptr, largest_ptr, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     expert = tl.program_id(1).to(tl.int64)
-    bytes_ptr += expert * rows * columns
-    largest = tl.zeros((ROWS, COLUMNS), tl.uint8)
-    for first in range(0, columns, COLUMNS):
-        column = first + tl.arange(0, COLUMNS)
-        inside = (row < rows)[:, None] & (column < columns)[None, :]
-        largest = tl.maximum(largest, tl.load(bytes_ptr + row[:, None] * columns + column[None, :], mask=inside, other=0))
-    tl.store(largest_ptr + expert * rows + row, tl.max(largest.to(tl.int32), axis=1).to(tl.uint8), mask=row < rows)
+    column = tl.arange(0, COLUMNS)
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    byte = tl.load(bytes_ptr + expert * rows * columns + row[:, None] * columns + column[None, :], mask=inside, other=0)
+    tl.store(largest_ptr + expert * rows + row, tl.max(byte.to(tl.int32), axis=1).to(tl.uint8), mask=row < rows)
 
 
 def pack_matrix(codes: torch.Tensor, scales: torch.Tensor, words: torch.Tensor, scale_words: torch.Tensor, order: RowOrder) -> None:
@@ -214,8 +211,8 @@ def largest_of_rows(raw: torch.Tensor) -> torch.Tensor:
     """uint8 [E, N]: the largest byte of each row of raw, uint8 [E, N, C] contiguous."""
     num_experts, rows, columns = raw.shape
     largest = torch.empty((num_experts, rows), dtype=torch.uint8, device=raw.device)
-    block = min(triton.next_power_of_2(columns), 1024)
-    step = 4096 // block
+    block = triton.next_power_of_2(columns)
+    step = max(1, 4096 // block)
     with torch.cuda.device_of(raw):
         _largest_of_rows[(triton.cdiv(rows, step), num_experts)](raw, largest, rows, columns, step, block, num_warps=4)
     return largest
