@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ def check_same_kind(held: Any, arriving: Any) -> None:
 
 
 def _usable(tensor: torch.Tensor, positive: bool = False) -> torch.Tensor:
-    return tensor.isfinite() & (tensor > 0 if positive else tensor >= 0)
+    return (tensor < math.inf) & (tensor > 0 if positive else tensor >= 0)  # neither holds for NaN
 
 
 def _check_linear(name: str, matrix: QuantTensor) -> None:

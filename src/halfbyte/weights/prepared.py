@@ -227,7 +227,7 @@ def _storage_within(w: ExpertWeights, layout: str) -> Any:
     def storage(name: str, meta: torch.Tensor) -> torch.Tensor:
         source = sources.get(reused.get(name, ""))
         if source is None or source.nbytes != meta.nbytes or not source.is_contiguous() or source.data_ptr() % 16:  # kernels read 16 bytes at a time
-            return torch.empty_like(meta, device=w.device)
+            return torch.empty(meta.shape, dtype=meta.dtype, device=w.device)
         return source.view(torch.uint8).flatten().view(meta.dtype).view(meta.shape)
 
     return wanted.with_tensors({name: storage(name, meta) for name, meta in wanted.tensors.items()})

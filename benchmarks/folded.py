@@ -1,0 +1,58 @@
+"""What NVFP4 weights folded to FP8 could gain: torch's grouped fp8 product, which reads 8-bit weights, beside ours, which decodes 4-bit ones.
+
+    python benchmarks/folded.py        # one sm_90 GPU
+
+Each line is GEMM1 of a layer with so many rows an expert: TFLOP/s of `torch._scaled_grouped_mm` (CUTLASS, scales of rows) and of the kernel that
+`fused_moe(activations="fp8")` chooses. See docs/weights.md, "Residency".
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+import halfbyte as hb
+from halfbyte.bench.inputs import random_experts
+from halfbyte.bench.shapes import NAMED_SHAPES
+from halfbyte.bench.timing import time_calls
+from halfbyte.kernels.gluon_sm90 import fused_moe as layer
+from halfbyte.kernels.triton.activations_fp8 import quantize_tokens
+from halfbyte.kernels.triton.permute import permute
+from halfbyte.weights.layouts.hopper import padded_size
+
+ROWS = {"qwen3-235b": (64, 128, 256, 1024), "dsr1": (64, 128, 256), "mixtral": (256, 1024, 2048)}
+DEVICE = torch.device("cuda")
+OPTIONS = {"out_dtype": torch.bfloat16, "use_fast_accum": True}
+
+
+def measure(name: str, rows: int) -> tuple[float, float]:
+    """TFLOP/s of torch and of ours, every expert with `rows` rows."""
+    shape = NAMED_SHAPES[name]
+    count, columns, features = shape.num_experts * rows, shape.hidden, 2 * shape.intermediate
+    flops = 2 * count * columns * features
+    folded = torch.randint(0, 0x77, (shape.num_experts, features, columns), dtype=torch.uint8, device=DEVICE).view(torch.float8_e4m3fn)
+    x, x_scale = torch.randn(count, columns, device=DEVICE).to(torch.float8_e4m3fn), torch.ones(count, device=DEVICE)
+    w_scale, ends = (
+        torch.ones((shape.num_experts, features), device=DEVICE),
+        torch.arange(1, shape.num_experts + 1, device=DEVICE, dtype=torch.int32) * rows,
+    )
+    torch_us = time_calls([partial(torch._scaled_grouped_mm, x, folded.mT, x_scale, w_scale, offs=ends, **OPTIONS)], DEVICE).median_us
+
+    experts = hb.prepare(random_experts(shape, hb.NVFP4, DEVICE, seed=0), "hopper").experts
+    hidden = torch.randn(count, columns, device=DEVICE).bfloat16()
+    ids = torch.arange(count, device=DEVICE, dtype=torch.int32).remainder(shape.num_experts).unsqueeze(1)
+    config = layer.choose_config(count, 1, shape.num_experts, "fp8")
+    items = permute(ids, 0, shape.num_experts, config.max_rows)
+    codes, scales = quantize_tokens(hidden, items, 1, padded_size(columns))
+    h = torch.empty((count, padded_size(shape.intermediate)), dtype=torch.bfloat16, device=DEVICE)
+    ours_us = time_calls([lambda: layer._prefill_gemm(codes, scales, experts.w13, h, experts, items, config, is_w13=True)], DEVICE).median_us
+    return flops / torch_us / 1e6, flops / ours_us / 1e6
+
+
+if __name__ == "__main__":
+    for name, sizes in ROWS.items():
+        for rows in sizes:
+            theirs, ours = measure(name, rows)
+            print(f"{name}, {rows} rows an expert: torch, folded weights {theirs:.0f} TFLOP/s, halfbyte, packed weights {ours:.0f}", flush=True)
+            torch.cuda.empty_cache()
