@@ -192,7 +192,8 @@ def prepare(
         policy: "packed".
         in_place: consume `w`. Its tensors become the result wherever they have the right size, and afterwards hold bytes that mean nothing as
             canonical weights; drop `w` then. "hopper" reuses codes when H and I are multiples of 64, scales when they are multiples of 256. Memory
-            needed beside `w`: what is not reused, and a buffer of 20 MiB or one expert. "canonical" shares storage in any case.
+            needed beside `w`: what is not reused, and a buffer of 32 MiB or one expert where the kernel that does without cannot run.
+            "canonical" shares storage in any case.
         device: where the result goes; by default where `w` is. Host weights stream to a GPU through a buffer of 32 MiB or one expert.
 
     Raises:

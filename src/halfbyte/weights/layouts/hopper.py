@@ -179,7 +179,8 @@ def pack(w: ExpertWeights, out: HopperExperts, first: int = 0) -> None:
     """Arrange the experts of `w` in tiles and write them to the experts `first` and following of `out`.
 
     `w` may lie on another device than `out`, and `out` may lie in the storage of `w`, expert upon expert (`REUSED`). On a GPU a kernel reads and
-    writes every byte once; in place through a buffer of 20 MiB, and from another device through one of 32 MiB, or of one projection of one expert.
+    writes every byte once; from another device, and in place where the shared memory does not hold an expert, through a buffer of 32 MiB, or of one
+    projection of one expert.
     Elsewhere, and without Triton, torch does the same; in place, and from another device, one expert at a time from a copy of one projection of it.
 
     Exact: `unpack` gives every value back, and every byte except codes under a zero scale, which become zero.

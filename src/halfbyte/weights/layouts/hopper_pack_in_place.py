@@ -15,7 +15,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from halfbyte.kernels.gluon_sm90.compat import barrier, tma_store
+from halfbyte.weights.layouts.gluon_compat import barrier, tma_store
 from halfbyte.weights.layouts.hopper import RowOrder
 from halfbyte.weights.layouts.hopper_pack import encode_nvfp4_scale, row_of_pair, words_of_codes
 

@@ -1,4 +1,4 @@
-"""Where Triton releases differ. Everything else in this package is the same for Triton 3.6 and newer."""
+"""Where Triton releases differ. Everything else that is Gluon is the same for Triton 3.6 and newer."""
 
 from typing import Any
 
