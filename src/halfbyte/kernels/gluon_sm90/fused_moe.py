@@ -27,8 +27,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from halfbyte.device import Target
 from halfbyte.errors import UnsupportedError
@@ -41,7 +39,7 @@ from halfbyte.kernels.triton.activations_fp8 import quantize_rows, quantize_toke
 from halfbyte.kernels.triton.combine import block_size, combine
 from halfbyte.kernels.triton.encode_rows import encode_rows
 from halfbyte.kernels.triton.permute import Items, gather, permute, variant
-from halfbyte.weights.layouts.gluon_compat import fix_cache_keys
+from halfbyte.weights.layouts.gluon_support import fix_cache_keys, tma_descriptor
 from halfbyte.weights.layouts.hopper import HopperExperts, HopperMatrix, padded_size
 
 fix_cache_keys(grouped_gemm_w4a16_decode, grouped_gemm_prefill)
@@ -295,20 +293,13 @@ def _prefill_gemm(
     whole_runs = matrix.column_tiles % 4 == 0
     shift, multiplier, bias = _optional(matrix)
     grouped_gemm_prefill[(Target.of(x.device).num_sms,)](
-        _descriptor(x, config.box, config.step_k), _descriptor(matrix.words.view(-1, 32), 64 if whole_runs else 16, 32),
-        _descriptor(matrix.scales.view(torch.int32).view(-1, matrix.scales.shape[-1] // 4), 8, matrix.scales.shape[-1] // 4),
+        tma_descriptor(x, config.box, config.step_k), tma_descriptor(matrix.words.view(-1, 32), 64 if whole_runs else 16, 32),
+        tma_descriptor(matrix.scales.view(torch.int32).view(-1, matrix.scales.shape[-1] // 4), 8, matrix.scales.shape[-1] // 4),
         shift, multiplier, matrix.row_exponent, multiplier if x_scale is None else x_scale, bias, y, items.items, items.num_items,
         matrix.row_tiles, matrix.column_tiles, y.shape[1], y.shape[1], experts.format == NVFP4, x_scale is not None, is_w13, *_activation(experts),
         matrix.bias is not None, config.sizes, config.consumers, config.tiles, config.x_stages, config.w_stages, config.registers,
         num_warps=4, maxnreg=config.max_registers,
     )  # fmt: skip
-
-
-def _descriptor(tensor: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """A TMA descriptor of a matrix, copied in blocks of this size."""
-    block = [rows, columns]
-    dtype = {torch.bfloat16: gl.bfloat16, torch.float8_e4m3fn: gl.float8e4nv, torch.int32: gl.int32}[tensor.dtype]
-    return TensorDescriptor.from_tensor(tensor, block, gl.NVMMASharedLayout.get_default_for(block, dtype))
 
 
 def _optional(matrix: HopperMatrix) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -190,7 +190,7 @@ def _tile(
         i = gl.arange(0, 64, layout=gl.SliceLayout(1, MMA))
         value = accumulator * multiplier0
         if HAS_BIAS:
-            value = value + gl.where(part == 0, gl.load(tile_bias + i), 0.0)[:, None]
+            value = value + gl.where(part == 0, gl.load(tile_bias + i), 0.0)[:, None]  # once: the parts are added up
         n = row_tile * 64 + i
         if IS_W13:
             value = activate(value, value, KIND, ALPHA, BETA, LIMIT)

@@ -271,8 +271,8 @@ def _pack_matrix(w: QuantTensor, bias: torch.Tensor | None, order: RowOrder, lar
     num_experts, device = w.codes.shape[0], out.words.device
     here = slice(first, first + num_experts)
     pack_weights = _pack_weights_on_gpu if _has_kernels(device) else _pack_weights
-    _write_row_exponents(largest.to(device), order, w.format, out.row_exponent[here])
     pack_weights(w.codes, w.scales.view(torch.uint8), order, out.words[here], out.scales[here])
+    _write_row_exponents(largest.to(device), order, w.format, out.row_exponent[here])
     if w.format == NVFP4:
         assert w.global_scale is not None
         out.multiplier[here] = (w.global_scale.view(num_experts, -1).expand(num_experts, 2) * _nvfp4_factor()).to(device)

@@ -13,9 +13,8 @@ import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from halfbyte.weights.layouts.gluon_compat import barrier, tma_store
+from halfbyte.weights.layouts.gluon_support import barrier, tma_descriptor, tma_store
 from halfbyte.weights.layouts.hopper import RowOrder
 from halfbyte.weights.layouts.hopper_pack import encode_nvfp4_scale, row_of_pair, words_of_codes
 
@@ -46,6 +45,13 @@ def _read(source, expert, index, ORDER: gl.constexpr, SCALES: gl.constexpr):
         row, exists = row_of_pair(gl.arange(0, 32, layout=gl.SliceLayout(1, SCALE_BYTES)), tile, half, intermediate, ORDER)
         scales = scales + (gl.load(scales_ptr + row[:, None] * columns + scale[None, :], mask=exists[:, None] & is_scale, other=0),)
     return codes[0], codes[1], scales[0], scales[1]
+
+
+@gluon.jit
+def _following(expert, i, num_held, num_groups):
+    """The next piece of a program: of this expert, or the first of the group's next expert."""
+    is_last = i + 1 == num_held
+    return gl.where(is_last, expert + num_groups, expert), gl.where(is_last, 0, i + 1)
 
 
 @gluon.jit
@@ -110,16 +116,14 @@ def _pack_in_place(
     next_expert, next_i, pieces = group, 0, ()
     for _ in gl.static_range(AHEAD):
         pieces = pieces + (_read(source, next_expert, program + next_i * num_programs, ORDER, SCALES),)
-        next_i += 1
-        next_expert, next_i = gl.where(next_i == num_held, next_expert + num_groups, next_expert), gl.where(next_i == num_held, 0, next_i)
+        next_expert, next_i = _following(next_expert, next_i, num_held, num_groups)
 
     first_slot = 0
     for expert in range(group, num_experts, num_groups):
         for i in range(num_held):
             piece = pieces[0]
             pieces = pieces[1:] + (_read(source, next_expert, program + next_i * num_programs, ORDER, SCALES),)
-            next_i += 1
-            next_expert, next_i = gl.where(next_i == num_held, next_expert + num_groups, next_expert), gl.where(next_i == num_held, 0, next_i)
+            next_expert, next_i = _following(next_expert, next_i, num_held, num_groups)
             if (expert > group) & (i == gl.maximum(num_free - 1, 0)):
                 _write(target, slots, arrivals_ptr, expert - num_groups, first_slot + SLOTS - num_held, program, num_programs, num_held)
             if i == num_free:  # from here on in slots of the last expert
@@ -156,14 +160,8 @@ def pack_matrix_in_place(
     arrivals = torch.zeros(num_experts, dtype=torch.int32, device=words.device)
     with torch.cuda.device_of(words):
         _pack_in_place[(groups * programs,)](
-            codes.view(torch.int32), scales, _descriptor(words.view(-1, 32), 64 if column_tiles % 4 == 0 else 16),
-            _descriptor(scale_words.view(torch.int16).view(-1, entries // 2), 8), arrivals,
+            codes.view(torch.int32), scales, tma_descriptor(words.view(-1, 32), 64 if column_tiles % 4 == 0 else 16, 32),
+            tma_descriptor(scale_words.view(torch.int16).view(-1, entries // 2), 8, entries // 2), arrivals,
             num_experts, groups, rows, rows // 2 if order == "gate_up" else rows, half_columns // 8, row_tiles, column_tiles, runs,
             order, entries == 128, num_warps=4, maxnreg=MAX_REGISTERS, launch_cooperative_grid=True,
         )  # fmt: skip
-
-
-def _descriptor(tensor: torch.Tensor, rows: int) -> TensorDescriptor:
-    block = [rows, tensor.shape[1]]
-    dtype = {torch.int32: gl.int32, torch.int16: gl.int16}[tensor.dtype]
-    return TensorDescriptor.from_tensor(tensor, block, gl.NVMMASharedLayout.get_default_for(block, dtype))

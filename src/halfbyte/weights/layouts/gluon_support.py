@@ -1,9 +1,13 @@
-"""Where Triton releases differ. Everything else that is Gluon is the same for Triton 3.6 and newer."""
+"""What the Gluon kernels share on the host: TMA descriptors, and names and cache keys where Triton releases differ (3.6 and newer)."""
+
+from __future__ import annotations
 
 from typing import Any
 
+import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 # The second names are those of Triton 3.6; calling them raises in 3.9.
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -19,3 +23,10 @@ def fix_cache_keys(*kernels: Any) -> None:
     """
     for kernel in kernels:
         kernel.cache_key  # noqa: B018 (a property that does the work)
+
+
+def tma_descriptor(tensor: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """A TMA descriptor of a matrix, copied in blocks of this size."""
+    block = [rows, columns]
+    dtype = {torch.bfloat16: gl.bfloat16, torch.float8_e4m3fn: gl.float8e4nv, torch.int32: gl.int32, torch.int16: gl.int16}[tensor.dtype]
+    return TensorDescriptor.from_tensor(tensor, block, gl.NVMMASharedLayout.get_default_for(block, dtype))
