@@ -15,12 +15,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc
 
-from halfbyte.kernels.triton.blocks import quotient, range_factor, reciprocal
 from halfbyte.kernels.triton.permute import Items
-from halfbyte.kernels.triton.quantize_fp8 import e4m3_bytes, fp32_scale
+from halfbyte.kernels.triton.quantize_fp8 import divide, e4m3_bytes, fp32_scale, prepare_division
 
 INTERPRETED = triton.knobs.runtime.interpret
-_INFINITY = tl.constexpr(float("inf"))
 _FOUR_CODES = tl.constexpr("{ .reg .b16 a, b; cvt.rn.satfinite.e4m3x2.f32 a, $2, $1; cvt.rn.satfinite.e4m3x2.f32 b, $4, $3; mov.b32 $0, {a, b}; }")
 
 
@@ -28,13 +26,6 @@ _FOUR_CODES = tl.constexpr("{ .reg .b16 a, b; cvt.rn.satfinite.e4m3x2.f32 a, $2,
 def _halves(pair):
     """int32, two bf16, to two fp32."""
     return (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _divide(x, factor, divisor, inverse, ASM: tl.constexpr):
-    """x * factor / divisor with the sign of x, which Markstein's division takes from a negative zero."""
-    q = quotient(x * factor, divisor, inverse, ASM)
-    return ((q.to(tl.int32, bitcast=True) & 0x7FFFFFFF) | (x.to(tl.int32, bitcast=True) & -2147483648)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -72,12 +63,9 @@ def _quantize(
     x10, x11 = _halves(second)
     amax = tl.maximum(tl.maximum(tl.abs(x00), tl.abs(x01)), tl.maximum(tl.abs(x10), tl.abs(x11)))
     scale = fp32_scale(tl.max(amax, 0))
-    # x / scale by Markstein's division; an infinite scale makes zeros, and NaN of infinities.
-    factor = range_factor(scale)
-    divisor = tl.where(scale == _INFINITY, 1.0, scale * factor)
-    inverse = tl.where(scale == _INFINITY, 0.0, reciprocal(divisor, ASM))
-    q00, q10 = _divide(x00, factor, divisor, inverse, ASM), _divide(x10, factor, divisor, inverse, ASM)
-    q01, q11 = _divide(x01, factor, divisor, inverse, ASM), _divide(x11, factor, divisor, inverse, ASM)
+    factor, divisor, inverse = prepare_division(scale, ASM)
+    q00, q10 = divide(x00, factor, divisor, inverse, ASM), divide(x10, factor, divisor, inverse, ASM)
+    q01, q11 = divide(x01, factor, divisor, inverse, ASM), divide(x11, factor, divisor, inverse, ASM)
     codes = _e4m3_word(q00, q10, q01, q11, ASM)
     codes = tl.where(word // 4 % 2 == 1, codes << 16 | (codes >> 16 & 0xFFFF), codes)
     if TOP_K > 0:

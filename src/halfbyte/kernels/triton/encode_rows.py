@@ -33,7 +33,7 @@ from halfbyte.formats import e2m1, e4m3
 from halfbyte.formats.activations import ActivationFormat
 from halfbyte.kernels.triton.blocks import amax8, e2m1_value, half, pack
 from halfbyte.kernels.triton.quantize_chunk import load_words, nvfp4_block
-from halfbyte.kernels.triton.quantize_fp8 import e4m3_bytes, fp32_scale, mx_scale
+from halfbyte.kernels.triton.quantize_fp8 import divide, e4m3_bytes, fp32_scale, mx_scale, prepare_division
 
 INTERPRETED = triton.knobs.runtime.interpret
 _INFINITY = tl.constexpr(float("inf"))
@@ -73,26 +73,26 @@ def _e4m3_value(x, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def _e4m3_word(word, factor, divisor, scale, DIVIDE: tl.constexpr, BF16: tl.constexpr, NATIVE: tl.constexpr, ASM: tl.constexpr):
-    """e4m3(x / divisor), or e4m3(x * factor) * scale, of a word."""
+def _e4m3_word(word, factor, divisor, inverse, scale, DIVIDE: tl.constexpr, BF16: tl.constexpr, NATIVE: tl.constexpr, ASM: tl.constexpr):
+    """Of a word e4m3(x / scale), where `prepare_division` gave the other three, or e4m3(x * factor) * scale."""
     low, high = half(word, 0, BF16), half(word, 1, BF16)
     if DIVIDE:
-        divisor = tl.broadcast_to(divisor, low.shape)
-        return pack(_e4m3_value(tl.div_rn(low, divisor), NATIVE), _e4m3_value(tl.div_rn(high, divisor), NATIVE), True, ASM)
+        low, high = divide(low, factor, divisor, inverse, ASM), divide(high, factor, divisor, inverse, ASM)
+        return pack(_e4m3_value(low, NATIVE), _e4m3_value(high, NATIVE), True, ASM)
     return pack(_e4m3_value(low * factor, NATIVE) * scale, _e4m3_value(high * factor, NATIVE) * scale, True, ASM)
 
 
 @triton.jit
-def _e4m3_words(w, factor, divisor, scale, DIVIDE: tl.constexpr, BF16: tl.constexpr, NATIVE: tl.constexpr, ASM: tl.constexpr):
+def _e4m3_words(w, factor, divisor, inverse, scale, DIVIDE: tl.constexpr, BF16: tl.constexpr, NATIVE: tl.constexpr, ASM: tl.constexpr):
     return (
-        _e4m3_word(w[0], factor, divisor, scale, DIVIDE, BF16, NATIVE, ASM),
-        _e4m3_word(w[1], factor, divisor, scale, DIVIDE, BF16, NATIVE, ASM),
-        _e4m3_word(w[2], factor, divisor, scale, DIVIDE, BF16, NATIVE, ASM),
-        _e4m3_word(w[3], factor, divisor, scale, DIVIDE, BF16, NATIVE, ASM),
-        _e4m3_word(w[4], factor, divisor, scale, DIVIDE, BF16, NATIVE, ASM),
-        _e4m3_word(w[5], factor, divisor, scale, DIVIDE, BF16, NATIVE, ASM),
-        _e4m3_word(w[6], factor, divisor, scale, DIVIDE, BF16, NATIVE, ASM),
-        _e4m3_word(w[7], factor, divisor, scale, DIVIDE, BF16, NATIVE, ASM),
+        _e4m3_word(w[0], factor, divisor, inverse, scale, DIVIDE, BF16, NATIVE, ASM),
+        _e4m3_word(w[1], factor, divisor, inverse, scale, DIVIDE, BF16, NATIVE, ASM),
+        _e4m3_word(w[2], factor, divisor, inverse, scale, DIVIDE, BF16, NATIVE, ASM),
+        _e4m3_word(w[3], factor, divisor, inverse, scale, DIVIDE, BF16, NATIVE, ASM),
+        _e4m3_word(w[4], factor, divisor, inverse, scale, DIVIDE, BF16, NATIVE, ASM),
+        _e4m3_word(w[5], factor, divisor, inverse, scale, DIVIDE, BF16, NATIVE, ASM),
+        _e4m3_word(w[6], factor, divisor, inverse, scale, DIVIDE, BF16, NATIVE, ASM),
+        _e4m3_word(w[7], factor, divisor, inverse, scale, DIVIDE, BF16, NATIVE, ASM),
     )
 
 
@@ -149,10 +149,12 @@ def _encode(
         amax = tl.reshape(tl.broadcast_to(amax, (1, GROUPS // 2, 2)), (1, GROUPS))
         byte, factor = mx_scale(amax.to(tl.int32, bitcast=True))
         scale = tl.where(byte == 0, 0x400000, byte << 23).to(tl.float32, bitcast=True)
-        e = _e4m3_words(w, factor, factor, scale, False, BF16, NATIVE, ASM)
+        e = _e4m3_words(w, factor, factor, factor, scale, False, BF16, NATIVE, ASM)
     else:
         scale = fp32_scale(_amax_of_row(w, BF16))
-        e = _e4m3_words(w, scale, scale, scale, True, BF16, NATIVE, ASM)
+        factor, divisor, inverse = prepare_division(scale, ASM)
+        whole = tl.zeros((1, GROUPS), tl.float32)
+        e = _e4m3_words(w, factor, whole + divisor, whole + inverse, scale, True, BF16, NATIVE, ASM)
         tl.store(scales_ptr + row, scale)
     _store_quad(out_ptr + offset, e[0], e[1], e[2], e[3], mask, STEP)
     _store_quad(out_ptr + offset + 4 * STEP, e[4], e[5], e[6], e[7], mask, STEP)

@@ -22,7 +22,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc
 
 ITEM_ALIGNMENT = 16  # cut experts at multiples of this many rows
-MAX_SINGLE_SLOTS = 1024
+MAX_SINGLE_SLOTS = 2048
 CHUNK = 256  # slots that are ranked among one another
 EXPERTS_SUMMED, CHUNKS_SUMMED = 16, 128  # by a program of `_sum_before` at a time
 MAX_ORDERED_ITEMS = 65535  # of each of the four sizes that items are ordered by: their counts share a word of 64 bits

@@ -18,10 +18,11 @@ import triton.language as tl
 
 from halfbyte.formats.fp8_tensor import BLOCKS, ColumnOrder, Fp8Scaling, Fp8Tensor
 from halfbyte.formats.scale_layout import ScaleLayout, padded_shape
-from halfbyte.kernels.triton.blocks import e4m3_of
+from halfbyte.kernels.triton.blocks import e4m3_of, quotient, range_factor, reciprocal
 
 INTERPRETED = triton.knobs.runtime.interpret
 _SMALLEST_NORMAL = tl.constexpr(2.0**-126)
+_INFINITY = tl.constexpr(float("inf"))
 
 
 @triton.jit
@@ -43,6 +44,26 @@ def fp32_scale(amax):
 
 
 @triton.jit
+def prepare_division(scale, ASM: tl.constexpr):
+    """What `divide` has to know of a scale that `fp32_scale` made."""
+    factor = range_factor(scale)
+    divisor = scale * factor
+    inverse = reciprocal(tl.where(divisor == _INFINITY, 1.0, divisor), ASM)
+    if ASM:  # an infinite divisor, times the zero that its reciprocal is, would make NaN of every quotient
+        inverse = tl.where(divisor == _INFINITY, 0.0, inverse)
+        divisor = tl.where(divisor == _INFINITY, 1.0, divisor)
+    return factor, divisor, inverse
+
+
+@triton.jit
+def divide(x, factor, divisor, inverse, ASM: tl.constexpr):
+    """x / scale correctly rounded, by Markstein's division and with the sign of x, which that takes from a negative zero. An infinite scale makes
+    zeros, and NaN of infinities."""
+    q = quotient(x * factor, divisor, inverse, ASM)
+    return ((q.to(tl.int32, bitcast=True) & 0x7FFFFFFF) | (x.to(tl.int32, bitcast=True) & -2147483648)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def mx_scale(amax):
     """The e8m0 byte (int32) of blocks whose maximum has the fp32 bits `amax` (of a 16-bit float, not NaN), and 2^-(byte - 127) as fp32."""
     byte = tl.maximum(((amax + 0x1FFFFF) >> 23) - 8, 0)  # amax / 448: 448 is 1.75 * 2^8
@@ -54,7 +75,7 @@ def mx_scale(amax):
 def quantize_fp8_kernel(
     x_ptr, codes_ptr, scales_ptr, num_rows, row_stride, width, scale_rows, scale_columns,
     MX: tl.constexpr, BLOCK: tl.constexpr, LAYOUT: tl.constexpr, HOPPER: tl.constexpr,
-    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, NATIVE: tl.constexpr,
+    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, NATIVE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     GROUPS: tl.constexpr = TILE_COLUMNS // BLOCK
     row = tl.program_id(0).to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)[:, None]
@@ -75,7 +96,10 @@ def quantize_fp8_kernel(
         scale = byte.to(tl.uint8)
     else:
         scale = fp32_scale(tl.max(bits, axis=2).to(tl.float32, bitcast=True))
-        q = tl.div_rn(x, tl.broadcast_to(scale[:, :, None], x.shape))
+        factor, divisor, inverse = prepare_division(scale, ASM)
+        q = divide(
+            x, factor[:, :, None], tl.broadcast_to(divisor[:, :, None], x.shape), tl.broadcast_to(inverse[:, :, None], x.shape), ASM,
+        )  # fmt: skip
     codes = tl.reshape(e4m3_bytes(q, NATIVE), (TILE_ROWS, TILE_COLUMNS))
     tl.store(codes_ptr + row * width + slot, codes, mask=mask)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)[None, :]
@@ -111,6 +135,6 @@ def quantize_fp8(
             quantize_fp8_kernel[(triton.cdiv(padded[0], tile_rows), triton.cdiv(width, tile_columns))](
                 rows, matrix_codes.view(torch.uint8), matrix_scales, num_rows, rows.stride(0), width, *padded,
                 scaling == "mx", BLOCKS.get(scaling, tile_columns), scale_layout, column_order == "hopper", tile_rows, tile_columns,
-                native, **options,
+                native, not INTERPRETED, **options,
             )  # fmt: skip
     return result
