@@ -52,6 +52,11 @@ MAX_DIRECT_SLOTS = 64
 W2_PARTS = 4
 MIN_COLUMNS_OF_PARTS = 2816
 
+# Of a thread. With 64 a multiprocessor holds eight programs: two tokens of DeepSeek-R1, whose w13 has 7.8 for each, take 101 us, with 66 (seven
+# programs) 116. Those of the direct w2 start while w13 is at work: with 64 one token takes 61.8 us, with 72 (seven) 60.0 (H200, 2026-11-27).
+DECODE_REGISTERS = 64
+WIDE_REGISTERS = 72  # of the direct w2, and of the direct w13 with quantised activations, which would keep some in memory
+
 
 @dataclass(frozen=True)
 class DecodeConfig:
@@ -158,7 +163,7 @@ def warm_up_calls(
     """(numbers of tokens, options) of calls, as small as possible, that launch every kernel that calls of up to `max_tokens` tokens launch.
 
     >>> [numbers for numbers, _ in warm_up_calls(128, 2048, 8, 1024, "bf16", False)]
-    [[1], [1, 33], [65, 129], [129, 512], [129]]
+    [[1], [1, 33], [65, 129, 257], [257, 512], [257]]
     """
     calls: dict[DecodeConfig | PrefillConfig, list[int]] = {}
     seen: set[Any] = set()
@@ -248,7 +253,7 @@ def _decode_gemm(
         ids.shape[0], expert_offset, experts.num_experts,
         ids.shape[1], k, x.stride(0), matrix.row_tiles, y.shape[1], y.shape[1], experts.format == NVFP4, is_w13, *_activation(experts),
         matrix.bias is not None, x_scale is not None, items is None, parts, True,
-        num_warps=NUM_WARPS, launch_pdl=True,
+        num_warps=NUM_WARPS, launch_pdl=True, maxnreg=WIDE_REGISTERS if items is None and (x_scale is not None or not is_w13) else DECODE_REGISTERS,
     )  # fmt: skip
 
 

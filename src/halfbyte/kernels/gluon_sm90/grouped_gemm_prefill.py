@@ -39,16 +39,20 @@ def _stage_and_phase(it, barriers):
 
 @gluon.jit
 def _produce_x(
-    x_desc, low, high, full, empty, items_ptr, num_tiles, GROUPS: gl.constexpr, STEPS: gl.constexpr, MAX_TOKENS: gl.constexpr,
+    x_desc, low, high, full, empty, items_ptr, num_tiles, GROUPS: gl.constexpr, STEPS: gl.constexpr, SIZES: gl.constexpr,
 ):  # fmt: skip
     BOX: gl.constexpr = x_desc.block_type.shape[0]
     STEP_K: gl.constexpr = x_desc.block_type.shape[1]
+    MAX_TOKENS: gl.constexpr = SIZES[len(SIZES) - 1][0] + SIZES[len(SIZES) - 1][1]
     BOXES: gl.constexpr = (MAX_TOKENS + BOX - 1) // BOX
     LOW_BOXES: gl.constexpr = low.shape[1] // BOX
     it = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         row_start = gl.load(items_ptr + tile // GROUPS * 4 + 1)
-        boxes = (gl.load(items_ptr + tile // GROUPS * 4 + 2) + (BOX - 1)) // BOX
+        num_rows = gl.load(items_ptr + tile // GROUPS * 4 + 2)
+        boxes = BOXES  # of the tile that the item gets
+        for s in gl.static_range(len(SIZES) - 2, -1, -1):
+            boxes = gl.where(num_rows <= SIZES[s][0] + SIZES[s][1], (SIZES[s][0] + SIZES[s][1] + BOX - 1) // BOX, boxes)
         for step in range(STEPS):
             stage, phase = _stage_and_phase(it, empty)
             mbarrier.wait(empty.index(stage), phase ^ 1)
@@ -58,7 +62,9 @@ def _produce_x(
                 destination = low.index(stage) if box < LOW_BOXES else high.index(stage)
                 if destination.shape[0] != BOX:
                     destination = destination.slice(box * BOX if box < LOW_BOXES else (box - LOW_BOXES) * BOX, BOX, dim=0)
-                tma_load(x_desc, [row_start + box * BOX, step * STEP_K], full.index(stage), destination, pred=box < boxes)
+                # Boxes beyond the item's rows are filled with zeros, as all that lies outside of x: what the last tile left there would cost power.
+                row = gl.where(box * BOX < num_rows, row_start + box * BOX, 1 << 30)
+                tma_load(x_desc, [row, step * STEP_K], full.index(stage), destination, pred=box < boxes)
             it += 1
 
 
@@ -350,7 +356,7 @@ def grouped_gemm_prefill(
         (_consume, (tensors, 2, CONSUMERS, EACH, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES)),
         (_consume, (tensors, 1, CONSUMERS, EACH, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES)),
         (_consume, (tensors, 0, CONSUMERS, EACH, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES)),
-        (_produce_x, (x_desc, low, high, x_full, x_empty, items_ptr, num_tiles, GROUPS, STEPS, MAX_TOKENS)),
+        (_produce_x, (x_desc, low, high, x_full, x_empty, items_ptr, num_tiles, GROUPS, STEPS, SIZES)),
         (_produce_w, (words_desc, scales_desc, words, scales, w_full, w_empty, items_ptr, num_tiles, GROUPS, GROUP_TILES, ROW_TILES, TILES)),
     ][partitions:], _worker_warps(CONSUMERS), _worker_registers(CONSUMERS, CONSUMER_REGISTERS))  # fmt: skip
 

@@ -120,10 +120,14 @@ def _tile(
         queue = queue + (gl.load(word_pointers + gl.minimum(first_run * 4 + c, TILES - 1) * 512, eviction_policy="evict_first"),)
     next_scales = gl.load(scale_pointers + first_run * SCALES, eviction_policy="evict_first")
 
+    # What the sums will be multiplied by and where they go is read here, so that nothing waits for it after the last product.
+    i = gl.arange(0, 64, layout=gl.SliceLayout(1, MMA))
+    multiplier = gl.load(multiplier_ptr + expert * 2 + i // 8 % 2)
+    if HAS_BIAS:
+        tile_bias = gl.load(bias_ptr + matrix_tile * 64 + i)
+        if part > 0:
+            tile_bias = gl.zeros_like(tile_bias)  # once: the parts are added up
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, X_LAYOUT))
-    if PDL and not IS_W13:
-        gdc.gdc_wait()
-        gdc.gdc_launch_dependents()
     if DIRECT:
         slot = _first_slot_of(ids_ptr, row, expert_id, num_tokens, TOP_K)
         is_row = slot >= 0
@@ -133,6 +137,11 @@ def _tile(
         x_row = row_start + row
         if IS_W13:
             x_row = gl.load(token_of_row_ptr + x_row, mask=is_row, other=0)
+    if PDL and not IS_W13:
+        gdc.gdc_wait()
+        gdc.gdc_launch_dependents()
+    if SCALED:
+        row_scale = gl.load(x_scale_ptr + x_row, mask=is_row, other=0.0)
     column = gl.arange(0, 64, layout=gl.SliceLayout(0, X_LAYOUT))[None, :]
     x_pointers = x_ptr + gl.where(is_row, x_row, 0).to(gl.int64)[:, None] * X_STRIDE + column
     x_mask = is_row[:, None] & (column >= 0)
@@ -160,47 +169,24 @@ def _tile(
             accumulator = mma_v2(w, x, accumulator)
 
     if SCALED:
-        scaled_row = gl.arange(0, ROWS, layout=gl.SliceLayout(0, MMA))
-        if DIRECT:
-            scale_row = _first_slot_of(ids_ptr, scaled_row, expert_id, num_tokens, TOP_K)
-            is_scaled = scale_row >= 0
-            if IS_W13:
-                scale_row = scale_row // TOP_K
-        else:
-            scale_row = row_start + scaled_row
-            is_scaled = scaled_row < num_rows
-            if IS_W13:
-                scale_row = gl.load(token_of_row_ptr + scale_row, mask=is_scaled, other=0)
-        accumulator = accumulator * gl.load(x_scale_ptr + scale_row, mask=is_scaled, other=0.0)[None, :]
-    multiplier0 = gl.load(multiplier_ptr + expert * 2)
-    multiplier1 = gl.load(multiplier_ptr + expert * 2 + 1)
-    tile_bias = bias_ptr + matrix_tile * 64
+        accumulator = accumulator * gl.convert_layout(row_scale, gl.SliceLayout(0, MMA))[None, :]
+    value = accumulator * multiplier[:, None]
+    if HAS_BIAS:
+        value = value + tile_bias[:, None]
+    n = row_tile * 64 + i
     if IS_W13 and KIND != RELU2:
-        gate, up = split_halves(accumulator, ROWS)
-        i = gl.arange(0, 32, layout=gl.SliceLayout(1, gate.type.layout))
-        gate = gate * multiplier0
-        up = up * multiplier1
-        if HAS_BIAS:
-            entry = tile_bias + i // 8 * 16 + i % 8
-            gate = gate + gl.load(entry)[:, None]
-            up = up + gl.load(entry + 8)[:, None]
+        gate, up = split_halves(value, ROWS)
         value = activate(gate, up, KIND, ALPHA, BETA, LIMIT)
-        n = row_tile // 2 * 64 + slot_to_column(row_tile % 2 * 32 + i)
-    else:
-        i = gl.arange(0, 64, layout=gl.SliceLayout(1, MMA))
-        value = accumulator * multiplier0
-        if HAS_BIAS:
-            value = value + gl.where(part == 0, gl.load(tile_bias + i), 0.0)[:, None]  # once: the parts are added up
-        n = row_tile * 64 + i
-        if IS_W13:
-            value = activate(value, value, KIND, ALPHA, BETA, LIMIT)
-            n = row_tile * 64 + slot_to_column(i)
-    token = gl.arange(0, ROWS, layout=gl.SliceLayout(0, value.type.layout))
+        n = row_tile // 2 * 64 + slot_to_column(row_tile % 2 * 32 + gl.arange(0, 32, layout=gl.SliceLayout(1, value.type.layout)))
+    elif IS_W13:
+        value = activate(value, value, KIND, ALPHA, BETA, LIMIT)
+        n = row_tile * 64 + slot_to_column(i)
     if DIRECT:
-        y_row = _first_slot_of(ids_ptr, token, expert_id, num_tokens, TOP_K)
+        y_row = gl.convert_layout(slot, gl.SliceLayout(0, value.type.layout))
         is_y_row = y_row >= 0
         y_row += part * num_tokens * TOP_K
     else:
+        token = gl.arange(0, ROWS, layout=gl.SliceLayout(0, value.type.layout))
         y_row = row_start + token
         is_y_row = token < num_rows
     pointers = y_ptr + (gl.where(is_y_row, y_row, 0).to(gl.int64) * Y_STRIDE)[None, :] + n[:, None]
