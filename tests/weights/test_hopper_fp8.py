@@ -35,11 +35,11 @@ def kernel_weights(matrix: hopper.HopperMatrix, format: hb.BlockFormat) -> torch
     row = thread // 32 * 16 + thread % 32 // 4
     exponents = matrix.row_exponent[0].view(row_tiles, 64).int()
     low, high = exponents[:, row], exponents[:, row + 8]
-    both = low + (high << 16)
     if format is hb.NVFP4:
-        smallest, offset = ((8 * (low + 16)) & 0xFFFF) | (8 * (high + 16)) << 16, -8 * (both + 14 * 0x10001)
+        limits = [((8 * (low + 16)) & 0xFFFF) | (8 * (high + 16)) << 16] * 4 + [-8 * (low + (high << 16) + 14 * 0x10001)] * 4
     else:
-        smallest, offset = ((low + 122) & 0xFFFF) | (high + 122) << 16, -8 * (both + 120 * 0x10001)
+        limits = [j + 122 for j in (low, low, high, high)]
+        limits += [-8 * (j + 120) * ones + first for j in (low, high) for ones, first in ((0x01010100, 0x03FFF800), (0x01010101, 0x14100C08))]
     result = torch.empty(row_tiles * 64, column_tiles * 64)
     column = torch.tensor(hopper_fp8.FP8_SLOT_TO_COLUMN)
     for tile in range(row_tiles):
@@ -47,8 +47,8 @@ def kernel_weights(matrix: hopper.HopperMatrix, format: hb.BlockFormat) -> torch
             words = matrix.words[0, tile, k].view(128, 4)
             entry = thread if format is hb.NVFP4 else thread // 2
             scale_word = matrix.scales[0, tile, k // 4][entry].contiguous().view(torch.int32).view(128, 2)[:, k % 4 // 2]
-            beside_each_word = [tensor.numpy() for tensor in (scale_word, smallest[tile], offset[tile]) for _ in range(4)]
-            registers = run(_assembly(2 * (k % 2), format is hb.NVFP4), ["r"] * 8, [*words.T.numpy(), *beside_each_word])
+            beside_the_words = [*[scale_word.numpy()] * 4, *(tensor[tile].numpy() for tensor in limits)]
+            registers = run(_assembly(2 * (k % 2), format is hb.NVFP4), ["r"] * 8, [*words.T.numpy(), *beside_the_words])
             for s in range(4):
                 for h in range(2):
                     values = torch.from_numpy(registers[2 * s + h].view(np.uint8)).view(128, 4).view(torch.float8_e4m3fn).float()
