@@ -12,9 +12,10 @@ Compiled for sm_90 by Triton 3.6: 752 instructions for 32 elements a thread, 56 
 A thread owns whole blocks (16 columns, 32 for MXFP4), loads them 16 bytes at a time and needs no other thread. A program walks over chunks of rows
 (`quantize_chunk.py`) with the stride of the grid, which has as many programs as the GPU can hold at once.
 
-**Experts.** Rows are sorted by expert. Chunks are cut from the *padded* rows of the scale buffer, where every expert starts a tile: a chunk belongs
-to one expert, and what is looked up (expert, first row, global scale) is looked up once a chunk. By comparing with all experts at once, in
-registers (SCAN), or by bisection in memory, after a one-program kernel that adds the sizes up. Rows that no expert covers are never touched.
+**Experts.** Rows are sorted by expert. The rows of every expert are cut into chunks, so that a chunk belongs to one expert, and what is looked up
+(expert, first row, global scale) is looked up once a chunk; the last one of an expert also zeroes the rest of its tile of scales. By comparing with
+all experts at once, in registers (SCAN), or by bisection in memory, after a one-program kernel that adds the sizes up. Rows that no expert covers are
+never touched.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def quantize_kernel(
         row = chunk % chunks_of_matrix * ROWS
         present = tl.maximum(tl.minimum(num_rows - row, ROWS), 0)
         quantize_chunk(
-            x_ptr, weight_ptr, factor_ptr, codes_ptr, scales_ptr, global_ptr, matrix * num_rows + row, matrix * padded_rows + row, present,
+            x_ptr, weight_ptr, factor_ptr, codes_ptr, scales_ptr, global_ptr, matrix * num_rows + row, matrix * padded_rows + row, present, ROWS,
             tl.program_id(1) * BLOCK_COLUMNS, matrix, row_blocks, num_columns, scale_columns, rows_per_global,
             NVFP4, BF16, RULE, FOUR_OVER_SIX, LAYOUT, GLOBAL_ROWS, ROWS, BLOCK_ROWS, BLOCK_COLUMNS, NATIVE, ASM,
             SOURCE, ALPHA, BETA, LIMIT,
@@ -72,65 +73,68 @@ def inverse_rms_kernel(x_ptr, factor_ptr, width, eps, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _padded_sizes(offsets_ptr, expert, num_rows, NUM_EXPERTS: tl.constexpr, TILE: tl.constexpr):
-    """Rows of experts in whole tiles; 0 beyond the last expert."""
+def _sizes(offsets_ptr, expert, num_rows, NUM_EXPERTS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr):
+    """Chunks of experts in the high half of an int64, rows in whole tiles in the low one; 0 beyond the last expert."""
     first = tl.load(offsets_ptr + expert, mask=expert < NUM_EXPERTS, other=0)
     end = tl.load(offsets_ptr + expert + 1, mask=expert < NUM_EXPERTS, other=0)
-    return (tl.maximum(tl.minimum(end, num_rows) - tl.maximum(first, 0), 0) + (TILE - 1)) // TILE * TILE
+    rows = tl.maximum(tl.minimum(end, num_rows) - tl.maximum(first, 0), 0).to(tl.int64)
+    return ((rows + (ROWS - 1)) // ROWS << 32) + (rows + (TILE - 1)) // TILE * TILE
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def scale_offsets_kernel(offsets_ptr, scale_offsets_ptr, num_rows, NUM_EXPERTS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr):
-    """scale_offsets[e] = rows of the experts before e in whole tiles. One program."""
+def expert_ends_kernel(offsets_ptr, ends_ptr, num_rows, NUM_EXPERTS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr):
+    """ends[e] = `_sizes` of the experts before e, added up. One program."""
     lane = tl.arange(0, BLOCK)
-    total = 0
-    tl.store(scale_offsets_ptr, 0)
+    total = tl.zeros((), tl.int64)
+    tl.store(ends_ptr, total)
     for first in range(0, NUM_EXPERTS, BLOCK):
-        ends = total + tl.cumsum(_padded_sizes(offsets_ptr, first + lane, num_rows, NUM_EXPERTS, TILE))
-        tl.store(scale_offsets_ptr + 1 + first + lane, ends, mask=first + lane < NUM_EXPERTS)
+        ends = total + tl.cumsum(_sizes(offsets_ptr, first + lane, num_rows, NUM_EXPERTS, ROWS, TILE))
+        tl.store(ends_ptr + 1 + first + lane, ends, mask=first + lane < NUM_EXPERTS)
         total = tl.max(ends)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def quantize_experts_kernel(
-    x_ptr, codes_ptr, scales_ptr, global_ptr, offsets_ptr, scale_offsets_ptr, num_rows, row_blocks, num_columns, scale_columns,
+    x_ptr, codes_ptr, scales_ptr, global_ptr, offsets_ptr, ends_ptr, scale_offsets_ptr, num_rows, row_blocks, num_columns, scale_columns,
     NVFP4: tl.constexpr, BF16: tl.constexpr, RULE: tl.constexpr, LAYOUT: tl.constexpr, TILE: tl.constexpr, NUM_EXPERTS: tl.constexpr,
     SCAN: tl.constexpr, EXPERTS_PADDED: tl.constexpr, STEPS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, NATIVE: tl.constexpr, ASM: tl.constexpr,
     SOURCE: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
+    experts = tl.arange(0, EXPERTS_PADDED)
     if SCAN:
-        experts = tl.arange(0, EXPERTS_PADDED)
-        ends = tl.cumsum(_padded_sizes(offsets_ptr, experts, num_rows, NUM_EXPERTS, TILE))
+        ends = tl.cumsum(_sizes(offsets_ptr, experts, num_rows, NUM_EXPERTS, ROWS, TILE))
         total = tl.max(ends)
-        if LAYOUT != "linear":  # noqa: SIM102 - decided when compiling
-            if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
-                tl.store(scale_offsets_ptr, 0)
-                tl.store(scale_offsets_ptr + 1 + experts, ends, mask=experts < NUM_EXPERTS)
     else:
-        total = tl.load(scale_offsets_ptr + NUM_EXPERTS)
-    for chunk in range(tl.program_id(0), total // ROWS, tl.num_programs(0)):
-        padded_row = chunk * ROWS
+        total = tl.load(ends_ptr + NUM_EXPERTS)
+    if LAYOUT != "linear":  # noqa: SIM102 - decided when compiling
+        if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+            tl.store(scale_offsets_ptr, 0)
+            if not SCAN:
+                ends = tl.load(ends_ptr + 1 + experts, mask=experts < NUM_EXPERTS, other=0)
+            tl.store(scale_offsets_ptr + 1 + experts, ends.to(tl.int32), mask=experts < NUM_EXPERTS)
+    for chunk in range(tl.program_id(0), (total >> 32).to(tl.int32), tl.num_programs(0)):
         if SCAN:
-            is_before = ends <= padded_row
+            is_before = (ends >> 32) <= chunk
             expert = tl.sum(is_before.to(tl.int32))
-            start = tl.max(tl.where(is_before, ends, 0))
-        else:  # bisect: the number of experts that end at or before this row
+            before = tl.max(tl.where(is_before, ends, 0))
+        else:  # bisect: the number of experts that end at or before this chunk
             expert = 0
             end = NUM_EXPERTS
             for _ in range(STEPS):
                 middle = (expert + end) // 2
-                is_before = (middle < NUM_EXPERTS) & (tl.load(scale_offsets_ptr + 1 + tl.minimum(middle, NUM_EXPERTS - 1)) <= padded_row)
+                is_before = (middle < NUM_EXPERTS) & ((tl.load(ends_ptr + 1 + tl.minimum(middle, NUM_EXPERTS - 1)) >> 32) <= chunk)
                 expert = tl.where(is_before, middle + 1, expert)
                 end = tl.where(is_before, end, middle)
-            start = tl.load(scale_offsets_ptr + expert)
+            before = tl.load(ends_ptr + expert)
         first = tl.maximum(tl.load(offsets_ptr + expert), 0)
         count = tl.minimum(tl.load(offsets_ptr + expert + 1), num_rows) - first
-        x_row = (first + padded_row - start).to(tl.int64)
-        present = tl.maximum(tl.minimum(count - (padded_row - start), ROWS), 0)
-        scale_row = x_row if LAYOUT == "linear" else tl.cast(padded_row, tl.int64)
+        row = (chunk - (before >> 32).to(tl.int32)) * ROWS
+        written = tl.where(row + ROWS < count, ROWS, (count + (TILE - 1)) // TILE * TILE - row)
+        x_row = (first + row).to(tl.int64)
+        scale_row = x_row if LAYOUT == "linear" else (before & 0xFFFFFFFF) + row
         quantize_chunk(
-            x_ptr, x_ptr, x_ptr, codes_ptr, scales_ptr, global_ptr, x_row, scale_row, present,
+            x_ptr, x_ptr, x_ptr, codes_ptr, scales_ptr, global_ptr, x_row, scale_row, tl.minimum(count - row, ROWS), written,
             tl.program_id(1) * BLOCK_COLUMNS, expert, row_blocks, num_columns, scale_columns, 1,
             NVFP4, BF16, RULE, False, LAYOUT, False, ROWS, BLOCK_ROWS, BLOCK_COLUMNS, NATIVE, ASM,
             SOURCE, ALPHA, BETA, LIMIT,
@@ -147,10 +151,10 @@ class Config:
     num_warps: int
 
 
-def choose_config(num_rows: int, num_columns: int, block: int, layout: ScaleLayout, num_sms: int, num_experts: int = 0) -> Config:
+def choose_config(num_rows: int, num_columns: int, block: int, layout: ScaleLayout, num_sms: int) -> Config:
     """Blocks of a program for `num_rows` rows of `num_columns` blocks of `block` elements: two (NVFP4) or one (MXFP4) a thread, four warps.
 
-    Longer chunks are for many rows, where they save looking up, and for few rows an expert, where most of a tile is padding.
+    Longer chunks are for many rows, where they save looking up.
 
     >>> choose_config(64, 448, 16, "128x4", 132), choose_config(8192, 448, 16, "8x4", 132)
     (Config(rows=4, block_rows=4, block_columns=64, num_warps=4), Config(rows=8, block_rows=4, block_columns=64, num_warps=4))
@@ -159,8 +163,6 @@ def choose_config(num_rows: int, num_columns: int, block: int, layout: ScaleLayo
     block_columns = min(64, max(4, triton.next_power_of_2(num_columns)))
     tile = 128 if layout == "linear" else tile_rows(layout)
     rows = block_rows = min(blocks // block_columns, tile)
-    if num_experts and num_rows < 32 * num_experts:
-        rows = tile
     while rows < min(tile, 4 * block_rows) and num_rows * triton.cdiv(num_columns, block_columns) > 16 * num_sms * rows:
         rows *= 2
     return Config(rows, block_rows, block_columns, max(1, block_rows * block_columns // blocks_of_thread // 32))
@@ -224,23 +226,22 @@ def quantize_experts(
     num_rows = x.shape[0]
     num_experts, num_columns = expert_offsets.numel() - 1, codes.shape[1] * 2 // format.block
     scan = num_experts <= MAX_SCANNED_EXPERTS if scan is None else scan
-    config = choose_config(num_rows, num_columns, format.block, scale_layout, Target.of(x.device).num_sms, num_experts)
+    config = choose_config(num_rows, num_columns, format.block, scale_layout, Target.of(x.device).num_sms)
     tile = config.rows if scale_layout == "linear" else tile_rows(scale_layout)
     words, row_blocks = _words(x, format.block)
-    if scale_layout == "linear":  # chunks still need a start for every expert; it is nobody else's business
-        scale_offsets = torch.empty(0 if scan else num_experts + 1, dtype=torch.int32, device=x.device)
+    ends = expert_offsets if scan else torch.empty(num_experts + 1, dtype=torch.int64, device=x.device)
     if not scan:
         block = min(1024, triton.next_power_of_2(num_experts))
         with torch.cuda.device_of(x):
-            scale_offsets_kernel[(1,)](expert_offsets, scale_offsets, num_rows, num_experts, tile, block, num_warps=4)
+            expert_ends_kernel[(1,)](expert_offsets, ends, num_rows, num_experts, config.rows, tile, block, num_warps=4)
     arguments = (
-        words, codes.view(torch.int32), scales.view(torch.uint8), words if global_scales is None else global_scales, expert_offsets, scale_offsets,
-        num_rows, row_blocks, num_columns, padded_shape(scale_layout, 0, num_columns)[1],
+        words, codes.view(torch.int32), scales.view(torch.uint8), words if global_scales is None else global_scales, expert_offsets, ends,
+        scale_offsets, num_rows, row_blocks, num_columns, padded_shape(scale_layout, 0, num_columns)[1],
     )  # fmt: skip
     constants = _constants(x, format, "ceil", scale_layout, config, activation)
-    constants |= {"TILE": tile, "NUM_EXPERTS": num_experts, "SCAN": scan, "STEPS": 0 if scan else num_experts.bit_length()}
-    constants |= {"EXPERTS_PADDED": triton.next_power_of_2(num_experts) if scan else 1}
-    most_chunks = max_padded_rows(num_rows, num_experts, tile) // config.rows
+    constants |= {"TILE": tile, "NUM_EXPERTS": num_experts, "EXPERTS_PADDED": triton.next_power_of_2(num_experts)}
+    constants |= {"SCAN": scan, "STEPS": 0 if scan else num_experts.bit_length()}
+    most_chunks = max_padded_rows(num_rows, num_experts, config.rows) // config.rows
     _launch(quantize_experts_kernel, arguments, constants, config, most_chunks, x.device)
 
 

@@ -132,13 +132,14 @@ def _scale_offset(row, column, scale_columns, LAYOUT: tl.constexpr):
 
 @triton.jit
 def quantize_chunk(
-    x_ptr, weight_ptr, factor_ptr, codes_ptr, scales_ptr, global_ptr, x_row, scale_row, present, first_column, global_index,
+    x_ptr, weight_ptr, factor_ptr, codes_ptr, scales_ptr, global_ptr, x_row, scale_row, present, written, first_column, global_index,
     row_blocks, num_columns, scale_columns, rows_per_global,
     NVFP4: tl.constexpr, BF16: tl.constexpr, RULE: tl.constexpr, FOUR_OVER_SIX: tl.constexpr, LAYOUT: tl.constexpr, GLOBAL_ROWS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, NATIVE: tl.constexpr, ASM: tl.constexpr,
     SOURCE: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
-    """Quantise `present` rows from `x_row` on, and write zero scales for those up to ROWS. Columns are blocks; int64 `x_row` and `scale_row`.
+    """Quantise up to ROWS `present` rows from `x_row` on, and write zero scales for those up to `written`, in the same tile. Columns are blocks;
+    `x_row` and `scale_row` are int64.
 
     What depends on the chunk is in 64-bit base pointers; offsets inside it are 32-bit.
     """
@@ -178,16 +179,18 @@ def quantize_chunk(
             tl.store(codes + tl.arange(0, 4)[None, None, :], quad, mask=mask[:, :, None])
         scales = scales_base + tl.max_contiguous(_scale_offset(tile_row + row, column, scale_columns, LAYOUT), (1, 1))
         tl.store(scales, byte.to(tl.uint8), mask=(row < present) & (column < scale_columns))
-    if LAYOUT != "linear":  # noqa: SIM102 - decided when compiling
-        if present < ROWS:
-            _zero_scales(scales_base, tile_row, present, first_column, scale_columns, LAYOUT, ROWS, BLOCK_COLUMNS)
+    if LAYOUT != "linear":
+        _zero_scales(scales_base, tile_row, present, written, first_column, scale_columns, LAYOUT, 32 if TILE > 32 else TILE, BLOCK_COLUMNS)
 
 
 @triton.jit
-def _zero_scales(scales_base, tile_row, present, first_column, scale_columns, LAYOUT: tl.constexpr, ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
-    """Zero the scales of rows `present` to ROWS, four columns at a time."""
-    row = tl.arange(0, ROWS)[:, None]
+def _zero_scales(
+    scales_base, tile_row, first_row, end_row, first_column, scale_columns, LAYOUT: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
+):  # fmt: skip
+    """Zero the scales of rows `first_row` to `end_row`, four columns at a time."""
     column = first_column + 4 * tl.arange(0, BLOCK_COLUMNS // 4)[None, :]
-    words = scales_base.to(tl.pointer_type(tl.int32)) + _scale_offset(tile_row + row, column, scale_columns, LAYOUT) // 4
-    zero = tl.zeros((ROWS, BLOCK_COLUMNS // 4), tl.int32)
-    tl.store(words, zero, mask=(row >= present) & (column < scale_columns))
+    zero = tl.zeros((AT_ONCE, BLOCK_COLUMNS // 4), tl.int32)
+    for start in range(first_row, end_row, AT_ONCE):
+        row = start + tl.arange(0, AT_ONCE)[:, None]
+        words = scales_base.to(tl.pointer_type(tl.int32)) + _scale_offset(tile_row + row, column, scale_columns, LAYOUT) // 4
+        tl.store(words, zero, mask=(row < end_row) & (column < scale_columns))
