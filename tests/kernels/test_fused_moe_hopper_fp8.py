@@ -20,7 +20,7 @@ from halfbyte.weights.layouts.hopper_fp8 import FP8_SLOT_TO_COLUMN, round_to_fp8
 
 # Of the whole layer, for the reason given beside FP8_GLOBAL_LIMIT. Each product alone is held to the usual bounds: `test_each_product_on_every_tail`.
 LAYER = {"token": FP8_TOKEN_LIMIT, "overall": FP8_GLOBAL_LIMIT}
-FP8_CONFIGS = ("FP8_SMALL", "FP8_MEDIUM", "FP8_LARGE", "FP8_HUGE")
+FP8_CONFIGS = ("FP8_TINY", "FP8_SMALL", "FP8_MEDIUM", "FP8_LARGE", "FP8_HUGE")
 TAILS = [(256, 128), (2880, 96), (768, 1408), (320, 2688), (1536, 736), (2880, 2880)]
 
 
@@ -99,7 +99,7 @@ def test_chosen_kernels_at_every_size(num_tokens: int, num_experts: int) -> None
 
     w = make_experts(num_experts, 512, 256, hb.NVFP4)
     x, ids, weights = make_tokens(num_tokens, 512, num_experts, min(4, num_experts))
-    seen = fp8_values(w) if rounds_weights(*ids.shape, num_experts, "fp8") else w
+    seen = fp8_values(w) if rounds_weights(*ids.shape, num_experts, "fp8", hb.NVFP4) else w
     out = hb.fused_moe(x, hb.prepare(w), ids, weights, activations="fp8", backend="hopper")
     assert_close_rel(out, reference(x, seen, ids, weights, activations="fp8"), **(LAYER if seen is not w else {}))
 
@@ -206,7 +206,7 @@ def test_a_graph_follows_its_routing_and_repeats_bit_for_bit(num_tokens: int) ->
     from halfbyte.kernels.gluon_sm90.fused_moe import rounds_weights
 
     w = make_experts(32, 512, 256, hb.NVFP4)
-    if rounds_weights(num_tokens, 4, 32, "fp8"):
+    if rounds_weights(num_tokens, 4, 32, "fp8", hb.NVFP4):
         check_graph(w, num_tokens, "fp8", fp8_values(w), **LAYER)
     else:
         check_graph(w, num_tokens, "fp8")

@@ -91,10 +91,13 @@ def test_prefill_kernels_use_wgmma_within_their_registers(name: str, nvfp4: bool
     assert kernel.shared_bytes <= 227 * 1024
 
 
-FP8 = {"small": layer.FP8_SMALL, "medium": layer.FP8_MEDIUM, "large": layer.FP8_LARGE, "huge": layer.FP8_HUGE}
+FP8 = {"tiny": layer.FP8_TINY, "small": layer.FP8_SMALL, "medium": layer.FP8_MEDIUM, "large": layer.FP8_LARGE, "huge": layer.FP8_HUGE}
 
 
-@pytest.mark.parametrize(("name", "nvfp4", "is_w13"), [("small", True, True), ("medium", False, False), ("large", False, True), ("huge", True, True)])
+@pytest.mark.parametrize(
+    ("name", "nvfp4", "is_w13"),
+    [("tiny", False, True), ("small", True, True), ("medium", False, False), ("large", False, True), ("huge", True, True)],
+)
 def test_fp8_prefill_kernels_use_fp8_wgmma_within_their_registers(name: str, nvfp4: bool, is_w13: bool) -> None:
     config, experts = FP8[name], empty_experts(nvfp4=nvfp4)
     matrix, columns = (experts.w13, experts.hidden) if is_w13 else (experts.w2, experts.intermediate)
@@ -139,8 +142,13 @@ def test_the_choice_follows_the_rows_an_expert_has() -> None:
     fp8 = [layer.choose_config(num_tokens, 8, 128, "fp8") for num_tokens in (1, 384, 512, 1536, 2048, 4096)]
     assert fp8[:2] == [layer.choose_config(num_tokens, 8, 128) for num_tokens in (1, 384)]
     assert fp8[2:] == [layer.FP8_SMALL, layer.FP8_MEDIUM, layer.FP8_LARGE, layer.FP8_HUGE]
-    assert not layer.rounds_weights(384, 8, 128, "fp8") and layer.rounds_weights(512, 8, 128, "fp8")
-    assert not layer.rounds_weights(4096, 8, 128, "bf16")
+    assert [layer.choose_config(num_tokens, 8, 128, "fp8", hb.MXFP4) for num_tokens in (192, 193, 385)] == [
+        layer.TINY,
+        layer.FP8_TINY,
+        layer.FP8_SMALL,
+    ]
+    assert not layer.rounds_weights(384, 8, 128, "fp8", hb.NVFP4) and layer.rounds_weights(512, 8, 128, "fp8", hb.NVFP4)
+    assert not layer.rounds_weights(4096, 8, 128, "bf16", hb.NVFP4)
 
 
 def test_gradients_and_other_dtypes_are_refused_before_anything_runs() -> None:

@@ -73,11 +73,12 @@ class HalfbyteLayer:
 
     def rounds_weights(self, ids: torch.Tensor) -> bool:
         """Whether the kernel that serves these ids multiplies by weights rounded to e4m3."""
-        if self._prepared.layout != "hopper" or self._activations != "fp8":
+        format = self._prepared.format
+        if format is None or self._prepared.layout != "hopper" or self._activations != "fp8":
             return False
         from halfbyte.kernels.gluon_sm90.fused_moe import rounds_weights  # needs triton, as the kernel itself
 
-        return rounds_weights(ids.shape[0], ids.shape[1], self._prepared.num_experts, self._activations)
+        return rounds_weights(ids.shape[0], ids.shape[1], self._prepared.num_experts, self._activations, format)
 
 
 @dataclass(frozen=True)

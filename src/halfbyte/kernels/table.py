@@ -54,8 +54,9 @@ class Candidate:
 class KernelChoice:
     """The kernel that runs a problem, and why this one.
 
-    `warm_up_calls`, where something is compiled on first use: (num_experts, hidden, top_k, max_tokens, activations, batch_invariant) to calls that
-    compile all that any call can need, as [(numbers of tokens, further arguments of `function`), ...]; those of one entry share their large kernels.
+    `warm_up_calls`, where something is compiled on first use: (num_experts, hidden, format, top_k, max_tokens, activations, batch_invariant) to calls
+    that compile all that any call can need, as [(numbers of tokens, further arguments of `function`), ...]; those of one entry share their large
+    kernels.
     """
 
     function: Callable

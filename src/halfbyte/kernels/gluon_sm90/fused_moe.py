@@ -30,7 +30,7 @@ import torch
 
 from halfbyte.device import Target
 from halfbyte.errors import UnsupportedError
-from halfbyte.formats import NVFP4
+from halfbyte.formats import MXFP4, NVFP4, BlockFormat
 from halfbyte.formats.activations import ActivationFormat
 from halfbyte.kernels.gluon_sm90.epilogue import KINDS
 from halfbyte.kernels.gluon_sm90.grouped_gemm_prefill import grouped_gemm_prefill
@@ -104,8 +104,12 @@ HUGE = PrefillConfig(
     consumers=2, step_k=64, x_stages=4, w_stages=2, box=32, registers=240, max_registers=168,
 )  # fmt: skip
 
-# Decoding a tile for fp8 keeps the integer pipe busy for about 120 cycles of a scheduler, and reading it from memory takes about as long; the product
-# takes 1 cycle a token, that of bf16 2. Measured: slower than bf16 at 16 rows an expert, 6 to 8 % faster at 32, 18 % at 64, 25 to 34 % from 96 on.
+# Decoding a tile for fp8 keeps the integer pipe busy for about 90 cycles of a scheduler, and reading it from memory takes about as long; the product
+# takes 1 cycle a token, that of bf16 2. Measured beside the kernels for bf16: 1 to 8 % faster at 16 rows an expert, 18 % at 64, 25 to 34 % from 96.
+FP8_TINY = PrefillConfig(
+    ((16, 0), (32, 0)),
+    consumers=4, step_k=256, x_stages=4, w_stages=4, box=16, registers=112, max_registers=96, fp8=True,
+)  # fmt: skip
 FP8_SMALL = PrefillConfig(
     ((32, 0), (64, 0), (64, 32)),
     consumers=4, step_k=256, x_stages=4, w_stages=3, box=32, registers=112, max_registers=96, fp8=True,
@@ -122,15 +126,24 @@ FP8_HUGE = PrefillConfig(
     ((64, 0), (128, 0), (128, 64), (256, 0), (256, 16), (256, 32)),
     consumers=2, step_k=128, x_stages=4, w_stages=3, box=32, registers=240, max_registers=168, fp8=True,
 )  # fmt: skip
-MIN_FP8_ROWS = 24  # an expert, on average
+# Rows an expert, on average, from which on fp8 tensor cores gain enough: weights in NVFP4 are rounded for it, those in MXFP4 are not
+# (`weights.layouts.hopper_fp8`).
+MIN_FP8_ROWS = {NVFP4: 24, MXFP4: 12}
 
 
 def choose_config(
-    num_tokens: int, top_k: int, num_experts: int, activations: ActivationFormat = "bf16", *, batch_invariant: bool = False
+    num_tokens: int,
+    top_k: int,
+    num_experts: int,
+    activations: ActivationFormat = "bf16",
+    format: BlockFormat = NVFP4,
+    *,
+    batch_invariant: bool = False,
 ) -> DecodeConfig | PrefillConfig:
     """Pick the kernels from what the host knows: the average number of rows an expert.
 
-    `batch_invariant`: among those that add up a token's products in one order, which are the prefill kernels of one kind of activations.
+    The `format` of the weights matters for fp8 only. `batch_invariant`: among those that add up a token's products in one order, which are the
+    prefill kernels of one kind of activations.
 
     >>> choose_config(1, 8, 256).direct, choose_config(64, 8, 256).direct, choose_config(4096, 8, 256).max_rows
     (True, False, 160)
@@ -139,8 +152,10 @@ def choose_config(
     """
     rows = num_tokens * top_k
     average = rows / num_experts
-    if activations == "fp8" and (average > MIN_FP8_ROWS or batch_invariant):
-        return next((config for limit, config in ((72, FP8_SMALL), (112, FP8_MEDIUM), (160, FP8_LARGE)) if average <= limit), FP8_HUGE)
+    if activations == "fp8" and (average > MIN_FP8_ROWS[format] or batch_invariant):
+        return next(
+            (config for limit, config in ((24, FP8_TINY), (72, FP8_SMALL), (112, FP8_MEDIUM), (160, FP8_LARGE)) if average <= limit), FP8_HUGE
+        )
     if not batch_invariant and average <= 12 and num_tokens <= MAX_DIRECT_TOKENS and rows <= MAX_DIRECT_SLOTS:
         return DecodeConfig(direct=True)
     if not batch_invariant and average <= 4:
@@ -151,24 +166,24 @@ def choose_config(
     return HUGE
 
 
-def rounds_weights(num_tokens: int, top_k: int, num_experts: int, activations: ActivationFormat) -> bool:
+def rounds_weights(num_tokens: int, top_k: int, num_experts: int, activations: ActivationFormat, format: BlockFormat) -> bool:
     """Whether a call multiplies by weights rounded to e4m3 (`weights.layouts.hopper_fp8.round_to_fp8`) instead of by the FP4 values."""
-    config = choose_config(num_tokens, top_k, num_experts, activations)
+    config = choose_config(num_tokens, top_k, num_experts, activations, format)
     return isinstance(config, PrefillConfig) and config.fp8
 
 
 def warm_up_calls(
-    num_experts: int, hidden: int, top_k: int, max_tokens: int, activations: ActivationFormat, batch_invariant: bool
+    num_experts: int, hidden: int, format: BlockFormat, top_k: int, max_tokens: int, activations: ActivationFormat, batch_invariant: bool
 ) -> list[tuple[list[int], dict[str, Any]]]:
     """(numbers of tokens, options) of calls, as small as possible, that launch every kernel that calls of up to `max_tokens` tokens launch.
 
-    >>> [numbers for numbers, _ in warm_up_calls(128, 2048, 8, 1024, "bf16", False)]
+    >>> [numbers for numbers, _ in warm_up_calls(128, 2048, NVFP4, 8, 1024, "bf16", False)]
     [[1], [1, 33], [65, 129, 257], [257, 512], [257]]
     """
     calls: dict[DecodeConfig | PrefillConfig, list[int]] = {}
     seen: set[Any] = set()
     for num_tokens in range(1, max_tokens + 1):
-        config = choose_config(num_tokens, top_k, num_experts, activations, batch_invariant=batch_invariant)
+        config = choose_config(num_tokens, top_k, num_experts, activations, format, batch_invariant=batch_invariant)
         numbers = calls.setdefault(config, [])
         for launch in _small_launches(num_tokens, top_k, num_experts, hidden, config) - seen:
             seen.add(launch)
@@ -216,7 +231,7 @@ def fused_moe(
     if num_tokens == 0:
         return out
     if config is None:
-        config = choose_config(num_tokens, top_k, experts.num_experts, activations, batch_invariant=batch_invariant)
+        config = choose_config(num_tokens, top_k, experts.num_experts, activations, experts.format, batch_invariant=batch_invariant)
     hidden, ids, weights = hidden.contiguous(), ids.contiguous(), weights.contiguous()
     run = _decode if isinstance(config, DecodeConfig) else _prefill_fp8 if config.fp8 else _prefill
     y, row_of_slot = run(hidden, experts, ids, expert_offset, config, activations)

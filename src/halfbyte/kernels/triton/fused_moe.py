@@ -16,6 +16,7 @@ import torch
 
 from halfbyte.checkpoint.experts import ExpertWeights
 from halfbyte.errors import UnsupportedError
+from halfbyte.formats import BlockFormat
 from halfbyte.formats.activations import ActivationFormat
 from halfbyte.kernels.reference.fused_moe import combine
 from halfbyte.kernels.triton.encode_rows import encode_rows
@@ -35,11 +36,11 @@ class DevicePermutation(NamedTuple):
 
 
 def warm_up_calls(
-    num_experts: int, hidden: int, top_k: int, max_tokens: int, activations: ActivationFormat, batch_invariant: bool
+    num_experts: int, hidden: int, format: BlockFormat, top_k: int, max_tokens: int, activations: ActivationFormat, batch_invariant: bool
 ) -> list[tuple[list[int], dict[str, Any]]]:
     """See `kernels.table.KernelChoice`: the fewest tokens of each kernel, for real, because nothing else chooses it.
 
-    >>> warm_up_calls(8, 64, 2, 1024, "bf16", False)
+    >>> warm_up_calls(8, 64, halfbyte.NVFP4, 2, 1024, "bf16", False)
     [([1], {}), ([65], {}), ([513], {})]
     """
     fewest: dict[int, int] = {}
