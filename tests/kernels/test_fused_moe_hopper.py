@@ -171,7 +171,7 @@ def test_no_tokens() -> None:
 
 def check_graph(w: ExpertWeights, num_tokens: int, activations: str = "bf16", seen: ExpertWeights | None = None, **limits: float) -> None:
     """A captured graph follows the tokens and routing it finds, with the same bits every time. `seen`: the weights as the kernels round them."""
-    prepared = hb.prepare(w)
+    prepared = hb.prepare(w, activations=activations)
     x, ids, weights = make_tokens(num_tokens, 512, 32, 4)
     hb.fused_moe(x, prepared, ids, weights, activations=activations)
     graph = torch.cuda.CUDAGraph()

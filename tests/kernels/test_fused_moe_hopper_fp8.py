@@ -29,12 +29,14 @@ def fp8_values(w: ExpertWeights) -> ExpertWeights:
     return replace(w, w13=round_to_fp8(w.w13), w2=round_to_fp8(w.w2))
 
 
-def run(w: ExpertWeights, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, name: str | None, offset: int = 0) -> torch.Tensor:
+def run(
+    w: ExpertWeights, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, name: str | None, offset: int = 0, layout: str = "hopper_fp8"
+) -> torch.Tensor:
     from halfbyte.kernels.gluon_sm90 import fused_moe as layer
 
     out = torch.full_like(x, torch.nan)
     config = None if name is None else getattr(layer, name)
-    return layer.fused_moe(x, hb.prepare(w).experts, ids, weights, activations="fp8", out=out, config=config, expert_offset=offset)
+    return layer.fused_moe(x, hb.prepare(w, layout).experts, ids, weights, activations="fp8", out=out, config=config, expert_offset=offset)
 
 
 def check(w: ExpertWeights, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, name: str, offset: int = 0) -> torch.Tensor:
@@ -57,7 +59,7 @@ def test_each_product_on_every_tail(name: str, format: hb.BlockFormat, hidden: i
     w = make_experts(5, hidden, intermediate, format, GPT_OSS_SWIGLU if hidden == 2880 else SWIGLU)
     tokens, ids, _ = make_tokens(301, hidden, 5, 3)
     ids[:150] = torch.where(ids[:150] == 4, 3, ids[:150])  # experts of different sizes
-    experts = hb.prepare(w).experts
+    experts = hb.prepare(w, activations="fp8").experts
     items, h, y = layer._prefill_workspace(tokens, experts, ids, 0, config)
     h.fill_(torch.nan)
     y.fill_(torch.nan)
@@ -85,6 +87,15 @@ def test_every_kernel_on_every_tail(name: str, format: hb.BlockFormat, hidden: i
     check(make_experts(5, hidden, intermediate, format), *make_tokens(201, hidden, 5, 3), name)
 
 
+@pytest.mark.parametrize("name", [*FP8_CONFIGS, "TINY", "SMALL", "MEDIUM", "LARGE", "HUGE", None])
+@pytest.mark.parametrize("format", [hb.NVFP4, hb.MXFP4], ids=repr)
+@pytest.mark.parametrize("num_tokens", [7, 301])
+def test_both_layouts_give_the_same_bits(name: str | None, format: hb.BlockFormat, num_tokens: int) -> None:
+    """They hold the same values, in codes that every kernel reads; None is the kernel for this number of tokens."""
+    w, call = make_experts(9, 2880, 1408, format, GPT_OSS_SWIGLU), make_tokens(num_tokens, 2880, 9, 2)
+    assert_equal_bits(*(run(w, *call, name, layout=layout) for layout in ("hopper", "hopper_fp8")))
+
+
 @pytest.mark.parametrize("name", ["FP8_LARGE", "FP8_HUGE"])
 @pytest.mark.parametrize("format", [hb.NVFP4, hb.MXFP4], ids=repr)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -99,8 +110,10 @@ def test_chosen_kernels_at_every_size(num_tokens: int, num_experts: int) -> None
 
     w = make_experts(num_experts, 512, 256, hb.NVFP4)
     x, ids, weights = make_tokens(num_tokens, 512, num_experts, min(4, num_experts))
-    seen = fp8_values(w) if rounds_weights(*ids.shape, num_experts, "fp8", hb.NVFP4) else w
-    out = hb.fused_moe(x, hb.prepare(w), ids, weights, activations="fp8", backend="hopper")
+    prepared = hb.prepare(w, activations="fp8")
+    seen = fp8_values(w) if rounds_weights(*ids.shape, prepared.experts, "fp8") else w
+    assert prepared.layout == "hopper_fp8"
+    out = hb.fused_moe(x, prepared, ids, weights, activations="fp8", backend="hopper")
     assert_close_rel(out, reference(x, seen, ids, weights, activations="fp8"), **(LAYER if seen is not w else {}))
 
 
@@ -206,7 +219,7 @@ def test_a_graph_follows_its_routing_and_repeats_bit_for_bit(num_tokens: int) ->
     from halfbyte.kernels.gluon_sm90.fused_moe import rounds_weights
 
     w = make_experts(32, 512, 256, hb.NVFP4)
-    if rounds_weights(num_tokens, 4, 32, "fp8", hb.NVFP4):
+    if rounds_weights(num_tokens, 4, hb.prepare(w, activations="fp8").experts, "fp8"):
         check_graph(w, num_tokens, "fp8", fp8_values(w), **LAYER)
     else:
         check_graph(w, num_tokens, "fp8")

@@ -13,7 +13,7 @@ from compile_only import compiling
 import halfbyte as hb
 from halfbyte.checkpoint.experts import GPT_OSS_SWIGLU, SWIGLU
 from halfbyte.errors import UnsupportedError
-from halfbyte.weights.layouts.hopper import HopperExperts, HopperMatrix
+from halfbyte.weights.layouts.hopper import HopperExperts, HopperMatrix, WordsFor
 
 pytest.importorskip("triton")
 
@@ -37,22 +37,22 @@ def empty_matrix(rows: int, columns: int, *, nvfp4: bool, bias: bool) -> HopperM
     )
 
 
-def empty_experts(*, nvfp4: bool) -> HopperExperts:
+def empty_experts(*, nvfp4: bool, words_for: WordsFor = "bf16") -> HopperExperts:
     """DeepSeek-R1 in NVFP4, or gpt-oss in MXFP4 with biases and odd sizes."""
     hidden, intermediate, activation = (7168, 2048, SWIGLU) if nvfp4 else (2880, 2880, GPT_OSS_SWIGLU)
     w13 = empty_matrix(2 * intermediate, hidden, nvfp4=nvfp4, bias=not nvfp4)
     w2 = empty_matrix(hidden, intermediate, nvfp4=nvfp4, bias=not nvfp4)
-    return HopperExperts(w13, w2, hb.NVFP4 if nvfp4 else hb.MXFP4, activation, hidden, intermediate, 0, 1)
+    return HopperExperts(w13, w2, hb.NVFP4 if nvfp4 else hb.MXFP4, activation, hidden, intermediate, 0, 1, words_for)
 
 
 ITEMS = Items(*(torch.empty((4, 4), dtype=torch.int32) for _ in range(4)))
 
 
 @pytest.mark.parametrize("nvfp4", [True, False], ids=["nvfp4", "mxfp4"])
-@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
+@pytest.mark.parametrize(("scaled", "words_for"), [(False, "bf16"), (True, "bf16"), (True, "fp8")])
 @pytest.mark.parametrize(("direct", "parts"), [(False, 1), (True, 1), (True, 4)], ids=["items", "direct", "parts"])
-def test_decode_kernels_use_mma_without_spills(direct: bool, parts: int, nvfp4: bool, scaled: bool) -> None:
-    experts = empty_experts(nvfp4=nvfp4)
+def test_decode_kernels_use_mma_without_spills(direct: bool, parts: int, nvfp4: bool, scaled: bool, words_for: WordsFor) -> None:
+    experts = empty_experts(nvfp4=nvfp4, words_for=words_for)
     ids, items = torch.zeros((4, 8), dtype=torch.int32), None if direct else ITEMS
     h = torch.empty((32, experts.intermediate), dtype=torch.bfloat16)
     y = torch.empty((parts * 32, experts.hidden), dtype=torch.float32 if direct else torch.bfloat16)
@@ -63,7 +63,7 @@ def test_decode_kernels_use_mma_without_spills(direct: bool, parts: int, nvfp4: 
     assert len(compiled) == 2
     for kernel in compiled:
         assert "mma.sync.aligned.m16n8k16" in kernel.ptx
-        assert kernel.spill_bytes == 0
+        assert kernel.spill_bytes <= (8 if words_for == "fp8" else 0)  # two values that are needed again after the loop
         assert kernel.registers <= 72
         assert kernel.shared_bytes <= 256  # the one reduction of the direct variant
 
@@ -75,11 +75,19 @@ MAX_SPILL_BYTES = 64 if version("triton").startswith("3.6") else 384
 
 
 @pytest.mark.parametrize(
-    ("name", "nvfp4", "scaled"),
-    [("tiny", True, False), ("small", False, False), ("medium", True, False), ("large", False, False), ("huge", True, False), ("large", True, True)],
+    ("name", "nvfp4", "scaled", "words_for"),
+    [
+        ("tiny", True, False, "bf16"),
+        ("small", False, False, "bf16"),
+        ("medium", True, False, "bf16"),
+        ("large", False, False, "bf16"),
+        ("huge", True, False, "bf16"),
+        ("tiny", False, True, "fp8"),
+        ("large", True, True, "fp8"),
+    ],
 )
-def test_prefill_kernels_use_wgmma_within_their_registers(name: str, nvfp4: bool, scaled: bool) -> None:
-    config, experts = PREFILL[name], empty_experts(nvfp4=nvfp4)
+def test_prefill_kernels_use_wgmma_within_their_registers(name: str, nvfp4: bool, scaled: bool, words_for: WordsFor) -> None:
+    config, experts = PREFILL[name], empty_experts(nvfp4=nvfp4, words_for=words_for)
     y = torch.empty((64, experts.intermediate), dtype=torch.bfloat16)
     with compiling(90) as compiled:
         x, scales = torch.empty((64, experts.hidden), dtype=torch.bfloat16), torch.empty(64) if scaled else None
@@ -95,11 +103,19 @@ FP8 = {"tiny": layer.FP8_TINY, "small": layer.FP8_SMALL, "medium": layer.FP8_MED
 
 
 @pytest.mark.parametrize(
-    ("name", "nvfp4", "is_w13"),
-    [("tiny", False, True), ("small", True, True), ("medium", False, False), ("large", False, True), ("huge", True, True)],
+    ("name", "nvfp4", "is_w13", "words_for"),
+    [
+        ("tiny", False, True, "fp8"),
+        ("small", True, True, "fp8"),
+        ("medium", False, False, "fp8"),
+        ("large", False, True, "fp8"),
+        ("huge", True, True, "fp8"),
+        ("tiny", True, False, "bf16"),
+        ("large", True, True, "bf16"),
+    ],
 )
-def test_fp8_prefill_kernels_use_fp8_wgmma_within_their_registers(name: str, nvfp4: bool, is_w13: bool) -> None:
-    config, experts = FP8[name], empty_experts(nvfp4=nvfp4)
+def test_fp8_prefill_kernels_use_fp8_wgmma_within_their_registers(name: str, nvfp4: bool, is_w13: bool, words_for: WordsFor) -> None:
+    config, experts = FP8[name], empty_experts(nvfp4=nvfp4, words_for=words_for)
     matrix, columns = (experts.w13, experts.hidden) if is_w13 else (experts.w2, experts.intermediate)
     x, y = torch.empty((64, columns), dtype=torch.float8_e4m3fn), torch.empty((64, experts.intermediate if is_w13 else experts.hidden)).bfloat16()
     with compiling(90) as compiled:
@@ -147,8 +163,12 @@ def test_the_choice_follows_the_rows_an_expert_has() -> None:
         layer.FP8_TINY,
         layer.FP8_SMALL,
     ]
-    assert not layer.rounds_weights(384, 8, 128, "fp8", hb.NVFP4) and layer.rounds_weights(512, 8, 128, "fp8", hb.NVFP4)
-    assert not layer.rounds_weights(4096, 8, 128, "bf16", hb.NVFP4)
+    words_for_fp8 = [layer.choose_config(num_tokens, 8, 128, "fp8", hb.NVFP4, "fp8") for num_tokens in (2, 3, 385)]
+    assert words_for_fp8 == [layer.DecodeConfig(direct=True), layer.FP8_TINY, layer.FP8_SMALL]
+    one = empty_experts(nvfp4=True)
+    assert not layer.rounds_weights(24, 1, one, "fp8") and layer.rounds_weights(25, 1, one, "fp8") and not layer.rounds_weights(4096, 1, one, "bf16")
+    one = empty_experts(nvfp4=True, words_for="fp8")
+    assert not layer.rounds_weights(2, 1, one, "fp8") and layer.rounds_weights(3, 1, one, "fp8")
 
 
 def test_gradients_and_other_dtypes_are_refused_before_anything_runs() -> None:

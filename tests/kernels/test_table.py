@@ -93,7 +93,7 @@ def test_obstacles_of_the_hopper_kernel():
         return next(obstacle for candidate, obstacle in found if candidate.name == "hopper")
 
     assert obstacle(HOPPER) is obstacle(HOPPER, activations="fp8") is obstacle(HOPPER, activations="nvfp4") is None
-    assert obstacle(HOPPER, layout="canonical") == "reads layout 'hopper', the weights are in 'canonical'"
+    assert obstacle(HOPPER, layout="canonical") == "reads layouts 'hopper' and 'hopper_fp8', the weights are in 'canonical'"
 
 
 def test_unknown_op():

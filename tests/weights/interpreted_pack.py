@@ -9,20 +9,22 @@ from halfbyte.checkpoint.experts import RELU2, SWIGLU, Activation
 from halfbyte.weights.layouts import hopper, hopper_pack
 
 
-def check(num_experts: int, hidden: int, intermediate: int, format: hb.BlockFormat, activation: Activation) -> None:
+def check(
+    num_experts: int, hidden: int, intermediate: int, format: hb.BlockFormat, activation: Activation, words_for: hopper.WordsFor = "bf16"
+) -> None:
     w = make_experts(num_experts, hidden, intermediate, format, activation)
     for q in (w.w13, w.w2):
         raw = q.scales.view(torch.uint8).flatten(1)
         raw[:, :0x7F:3] = torch.arange(0, 0x7F, 3, dtype=torch.uint8)[: raw.shape[1] // 3 + 1]  # zero, subnormal and largest scales
         raw[:, 1:9] = torch.arange(8, dtype=torch.uint8)
-    expected = hopper.allocate(w, "cpu")
+    expected = hopper.allocate(w, "cpu", words_for)
     hopper.pack(w, expected)
     unpacked = hopper.unpack(expected)
     for name, order in (("w13", hopper.w13_order(activation)), ("w2", "straight")):
         q, matrix, back = getattr(w, name), getattr(expected, name), getattr(unpacked, name)
         scales = q.scales.view(torch.uint8)
         words, scale_words, row_exponent = (torch.full_like(tensor, -1) for tensor in (matrix.words, matrix.scales, matrix.row_exponent))
-        hopper_pack.pack_matrix(q.codes, scales, words, scale_words, order)
+        hopper_pack.pack_matrix(q.codes, scales, words, scale_words, order, words_for)
         largest = hopper_pack.largest_of_rows(scales)
         assert_equal_bits(largest, scales.amax(2))
         hopper_pack.write_row_exponents(largest, row_exponent, order, nvfp4=format is hb.NVFP4)
@@ -30,7 +32,7 @@ def check(num_experts: int, hidden: int, intermediate: int, format: hb.BlockForm
         assert_equal_bits(scale_words, matrix.scales)
         assert_equal_bits(row_exponent, matrix.row_exponent)
         codes, scale_bytes = torch.full_like(q.codes, 0x55), torch.full_like(scales, 0x55)
-        hopper_pack.unpack_matrix(words, scale_words, codes, scale_bytes, order)
+        hopper_pack.unpack_matrix(words, scale_words, codes, scale_bytes, order, words_for)
         assert_equal_bits(codes, back.codes)
         assert_equal_bits(scale_bytes, scales)
 
@@ -40,6 +42,8 @@ if __name__ == "__main__":
         for activation in (SWIGLU, RELU2):
             for sizes in ((1, 64, 64), (3, 160, 96), (2, 288, 320)):
                 check(*sizes, format, activation)
+    check(3, 160, 96, hb.NVFP4, SWIGLU, "fp8")
+    check(2, 96, 320, hb.MXFP4, RELU2, "fp8")
     check(5, 64, 64, hb.NVFP4, SWIGLU)
     check(3, 256, 256, hb.MXFP4, RELU2)
     check(1, 64, 48, hb.NVFP4, SWIGLU)

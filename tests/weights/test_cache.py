@@ -73,13 +73,13 @@ def no_streaming(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("experts", [None, range(1, 3)], ids=str)
-@pytest.mark.parametrize("layout", ["canonical", "hopper"])
+@pytest.mark.parametrize("layout", ["canonical", "hopper", "hopper_fp8"])
 @pytest.mark.parametrize("source", [lambda: cf.nvfp4("modelopt"), lambda: cf.gpt_oss()[0], cf.dense], ids=["nvfp4", "gpt-oss", "dense"])
 def test_round_trip(
     tmp_path: Path, directory: Path, layout: str, experts: range | None, source: Callable[[], cf.Files], request: pytest.FixtureRequest
 ) -> None:
     model = source().write(tmp_path / "model")
-    if layout == "hopper" and Checkpoint.open(model).quantization.format is None:
+    if layout != "canonical" and Checkpoint.open(model).quantization.format is None:
         return
     first = prepare(model, directory, layout=layout, experts=experts)
     assert first.written and first.reason == "not there" and first.file.stat().st_size == first.nbytes

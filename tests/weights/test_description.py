@@ -13,7 +13,7 @@ from halfbyte.weights.description import describe, rebuild
 
 @pytest.mark.parametrize("activation", [Activation("swiglu", alpha=1.702, beta=1.0), RELU2], ids=lambda activation: activation.kind)
 @pytest.mark.parametrize("format", [hb.NVFP4, hb.MXFP4], ids=repr)
-@pytest.mark.parametrize("layout", ["canonical", "hopper", "trtllm_gen", "cutlass"])
+@pytest.mark.parametrize("layout", ["canonical", "hopper", "hopper_fp8", "trtllm_gen", "cutlass"])
 def test_nothing_is_lost(layout: str, format: hb.BlockFormat, activation: Activation) -> None:
     prepared = hb.prepare(make_experts(4, 128, 128, format, activation), layout)
     tensors = prepared.experts.tensors

@@ -17,7 +17,9 @@ pytest.importorskip("triton")
 from halfbyte.weights.layouts.hopper_dequant import _assembly
 
 
-def kernel_weights(matrix: hopper.HopperMatrix, format: hb.BlockFormat, expert: int, spoil: tuple[str, str] = ("", "")) -> torch.Tensor:
+def kernel_weights(
+    matrix: hopper.HopperMatrix, format: hb.BlockFormat, words_for: hopper.WordsFor, expert: int, spoil: tuple[str, str] = ("", "")
+) -> torch.Tensor:
     """Decode an expert as the kernel does: fp64 [N, K] in tile row order, columns in natural order, times the multipliers."""
     thread = torch.arange(128)
     row, column = thread // 32 * 16 + thread % 32 // 4, 16 * (thread % 4)
@@ -30,7 +32,7 @@ def kernel_weights(matrix: hopper.HopperMatrix, format: hb.BlockFormat, expert: 
             inputs = [*words.T.numpy(), *[scale_word.numpy()] * 4]
             if matrix.shift is not None:
                 inputs += [np.array([int(matrix.shift[expert]) * 0x00800080 & 0xFFFFFFFF], np.uint32)] * 4
-            registers = run(_assembly(2 * (k % 2), format is hb.NVFP4).replace(*spoil), ["r"] * 16, inputs)
+            registers = run(_assembly(2 * (k % 2), format is hb.NVFP4, words_for).replace(*spoil), ["r"] * 16, inputs)
             for s in range(4):
                 for p in range(2):
                     for h in range(2):
@@ -40,17 +42,18 @@ def kernel_weights(matrix: hopper.HopperMatrix, format: hb.BlockFormat, expert: 
     return result
 
 
+@pytest.mark.parametrize("words_for", ["bf16", "fp8"])
 @pytest.mark.parametrize("activation", [SWIGLU, RELU2], ids=["gated", "plain"])
 @pytest.mark.parametrize("format", [hb.NVFP4, hb.MXFP4], ids=repr)
-def test_the_kernels_assembly_decodes_what_the_codec_does(format: hb.BlockFormat, activation: Activation) -> None:
+def test_the_kernels_assembly_decodes_what_the_codec_does(format: hb.BlockFormat, activation: Activation, words_for: hopper.WordsFor) -> None:
     w = make_experts(2, 160, 96, format, activation)
     w.w13.scales.view(torch.uint8)[:, ::5, 1] = 0
-    packed = hopper.allocate(w, "cpu")
+    packed = hopper.allocate(w, "cpu", words_for)
     hopper.pack(w, packed)
     for matrix, q, order in ((packed.w13, w.w13, hopper.w13_order(activation)), (packed.w2, w.w2, "straight")):
         rows = hopper.source_rows(order, q.shape[1])
         for expert in range(2):
-            decoded, exact = kernel_weights(matrix, format, expert), q[expert].dequantize()
+            decoded, exact = kernel_weights(matrix, format, words_for, expert), q[expert].dequantize()
             kept = rows >= 0
             assert torch.equal(decoded[kept][:, : q.shape[2]].float(), exact[rows[kept]])  # -0 equals 0
             assert not decoded[~kept].any() and not decoded[:, q.shape[2] :].any()
@@ -60,6 +63,6 @@ def test_a_rotation_by_another_number_is_seen() -> None:
     w = make_experts(1, 64, 64, hb.NVFP4)
     packed = hopper.allocate(w, "cpu")
     hopper.pack(w, packed)
-    right = kernel_weights(packed.w2, hb.NVFP4, 0)
+    right = kernel_weights(packed.w2, hb.NVFP4, "bf16", 0)
     assert torch.equal(right.float(), w.w2[0].dequantize())
-    assert not torch.equal(kernel_weights(packed.w2, hb.NVFP4, 0, ("shl.b32 t, $17, 6", "shl.b32 t, $17, 5")), right)
+    assert not torch.equal(kernel_weights(packed.w2, hb.NVFP4, "bf16", 0, ("shl.b32 t, $17, 6", "shl.b32 t, $17, 5")), right)

@@ -28,7 +28,7 @@ def make_matrix(rows: int, columns: int, format: hb.BlockFormat, low: int, high:
     return hb.QuantTensor(codes, scales, torch.ones(1) if format is hb.NVFP4 else None, format)
 
 
-def kernel_weights(matrix: hopper.HopperMatrix, format: hb.BlockFormat) -> torch.Tensor:
+def kernel_weights(matrix: hopper.HopperMatrix, format: hb.BlockFormat, words_for: hopper.WordsFor) -> torch.Tensor:
     """Decode expert 0 as the kernel does: fp32 [N, K] in tile row order, columns in natural order, times 2^j."""
     row_tiles, column_tiles = matrix.row_tiles, matrix.column_tiles
     thread = torch.arange(128)
@@ -48,7 +48,7 @@ def kernel_weights(matrix: hopper.HopperMatrix, format: hb.BlockFormat) -> torch
             entry = thread if format is hb.NVFP4 else thread // 2
             scale_word = matrix.scales[0, tile, k // 4][entry].contiguous().view(torch.int32).view(128, 2)[:, k % 4 // 2]
             beside_the_words = [*[scale_word.numpy()] * 4, *(tensor[tile].numpy() for tensor in limits)]
-            registers = run(_assembly(2 * (k % 2), format is hb.NVFP4), ["r"] * 8, [*words.T.numpy(), *beside_the_words])
+            registers = run(_assembly(2 * (k % 2), format is hb.NVFP4, words_for), ["r"] * 8, [*words.T.numpy(), *beside_the_words])
             for s in range(4):
                 for h in range(2):
                     values = torch.from_numpy(registers[2 * s + h].view(np.uint8)).view(128, 4).view(torch.float8_e4m3fn).float()
@@ -58,20 +58,23 @@ def kernel_weights(matrix: hopper.HopperMatrix, format: hb.BlockFormat) -> torch
     return torch.ldexp(result, matrix.row_exponent[0].int().unsqueeze(1))
 
 
+@pytest.mark.parametrize("words_for", ["bf16", "fp8"])
 @pytest.mark.parametrize("activation", [SWIGLU, RELU2], ids=["gated", "plain"])
 @pytest.mark.parametrize(
     ("format", "low", "high"),
     [(hb.NVFP4, 1, 0x7F), (hb.NVFP4, 0x60, 0x7F), (hb.NVFP4, 1, 4), (hb.MXFP4, 110, 125), (hb.MXFP4, 60, 254), (hb.MXFP4, 0, 8)],
 )
-def test_the_kernels_assembly_decodes_what_torch_rounds(format: hb.BlockFormat, low: int, high: int, activation: Activation) -> None:
+def test_the_kernels_assembly_decodes_what_torch_rounds(
+    format: hb.BlockFormat, low: int, high: int, activation: Activation, words_for: hopper.WordsFor
+) -> None:
     halves = 2 if activation.gated else 1
     w13, w2 = make_matrix(halves * 96, 160, format, low, high), make_matrix(160, 96, format, low, high)
     w = ExpertWeights(w13, w2, activation)
-    packed = hopper.allocate(w, "cpu")
+    packed = hopper.allocate(w, "cpu", words_for)
     hopper.pack(w, packed)
     for matrix, expected, order in ((packed.w13, w13, hopper.w13_order(activation)), (packed.w2, w2, "straight")):
         rows = hopper.source_rows(order, expected.shape[-2])
-        decoded = kernel_weights(matrix, format)
+        decoded = kernel_weights(matrix, format, words_for)
         columns = expected.shape[-1]
         kept = rows >= 0
         assert torch.equal(decoded[kept][:, :columns], hopper_fp8.round_to_fp8(expected)[0][rows[kept]])  # -0 equals 0

@@ -17,8 +17,8 @@ from halfbyte.errors import InputError
 from halfbyte.weights.layouts import hopper
 
 
-def packed_hopper(w: ExpertWeights) -> hopper.HopperExperts:
-    out = hopper.allocate(w, "cpu")
+def packed_hopper(w: ExpertWeights, words_for: hopper.WordsFor = "bf16") -> hopper.HopperExperts:
+    out = hopper.allocate(w, "cpu", words_for)
     hopper.pack(w, out)
     return out
 
@@ -33,11 +33,20 @@ def code_of_word(word: int, i: int, e: int) -> int:
     return half >> 15 << 3 | half >> 6 & 7
 
 
+def code_of_fp8_word(word: int, i: int, e: int) -> int:
+    """What selects a byte of the table, and the sign beside it: column 2 i + e is byte `place` of the first or second register."""
+    place = (0, 2, 1, 3, 6, 4, 7, 5)[2 * i + e]
+    sign = word << 4 >> 8 * place + 7 if place < 4 else word >> 8 * (place - 4) + 7
+    return (sign & 1) << 3 | word >> 4 * place & 7
+
+
+@pytest.mark.parametrize("words_for", ["bf16", "fp8"])
 @pytest.mark.parametrize("format", [hb.NVFP4, hb.MXFP4], ids=repr)
 @pytest.mark.parametrize("activation", [SWIGLU, RELU2], ids=["gated", "plain"])
-def test_every_code_and_scale_is_where_the_kernel_looks(format: hb.BlockFormat, activation: Activation) -> None:
+def test_every_code_and_scale_is_where_the_kernel_looks(format: hb.BlockFormat, activation: Activation, words_for: hopper.WordsFor) -> None:
     w = make_experts(1, 160, 96, format, activation)
-    packed = packed_hopper(w).w13
+    packed = packed_hopper(w, words_for).w13
+    decode = code_of_fp8_word if words_for == "fp8" else code_of_word
     slot_to_column = [16 * (slot // 2 % 4) + 4 * (slot // 16) + 2 * (slot // 8 % 2) + slot % 2 for slot in range(64)]
     words, scale_bytes = packed.words[0].tolist(), packed.scales[0].contiguous().view(torch.uint8).tolist()
     codes, scales = w.w13.codes[0].tolist(), w.w13.scales[0].view(torch.uint8).tolist()
@@ -54,7 +63,7 @@ def test_every_code_and_scale_is_where_the_kernel_looks(format: hb.BlockFormat, 
                 t, q, i, e = k % 64 // 16, k % 16 // 8, k % 8 // 2, k % 2
                 word = words[tile][k // 64][4 * (32 * warp + 4 * g + t) + 2 * h + q] & 0xFFFFFFFF
                 given = 0 if source is None or k >= 160 else codes[source][k // 2] >> 4 * (k % 2) & 0xF
-                assert code_of_word(word, i, e) == given
+                assert decode(word, i, e) == given
                 if source is not None and k < 160:
                     entry = 32 * warp + 4 * g + t if format is hb.NVFP4 else 16 * warp + 2 * g + t // 2
                     stored, original = scale_bytes[tile][0][8 * entry + 2 * (k // 64) + h], scales[source][k // format.block]
@@ -65,12 +74,15 @@ def test_every_code_and_scale_is_where_the_kernel_looks(format: hb.BlockFormat, 
                         assert stored == original
 
 
+@pytest.mark.parametrize("words_for", ["bf16", "fp8"])
 @pytest.mark.parametrize("format", [hb.NVFP4, hb.MXFP4], ids=repr)
 @pytest.mark.parametrize("activation", [SWIGLU, RELU2], ids=["gated", "plain"])
 @pytest.mark.parametrize(("num_experts", "hidden", "intermediate"), [(1, 64, 64), (3, 160, 96), (2, 288, 1408), (7, 32, 32)])
-def test_unpack_gives_everything_back(num_experts: int, hidden: int, intermediate: int, format: hb.BlockFormat, activation: Activation) -> None:
+def test_unpack_gives_everything_back(
+    num_experts: int, hidden: int, intermediate: int, format: hb.BlockFormat, activation: Activation, words_for: hopper.WordsFor
+) -> None:
     w = make_experts(num_experts, hidden, intermediate, format, activation)
-    back = hopper.unpack(packed_hopper(w))
+    back = hopper.unpack(packed_hopper(w, words_for))
     for name in ("w13", "w2"):
         ours, theirs = getattr(back, name), getattr(w, name)
         assert_equal_bits(ours.codes, theirs.codes)

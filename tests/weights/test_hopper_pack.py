@@ -39,8 +39,8 @@ def assert_same_experts(actual: hopper.HopperExperts, expected: hopper.HopperExp
         assert_equal_bits(actual.tensors[name].cpu(), tensor.cpu())
 
 
-def packed_on_cpu(w: ExpertWeights) -> hopper.HopperExperts:
-    return hb.prepare(copy_of(w), "hopper").experts
+def packed_on_cpu(w: ExpertWeights, layout: str = "hopper") -> hopper.HopperExperts:
+    return hb.prepare(copy_of(w), layout).experts
 
 
 def test_interpreted_kernels_write_the_bytes_of_the_torch_code() -> None:
@@ -48,8 +48,18 @@ def test_interpreted_kernels_write_the_bytes_of_the_torch_code() -> None:
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize(("order", "block"), [("gate_up", 16), ("slots", 16), ("straight", 16), ("gate_up", 32), ("straight", 32)])
-def test_compiles_to_wide_loads_and_stores_without_spills(order: hopper.RowOrder, block: int, capability: int) -> None:
+@pytest.mark.parametrize(
+    ("order", "block", "words_for"),
+    [
+        ("gate_up", 16, "bf16"),
+        ("gate_up", 16, "fp8"),
+        ("slots", 16, "bf16"),
+        ("straight", 16, "fp8"),
+        ("gate_up", 32, "fp8"),
+        ("straight", 32, "bf16"),
+    ],
+)
+def test_compiles_to_wide_loads_and_stores_without_spills(order: hopper.RowOrder, block: int, words_for: hopper.WordsFor, capability: int) -> None:
     from compile_only import compiling
 
     from halfbyte.weights.layouts import hopper_pack
@@ -57,8 +67,8 @@ def test_compiles_to_wide_loads_and_stores_without_spills(order: hopper.RowOrder
     codes, scales = torch.empty((2, 4096, 3584), dtype=torch.uint8), torch.empty((2, 4096, 7168 // block), dtype=torch.uint8)
     words, scale_words = torch.empty((2, 64, 112, 512), dtype=torch.int32), torch.empty((2, 64, 28, 2048 // block), dtype=torch.int64)
     with compiling(capability) as compiled:
-        hopper_pack.pack_matrix(codes, scales, words, scale_words, order)
-        hopper_pack.unpack_matrix(words, scale_words, codes, scales, order)
+        hopper_pack.pack_matrix(codes, scales, words, scale_words, order, words_for)
+        hopper_pack.unpack_matrix(words, scale_words, codes, scales, order, words_for)
         hopper_pack.largest_of_rows(scales)
         hopper_pack.write_row_exponents(torch.empty((2, 4096), dtype=torch.uint8), torch.empty((2, 4096), dtype=torch.int8), order, nvfp4=block == 16)
     pack, unpack, largest_of_rows, _ = compiled
@@ -69,8 +79,9 @@ def test_compiles_to_wide_loads_and_stores_without_spills(order: hopper.RowOrder
         assert kernel.sass.count("LDG.E.128") >= 4 and kernel.sass.count("STG.E.128") == 4
 
 
+@pytest.mark.parametrize("words_for", ["bf16", "fp8"])
 @pytest.mark.parametrize(("order", "block", "columns"), [("gate_up", 16, 7168), ("straight", 16, 2048), ("slots", 32, 2880)])
-def test_as_many_programs_run_at_the_same_time_as_pack_in_place(order: hopper.RowOrder, block: int, columns: int) -> None:
+def test_as_many_programs_run_at_the_same_time_as_pack_in_place(order: hopper.RowOrder, block: int, columns: int, words_for: hopper.WordsFor) -> None:
     from compile_only import compiling
 
     from halfbyte.weights.layouts import hopper_pack_in_place
@@ -79,7 +90,7 @@ def test_as_many_programs_run_at_the_same_time_as_pack_in_place(order: hopper.Ro
     words = torch.empty((2, 64, columns // 64, 512), dtype=torch.int32)
     scale_words = torch.empty((2, 64, -(-columns // 256), 2048 // block), dtype=torch.int64)
     with compiling(90) as compiled:
-        hopper_pack_in_place.pack_matrix_in_place(codes, scales, words, scale_words, order, 132)
+        hopper_pack_in_place.pack_matrix_in_place(codes, scales, words, scale_words, order, words_for, 132)
     (kernel,) = compiled
     programs = hopper_pack_in_place.PROGRAMS_OF_A_MULTIPROCESSOR
     assert kernel.spill_bytes == 0
@@ -107,15 +118,16 @@ def test_scales_are_encoded_without_loss() -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", ["hopper", "hopper_fp8"])
 @pytest.mark.parametrize("format", [hb.NVFP4, hb.MXFP4], ids=repr)
 @pytest.mark.parametrize("activation", [SWIGLU, RELU2], ids=["gated", "plain"])
 @pytest.mark.parametrize(("hidden", "intermediate", "reused"), [(256, 512, 4), (256, 64, 3), (64, 64, 2), (96, 256, 0), (64, 96, 0)])
-def test_in_place(hidden: int, intermediate: int, reused: int, format: hb.BlockFormat, activation: Activation, device: str) -> None:
+def test_in_place(hidden: int, intermediate: int, reused: int, format: hb.BlockFormat, activation: Activation, layout: str, device: str) -> None:
     """Codes of w13 and w2 stay when H and I are multiples of 64, scales when those of their columns are multiples of 256."""
     w = make_experts(3, hidden, intermediate, format, activation)
-    expected, consumed = packed_on_cpu(w), copy_of(w, device)
+    expected, consumed = packed_on_cpu(w, layout), copy_of(w, device)
     before = {name: tensor.data_ptr() for name, tensor in consumed.tensors.items()}
-    prepared = hb.prepare(consumed, "hopper", in_place=True)
+    prepared = hb.prepare(consumed, layout, in_place=True)
     assert_same_experts(prepared.experts, expected)
     assert sum(tensor.data_ptr() in before.values() for tensor in prepared.experts.tensors.values()) == reused
     for name, tensor in prepared.unprepare().tensors.items():
@@ -166,15 +178,18 @@ def test_device_of_the_result() -> None:
 class TestOnAGPU:
     pytestmark = gpu
 
+    @pytest.mark.parametrize("layout", ["hopper", "hopper_fp8"])
     @pytest.mark.parametrize("format", [hb.NVFP4, hb.MXFP4], ids=repr)
     @pytest.mark.parametrize("activation", [SWIGLU, RELU2], ids=["gated", "plain"])
     @pytest.mark.parametrize(("num_experts", "hidden", "intermediate"), [(1, 64, 64), (3, 160, 96), (2, 2880, 2688), (2, 288, 1408), (5, 7168, 512)])
-    def test_same_bytes_as_on_the_cpu(self, num_experts: int, hidden: int, intermediate: int, format: hb.BlockFormat, activation: Activation) -> None:
+    def test_same_bytes_as_on_the_cpu(
+        self, num_experts: int, hidden: int, intermediate: int, format: hb.BlockFormat, activation: Activation, layout: str
+    ) -> None:
         w = make_experts(num_experts, hidden, intermediate, format, activation)
         w.w13.scales.view(torch.uint8)[:, ::3, 1] = 0
-        expected = packed_on_cpu(w)
+        expected = packed_on_cpu(w, layout)
         there = copy_of(w, "cuda")
-        prepared = hb.prepare(there, "hopper")
+        prepared = hb.prepare(there, layout)
         assert_same_experts(prepared.experts, expected)
         back, expected_back = prepared.unprepare(), hopper.unpack(expected)
         for name, tensor in expected_back.tensors.items():

@@ -101,7 +101,7 @@ def test_progress_counts_up_to_the_whole(tmp_path: Path, monkeypatch: pytest.Mon
         assert calls == [(total * 2 // 3, total), (total, total)] and (layout != "canonical" or total == prepared.nbytes)
 
 
-@pytest.mark.parametrize("layout", ["canonical", "hopper"])
+@pytest.mark.parametrize("layout", ["canonical", "hopper", "hopper_fp8"])
 def test_errors_of_the_reading_thread_arrive(tmp_path: Path, layout: str) -> None:
     files = cf.nvfp4("modelopt")
     del files.tensors["model.layers.1.mlp.experts.2.up_proj.weight"]

@@ -109,7 +109,7 @@ def test_refused_and_nothing_written(layout: str, name: str) -> None:
     assert_same_tensors(prepared, hb.prepare(make(1), layout))
 
 
-@pytest.mark.parametrize("layout", ["canonical", "hopper"])
+@pytest.mark.parametrize("layout", ["canonical", "hopper", "hopper_fp8"])
 def test_input_scales_are_replaced_or_missed(layout: str) -> None:
     def scaled(seed: int) -> hb.ExpertWeights:
         return replace(make(seed), w13_input_scale=torch.full((5, 2), 1.0 + seed), w2_input_scale=torch.full((5,), 2.0 + seed))

@@ -26,6 +26,7 @@ from halfbyte.errors import HalfbyteError
 from halfbyte.formats import BlockFormat
 from halfbyte.formats.activations import ActivationFormat
 from halfbyte.kernels.table import Problem, choose
+from halfbyte.weights.layouts.hopper import HopperExperts
 
 # Makes the experts of one layer on a device; called only when it is that layer's turn.
 LayerSource = Callable[[torch.device], tuple[MoEShape, ExpertWeights]]
@@ -60,7 +61,7 @@ class HalfbyteLayer:
     """`fused_moe` on prepared weights, with the kernel that the table chooses."""
 
     def __init__(self, weights: ExpertWeights, activations: ActivationFormat, backend: str | None):
-        self._prepared = halfbyte.prepare(weights)
+        self._prepared = halfbyte.prepare(weights, activations=activations)
         self._activations: ActivationFormat = activations
         self._backend = backend
         problem = Problem("fused_moe", self._prepared.target, self._prepared.format, self._prepared.layout, activations)
@@ -73,12 +74,12 @@ class HalfbyteLayer:
 
     def rounds_weights(self, ids: torch.Tensor) -> bool:
         """Whether the kernel that serves these ids multiplies by weights rounded to e4m3."""
-        format = self._prepared.format
-        if format is None or self._prepared.layout != "hopper" or self._activations != "fp8":
+        experts = self._prepared.experts
+        if not isinstance(experts, HopperExperts):
             return False
         from halfbyte.kernels.gluon_sm90.fused_moe import rounds_weights  # needs triton, as the kernel itself
 
-        return rounds_weights(ids.shape[0], ids.shape[1], self._prepared.num_experts, self._activations, format)
+        return rounds_weights(ids.shape[0], ids.shape[1], experts, self._activations)
 
 
 @dataclass(frozen=True)

@@ -54,9 +54,8 @@ class Candidate:
 class KernelChoice:
     """The kernel that runs a problem, and why this one.
 
-    `warm_up_calls`, where something is compiled on first use: (num_experts, hidden, format, top_k, max_tokens, activations, batch_invariant) to calls
-    that compile all that any call can need, as [(numbers of tokens, further arguments of `function`), ...]; those of one entry share their large
-    kernels.
+    `warm_up_calls`, where something is compiled on first use: (experts, top_k, max_tokens, activations, batch_invariant) to calls that compile all
+    that any call can need, as [(numbers of tokens, further arguments of `function`), ...]; those of one entry share their large kernels.
     """
 
     function: Callable
@@ -113,8 +112,8 @@ def _triton_warm_up_calls(*args: Any) -> Any:
 
 
 def _hopper_obstacle(problem: Problem) -> str | None:
-    if problem.layout != "hopper":
-        return f"reads layout 'hopper', the weights are in {problem.layout!r}"
+    if problem.layout not in ("hopper", "hopper_fp8"):
+        return f"reads layouts 'hopper' and 'hopper_fp8', the weights are in {problem.layout!r}"
     if problem.target.arch != "sm_90":
         return f"needs compute capability 9.0, this is {problem.target.arch}"
     return _triton_obstacle(problem)

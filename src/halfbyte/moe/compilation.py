@@ -77,7 +77,7 @@ def warm_up(
     kernel = choose(Problem("fused_moe", experts.target, experts.format, experts.layout, activations, dtype))
     if kernel.warm_up_calls is None:
         return
-    calls = kernel.warm_up_calls(experts.num_experts, experts.hidden, experts.format, top_k, max_tokens, activations, batch_invariant)
+    calls = kernel.warm_up_calls(experts.experts, top_k, max_tokens, activations, batch_invariant)
     arguments = {"activations": activations, "expert_offset": experts.experts.first_expert, "batch_invariant": batch_invariant}
 
     def run(numbers: list[int], options: dict[str, Any]) -> None:

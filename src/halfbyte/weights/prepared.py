@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -12,6 +13,7 @@ from halfbyte.checkpoint.experts import Activation, ExpertWeights
 from halfbyte.device import Target
 from halfbyte.errors import InputError, UnsupportedError
 from halfbyte.formats import BlockFormat
+from halfbyte.formats.activations import ActivationFormat
 from halfbyte.weights.checks import check_same_kind, check_scales
 from halfbyte.weights.description import describe
 from halfbyte.weights.layouts import hopper
@@ -47,6 +49,13 @@ class Layout:
 CANONICAL = "the checkpoint's own arrangement, read by the portable kernels on any device"
 LAYOUTS = {
     "hopper": Layout("register fragments in 64 x 64 tiles, read by the sm_90 kernels", hopper.allocate, hopper.pack, hopper.unpack, hopper.REUSED),
+    "hopper_fp8": Layout(
+        "hopper with codes arranged for fp8 tensor cores, for layers called with activations='fp8'",
+        partial(hopper.allocate, words_for="fp8"),
+        hopper.pack,
+        hopper.unpack,
+        hopper.REUSED,
+    ),
     "trtllm_gen": Layout(
         "shuffled rows and 128x4 scales, for the trtllm-gen kernels of Blackwell engines",
         TRTLLM_GEN.allocate,
@@ -67,8 +76,8 @@ class PreparedExperts:
 
     Attributes:
         experts: the tensors, arranged as `layout` says.
-        layout: "canonical" (`experts` is an ExpertWeights), "hopper" (a `layouts.hopper.HopperExperts`), "trtllm_gen" or "cutlass" (a
-            `layouts.engine.EngineExperts`).
+        layout: "canonical" (`experts` is an ExpertWeights), "hopper" or "hopper_fp8" (a `layouts.hopper.HopperExperts`), "trtllm_gen" or "cutlass"
+            (a `layouts.engine.EngineExperts`).
         policy: how the weights reside in memory; "packed" keeps 4 bits.
         target: the hardware they lie on.
         reason: why this layout was taken.
@@ -157,8 +166,8 @@ def keep_address(tensor: torch.Tensor) -> None:
     tensor._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
 
 
-def resolve_layout(layout: str, policy: str, format: BlockFormat | None, target: Target) -> tuple[str, str]:
-    """Return the layout that "auto" means for experts in `format` on `target`, any other as it is, and why.
+def resolve_layout(layout: str, policy: str, format: BlockFormat | None, target: Target, activations: ActivationFormat = "bf16") -> tuple[str, str]:
+    """Return the layout that "auto" means for experts in `format` on `target` called with `activations`, any other as it is, and why.
 
     Raises:
         InputError: as `prepare`.
@@ -171,25 +180,37 @@ def resolve_layout(layout: str, policy: str, format: BlockFormat | None, target:
     is_hopper = target.arch == "sm_90" and format is not None
     reason = "asked for"
     if layout == "auto":
-        layout = "hopper" if is_hopper else "canonical"
-        reason = "FP4 experts on a Hopper GPU" if is_hopper else f"read by every kernel for {'FP4' if format else 'dense'} experts on {target.arch}"
+        layout = "canonical" if not is_hopper else "hopper_fp8" if activations == "fp8" else "hopper"
+        reason = (
+            f"FP4 experts on a Hopper GPU, {activations} activations"
+            if is_hopper
+            else f"read by every kernel for {'FP4' if format else 'dense'} experts on {target.arch}"
+        )
     elif layout == "triton":
         layout, reason = "canonical", "asked for as 'triton', whose kernels read the checkpoint's own arrangement"
     return layout, reason
 
 
 def prepare(
-    w: ExpertWeights, layout: str = "auto", policy: str = "packed", *, in_place: bool = False, device: torch.device | str | None = None
+    w: ExpertWeights,
+    layout: str = "auto",
+    policy: str = "packed",
+    *,
+    activations: ActivationFormat = "bf16",
+    in_place: bool = False,
+    device: torch.device | str | None = None,
 ) -> PreparedExperts:
     """Arrange expert weights for the kernels of the device they are on, or of `device`.
 
     Args:
         w: the experts of one layer (NVFP4, MXFP4 or dense).
         layout: "canonical" (no copy: the result shares storage with `w`; "triton", the name of the kernels that read it, means the same);
-            "hopper", "trtllm_gen" or "cutlass" (FP4 only; packed with about one expert of working memory, and room for a second copy while `w` is
-            alive; the latter two are read by the engines they are named after, not by `fused_moe`); or "auto": hopper for FP4 experts on a GPU of
-            compute capability 9.0, else canonical.
+            "hopper", "hopper_fp8", "trtllm_gen" or "cutlass" (FP4 only; packed with about one expert of working memory, and room for a second copy
+            while `w` is alive; the latter two are read by the engines they are named after, not by `fused_moe`); or "auto": for FP4 experts on a
+            GPU of compute capability 9.0 hopper, or hopper_fp8 where `activations` are, else canonical.
         policy: "packed".
+        activations: what `fused_moe` will mostly be called with; for layout "auto". "hopper" and "hopper_fp8" hold the same values and serve all
+            activations, the latter faster on fp8 tensor cores and slower with few tokens and in bf16 (docs/kernels.md).
         in_place: consume `w`. Its tensors become the result wherever they have the right size, and afterwards hold bytes that mean nothing as
             canonical weights; drop `w` then. "hopper" reuses codes when H and I are multiples of 64, scales when they are multiples of 256. Memory
             needed beside `w`: what is not reused, and a buffer of 32 MiB or one expert where the kernel that does without cannot run.
@@ -210,7 +231,7 @@ def prepare(
     if in_place and place != w.device:
         raise InputError("weights cannot be arranged in place on another device", where="prepare", given=f"{place}", needed=f"{w.device}")
     target = Target.of(place)
-    layout, reason = resolve_layout(layout, policy, w.format, target)
+    layout, reason = resolve_layout(layout, policy, w.format, target, activations)
     if layout == "canonical":
         return PreparedExperts(w if place == w.device else w.to(place), layout, policy, target, reason)
     packed = _storage_within(w, layout) if in_place else LAYOUTS[layout].allocate(w, place)

@@ -236,7 +236,7 @@ def pack_in_place(module: ExpertsModule) -> None:
     module is moved to a device without such kernels, or calls for activations that they do not take, they come back.
     """
     state = module.halfbyte
-    state.prepared = prepare(expert_weights(module), "hopper", in_place=True)
+    state.prepared = prepare(expert_weights(module), "hopper_fp8" if state.activations == "fp8" else "hopper", in_place=True)
     for name in (projection + suffix for projection in (first_projection(module), "down_proj") for suffix in (CODES, BLOCK_SCALE)):
         state.replaced[name] = module.get_parameter(name).dtype
         delattr(module, name)

@@ -41,6 +41,7 @@ from halfbyte.kernels.triton.encode_rows import encode_rows
 from halfbyte.kernels.triton.permute import Items, gather, permute, variant
 from halfbyte.weights.layouts.gluon_support import fix_cache_keys, tma_descriptor
 from halfbyte.weights.layouts.hopper import HopperExperts, HopperMatrix, padded_size
+from halfbyte.weights.layouts.hopper_bits import WordsFor
 
 fix_cache_keys(grouped_gemm_w4a16_decode, grouped_gemm_prefill)
 
@@ -126,9 +127,11 @@ FP8_HUGE = PrefillConfig(
     ((64, 0), (128, 0), (128, 64), (256, 0), (256, 16), (256, 32)),
     consumers=2, step_k=128, x_stages=4, w_stages=3, box=32, registers=240, max_registers=168, fp8=True,
 )  # fmt: skip
-# Rows an expert, on average, from which on fp8 tensor cores gain enough: weights in NVFP4 are rounded for it, those in MXFP4 are not
-# (`weights.layouts.hopper_fp8`).
+# Rows an expert, on average, from which on fp8 tensor cores gain enough with words for bf16: weights in NVFP4 are rounded for it, those in MXFP4 are
+# not (`weights.layouts.hopper_fp8`). Words for fp8 take the kernels for bf16 8 to 25 % longer, and fp8 tensor cores gain as soon as there are tokens
+# enough: with 2 tokens FP8_TINY takes as long as the direct kernel or up to 15 % less, but 20 % more for Qwen3-30B (H200, 2026-11-28).
 MIN_FP8_ROWS = {NVFP4: 24, MXFP4: 12}
+MIN_FP8_TOKENS = 3
 
 
 def choose_config(
@@ -137,13 +140,14 @@ def choose_config(
     num_experts: int,
     activations: ActivationFormat = "bf16",
     format: BlockFormat = NVFP4,
+    words_for: WordsFor = "bf16",
     *,
     batch_invariant: bool = False,
 ) -> DecodeConfig | PrefillConfig:
     """Pick the kernels from what the host knows: the average number of rows an expert.
 
-    The `format` of the weights matters for fp8 only. `batch_invariant`: among those that add up a token's products in one order, which are the
-    prefill kernels of one kind of activations.
+    `format` and `words_for` of the weights matter for fp8 only. `batch_invariant`: among those that add up a token's products in one order, which are
+    the prefill kernels of one kind of activations.
 
     >>> choose_config(1, 8, 256).direct, choose_config(64, 8, 256).direct, choose_config(4096, 8, 256).max_rows
     (True, False, 160)
@@ -152,11 +156,13 @@ def choose_config(
     """
     rows = num_tokens * top_k
     average = rows / num_experts
-    if activations == "fp8" and (average > MIN_FP8_ROWS[format] or batch_invariant):
+    is_direct = not batch_invariant and average <= 12 and num_tokens <= MAX_DIRECT_TOKENS and rows <= MAX_DIRECT_SLOTS
+    is_fp8 = batch_invariant or (num_tokens >= MIN_FP8_TOKENS if words_for == "fp8" else average > MIN_FP8_ROWS[format])
+    if activations == "fp8" and is_fp8:
         return next(
             (config for limit, config in ((24, FP8_TINY), (72, FP8_SMALL), (112, FP8_MEDIUM), (160, FP8_LARGE)) if average <= limit), FP8_HUGE
         )
-    if not batch_invariant and average <= 12 and num_tokens <= MAX_DIRECT_TOKENS and rows <= MAX_DIRECT_SLOTS:
+    if is_direct:
         return DecodeConfig(direct=True)
     if not batch_invariant and average <= 4:
         return DecodeConfig(direct=False)
@@ -166,24 +172,21 @@ def choose_config(
     return HUGE
 
 
-def rounds_weights(num_tokens: int, top_k: int, num_experts: int, activations: ActivationFormat, format: BlockFormat) -> bool:
+def rounds_weights(num_tokens: int, top_k: int, experts: HopperExperts, activations: ActivationFormat) -> bool:
     """Whether a call multiplies by weights rounded to e4m3 (`weights.layouts.hopper_fp8.round_to_fp8`) instead of by the FP4 values."""
-    config = choose_config(num_tokens, top_k, num_experts, activations, format)
+    config = choose_config(num_tokens, top_k, experts.num_experts, activations, experts.format, experts.words_for)
     return isinstance(config, PrefillConfig) and config.fp8
 
 
 def warm_up_calls(
-    num_experts: int, hidden: int, format: BlockFormat, top_k: int, max_tokens: int, activations: ActivationFormat, batch_invariant: bool
+    experts: HopperExperts, top_k: int, max_tokens: int, activations: ActivationFormat, batch_invariant: bool
 ) -> list[tuple[list[int], dict[str, Any]]]:
-    """(numbers of tokens, options) of calls, as small as possible, that launch every kernel that calls of up to `max_tokens` tokens launch.
-
-    >>> [numbers for numbers, _ in warm_up_calls(128, 2048, NVFP4, 8, 1024, "bf16", False)]
-    [[1], [1, 33], [65, 129, 257], [257, 512], [257]]
-    """
+    """(numbers of tokens, options) of calls, as small as possible, that launch every kernel that calls of up to `max_tokens` tokens launch."""
+    num_experts, hidden = experts.num_experts, experts.hidden
     calls: dict[DecodeConfig | PrefillConfig, list[int]] = {}
     seen: set[Any] = set()
     for num_tokens in range(1, max_tokens + 1):
-        config = choose_config(num_tokens, top_k, num_experts, activations, format, batch_invariant=batch_invariant)
+        config = choose_config(num_tokens, top_k, num_experts, activations, experts.format, experts.words_for, batch_invariant=batch_invariant)
         numbers = calls.setdefault(config, [])
         for launch in _small_launches(num_tokens, top_k, num_experts, hidden, config) - seen:
             seen.add(launch)
@@ -231,7 +234,9 @@ def fused_moe(
     if num_tokens == 0:
         return out
     if config is None:
-        config = choose_config(num_tokens, top_k, experts.num_experts, activations, experts.format, batch_invariant=batch_invariant)
+        config = choose_config(
+            num_tokens, top_k, experts.num_experts, activations, experts.format, experts.words_for, batch_invariant=batch_invariant
+        )
     hidden, ids, weights = hidden.contiguous(), ids.contiguous(), weights.contiguous()
     run = _decode if isinstance(config, DecodeConfig) else _prefill_fp8 if config.fp8 else _prefill
     y, row_of_slot = run(hidden, experts, ids, expert_offset, config, activations)
@@ -266,8 +271,8 @@ def _decode_gemm(
     grouped_gemm_w4a16_decode[(work * matrix.row_tiles, parts)](
         x, x if x_scale is None else x_scale, matrix.words, matrix.scales, *_optional(matrix), y, ids, item_list, num_items, token_of_row,
         ids.shape[0], expert_offset, experts.num_experts,
-        ids.shape[1], k, x.stride(0), matrix.row_tiles, y.shape[1], y.shape[1], experts.format == NVFP4, is_w13, *_activation(experts),
-        matrix.bias is not None, x_scale is not None, items is None, parts, True,
+        ids.shape[1], k, x.stride(0), matrix.row_tiles, y.shape[1], y.shape[1], experts.format == NVFP4, experts.words_for, is_w13,
+        *_activation(experts), matrix.bias is not None, x_scale is not None, items is None, parts, True,
         num_warps=NUM_WARPS, launch_pdl=True, maxnreg=WIDE_REGISTERS if items is None and (x_scale is not None or not is_w13) else DECODE_REGISTERS,
     )  # fmt: skip
 
@@ -316,8 +321,9 @@ def _prefill_gemm(
         tma_descriptor(x, config.box, config.step_k), tma_descriptor(matrix.words.view(-1, 32), 64 if whole_runs else 16, 32),
         tma_descriptor(matrix.scales.view(torch.int32).view(-1, matrix.scales.shape[-1] // 4), 8, matrix.scales.shape[-1] // 4),
         shift, multiplier, matrix.row_exponent, multiplier if x_scale is None else x_scale, bias, y, items.items, items.num_items,
-        matrix.row_tiles, matrix.column_tiles, y.shape[1], y.shape[1], experts.format == NVFP4, x_scale is not None, is_w13, *_activation(experts),
-        matrix.bias is not None, config.sizes, config.consumers, config.tiles, config.x_stages, config.w_stages, config.registers,
+        matrix.row_tiles, matrix.column_tiles, y.shape[1], y.shape[1], experts.format == NVFP4, experts.words_for, x_scale is not None,
+        is_w13, *_activation(experts), matrix.bias is not None, config.sizes, config.consumers, config.tiles, config.x_stages, config.w_stages,
+        config.registers,
         num_warps=4, maxnreg=config.max_registers,
     )  # fmt: skip
 

@@ -142,18 +142,20 @@ def _columns(x, FIRST: gl.constexpr, ROWS: gl.constexpr, COLUMN: gl.constexpr):
 
 
 @gluon.jit
-def _decode(words, scales, decoding, OPERAND: gl.constexpr, ODD: gl.constexpr, NVFP4: gl.constexpr, FP8: gl.constexpr):
+def _decode(
+    words, scales, decoding, OPERAND: gl.constexpr, ODD: gl.constexpr, NVFP4: gl.constexpr, WORDS_FOR: gl.constexpr, FP8: gl.constexpr
+):  # fmt: skip
     """One tile of weights as a register operand; `decoding` is what the tile's rows or expert need for it."""
     if FP8:
-        operand = dequantize_fp8(words, scales, decoding[0], decoding[1], OPERAND, ODD, NVFP4)
+        operand = dequantize_fp8(words, scales, decoding[0], decoding[1], OPERAND, ODD, NVFP4, WORDS_FOR)
     else:
-        operand = dequantize(words, scales, decoding, OPERAND, ODD, NVFP4)
+        operand = dequantize(words, scales, decoding, OPERAND, ODD, NVFP4, WORDS_FOR)
     return operand
 
 
 @gluon.jit
 def _multiply(
-    rings, x_it, w_it, decodings, CONSUMER: gl.constexpr, TILES: gl.constexpr, NVFP4: gl.constexpr, FP8: gl.constexpr,
+    rings, x_it, w_it, decodings, CONSUMER: gl.constexpr, TILES: gl.constexpr, NVFP4: gl.constexpr, WORDS_FOR: gl.constexpr, FP8: gl.constexpr,
     SIZE0: gl.constexpr, SIZE1: gl.constexpr,
 ):  # fmt: skip
     """The row tiles of a consumer, 64 weight rows each, times SIZE0 + SIZE1 tokens, over all of K: the accumulators of the first tile, then those of
@@ -181,7 +183,7 @@ def _multiply(
                 tile_scales = load_scales(scales.index(place), NVFP4)[c // 2]
                 if c * EACH + t == RUN * EACH - 1:
                     mbarrier.arrive(w_empty.index(w_stage), count=1)
-                w = _decode(tile_words, tile_scales, decodings[t], OPERAND, c % 2 == 1, NVFP4, FP8)
+                w = _decode(tile_words, tile_scales, decodings[t], OPERAND, c % 2 == 1, NVFP4, WORDS_FOR, FP8)
                 if c * 64 % STEP_K == 0 and t == 0:
                     mbarrier.wait(x_full.index(x_stage), x_phase)
                 accumulators = _step(w, accumulators, low, high, x_stage, t * PARTS, c * 64 % STEP_K, SIZE0, SIZE1)
@@ -250,11 +252,11 @@ def _store(
 def _multiply_and_store(
     rings, x_it, w_it, decodings, multiplier0, multiplier1, exponents_ptr, x_scale_ptr, bias_ptr, y_ptr, expert, row_start, num_rows, first_row_tile,
     CONSUMER: gl.constexpr, ROW_TILES: gl.constexpr, TILES: gl.constexpr, N: gl.constexpr, Y_STRIDE: gl.constexpr, NVFP4: gl.constexpr,
-    FP8: gl.constexpr, SCALED: gl.constexpr, IS_W13: gl.constexpr, KIND: gl.constexpr, ALPHA: gl.constexpr, BETA: gl.constexpr,
-    LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr, SIZE0: gl.constexpr, SIZE1: gl.constexpr,
+    WORDS_FOR: gl.constexpr, FP8: gl.constexpr, SCALED: gl.constexpr, IS_W13: gl.constexpr, KIND: gl.constexpr, ALPHA: gl.constexpr,
+    BETA: gl.constexpr, LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr, SIZE0: gl.constexpr, SIZE1: gl.constexpr,
 ):  # fmt: skip
     PARTS: gl.constexpr = 2 if SIZE1 > 0 else 1
-    accumulators, x_it, w_it = _multiply(rings, x_it, w_it, decodings, CONSUMER, TILES, NVFP4, FP8, SIZE0, SIZE1)
+    accumulators, x_it, w_it = _multiply(rings, x_it, w_it, decodings, CONSUMER, TILES, NVFP4, WORDS_FOR, FP8, SIZE0, SIZE1)
     for t in gl.static_range(len(decodings)):
         row_tile = first_row_tile + t
         tile_rows = _first_row(expert, row_tile, ROW_TILES)
@@ -277,8 +279,8 @@ def _first_row(expert, row_tile, ROW_TILES: gl.constexpr):
 @gluon.jit
 def _consume(
     tensors, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, EACH: gl.constexpr, ROW_TILES: gl.constexpr, TILES: gl.constexpr, N: gl.constexpr,
-    Y_STRIDE: gl.constexpr, NVFP4: gl.constexpr, SCALED: gl.constexpr, IS_W13: gl.constexpr, KIND: gl.constexpr, ALPHA: gl.constexpr,
-    BETA: gl.constexpr, LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr, SIZES: gl.constexpr,
+    Y_STRIDE: gl.constexpr, NVFP4: gl.constexpr, WORDS_FOR: gl.constexpr, SCALED: gl.constexpr, IS_W13: gl.constexpr, KIND: gl.constexpr,
+    ALPHA: gl.constexpr, BETA: gl.constexpr, LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr, SIZES: gl.constexpr,
 ):  # fmt: skip
     rings, shift_ptr, multiplier_ptr, exponents_ptr, x_scale_ptr, bias_ptr, y_ptr, items_ptr, num_tiles = tensors
     FP8: gl.constexpr = rings[0].dtype == gl.float8e4nv
@@ -307,8 +309,8 @@ def _consume(
             if (num_rows > (0 if s == 0 else SIZES[s - 1][0] + SIZES[s - 1][1])) & (num_rows <= SIZES[s][0] + SIZES[s][1]):
                 x_it, w_it = _multiply_and_store(
                     rings, x_it, w_it, decodings, multiplier0, multiplier1, exponents_ptr, x_scale_ptr, bias_ptr, y_ptr, expert, row_start, num_rows,
-                    first_row_tile, CONSUMER, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, FP8, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS,
-                    SIZES[s][0], SIZES[s][1],
+                    first_row_tile, CONSUMER, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, WORDS_FOR, FP8, SCALED, IS_W13, KIND, ALPHA, BETA,
+                    LIMIT, HAS_BIAS, SIZES[s][0], SIZES[s][1],
                 )  # fmt: skip
 
 
@@ -323,9 +325,9 @@ def _rows_of_stages(max_tokens: int) -> tuple[int, int]:
 def grouped_gemm_prefill(
     x_desc, words_desc, scales_desc, shift_ptr, multiplier_ptr, exponents_ptr, x_scale_ptr, bias_ptr, y_ptr, items_ptr, num_items_ptr,
     ROW_TILES: gl.constexpr, TILES: gl.constexpr, N: gl.constexpr, Y_STRIDE: gl.constexpr,
-    NVFP4: gl.constexpr, SCALED: gl.constexpr, IS_W13: gl.constexpr, KIND: gl.constexpr, ALPHA: gl.constexpr, BETA: gl.constexpr,
-    LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr, SIZES: gl.constexpr, CONSUMERS: gl.constexpr, EACH: gl.constexpr, X_STAGES: gl.constexpr,
-    W_STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+    NVFP4: gl.constexpr, WORDS_FOR: gl.constexpr, SCALED: gl.constexpr, IS_W13: gl.constexpr, KIND: gl.constexpr, ALPHA: gl.constexpr,
+    BETA: gl.constexpr, LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr, SIZES: gl.constexpr, CONSUMERS: gl.constexpr, EACH: gl.constexpr,
+    X_STAGES: gl.constexpr, W_STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     GROUP_TILES: gl.constexpr = CONSUMERS * EACH
     GROUPS: gl.constexpr = (ROW_TILES + GROUP_TILES - 1) // GROUP_TILES
@@ -352,10 +354,14 @@ def grouped_gemm_prefill(
     tensors = (rings, shift_ptr, multiplier_ptr, exponents_ptr, x_scale_ptr, bias_ptr, y_ptr, items_ptr, num_tiles)
     partitions: gl.constexpr = 4 - CONSUMERS  # how many of the following are left out
     gl.warp_specialize([
-        (_consume, (tensors, 3, CONSUMERS, EACH, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES)),
-        (_consume, (tensors, 2, CONSUMERS, EACH, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES)),
-        (_consume, (tensors, 1, CONSUMERS, EACH, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES)),
-        (_consume, (tensors, 0, CONSUMERS, EACH, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS, SIZES)),
+        (_consume, (tensors, 3, CONSUMERS, EACH, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, WORDS_FOR, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS,
+                    SIZES)),
+        (_consume, (tensors, 2, CONSUMERS, EACH, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, WORDS_FOR, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS,
+                    SIZES)),
+        (_consume, (tensors, 1, CONSUMERS, EACH, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, WORDS_FOR, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS,
+                    SIZES)),
+        (_consume, (tensors, 0, CONSUMERS, EACH, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, WORDS_FOR, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS,
+                    SIZES)),
         (_produce_x, (x_desc, low, high, x_full, x_empty, items_ptr, num_tiles, GROUPS, STEPS, SIZES)),
         (_produce_w, (words_desc, scales_desc, words, scales, w_full, w_empty, items_ptr, num_tiles, GROUPS, GROUP_TILES, ROW_TILES, TILES)),
     ][partitions:], _worker_warps(CONSUMERS), _worker_registers(CONSUMERS, CONSUMER_REGISTERS))  # fmt: skip

@@ -54,8 +54,8 @@ def grouped_gemm_w4a16_decode(
     ids_ptr, items_ptr, num_items_ptr, token_of_row_ptr,
     num_tokens, expert_offset, num_experts,
     TOP_K: gl.constexpr, K: gl.constexpr, X_STRIDE: gl.constexpr, ROW_TILES: gl.constexpr, N: gl.constexpr, Y_STRIDE: gl.constexpr,
-    NVFP4: gl.constexpr, IS_W13: gl.constexpr, KIND: gl.constexpr, ALPHA: gl.constexpr, BETA: gl.constexpr, LIMIT: gl.constexpr,
-    HAS_BIAS: gl.constexpr, SCALED: gl.constexpr, DIRECT: gl.constexpr, PARTS: gl.constexpr, PDL: gl.constexpr,
+    NVFP4: gl.constexpr, WORDS_FOR: gl.constexpr, IS_W13: gl.constexpr, KIND: gl.constexpr, ALPHA: gl.constexpr, BETA: gl.constexpr,
+    LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr, SCALED: gl.constexpr, DIRECT: gl.constexpr, PARTS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [4, 1], [16, 8])
     FLAT: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
@@ -86,8 +86,8 @@ def grouped_gemm_w4a16_decode(
     if is_active:
         _tile(
             x_ptr, x_scale_ptr, words_ptr, scales_ptr, shift_ptr, multiplier_ptr, bias_ptr, y_ptr, ids_ptr, token_of_row_ptr, num_tokens,
-            expert, expert_id, row_start, num_rows, row_tile, TOP_K, K, X_STRIDE, ROW_TILES, N, Y_STRIDE, NVFP4, IS_W13, KIND, ALPHA, BETA, LIMIT,
-            HAS_BIAS, SCALED, DIRECT, PARTS, PDL, MMA,
+            expert, expert_id, row_start, num_rows, row_tile, TOP_K, K, X_STRIDE, ROW_TILES, N, Y_STRIDE, NVFP4, WORDS_FOR, IS_W13, KIND, ALPHA,
+            BETA, LIMIT, HAS_BIAS, SCALED, DIRECT, PARTS, PDL, MMA,
         )  # fmt: skip
 
 
@@ -96,8 +96,9 @@ def _tile(
     x_ptr, x_scale_ptr, words_ptr, scales_ptr, shift_ptr, multiplier_ptr, bias_ptr, y_ptr, ids_ptr, token_of_row_ptr, num_tokens,
     expert, expert_id, row_start, num_rows, row_tile,
     TOP_K: gl.constexpr, K: gl.constexpr, X_STRIDE: gl.constexpr, ROW_TILES: gl.constexpr, N: gl.constexpr, Y_STRIDE: gl.constexpr,
-    NVFP4: gl.constexpr, IS_W13: gl.constexpr, KIND: gl.constexpr, ALPHA: gl.constexpr, BETA: gl.constexpr, LIMIT: gl.constexpr,
-    HAS_BIAS: gl.constexpr, SCALED: gl.constexpr, DIRECT: gl.constexpr, PARTS: gl.constexpr, PDL: gl.constexpr, MMA: gl.constexpr,
+    NVFP4: gl.constexpr, WORDS_FOR: gl.constexpr, IS_W13: gl.constexpr, KIND: gl.constexpr, ALPHA: gl.constexpr, BETA: gl.constexpr,
+    LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr, SCALED: gl.constexpr, DIRECT: gl.constexpr, PARTS: gl.constexpr, PDL: gl.constexpr,
+    MMA: gl.constexpr,
 ):  # fmt: skip
     TILES: gl.constexpr = (K + 63) // 64
     RUNS: gl.constexpr = (TILES + 3) // 4
@@ -161,7 +162,7 @@ def _tile(
             if not K_MASK:
                 step = gl.minimum(step, RUNS * 4 - 1)
             x_queue = x_queue[1:] + (_load_x(x_pointers + step * 64, x_mask, column + step * 64, MMA, K, K_MASK),)
-            w = dequantize(queue[0], scales_low if c < 2 else scales_high, bias, gl.DotOperandLayout(0, MMA, 2), c % 2 == 1, NVFP4)
+            w = dequantize(queue[0], scales_low if c < 2 else scales_high, bias, gl.DotOperandLayout(0, MMA, 2), c % 2 == 1, NVFP4, WORDS_FOR)
             tile = upcoming * 4 + c
             if TILES % 4 != 0:
                 tile = gl.minimum(tile, TILES - 1)  # past the end x is masked to zero

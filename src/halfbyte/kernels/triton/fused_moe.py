@@ -16,7 +16,6 @@ import torch
 
 from halfbyte.checkpoint.experts import ExpertWeights
 from halfbyte.errors import UnsupportedError
-from halfbyte.formats import BlockFormat
 from halfbyte.formats.activations import ActivationFormat
 from halfbyte.kernels.reference.fused_moe import combine
 from halfbyte.kernels.triton.encode_rows import encode_rows
@@ -36,17 +35,18 @@ class DevicePermutation(NamedTuple):
 
 
 def warm_up_calls(
-    num_experts: int, hidden: int, format: BlockFormat, top_k: int, max_tokens: int, activations: ActivationFormat, batch_invariant: bool
+    experts: ExpertWeights, top_k: int, max_tokens: int, activations: ActivationFormat, batch_invariant: bool
 ) -> list[tuple[list[int], dict[str, Any]]]:
     """See `kernels.table.KernelChoice`: the fewest tokens of each kernel, for real, because nothing else chooses it.
 
-    >>> warm_up_calls(8, 64, halfbyte.NVFP4, 2, 1024, "bf16", False)
+    >>> w = halfbyte.ExpertWeights(torch.zeros(8, 64, 32), torch.zeros(8, 32, 32))
+    >>> warm_up_calls(w, 2, 1024, "bf16", False)
     [([1], {}), ([65], {}), ([513], {})]
     """
     fewest: dict[int, int] = {}
     for num_tokens in range(1, 2 if batch_invariant else max_tokens + 1):
         # Whatever the dtype and the activation function: for others the same numbers of rows, or less of them, make a difference.
-        config = choose_config(num_tokens * top_k, num_experts, gated=False, compute=torch.bfloat16)
+        config = choose_config(num_tokens * top_k, experts.num_experts, gated=False, compute=torch.bfloat16)
         fewest.setdefault(config.block_m, num_tokens)
     return [([num_tokens], {}) for num_tokens in fewest.values()]
 

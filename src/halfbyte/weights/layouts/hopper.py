@@ -10,12 +10,18 @@ i = 0..3, of row half h. The s-th m16k16 A fragment (`mma.sync.m16n8k16`, `wgmma
 8 p + 2 t + e of k stands where column 4 s + 2 p + e of thread t stands. Who multiplies permutes the activations the same way inside each 64:
 `SLOT_TO_COLUMN`.
 
-A word is coded so that shifts and masks turn it into four pairs of bf16 (`hopper_dequant.py`), and so that its eight codes, which share a table, are
-soon selectors of bytes (`hopper_dequant_fp8.py`). In each half, e = 0 in the low one, the codes i have these bits, * in the other half:
+A word is coded for the tensor cores that multiply by it; both kinds of kernel read both kinds of words. Layout "hopper" is for bf16: shifts and masks
+turn a word into four pairs (`hopper_dequant.py`). In each half, e = 0 in the low one, the codes i have these bits, * in the other half:
 
     i           0     1     2           3
     magnitude   4-2   8-6   10, 9, 0    14-12
     sign        11    15    1*          5*
+
+Layout "hopper_fp8" is for fp8: the codes share a table of bytes, and their magnitudes are its selectors (`hopper_dequant_fp8.py`):
+
+    column of the word   0     1     2     3       5       7       4       6
+    magnitude            2-0   10-8  6-4   14-12   18-16   22-20   26-24   30-28
+    sign                 3     19    11    27      7       15      23      31
 
 This file has the host side:
 
@@ -54,6 +60,7 @@ from halfbyte.weights.checks import check_scales, fp4_matrices, has_unusable_sca
 from halfbyte.weights.layouts.hopper_bits import (
     TILE,
     TILES_PER_SCALE_WORD,
+    WordsFor,
     decode_nvfp4_scale,
     encode_nvfp4_scale,
     pack_codes,
@@ -122,7 +129,10 @@ class HopperMatrix:
 
 @dataclass(frozen=True)
 class HopperExperts:
-    """The experts of one layer in tiles; `hidden` and `intermediate` are the sizes before padding, input scales as in `ExpertWeights`."""
+    """The experts of one layer in tiles; `hidden` and `intermediate` are the sizes before padding, input scales as in `ExpertWeights`.
+
+    `words_for`: the tensor cores that the words are coded for, "fp8" in layout "hopper_fp8".
+    """
 
     w13: HopperMatrix
     w2: HopperMatrix
@@ -132,6 +142,7 @@ class HopperExperts:
     intermediate: int
     first_expert: int
     num_global_experts: int
+    words_for: WordsFor
     w13_input_scale: torch.Tensor | None = None
     w2_input_scale: torch.Tensor | None = None
 
@@ -160,19 +171,19 @@ class HopperExperts:
         return replace(self, w13_input_scale=tensors.get("w13_input_scale"), w2_input_scale=tensors.get("w2_input_scale"), **sides)
 
 
-def allocate(w: ExpertWeights, device: torch.device | str) -> HopperExperts:
+def allocate(w: ExpertWeights, device: torch.device | str, words_for: WordsFor = "bf16") -> HopperExperts:
     """Return storage for all experts of `w`, uninitialised, on `device` ("meta" too).
 
     Raises:
         InputError: the weights are dense, or their scales are not in layout "linear".
     """
-    w13, w2 = fp4_matrices(w, "hopper")
+    w13, w2 = fp4_matrices(w, "hopper_fp8" if words_for == "fp8" else "hopper")
     halves = 2 if w.activation.gated else 1
     w13_out = _allocate_matrix(w13, halves * padded_size(w.intermediate), w.w13_bias is not None, device)
     w2_out = _allocate_matrix(w2, padded_size(w.hidden), w.w2_bias is not None, device)
     num_global = w.num_experts if w.num_global_experts is None else w.num_global_experts
     input_scales = (None if scale is None else torch.empty_like(scale, device=device) for scale in (w.w13_input_scale, w.w2_input_scale))
-    return HopperExperts(w13_out, w2_out, w13.format, w.activation, w.hidden, w.intermediate, w.first_expert, num_global, *input_scales)
+    return HopperExperts(w13_out, w2_out, w13.format, w.activation, w.hidden, w.intermediate, w.first_expert, num_global, words_for, *input_scales)
 
 
 def pack(w: ExpertWeights, out: HopperExperts, first: int = 0) -> None:
@@ -193,8 +204,8 @@ def pack(w: ExpertWeights, out: HopperExperts, first: int = 0) -> None:
     # The one time the host waits for the device.
     if w.num_experts and bool((torch.maximum(largest13.max(), largest2.max()) > largest_valid_scale(w13.format)) | has_unusable_scalars(w)):
         check_scales(w)
-    _pack_matrix(w13, w.w13_bias, w13_order(w.activation), largest13, out.w13, first)
-    _pack_matrix(w2, w.w2_bias, "straight", largest2, out.w2, first)
+    _pack_matrix(w13, w.w13_bias, w13_order(w.activation), largest13, out.w13, out.words_for, first)
+    _pack_matrix(w2, w.w2_bias, "straight", largest2, out.w2, out.words_for, first)
     for kept, scale in ((out.w13_input_scale, w.w13_input_scale), (out.w2_input_scale, w.w2_input_scale)):
         if kept is not None and scale is not None:
             kept.copy_(scale)
@@ -203,8 +214,8 @@ def pack(w: ExpertWeights, out: HopperExperts, first: int = 0) -> None:
 def unpack(experts: HopperExperts) -> ExpertWeights:
     """Give the canonical experts back: the inverse of `pack`."""
     order, halves = w13_order(experts.activation), 2 if experts.activation.gated else 1
-    w13, w13_bias = _unpack_matrix(experts.w13, experts.format, order, halves * experts.intermediate, experts.hidden)
-    w2, w2_bias = _unpack_matrix(experts.w2, experts.format, "straight", experts.hidden, experts.intermediate)
+    w13, w13_bias = _unpack_matrix(experts.w13, experts, order, halves * experts.intermediate, experts.hidden)
+    w2, w2_bias = _unpack_matrix(experts.w2, experts, "straight", experts.hidden, experts.intermediate)
     return ExpertWeights(
         w13,
         w2,
@@ -266,12 +277,14 @@ def _allocate_matrix(w: QuantTensor, rows: int, has_bias: bool, device: torch.de
     )
 
 
-def _pack_matrix(w: QuantTensor, bias: torch.Tensor | None, order: RowOrder, largest: torch.Tensor, out: HopperMatrix, first: int) -> None:
+def _pack_matrix(
+    w: QuantTensor, bias: torch.Tensor | None, order: RowOrder, largest: torch.Tensor, out: HopperMatrix, words_for: WordsFor, first: int
+) -> None:
     """`largest`: uint8 [E, N], the largest scale byte of each row."""
     num_experts, device = w.codes.shape[0], out.words.device
     here = slice(first, first + num_experts)
     pack_weights = _pack_weights_on_gpu if _has_kernels(device) else _pack_weights
-    pack_weights(w.codes, w.scales.view(torch.uint8), order, out.words[here], out.scales[here])
+    pack_weights(w.codes, w.scales.view(torch.uint8), order, out.words[here], out.scales[here], words_for)
     _write_row_exponents(largest.to(device), order, w.format, out.row_exponent[here])
     if w.format == NVFP4:
         assert w.global_scale is not None
@@ -299,7 +312,9 @@ def _write_row_exponents(largest: torch.Tensor, order: RowOrder, format: BlockFo
     row_exponent.copy_(row_exponents(_ordered(stored.T, rows, len(stored)).T, format))
 
 
-def _pack_weights(codes: torch.Tensor, scales: torch.Tensor, order: RowOrder, words: torch.Tensor, scale_words: torch.Tensor) -> None:
+def _pack_weights(
+    codes: torch.Tensor, scales: torch.Tensor, order: RowOrder, words: torch.Tensor, scale_words: torch.Tensor, words_for: WordsFor
+) -> None:
     """Codes uint8 [E, N, K/2] and scale bytes [E, N, K/block] to tiles, with torch. `words` and `scale_words` may be the storage of the two."""
     num_experts, row_tiles, column_tiles, _ = words.shape
     device, inference = words.device, torch.is_inference_mode_enabled()
@@ -318,7 +333,7 @@ def _pack_weights(codes: torch.Tensor, scales: torch.Tensor, order: RowOrder, wo
         expert, first, ready, raw = piece
         tiles, tile_rows = slice(first, first + step), slice(first * TILE, (first + step) * TILE)
         with torch.inference_mode(inference):  # which every thread has its own of
-            _pack_row_tiles(ready, raw, rows[tile_rows], words[expert, tiles], scale_words[expert, tiles])
+            _pack_row_tiles(ready, raw, rows[tile_rows], words[expert, tiles], scale_words[expert, tiles], words_for)
 
     with _pool_of_single_threads() if is_cpu else nullcontext() as pool:
         run = pool.map if pool else map
@@ -362,7 +377,9 @@ def _pool_of_single_threads() -> Iterator[ThreadPoolExecutor]:
         yield pool
 
 
-def _pack_row_tiles(codes: torch.Tensor, scales: torch.Tensor, rows: torch.Tensor, words: torch.Tensor, scale_words: torch.Tensor) -> None:
+def _pack_row_tiles(
+    codes: torch.Tensor, scales: torch.Tensor, rows: torch.Tensor, words: torch.Tensor, scale_words: torch.Tensor, words_for: WordsFor
+) -> None:
     """Write these rows of one expert."""
     block = 2 * codes.shape[1] // scales.shape[1]
     columns = words.shape[1] * TILE
@@ -371,25 +388,27 @@ def _pack_row_tiles(codes: torch.Tensor, scales: torch.Tensor, rows: torch.Tenso
     if block == NVFP4.block:
         lanes &= -(raw != 0).long()  # 16 codes have one scale
         raw = encode_nvfp4_scale(raw)
-    pack_codes(lanes.view(torch.uint8), words)
+    pack_codes(lanes.view(torch.uint8), words, words_for)
     scale_words.copy_(pack_scales(raw, block))
 
 
-def _pack_weights_on_gpu(codes: torch.Tensor, scales: torch.Tensor, order: RowOrder, words: torch.Tensor, scale_words: torch.Tensor) -> None:
+def _pack_weights_on_gpu(
+    codes: torch.Tensor, scales: torch.Tensor, order: RowOrder, words: torch.Tensor, scale_words: torch.Tensor, words_for: WordsFor
+) -> None:
     """The same with kernels, on the device of `words`."""
     from halfbyte.weights.layouts.hopper_pack import pack_matrix
 
     sources = (codes, scales)
     if all(_in_lanes(tensor, words.device) for tensor in sources):
         if not _share_storage(sources, (words, scale_words)):
-            pack_matrix(codes, scales, words, scale_words, order)
+            pack_matrix(codes, scales, words, scale_words, order, words_for)
             return
         target = Target.of(words.device)
         if target.arch == "sm_90":
             from halfbyte.weights.layouts.hopper_pack_in_place import num_groups, pack_matrix_in_place
 
             if num_groups(scale_words, target.num_sms) > 0:
-                pack_matrix_in_place(codes, scales, words, scale_words, order, target.num_sms)
+                pack_matrix_in_place(codes, scales, words, scale_words, order, words_for, target.num_sms)
                 return
     step = max(1, BUFFER_BYTES // (codes[0].nbytes + scales[0].nbytes))
     buffers = [torch.empty((min(step, len(codes)), *tensor.shape[1:]), dtype=torch.uint8, device=words.device) for tensor in sources]
@@ -398,7 +417,7 @@ def _pack_weights_on_gpu(codes: torch.Tensor, scales: torch.Tensor, order: RowOr
         staged_codes, staged_scales = (
             buffer[: len(tensor[batch])].copy_(tensor[batch], non_blocking=True) for buffer, tensor in zip(buffers, sources, strict=True)
         )
-        pack_matrix(staged_codes, staged_scales, words[batch], scale_words[batch], order)
+        pack_matrix(staged_codes, staged_scales, words[batch], scale_words[batch], order, words_for)
     if codes.device.type == "cpu":
         torch.cuda.current_stream(words.device).synchronize()  # pinned memory may still be read, and is the caller's to change
 
@@ -431,8 +450,8 @@ def _ordered(matrix: torch.Tensor, source: torch.Tensor, columns: int) -> torch.
     return ordered if matrix.shape[1] == columns else torch.nn.functional.pad(ordered, (0, columns - matrix.shape[1]))
 
 
-def _unpack_matrix(matrix: HopperMatrix, format: BlockFormat, order: RowOrder, rows: int, columns: int) -> tuple[QuantTensor, torch.Tensor | None]:
-    num_experts, device = matrix.words.shape[0], matrix.words.device
+def _unpack_matrix(matrix: HopperMatrix, experts: HopperExperts, order: RowOrder, rows: int, columns: int) -> tuple[QuantTensor, torch.Tensor | None]:
+    num_experts, device, format = experts.num_experts, experts.device, experts.format
     source = source_rows(order, rows).to(device)
     kept = source >= 0
     target = source[kept]
@@ -441,11 +460,11 @@ def _unpack_matrix(matrix: HopperMatrix, format: BlockFormat, order: RowOrder, r
     if _has_kernels(device):
         from halfbyte.weights.layouts.hopper_pack import unpack_matrix
 
-        unpack_matrix(matrix.words, matrix.scales, codes, scales, order)
+        unpack_matrix(matrix.words, matrix.scales, codes, scales, order, experts.words_for)
     else:
         for expert in range(num_experts):
             raw = unpack_scales(matrix.scales[expert])[:, : scales.shape[2]]
-            codes[expert, target] = unpack_codes(matrix.words[expert])[kept, : columns // 2]
+            codes[expert, target] = unpack_codes(matrix.words[expert], experts.words_for)[kept, : columns // 2]
             scales[expert, target] = decode_nvfp4_scale(raw[kept]) if format == NVFP4 else raw[kept]
     bias = None
     if matrix.bias is not None:

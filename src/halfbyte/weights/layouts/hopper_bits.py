@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 TILE = 64
 TILES_PER_SCALE_WORD = 4
 
 
-def pack_codes(codes: torch.Tensor, words: torch.Tensor) -> None:
+# The tensor cores that a word is soon decoded for; those of the other kind read it too.
+WordsFor = Literal["bf16", "fp8"]
+
+
+def pack_codes(codes: torch.Tensor, words: torch.Tensor, words_for: WordsFor) -> None:
     """uint8 [N, K/2] (low nibble = even column) to int32 words [N/64, K/64, 512], in lanes of 8 bytes: two words of a thread."""
     row_tiles, column_tiles, _ = words.shape
-    lanes = _words_of_codes(codes.view(torch.int64)).view(row_tiles, 4, 2, 8, column_tiles, 4)  # tile, w, h, g, column tile, t
+    to_words = _fp8_words_of_codes if words_for == "fp8" else _words_of_codes
+    lanes = to_words(codes.view(torch.int64)).view(row_tiles, 4, 2, 8, column_tiles, 4)  # tile, w, h, g, column tile, t
     words.view(torch.int64).view(row_tiles, column_tiles, 4, 8, 4, 2).copy_(lanes.permute(0, 4, 1, 3, 5, 2))
 
 
@@ -37,6 +44,16 @@ def _codes_of_words(words: torch.Tensor) -> torch.Tensor:
     return _swap(_swap(n, 8, 0x0000FF00), 4, 0x00F000F0)
 
 
+def _fp8_words_of_codes(codes: torch.Tensor) -> torch.Tensor:
+    n = _swap(_swap(codes, 4, 0x00F000F0), 8, 0x00FF0000)  # columns 0, 2, 1, 3 and 5, 7, 4, 6
+    return _swap(_swap(n, 8, 0x00008800), 4, 0x00800080)  # the signs of the two halves in turns
+
+
+def _codes_of_fp8_words(words: torch.Tensor) -> torch.Tensor:
+    n = _swap(_swap(words, 4, 0x00800080), 8, 0x00008800)
+    return _swap(_swap(n, 8, 0x00FF0000), 4, 0x00F000F0)
+
+
 def _swap(lanes: torch.Tensor, distance: int, low: int) -> torch.Tensor:
     """Exchange the bits `low` of each 32 with those `distance` above them."""
     difference = (lanes >> distance).bitwise_xor_(lanes).bitwise_and_(_twice(low))
@@ -48,10 +65,11 @@ def _twice(bits: int) -> int:
     return int.from_bytes(bits.to_bytes(4, "little") * 2, "little", signed=True)
 
 
-def unpack_codes(words: torch.Tensor) -> torch.Tensor:
+def unpack_codes(words: torch.Tensor, words_for: WordsFor) -> torch.Tensor:
     """The inverse of `pack_codes`."""
     row_tiles, column_tiles, _ = words.shape
-    lanes = _codes_of_words(words.contiguous().view(torch.int64)).view(row_tiles, column_tiles, 4, 8, 4, 2)  # tile, column tile, w, g, t, h
+    to_codes = _codes_of_fp8_words if words_for == "fp8" else _codes_of_words
+    lanes = to_codes(words.contiguous().view(torch.int64)).view(row_tiles, column_tiles, 4, 8, 4, 2)  # tile, column tile, w, g, t, h
     return lanes.permute(0, 2, 5, 3, 1, 4).reshape(row_tiles * TILE, column_tiles * 4).view(torch.uint8)
 
 

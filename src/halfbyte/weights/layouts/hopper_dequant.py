@@ -1,6 +1,7 @@
 """The in-kernel inverse of `hopper.pack`: 16 bytes a thread become a [64, 64] bf16 operand in registers (Gluon).
 
-For 32 codes of a thread: 9 integer instructions and 4 bf16x2 multiplies a word of 8, and one PRMT and one IMAD a scale. A code's three magnitude
+For 32 codes of a thread: 9 integer instructions and 4 bf16x2 multiplies a word of 8, and one PRMT and one IMAD a scale; 11 integer instructions and
+5 multiplications more (IMAD, a pipe of its own) where words are coded for fp8. A code's three magnitude
 bits at the bottom of bf16's exponent are worth e2m1 * 2^-126, subnormals included, so multiplying by the scale finishes the conversion. e2m1 times an
 e4m3 or e8m0 scale is exact in bf16: nothing is rounded here.
 
@@ -12,13 +13,13 @@ from triton.experimental.gluon import language as gl
 
 
 @gluon.constexpr_function
-def _assembly(scale_byte: int, nvfp4: bool) -> str:
+def _assembly(scale_byte: int, nvfp4: bool, words_for: str) -> str:
     """PTX for the four words of a thread.
 
     Operands: $0-$15 results (step s, half p, row half h at 4 s + 2 p + h), $16-$19 words, $20 the scale word (repeated in $21-$23), and for MXFP4 $24
     the bias to add (repeated in $25-$27). `scale_byte` is 0 or 2: where this tile's two bytes are in the scale word.
     """
-    lines = ["{", ".reg .b32 t, u, d0, d1, zero, bias;", "mov.b32 zero, 0;"]
+    lines = ["{", ".reg .b32 t, u, v, d0, d1, zero, bias;", "mov.b32 zero, 0;"]
     lines.append("mov.b32 bias, 0x70007000;" if nvfp4 else "mov.b32 bias, $24;")
     for h in range(2):
         byte = scale_byte + h
@@ -27,13 +28,23 @@ def _assembly(scale_byte: int, nvfp4: bool) -> str:
         for q in range(2):
             word = f"${16 + 2 * h + q}"
             r0, r1, r2, r3 = (f"${4 * (2 * q + i // 2) + 2 * (i % 2) + h}" for i in range(4))
-            lines += [
-                f"shl.b32 t, {word}, 4; and.b32 {r0}, t, 0x81C081C0;",
-                f"and.b32 {r1}, {word}, 0x81C081C0;",
-                f"shf.r.wrap.b32 t, {word}, {word}, 2; and.b32 u, t, 0x81808180;",
-                f"shl.b32 t, {word}, 6; lop3.b32 {r2}, t, 0x00400040, u, 0xEA;",
-                f"shf.r.wrap.b32 t, {word}, {word}, 6; and.b32 {r3}, t, 0x81C081C0;",
-            ]
+            if words_for == "fp8":
+                lines += [
+                    # Two magnitudes to the bottom of each half, the signs of the lower ones to their tops.
+                    f"mul.lo.u32 v, {word}, 16; prmt.b32 u, {word}, v, 0x6140;",
+                    f"mul.lo.u32 t, u, 4; and.b32 t, t, 0x01C001C0; lop3.b32 {r1}, v, 0x80008000, t, 0xEA;",
+                    f"mul.lo.u32 t, u, 64; and.b32 t, t, 0x01C001C0; lop3.b32 {r0}, u, 0x80008000, t, 0xEA;",
+                    f"prmt.b32 u, {word}, {word}, 0x0223; mul.lo.u32 t, u, 64; and.b32 t, t, 0x01C001C0; lop3.b32 {r2}, u, 0x80008000, t, 0xEA;",
+                    f"mul.lo.u32 t, u, 4; and.b32 t, t, 0x01C001C0; shf.r.wrap.b32 v, {word}, {word}, 16; lop3.b32 {r3}, v, 0x80008000, t, 0xEA;",
+                ]
+            else:
+                lines += [
+                    f"shl.b32 t, {word}, 4; and.b32 {r0}, t, 0x81C081C0;",
+                    f"and.b32 {r1}, {word}, 0x81C081C0;",
+                    f"shf.r.wrap.b32 t, {word}, {word}, 2; and.b32 u, t, 0x81808180;",
+                    f"shl.b32 t, {word}, 6; lop3.b32 {r2}, t, 0x00400040, u, 0xEA;",
+                    f"shf.r.wrap.b32 t, {word}, {word}, 6; and.b32 {r3}, t, 0x81C081C0;",
+                ]
             lines += [f"mul.bf16x2 {result}, {result}, d{h};" for result in (r0, r1, r2, r3)]
     return "\n".join([*lines, "}"])
 
@@ -105,12 +116,12 @@ def load_scales(stage, NVFP4: gl.constexpr):
 
 
 @gluon.jit
-def dequantize(words, scales, bias, OPERAND: gl.constexpr, ODD: gl.constexpr, NVFP4: gl.constexpr):
+def dequantize(words, scales, bias, OPERAND: gl.constexpr, ODD: gl.constexpr, NVFP4: gl.constexpr, WORDS_FOR: gl.constexpr):
     """words, scales int32 [16, 32] to bf16 [64, 64] in `OPERAND`, columns in slot order.
 
     ODD: whether the tile is the second one that `scales` serves. bias: int32 [16, 32], MXFP4 only (`exponent_bias`).
     """
-    asm: gl.constexpr = _assembly(2 if ODD else 0, NVFP4)
+    asm: gl.constexpr = _assembly(2 if ODD else 0, NVFP4, WORDS_FOR)
     if NVFP4:
         r0, r1, r2, r3, r4, r5, r6, r7 = gl.inline_asm_elementwise(asm, _TWO_INPUTS, [words, scales], dtype=_EIGHT_BF16, is_pure=True, pack=4)
     else:

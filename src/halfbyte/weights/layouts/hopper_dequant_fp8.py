@@ -4,8 +4,8 @@ A thread's 32 codes in a tile belong to two rows and have one scale each, so eac
 scale, from which a PRMT takes four at once. Values with one significant bit are a few exponents above the first; those with two (1.5, 3 and 6) come
 from one fp16 product, rounded by an addition to its bits. A subnormal value would break this, so small scales count as the smallest that has none.
 
-For 8 codes 10 masks and PRMTs and 4 multiplications (IMAD, a pipe of its own), which shift too; for the tables of both rows 4 and 4 (MXFP4), or
-5 PRMTs, 6 additions and maxima and some multiplications (NVFP4).
+For 8 codes 6 masks and PRMTs and 1 multiplication (IMAD, a pipe of its own), which shifts, or 10 and 4 where words are coded for bf16; for the tables
+of both rows 4 and 4 (MXFP4), or 5 PRMTs, 6 additions and maxima and some multiplications (NVFP4).
 """
 
 from triton.experimental import gluon
@@ -15,13 +15,13 @@ from halfbyte.weights.layouts.hopper_dequant import SCALE_LAYOUT, WORD_LAYOUT, f
 
 
 @gluon.constexpr_function
-def _assembly(scale_byte: int, nvfp4: bool) -> str:
+def _assembly(scale_byte: int, nvfp4: bool, words_for: str) -> str:
     """PTX for the four words of a thread.
 
     Operands: $0-$7 results (step s, row half h at 2 s + h), $8-$11 words, $12 the scale word (repeated in $13-$15), $16-$19 and $20-$23 what
     `scale_limits` returns. `scale_byte` is 0 or 2: where this tile's two bytes are in the scale word.
     """
-    lines = ["{", ".reg .b32 t, u, first, second, zero, low0, high0, low1, high1;", "mov.b32 zero, 0;"]
+    lines = ["{", ".reg .b32 t, u, v, first, second, zero, low0, high0, low1, high1;", "mov.b32 zero, 0;"]
     if nvfp4:
         # The byte of e4m3(scale) in byte 0 or 2 of `first`, that of 1.5 times it in byte 1 or 3 of `second`.
         lines += [
@@ -40,15 +40,22 @@ def _assembly(scale_byte: int, nvfp4: bool) -> str:
     for h in range(2):
         for q in range(2):
             word, even, odd = f"${8 + 2 * h + q}", f"${4 * q + h}", f"${4 * q + 2 + h}"
-            lines += [
-                # Codes i = 0, 1 of both halves: magnitudes to the low four nibbles, signs to the tops of bytes.
-                f"mul.lo.u32 t, {word}, 64; and.b32 t, t, 0x77007700; prmt.b32 t, t, zero, 0x4431;",
-                f"prmt.b32 u, low{h}, high{h}, t;",
-                f"mul.lo.u32 t, {word}, 16; prmt.b32 t, t, {word}, 0x7351; lop3.b32 {even}, t, 0x80808080, u, 0xEA;",
-                # Codes 2, 3; their signs are in the other half.
-                f"and.b32 t, {word}, 0x76017601; mul.lo.u32 t, t, 0x101; prmt.b32 t, t, zero, 0x4413; prmt.b32 u, low{h}, high{h}, t;",
-                f"and.b32 t, {word}, 0x00220022; mul.lo.u32 t, t, 0x440; lop3.b32 {odd}, t, 0x80808080, u, 0xEA;",
-            ]
+            if words_for == "fp8":
+                lines += [
+                    f"and.b32 t, {word}, 0x77777777; prmt.b32 u, low{h}, high{h}, t;",
+                    f"mul.lo.u32 v, {word}, 16; lop3.b32 {even}, v, 0x80808080, u, 0xEA;",
+                    f"shr.u32 t, t, 16; prmt.b32 u, low{h}, high{h}, t; lop3.b32 {odd}, {word}, 0x80808080, u, 0xEA;",
+                ]
+            else:
+                lines += [
+                    # Codes i = 0, 1 of both halves: magnitudes to the low four nibbles, signs to the tops of bytes.
+                    f"mul.lo.u32 t, {word}, 64; and.b32 t, t, 0x77007700; prmt.b32 t, t, zero, 0x4431;",
+                    f"prmt.b32 u, low{h}, high{h}, t;",
+                    f"mul.lo.u32 t, {word}, 16; prmt.b32 t, t, {word}, 0x7351; lop3.b32 {even}, t, 0x80808080, u, 0xEA;",
+                    # Codes 2, 3; their signs are in the other half.
+                    f"and.b32 t, {word}, 0x76017601; mul.lo.u32 t, t, 0x101; prmt.b32 t, t, zero, 0x4413; prmt.b32 u, low{h}, high{h}, t;",
+                    f"and.b32 t, {word}, 0x00220022; mul.lo.u32 t, t, 0x440; lop3.b32 {odd}, t, 0x80808080, u, 0xEA;",
+                ]
     return "\n".join([*lines, "}"])
 
 
@@ -81,12 +88,12 @@ def scale_limits(exponents_ptr, NVFP4: gl.constexpr):
 
 
 @gluon.jit
-def dequantize_fp8(words, scales, smallest, tables, OPERAND: gl.constexpr, ODD: gl.constexpr, NVFP4: gl.constexpr):
+def dequantize_fp8(words, scales, smallest, tables, OPERAND: gl.constexpr, ODD: gl.constexpr, NVFP4: gl.constexpr, WORDS_FOR: gl.constexpr):
     """words, scales int32 [16, 32] to e4m3 [64, 64] in `OPERAND`, columns in fp8 slot order; smallest, tables from `scale_limits`.
 
     ODD: whether the tile is the second one that `scales` serves.
     """
-    asm: gl.constexpr = _assembly(2 if ODD else 0, NVFP4)
+    asm: gl.constexpr = _assembly(2 if ODD else 0, NVFP4, WORDS_FOR)
     r0, r1, r2, r3, r4, r5, r6, r7 = gl.inline_asm_elementwise(
         asm, _CONSTRAINTS, [words, scales, smallest, tables], dtype=_EIGHT_FP8, is_pure=True, pack=4
     )

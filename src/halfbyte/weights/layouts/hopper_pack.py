@@ -22,6 +22,7 @@ import triton.language as tl
 
 from halfbyte.weights.layouts import hopper_fp8
 from halfbyte.weights.layouts.hopper import RowOrder
+from halfbyte.weights.layouts.hopper_bits import WordsFor
 
 TOP_EXPONENT = tl.constexpr(hopper_fp8.TOP_EXPONENT)
 SMALLEST_ROW_EXPONENT = tl.constexpr(hopper_fp8.SMALLEST_ROW_EXPONENT)
@@ -71,7 +72,7 @@ def _tiles_of(words_ptr, scale_words_ptr, row_tile, run, runs, column_tiles, SCA
 @triton.jit
 def _pack(
     codes_ptr, scales_ptr, words_ptr, scale_words_ptr, rows, intermediate, lanes, column_tiles,
-    ORDER: tl.constexpr, NVFP4: tl.constexpr,
+    ORDER: tl.constexpr, NVFP4: tl.constexpr, WORDS_FOR: tl.constexpr,
 ):  # fmt: skip
     run, tile, expert = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     SCALES: tl.constexpr = 4 if NVFP4 else 2  # of a row in a tile
@@ -103,7 +104,7 @@ def _pack(
 
     lane3 = lane[:, :, None]
     target = lane3 // 4 * 256 + 8 * tl.arange(0, 32)[:, None, None] + 2 * (lane3 % 4) + tl.arange(0, 2)[None, None, :]
-    lanes_of_pair = tl.join(words_of_codes(first), words_of_codes(second))
+    lanes_of_pair = tl.join(words_of_codes(first, WORDS_FOR), words_of_codes(second, WORDS_FOR))
     tl.store(words_ptr + target, lanes_of_pair, mask=lane3 < 4 * column_tiles)
 
 
@@ -114,25 +115,34 @@ def _swap(lanes, distance: tl.constexpr, low: tl.constexpr):
 
 
 @triton.jit
-def words_of_codes(codes):
-    """`hopper_bits._words_of_codes`, of int64 or int32."""
-    n = _swap(_swap(codes, 4, 0x00F000F000F000F0), 8, 0x0000FF000000FF00)
-    words = (n << 2 & tl.cast(0x01DC01DC01DC01DC, n.dtype)) | (n << 8 & tl.cast(-0x77FF77FF77FF7800, n.dtype))
-    words |= (n >> 8 & tl.cast(0x0001000100010001, n.dtype)) | (n & tl.cast(0x7600760076007600, n.dtype))
-    return words | (n << 6 & tl.cast(0x0022000000220000, n.dtype)) | (n >> 26 & tl.cast(0x0000002200000022, n.dtype))
+def words_of_codes(codes, WORDS_FOR: tl.constexpr):
+    """What `hopper_bits.pack_codes` makes of codes, of int64 or int32."""
+    n = _swap(codes, 4, 0x00F000F000F000F0)
+    if WORDS_FOR == "fp8":
+        words = _swap(_swap(_swap(n, 8, 0x00FF000000FF0000), 8, 0x0000880000008800), 4, 0x0080008000800080)
+    else:
+        n = _swap(n, 8, 0x0000FF000000FF00)
+        words = (n << 2 & tl.cast(0x01DC01DC01DC01DC, n.dtype)) | (n << 8 & tl.cast(-0x77FF77FF77FF7800, n.dtype))
+        words |= (n >> 8 & tl.cast(0x0001000100010001, n.dtype)) | (n & tl.cast(0x7600760076007600, n.dtype))
+        words |= (n << 6 & tl.cast(0x0022000000220000, n.dtype)) | (n >> 26 & tl.cast(0x0000002200000022, n.dtype))
+    return words
 
 
 @triton.jit
-def _codes_of_words(words):
-    n = (words >> 2 & 0x0077007700770077) | (words >> 8 & 0x0088008800880088) | (words << 8 & 0x0100010001000100)
-    n |= (words & 0x7600760076007600) | (words >> 6 & 0x0000880000008800) | (words << 26 & -0x77FFFFFF78000000)
-    return _swap(_swap(n, 8, 0x0000FF000000FF00), 4, 0x00F000F000F000F0)
+def _codes_of_words(words, WORDS_FOR: tl.constexpr):
+    if WORDS_FOR == "fp8":
+        n = _swap(_swap(_swap(words, 4, 0x0080008000800080), 8, 0x0000880000008800), 8, 0x00FF000000FF0000)
+    else:
+        n = (words >> 2 & 0x0077007700770077) | (words >> 8 & 0x0088008800880088) | (words << 8 & 0x0100010001000100)
+        n |= (words & 0x7600760076007600) | (words >> 6 & 0x0000880000008800) | (words << 26 & -0x77FFFFFF78000000)
+        n = _swap(n, 8, 0x0000FF000000FF00)
+    return _swap(n, 4, 0x00F000F000F000F0)
 
 
 @triton.jit
 def _unpack(
     words_ptr, scale_words_ptr, codes_ptr, scales_ptr, rows, intermediate, lanes, column_tiles,
-    ORDER: tl.constexpr, NVFP4: tl.constexpr,
+    ORDER: tl.constexpr, NVFP4: tl.constexpr, WORDS_FOR: tl.constexpr,
 ):  # fmt: skip
     run, tile, expert = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     SCALES: tl.constexpr = 4 if NVFP4 else 2
@@ -143,7 +153,7 @@ def _unpack(
     lane = 16 * run + tl.arange(0, 16)[None, :]
     lane3 = lane[:, :, None]
     source = lane3 // 4 * 256 + 8 * tl.arange(0, 32)[:, None, None] + 2 * (lane3 % 4) + tl.arange(0, 2)[None, None, :]
-    of_rows = tl.split(_codes_of_words(tl.load(words_ptr + source, mask=lane3 < 4 * column_tiles, other=0)))
+    of_rows = tl.split(_codes_of_words(tl.load(words_ptr + source, mask=lane3 < 4 * column_tiles, other=0), WORDS_FOR))
 
     column = 4 * SCALES * run + tl.arange(0, 4 * SCALES)[None, :]
     columns = lanes * SCALES // 4
@@ -185,12 +195,14 @@ def _largest_of_rows(bytes_ptr, largest_ptr, rows, columns, ROWS: tl.constexpr, 
     tl.store(largest_ptr + expert * rows + row, tl.max(byte.to(tl.int32), axis=1).to(tl.uint8), mask=row < rows)
 
 
-def pack_matrix(codes: torch.Tensor, scales: torch.Tensor, words: torch.Tensor, scale_words: torch.Tensor, order: RowOrder) -> None:
+def pack_matrix(
+    codes: torch.Tensor, scales: torch.Tensor, words: torch.Tensor, scale_words: torch.Tensor, order: RowOrder, words_for: WordsFor
+) -> None:
     """Write the tiles of codes [E, N, K/2] and scales [E, N, K/block] uint8 to `words` and `scale_words`, which share no storage with them.
 
     All are contiguous, codes 8-byte aligned; scales are neither negative nor NaN.
     """
-    _launch(_pack, codes, scales, words, scale_words, order, codes.view(torch.int64), scales, words.view(torch.int64), scale_words)
+    _launch(_pack, codes, scales, words, scale_words, order, words_for, codes.view(torch.int64), scales, words.view(torch.int64), scale_words)
 
 
 def write_row_exponents(largest: torch.Tensor, row_exponent: torch.Tensor, order: RowOrder, *, nvfp4: bool) -> None:
@@ -202,9 +214,11 @@ def write_row_exponents(largest: torch.Tensor, row_exponent: torch.Tensor, order
         )
 
 
-def unpack_matrix(words: torch.Tensor, scale_words: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, order: RowOrder) -> None:
+def unpack_matrix(
+    words: torch.Tensor, scale_words: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, order: RowOrder, words_for: WordsFor
+) -> None:
     """The inverse of `pack_matrix`."""
-    _launch(_unpack, codes, scales, words, scale_words, order, words.view(torch.int64), scale_words, codes.view(torch.int64), scales)
+    _launch(_unpack, codes, scales, words, scale_words, order, words_for, words.view(torch.int64), scale_words, codes.view(torch.int64), scales)
 
 
 def largest_of_rows(raw: torch.Tensor) -> torch.Tensor:
@@ -220,10 +234,12 @@ def largest_of_rows(raw: torch.Tensor) -> torch.Tensor:
 
 def _launch(
     kernel: triton.JITFunction, codes: torch.Tensor, scales: torch.Tensor, words: torch.Tensor, scale_words: torch.Tensor, order: RowOrder,
-    *pointers: torch.Tensor,
+    words_for: WordsFor, *pointers: torch.Tensor,
 ) -> None:  # fmt: skip
     num_experts, rows, half_columns = codes.shape
     grid = (scale_words.shape[2], words.shape[1], num_experts)
     nvfp4 = scales.shape[2] * 8 == half_columns
     with torch.cuda.device_of(words):
-        kernel[grid](*pointers, rows, rows // 2 if order == "gate_up" else rows, half_columns // 8, words.shape[2], order, nvfp4, num_warps=4)
+        kernel[grid](
+            *pointers, rows, rows // 2 if order == "gate_up" else rows, half_columns // 8, words.shape[2], order, nvfp4, words_for, num_warps=4
+        )

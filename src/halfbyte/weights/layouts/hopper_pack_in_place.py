@@ -16,6 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from halfbyte.weights.layouts.gluon_support import barrier, tma_descriptor, tma_store
 from halfbyte.weights.layouts.hopper import RowOrder
+from halfbyte.weights.layouts.hopper_bits import WordsFor
 from halfbyte.weights.layouts.hopper_pack import encode_nvfp4_scale, row_of_pair, words_of_codes
 
 PROGRAMS_OF_A_MULTIPROCESSOR = 4
@@ -55,21 +56,21 @@ def _following(expert, i, num_held, num_groups):
 
 
 @gluon.jit
-def _words(codes, scales, NVFP4: gl.constexpr):
+def _words(codes, scales, NVFP4: gl.constexpr, WORDS_FOR: gl.constexpr):
     """int32 [32, 16, 2]; 16 codes with an NVFP4 scale of zero are zeros."""
     codes = gl.reshape(codes, (32, 16, 2))
     if NVFP4:
         has_scale = gl.convert_layout(scales, gl.SliceLayout(2, codes.type.layout), assert_trivial=True) != 0
         codes = gl.where(gl.expand_dims(has_scale, 2), codes, 0)
-    return words_of_codes(codes)
+    return words_of_codes(codes, WORDS_FOR)
 
 
 @gluon.jit
-def _keep(piece, words, scale_words, NVFP4: gl.constexpr):
+def _keep(piece, words, scale_words, NVFP4: gl.constexpr, WORDS_FOR: gl.constexpr):
     """Write what `_read` gave to `words`, int32 [64, 32] in shared memory, and `scale_words`, int16 [8, 64 or 32], as it will be in the tiles."""
     codes0, codes1, scales0, scales1 = piece
     SCALES: gl.constexpr = scales0.shape[1] // 4
-    both = gl.join(_words(codes0, scales0, NVFP4), _words(codes1, scales1, NVFP4))
+    both = gl.join(_words(codes0, scales0, NVFP4, WORDS_FOR), _words(codes1, scales1, NVFP4, WORDS_FOR))
     both = gl.permute(gl.reshape(both, (32, 4, 4, 2, 2)), (1, 0, 2, 4, 3))  # pair, tile, t, word, row to tile, pair, t, row, word
     words.store(gl.reshape(both, (64, 32)))
     scales0, scales1 = scales0.to(gl.int32), scales1.to(gl.int32)
@@ -102,7 +103,7 @@ def _write(target, slots, arrivals_ptr, expert, first_slot, program, num_program
 def _pack_in_place(
     codes_ptr, scales_ptr, words_desc, scale_words_desc, arrivals_ptr,
     num_experts, num_groups, rows, intermediate, lanes, row_tiles, column_tiles, runs,
-    ORDER: gl.constexpr, NVFP4: gl.constexpr,
+    ORDER: gl.constexpr, NVFP4: gl.constexpr, WORDS_FOR: gl.constexpr,
 ):  # fmt: skip
     SCALES: gl.constexpr = 4 if NVFP4 else 2  # of a row in a tile
     words = gl.allocate_shared_memory(gl.int32, [SLOTS, 64, 32], words_desc.layout)
@@ -130,7 +131,7 @@ def _pack_in_place(
                 tma.store_wait(0)
                 barrier()
             slot = (first_slot + i) % SLOTS
-            _keep(piece, words.index(slot), scale_words.index(slot), NVFP4)
+            _keep(piece, words.index(slot), scale_words.index(slot), NVFP4, WORDS_FOR)
         fence_async_shared()
         barrier()
         gl.atomic_add(arrivals_ptr + expert, 1, sem="release")
@@ -147,7 +148,7 @@ def num_groups(scale_words: torch.Tensor, num_sms: int) -> int:
 
 
 def pack_matrix_in_place(
-    codes: torch.Tensor, scales: torch.Tensor, words: torch.Tensor, scale_words: torch.Tensor, order: RowOrder, num_sms: int
+    codes: torch.Tensor, scales: torch.Tensor, words: torch.Tensor, scale_words: torch.Tensor, order: RowOrder, words_for: WordsFor, num_sms: int
 ) -> None:
     """`hopper_pack.pack_matrix` where `words`, `scale_words` or both lie in the storage of codes and scales, expert upon expert.
 
@@ -163,5 +164,5 @@ def pack_matrix_in_place(
             codes.view(torch.int32), scales, tma_descriptor(words.view(-1, 32), 64 if column_tiles % 4 == 0 else 16, 32),
             tma_descriptor(scale_words.view(torch.int16).view(-1, entries // 2), 8, entries // 2), arrivals,
             num_experts, groups, rows, rows // 2 if order == "gate_up" else rows, half_columns // 8, row_tiles, column_tiles, runs,
-            order, entries == 128, num_warps=4, maxnreg=MAX_REGISTERS, launch_cooperative_grid=True,
+            order, entries == 128, words_for, num_warps=4, maxnreg=MAX_REGISTERS, launch_cooperative_grid=True,
         )  # fmt: skip
