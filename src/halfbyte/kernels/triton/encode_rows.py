@@ -32,7 +32,7 @@ from triton.language.extra.cuda import gdc
 from halfbyte.formats import e2m1, e4m3
 from halfbyte.formats.activations import ActivationFormat
 from halfbyte.kernels.triton.blocks import amax8, e2m1_value, half, pack
-from halfbyte.kernels.triton.quantize_chunk import load_words, nvfp4_block
+from halfbyte.kernels.triton.quantize_chunk import load_words, nvfp4_block, prepare_global
 from halfbyte.kernels.triton.quantize_fp8 import divide, e4m3_bytes, fp32_scale, mx_scale, prepare_division
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -131,7 +131,7 @@ def _encode(
             amax = _amax_of_row(w, BF16)
             scale = tl.maximum(tl.div_rn(amax, _NVFP4_RANGE), _SMALLEST_NORMAL)
             scale = tl.where(amax == 0.0, 1.0, tl.where(amax < _INFINITY, scale, float("nan")))
-        byte, low, high = nvfp4_block(w, tl.zeros((1, GROUPS), tl.float32) + scale, BF16, False, NATIVE, ASM)
+        byte, low, high = nvfp4_block(w, prepare_global(scale, 6.0, ASM), BF16, False, NATIVE, ASM)
         block_scale = _e4m3_float(byte)
         e = (
             _e2m1_word(low, block_scale, ASM),

@@ -296,7 +296,7 @@ def _launch(kernel: Any, arguments: tuple, constants: dict[str, Any], config: Co
     columns = triton.cdiv(arguments[-2 if kernel is quantize_experts_kernel else -3], config.block_columns)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         most = _programs_per_sm(kernel, arguments, {**constants, **options}) * Target.of(device).num_sms
-        kernel[(min(num_chunks, triton.cdiv(most, columns)), columns)](*arguments, **constants, **options)
+        kernel[(min(num_chunks, max(1, most // columns)), columns)](*arguments, **constants, **options)
 
 
 _MEASURED: dict[tuple, int] = {}

@@ -62,19 +62,24 @@ def _load_block(
 
 
 @triton.jit
-def _nvfp4_scale(amax, largest: tl.constexpr, global_scale, NATIVE: tl.constexpr, ASM: tl.constexpr):
-    """e4m3(amax / (largest * global)): byte and value."""
+def prepare_global(global_scale, largest: tl.constexpr, ASM: tl.constexpr):
+    """What all blocks under a global scale share when their maximum is to become `largest`."""
     divisor = largest * global_scale
     factor = range_factor(divisor)
-    inverse = reciprocal(divisor * factor, ASM)
-    return e4m3_of(tl.minimum(quotient(amax * factor, divisor * factor, inverse, ASM), 448.0), NATIVE)  # min takes the number beside a NaN
+    return global_scale, range_factor(global_scale), factor, divisor * factor, reciprocal(divisor * factor, ASM)
 
 
 @triton.jit
-def _nvfp4_codes(w, scale, global_scale, BF16: tl.constexpr, ASM: tl.constexpr):
+def _nvfp4_scale(amax, prepared, NATIVE: tl.constexpr, ASM: tl.constexpr):
+    """e4m3(amax / (largest * global)): byte and value."""
+    return e4m3_of(tl.minimum(quotient(amax * prepared[2], prepared[3], prepared[4], ASM), 448.0), NATIVE)  # min takes the number beside a NaN
+
+
+@triton.jit
+def _nvfp4_codes(w, scale, prepared, BF16: tl.constexpr, ASM: tl.constexpr):
     """Codes of eight words, two words of them; 0 where scale * global is 0, and where it overflows all but NaN and infinity give 0."""
-    divisor = scale * global_scale
-    factor = tl.where(divisor == float("inf"), 0.0, range_factor(global_scale))
+    divisor = scale * prepared[0]
+    factor = tl.where(divisor == float("inf"), 0.0, prepared[1])
     divisor = tl.where(factor == 0.0, 1.0, divisor * factor)
     inverse = reciprocal(divisor, ASM)
     low = codes4(w[0], w[1], w[2], w[3], factor, divisor, inverse, BF16, True, ASM)
@@ -107,14 +112,16 @@ def _error(w, low, high, scale, global_scale, BF16: tl.constexpr):
 
 
 @triton.jit
-def nvfp4_block(w, global_scale, BF16: tl.constexpr, FOUR_OVER_SIX: tl.constexpr, NATIVE: tl.constexpr, ASM: tl.constexpr):
-    """Scale byte and two words of codes of the block in eight words."""
+def nvfp4_block(w, prepared, BF16: tl.constexpr, FOUR_OVER_SIX: tl.constexpr, NATIVE: tl.constexpr, ASM: tl.constexpr):
+    """Scale byte and two words of codes of the block in eight words; `prepared` by `prepare_global` for 6."""
     amax = amax8(w, BF16, ASM)
-    byte, scale = _nvfp4_scale(amax, 6.0, global_scale, NATIVE, ASM)
-    low, high = _nvfp4_codes(w, scale, global_scale, BF16, ASM)
+    byte, scale = _nvfp4_scale(amax, prepared, NATIVE, ASM)
+    low, high = _nvfp4_codes(w, scale, prepared, BF16, ASM)
     if FOUR_OVER_SIX:
-        byte4, scale4 = _nvfp4_scale(amax, 4.0, global_scale, NATIVE, ASM)
-        low4, high4 = _nvfp4_codes(w, scale4, global_scale, BF16, ASM)
+        global_scale = prepared[0]
+        prepared4 = prepare_global(global_scale, 4.0, ASM)
+        byte4, scale4 = _nvfp4_scale(amax, prepared4, NATIVE, ASM)
+        low4, high4 = _nvfp4_codes(w, scale4, prepared4, BF16, ASM)
         keep4 = _error(w, low4, high4, scale4, global_scale, BF16) < _error(w, low, high, scale, global_scale, BF16)
         byte, low, high = tl.where(keep4, byte4, byte), tl.where(keep4, low4, low), tl.where(keep4, high4, high)
     return byte, low, high
@@ -149,6 +156,8 @@ def quantize_chunk(
     codes_base = codes_ptr + x_row * num_columns * (2 * GROUPS)
     scales_base = scales_ptr + scale_row // TILE * TILE * scale_columns
     tile_row = (scale_row % TILE).to(tl.int32)
+    if NVFP4:
+        prepared = prepare_global(tl.load(global_ptr + global_index), 6.0, ASM)
     column = first_column + tl.arange(0, BLOCK_COLUMNS)[None, :]
     for start in range(0, present, BLOCK_ROWS):
         row = start + tl.arange(0, BLOCK_ROWS)[:, None]
@@ -163,10 +172,10 @@ def quantize_chunk(
         w = _load_block(words, mask, up_words, weights, column < num_columns, factor_of_row, SOURCE, ALPHA, BETA, LIMIT, BF16, ASM)
         if NVFP4:
             if GLOBAL_ROWS:
-                global_scale = tl.load(global_ptr + (x_row + row) // rows_per_global, mask=row < present, other=1.0)
+                row_scale = tl.load(global_ptr + (x_row + row) // rows_per_global, mask=row < present, other=1.0)
+                byte, low, high = nvfp4_block(w, prepare_global(row_scale, 6.0, ASM), BF16, FOUR_OVER_SIX, NATIVE, ASM)
             else:
-                global_scale = tl.load(global_ptr + global_index)
-            byte, low, high = nvfp4_block(w, global_scale, BF16, FOUR_OVER_SIX, NATIVE, ASM)
+                byte, low, high = nvfp4_block(w, prepared, BF16, FOUR_OVER_SIX, NATIVE, ASM)
             tl.store(codes + tl.arange(0, 2)[None, None, :], tl.join(low, high), mask=mask[:, :, None])
         else:
             v = _load_block(words + 8, mask, up_words, weights + 8, column < num_columns, factor_of_row, SOURCE, ALPHA, BETA, LIMIT, BF16, ASM)
