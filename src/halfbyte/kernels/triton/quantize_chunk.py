@@ -188,18 +188,20 @@ def quantize_chunk(
             tl.store(codes + tl.arange(0, 4)[None, None, :], quad, mask=mask[:, :, None])
         scales = scales_base + tl.max_contiguous(_scale_offset(tile_row + row, column, scale_columns, LAYOUT), (1, 1))
         tl.store(scales, byte.to(tl.uint8), mask=(row < present) & (column < scale_columns))
-    if LAYOUT != "linear":
-        _zero_scales(scales_base, tile_row, present, written, first_column, scale_columns, LAYOUT, 32 if TILE > 32 else TILE, BLOCK_COLUMNS)
+    if LAYOUT != "linear":  # noqa: SIM102 - decided when compiling
+        if present < written:
+            _zero_scales(scales_base, tile_row + present, tile_row + written, first_column, scale_columns, LAYOUT, TILE, BLOCK_COLUMNS)
 
 
 @triton.jit
-def _zero_scales(
-    scales_base, tile_row, first_row, end_row, first_column, scale_columns, LAYOUT: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
-):  # fmt: skip
-    """Zero the scales of rows `first_row` to `end_row`, four columns at a time."""
+def _zero_scales(scales_base, first_row, end_row, first_column, scale_columns, LAYOUT: tl.constexpr, TILE: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """Zero the scales of rows `first_row` to `end_row` of a tile, four columns at a time, of "128x4" 32 rows whose bytes are neighbours."""
+    AT_ONCE: tl.constexpr = 32 if LAYOUT == "128x4" else TILE
+    i = tl.arange(0, AT_ONCE)[:, None]
     column = first_column + 4 * tl.arange(0, BLOCK_COLUMNS // 4)[None, :]
     zero = tl.zeros((AT_ONCE, BLOCK_COLUMNS // 4), tl.int32)
-    for start in range(first_row, end_row, AT_ONCE):
-        row = start + tl.arange(0, AT_ONCE)[:, None]
-        words = scales_base.to(tl.pointer_type(tl.int32)) + _scale_offset(tile_row + row, column, scale_columns, LAYOUT) // 4
-        tl.store(words, zero, mask=(row < end_row) & (column < scale_columns))
+    first = first_row // 8
+    for eight in range(first, tl.minimum((end_row + 7) // 8, first + AT_ONCE // 8)):
+        row = i // 8 * 32 + eight % 4 * 8 + i % 8 if LAYOUT == "128x4" else i
+        words = scales_base.to(tl.pointer_type(tl.int32)) + _scale_offset(row, column, scale_columns, LAYOUT) // 4
+        tl.store(words, zero, mask=(row >= first_row) & (row < end_row) & (column < scale_columns))
