@@ -6,8 +6,8 @@
     scales   e4m3 or e8m0 bytes, "linear", "128x4" or "8x4"; the padding of the tiles is written as zero
 
 Codes and scales are those of `formats.quantizer`, bit for bit. Target: any CUDA GPU of compute capability 8.0 or newer.
-80 % of the copy bandwidth from 32,768 rows on, 2.8 us at 64 rows (NVFP4, 128x4, K = 7168, H100, 2026-11-25).
-Compiled for sm_90 by Triton 3.6: 752 instructions for 32 elements a thread, 56 registers, no spills (NVFP4, bf16, 128x4).
+80 % of the copy bandwidth from 32,768 rows on on an H100 (2026-11-25), 74 to 76 % on an H200, 2.8 us at 64 rows (NVFP4, 128x4, K = 7168, 2026-11-28).
+Compiled for sm_90 by Triton 3.6: 545 instructions for 32 elements a thread, 55 registers, no spills (NVFP4, bf16, 128x4).
 
 A thread owns whole blocks (16 columns, 32 for MXFP4), loads them 16 bytes at a time and needs no other thread. A program walks over chunks of rows
 (`quantize_chunk.py`) with the stride of the grid, which has as many programs as the GPU can hold at once.
