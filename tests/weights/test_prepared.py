@@ -7,6 +7,7 @@ import torch
 
 import halfbyte as hb
 from halfbyte.errors import InputError, UnsupportedError
+from halfbyte.weights.prepared import resolve_layout
 
 
 @pytest.fixture
@@ -53,7 +54,18 @@ def test_hopper_can_be_packed_anywhere_and_read_by_no_other_kernel(w):
         hb.fused_moe(torch.randn(2, 32).bfloat16(), prepared, torch.zeros(2, 1, dtype=torch.int32), torch.ones(2, 1))
 
 
+def test_auto_is_what_the_activations_are_fastest_with():
+    def auto(activations: str, format: hb.BlockFormat | None = hb.NVFP4, arch: str = "sm_90") -> str:
+        return resolve_layout("auto", "packed", format, hb.Target("", arch, 132, 0, 0, 0.0), activations)[0]
+
+    assert (auto("bf16"), auto("nvfp4"), auto("fp8")) == ("hopper", "hopper", "hopper_fp8")
+    assert auto("fp8", None) == auto("fp8", arch="sm_80") == "canonical"
+    assert resolve_layout("hopper", "packed", hb.MXFP4, hb.Target("", "sm_90", 132, 0, 0, 0.0), "fp8") == ("hopper", "asked for")
+
+
 def test_unknown_names(w):
+    with pytest.raises(InputError, match=r"unknown activation format .*'fp4'"):
+        hb.prepare(w, activations="fp4")
     with pytest.raises(InputError, match=r"unknown layout .*'blackwell'"):
         hb.prepare(w, "blackwell")
     with pytest.raises(InputError, match=r"unknown residency policy .*'dense'"):

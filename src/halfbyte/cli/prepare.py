@@ -19,10 +19,12 @@ HELP = "arrange a model's experts for this machine's kernels once, so that later
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from halfbyte.formats.activations import ACTIVATION_FORMATS
     from halfbyte.weights.prepared import LAYOUTS
 
     parser.add_argument("model", metavar="MODEL", help="model directory, or org/name on the Hugging Face Hub")
     parser.add_argument("--layout", choices=("auto", "canonical", *LAYOUTS), default="auto", help="auto: what the kernels of the device read best")
+    parser.add_argument("--activations", choices=ACTIVATION_FORMATS, default="bf16", help="what the layers will be called with, for --layout auto")
     parser.add_argument("--device", help="where the model will run, and where the work is done (default: the GPU where there is one)")
     parser.add_argument("--layers", type=parse_layers, metavar="N,N-N,...", help="only these decoder layers (default: all with experts)")
     parser.add_argument("--experts", type=parse_experts, metavar="A:B", help="only experts A to B - 1, those of one rank (default: all)")
@@ -61,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
         checkpoint.moe.block_of(layer)  # before any work: a layer that is not there
     options: dict[str, Any] = {
         "layout": args.layout,
+        "activations": args.activations,
         "experts": args.experts,
         "cache_dir": args.cache_dir,
         "force": args.force,
@@ -106,16 +109,12 @@ def _compile(checkpoint: Checkpoint, layers: Sequence[int], args: argparse.Names
     from halfbyte.weights.load import kinds_of_layers
 
     dtypes = ((torch.int32, torch.float32), (torch.int64, torch.float32), (torch.int64, torch.bfloat16))
-    passes: list[dict[str, Any]] = [
-        {"activations": activations, "ids_dtype": ids_dtype, "weights_dtype": weights_dtype}
-        for activations in args.compile
-        for ids_dtype, weights_dtype in dtypes
-    ]
-    for kind in kinds_of_layers(checkpoint, layers, device=device, layout=args.layout, experts=args.experts):
-        with Bar("compile", "pass") as bar:
-            for done, options in enumerate(passes, 1):
-                warm_up(kind, checkpoint.moe.top_k, **options)
-                bar.update(done, len(passes))
+    for activations in args.compile:
+        for kind in kinds_of_layers(checkpoint, layers, device=device, layout=args.layout, activations=activations, experts=args.experts):
+            with Bar(f"compile {activations}", "pass") as bar:
+                for done, (ids_dtype, weights_dtype) in enumerate(dtypes, 1):
+                    warm_up(kind, checkpoint.moe.top_k, activations=activations, ids_dtype=ids_dtype, weights_dtype=weights_dtype)
+                    bar.update(done, len(dtypes))
 
 
 def parse_activations(text: str) -> list[str]:

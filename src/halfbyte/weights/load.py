@@ -15,6 +15,7 @@ from halfbyte.checkpoint.load import ExpertReader
 from halfbyte.checkpoint.source import Checkpoint
 from halfbyte.device import Target
 from halfbyte.errors import CheckpointError, InputError
+from halfbyte.formats.activations import ActivationFormat
 from halfbyte.weights.cache import CacheEntry
 from halfbyte.weights.layouts.hopper_fp8 import WeightError, weight_error
 from halfbyte.weights.prepared import LAYOUTS, PreparedExperts, resolve_layout
@@ -32,6 +33,7 @@ def load_prepared(
     device: torch.device | str = "cpu",
     layout: str = "auto",
     policy: str = "packed",
+    activations: ActivationFormat = "bf16",
     experts: range | None = None,
     cache: CacheUse = "read",
     cache_dir: Path | None = None,
@@ -46,7 +48,7 @@ def load_prepared(
         model: directory, Hub name `org/name`, or an open `Checkpoint`.
         layer: decoder layer index.
         device: where the result goes, and where the weights are arranged.
-        layout, policy: as in `prepare`.
+        layout, policy, activations: as in `prepare`.
         experts: contiguous slice of the experts (expert parallel), all by default; no others are read.
         cache: "read" takes what is there and writes nothing; "write" also writes what was missing or wrong (when it cannot, the log
             says why); "off" does neither.
@@ -64,7 +66,7 @@ def load_prepared(
     if cache not in CACHE_USES:
         raise InputError("unknown use of the cache", where="load_prepared", given=repr(cache), needed=" or ".join(map(repr, CACHE_USES)))
     checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.open(model)
-    plan = _Plan.of(checkpoint, layer, device, layout, policy, experts, cache_dir)
+    plan = _Plan.of(checkpoint, layer, device, layout, policy, activations, experts, cache_dir)
     storage = plan.allocate(device)
     if cache != "off" and plan.entry.file.exists():
         try:
@@ -113,6 +115,7 @@ def prepare_on_disk(
     device: torch.device | str = "cpu",
     layout: str = "auto",
     policy: str = "packed",
+    activations: ActivationFormat = "bf16",
     experts: range | None = None,
     cache_dir: Path | None = None,
     force: bool = False,
@@ -129,7 +132,7 @@ def prepare_on_disk(
     Raises:
         CheckpointError, UnsupportedError, InputError: as `load_prepared`; the file cannot be written.
     """
-    plan = _Plan.of(checkpoint, layer, device, layout, policy, experts, cache_dir)
+    plan = _Plan.of(checkpoint, layer, device, layout, policy, activations, experts, cache_dir)
     entry = plan.entry
     reason = "forced" if force else "not there"
     if not force and entry.file.exists():
@@ -154,6 +157,7 @@ def kinds_of_layers(
     device: torch.device | str = "cpu",
     layout: str = "auto",
     policy: str = "packed",
+    activations: ActivationFormat = "bf16",
     experts: range | None = None,
 ) -> Iterator[PreparedExperts]:
     """Yield one layer of each kind among what `load_prepared` would return, with uninitialised weights: what `warm_up` needs to compile for them all.
@@ -163,7 +167,7 @@ def kinds_of_layers(
     """
     seen = set()
     for layer in layers:
-        plan = _Plan.of(checkpoint, layer, device, layout, policy, experts, None)
+        plan = _Plan.of(checkpoint, layer, device, layout, policy, activations, experts, None)
         outline = plan.result(plan.allocate("meta"))
         kind = (outline.description, *((tensor.dtype, tensor.shape) for tensor in outline.experts.tensors.values()))
         if kind not in seen:
@@ -211,11 +215,12 @@ class _Plan:
         device: torch.device | str,
         layout: str,
         policy: str,
+        activations: ActivationFormat,
         experts: range | None,
         cache_dir: Path | None,
     ) -> _Plan:
         reader, target = ExpertReader(checkpoint, layer, experts), Target.of(device)
-        layout, reason = resolve_layout(layout, policy, reader.format, target)
+        layout, reason = resolve_layout(layout, policy, reader.format, target, activations)
         entry = CacheEntry.of(checkpoint, layer, reader.experts, layout, policy, target.arch, cache_dir)
         return cls(reader, layout, policy, target, reason, entry)
 

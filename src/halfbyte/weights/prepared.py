@@ -13,7 +13,7 @@ from halfbyte.checkpoint.experts import Activation, ExpertWeights
 from halfbyte.device import Target
 from halfbyte.errors import InputError, UnsupportedError
 from halfbyte.formats import BlockFormat
-from halfbyte.formats.activations import ActivationFormat
+from halfbyte.formats.activations import ACTIVATION_FORMATS, ActivationFormat
 from halfbyte.weights.checks import check_same_kind, check_scales
 from halfbyte.weights.description import describe
 from halfbyte.weights.layouts import hopper
@@ -174,6 +174,8 @@ def resolve_layout(layout: str, policy: str, format: BlockFormat | None, target:
     """
     if policy not in POLICIES:
         raise InputError("unknown residency policy", where="prepare", given=repr(policy), needed=" or ".join(map(repr, POLICIES)))
+    if activations not in ACTIVATION_FORMATS:
+        raise InputError("unknown activation format", where="prepare", given=repr(activations), needed=" or ".join(map(repr, ACTIVATION_FORMATS)))
     available = ", ".join([f"'canonical' ({CANONICAL})", *(f"{name!r} ({known.purpose})" for name, known in LAYOUTS.items())])
     if layout not in ("auto", "canonical", "triton", *LAYOUTS):
         raise InputError("unknown layout", where="prepare", given=repr(layout), needed=f"'auto' or {available}")
@@ -218,9 +220,9 @@ def prepare(
         device: where the result goes; by default where `w` is. Host weights stream to a GPU through a buffer of 32 MiB or one expert.
 
     Raises:
-        InputError: no such layout or policy; the layout does not hold these weights; in place on another device. Nothing was written to `w`.
+        InputError: no such layout, policy or activations; the layout does not hold these weights; in place on another device. Nothing was written to
+            `w`.
         UnsupportedError: the layout is not arranged in place. Nothing was written to `w`.
-
 
     >>> w13, w2 = torch.randn(4, 64, 32), torch.randn(4, 32, 32)
     >>> w = halfbyte.ExpertWeights(halfbyte.quantize(w13, halfbyte.NVFP4), halfbyte.quantize(w2, halfbyte.NVFP4))
