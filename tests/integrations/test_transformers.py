@@ -250,6 +250,21 @@ def test_experts_packed_in_place_are_saved_reloaded_and_restored(checkpoint, fam
         hbt.set_layout(model, "hopper")
 
 
+def test_experts_are_packed_for_the_activations_they_see(checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    from halfbyte.integrations.transformers import modules
+
+    model = load(checkpoint("qwen3_moe", "modelopt", all_linear=True)[0])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    monkeypatch.setattr(modules, "_hopper_kernels_run", lambda *problem: True)
+    for activations, layout in (("bf16", "hopper"), ("fp8", "hopper_fp8"), ("nvfp4", "hopper")):
+        hbt.set_activations(model, activations)
+        for module in packed_experts(model):
+            assert modules._prepared(module).layout == layout
+            assert modules._prepared(module) is module.halfbyte.prepared
+        for name, tensor in model.state_dict().items():
+            assert_equal_bits(torch.atleast_1d(tensor), torch.atleast_1d(before[name]))
+
+
 @on_hopper
 @pytest.mark.parametrize(("family", "output"), [("qwen3_moe", "modelopt"), ("qwen3_moe", "mxfp4-pack-quantized"), ("gpt_oss", "gpt-oss")])
 def test_models_on_hopper_run_its_layout(checkpoint, family: str, output: str) -> None:

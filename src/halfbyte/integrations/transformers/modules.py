@@ -217,7 +217,8 @@ def _prepared(module: ExpertsModule) -> PreparedExperts:
     """Prepare the experts at the first call, and again when a tensor has moved (`model.to(device)`, offloading, a reload)."""
     state = module.halfbyte
     in_place = state.layout == "auto" and _hopper_kernels_run(_device(module), state.format, state.activations) and not _is_offloaded(module)
-    if state.replaced and not in_place:
+    is_as_wanted = in_place and state.prepared is not None and state.prepared.layout == _packed_layout(state.activations)
+    if state.replaced and not is_as_wanted:
         restore_canonical(module)
     if in_place and not state.replaced:
         pack_in_place(module)
@@ -233,15 +234,20 @@ def pack_in_place(module: ExpertsModule) -> None:
     """Arrange the experts for the Hopper kernels in the memory of their Parameters, and put buffers, which state_dict does not see, in their place.
 
     `state_dict()` still holds the canonical tensors (in new memory, codes under a zero scale as zeros), `load_state_dict` fills them, and when the
-    module is moved to a device without such kernels, or calls for activations that they do not take, they come back.
+    module is moved to a device without such kernels, or calls for activations that they do not take, they come back. For fp8 activations, and back,
+    experts are packed anew.
     """
     state = module.halfbyte
-    state.prepared = prepare(expert_weights(module), "hopper_fp8" if state.activations == "fp8" else "hopper", in_place=True)
+    state.prepared = prepare(expert_weights(module), _packed_layout(state.activations), in_place=True)
     for name in (projection + suffix for projection in (first_projection(module), "down_proj") for suffix in (CODES, BLOCK_SCALE)):
         state.replaced[name] = module.get_parameter(name).dtype
         delattr(module, name)
     for name, tensor in state.prepared.experts.tensors.items():
         module.register_buffer(_buffer_name(name), tensor, persistent=False)
+
+
+def _packed_layout(activations: ActivationFormat) -> str:
+    return "hopper_fp8" if activations == "fp8" else "hopper"
 
 
 def restore_canonical(module: ExpertsModule) -> None:
