@@ -5,10 +5,10 @@
     many                  permute, gather, GEMM1, GEMM2 (prefill), combine
     many, fp8             permute, quantise tokens, GEMM1, quantise rows, GEMM2 (prefill on fp8 tensor cores), combine
 
-Activations "mxfp8" and "nvfp4", and "fp8" up to `MIN_FP8_ROWS` rows an expert, where memory limits and fp8 tensor cores gain nothing: the W4A16
-kernels on quantised activations, which bf16 holds exactly, and exact weights. Two more launches, `encode_rows` before each GEMM, which move 4 T H and
-4 R I bytes. That is never faster than "bf16": it is for the numbers that a Blackwell GPU would give. Above, with "fp8", weights are rounded to e4m3
-too (`weights.layouts.hopper_fp8`): `rounds_weights`.
+Activations "mxfp8" and "nvfp4", and "fp8" up to `MIN_FP8_ROWS` rows an expert (below `MIN_FP8_TOKENS` tokens where words are coded for fp8), where
+memory limits and fp8 tensor cores gain nothing: the W4A16 kernels on quantised activations, which bf16 holds exactly, and exact weights. Two more
+launches, `encode_rows` before each GEMM, which move 4 T H and 4 R I bytes. That is never faster than "bf16": it is for the numbers that a Blackwell
+GPU would give. Above, with "fp8", weights are rounded to e4m3 too (`weights.layouts.hopper_fp8`): `rounds_weights`.
 
 h gets one scale a row, which needs the largest value of the whole row and so a pass of its own. It moves 3 R I bytes where GEMM2 computes 2 R H I
 operations: at 3 TB/s and 1.3 Pflop/s 650 / H of GEMM2's time, 3 % of a DeepSeek-R1 layer and 10 % of a Qwen3-30B one. A scale for every 64 columns
