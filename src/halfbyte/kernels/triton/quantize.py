@@ -82,15 +82,27 @@ def _sizes(offsets_ptr, expert, num_rows, NUM_EXPERTS: tl.constexpr, ROWS: tl.co
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def expert_ends_kernel(offsets_ptr, ends_ptr, num_rows, NUM_EXPERTS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr):
-    """ends[e] = `_sizes` of the experts before e, added up. One program."""
-    lane = tl.arange(0, BLOCK)
+def expert_ends_kernel(
+    offsets_ptr, ends_ptr, scale_offsets_ptr, num_rows,
+    LAYOUT: tl.constexpr, NUM_EXPERTS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """ends[e] = `_sizes` of the experts before e, added up; scale_offsets[e] = its rows. One program."""
     total = tl.zeros((), tl.int64)
     tl.store(ends_ptr, total)
     for first in range(0, NUM_EXPERTS, BLOCK):
-        ends = total + tl.cumsum(_sizes(offsets_ptr, first + lane, num_rows, NUM_EXPERTS, ROWS, TILE))
-        tl.store(ends_ptr + 1 + first + lane, ends, mask=first + lane < NUM_EXPERTS)
+        expert = first + tl.arange(0, BLOCK)
+        ends = total + tl.cumsum(_sizes(offsets_ptr, expert, num_rows, NUM_EXPERTS, ROWS, TILE))
+        tl.store(ends_ptr + 1 + expert, ends, mask=expert < NUM_EXPERTS)
+        if LAYOUT != "linear":
+            _store_scale_offsets(scale_offsets_ptr, expert, ends, NUM_EXPERTS)
         total = tl.max(ends)
+
+
+@triton.jit
+def _store_scale_offsets(scale_offsets_ptr, expert, ends, NUM_EXPERTS: tl.constexpr):
+    """scale_offsets[0] = 0 and, for each expert, where the scales of the next one start: the low half of its `ends`."""
+    tl.store(scale_offsets_ptr, 0)
+    tl.store(scale_offsets_ptr + 1 + expert, ends.to(tl.int32), mask=expert < NUM_EXPERTS)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -101,18 +113,15 @@ def quantize_experts_kernel(
     ROWS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, NATIVE: tl.constexpr, ASM: tl.constexpr,
     SOURCE: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
-    experts = tl.arange(0, EXPERTS_PADDED)
     if SCAN:
+        experts = tl.arange(0, EXPERTS_PADDED)
         ends = tl.cumsum(_sizes(offsets_ptr, experts, num_rows, NUM_EXPERTS, ROWS, TILE))
         total = tl.max(ends)
+        if LAYOUT != "linear":  # noqa: SIM102 - decided when compiling
+            if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+                _store_scale_offsets(scale_offsets_ptr, experts, ends, NUM_EXPERTS)
     else:
         total = tl.load(ends_ptr + NUM_EXPERTS)
-    if LAYOUT != "linear":  # noqa: SIM102 - decided when compiling
-        if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
-            tl.store(scale_offsets_ptr, 0)
-            if not SCAN:
-                ends = tl.load(ends_ptr + 1 + experts, mask=experts < NUM_EXPERTS, other=0)
-            tl.store(scale_offsets_ptr + 1 + experts, ends.to(tl.int32), mask=experts < NUM_EXPERTS)
     for chunk in range(tl.program_id(0), (total >> 32).to(tl.int32), tl.num_programs(0)):
         if SCAN:
             is_before = (ends >> 32) <= chunk
@@ -233,14 +242,14 @@ def quantize_experts(
     if not scan:
         block = min(1024, triton.next_power_of_2(num_experts))
         with torch.cuda.device_of(x):
-            expert_ends_kernel[(1,)](expert_offsets, ends, num_rows, num_experts, config.rows, tile, block, num_warps=4)
+            expert_ends_kernel[(1,)](expert_offsets, ends, scale_offsets, num_rows, scale_layout, num_experts, config.rows, tile, block, num_warps=4)
     arguments = (
         words, codes.view(torch.int32), scales.view(torch.uint8), words if global_scales is None else global_scales, expert_offsets, ends,
         scale_offsets, num_rows, row_blocks, num_columns, padded_shape(scale_layout, 0, num_columns)[1],
     )  # fmt: skip
     constants = _constants(x, format, "ceil", scale_layout, config, activation)
-    constants |= {"TILE": tile, "NUM_EXPERTS": num_experts, "EXPERTS_PADDED": triton.next_power_of_2(num_experts)}
-    constants |= {"SCAN": scan, "STEPS": 0 if scan else num_experts.bit_length()}
+    constants |= {"TILE": tile, "NUM_EXPERTS": num_experts, "SCAN": scan, "STEPS": 0 if scan else num_experts.bit_length()}
+    constants |= {"EXPERTS_PADDED": triton.next_power_of_2(num_experts) if scan else 1}
     most_chunks = max_padded_rows(num_rows, num_experts, config.rows) // config.rows
     _launch(quantize_experts_kernel, arguments, constants, config, most_chunks, x.device)
 

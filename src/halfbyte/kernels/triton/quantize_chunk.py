@@ -63,7 +63,8 @@ def _load_block(
 
 @triton.jit
 def prepare_global(global_scale, largest: tl.constexpr, ASM: tl.constexpr):
-    """What all blocks under a global scale share when their maximum is to become `largest`."""
+    """What all blocks under a global scale share when their maximum is to become `largest`: the scale, the power of two that brings it near 1, and
+    for the division by largest * global that of the divisor, the divisor times it, and the reciprocal of that."""
     divisor = largest * global_scale
     factor = range_factor(divisor)
     return global_scale, range_factor(global_scale), factor, divisor * factor, reciprocal(divisor * factor, ASM)
@@ -72,14 +73,16 @@ def prepare_global(global_scale, largest: tl.constexpr, ASM: tl.constexpr):
 @triton.jit
 def _nvfp4_scale(amax, prepared, NATIVE: tl.constexpr, ASM: tl.constexpr):
     """e4m3(amax / (largest * global)): byte and value."""
-    return e4m3_of(tl.minimum(quotient(amax * prepared[2], prepared[3], prepared[4], ASM), 448.0), NATIVE)  # min takes the number beside a NaN
+    _, _, factor, divisor, inverse = prepared
+    return e4m3_of(tl.minimum(quotient(amax * factor, divisor, inverse, ASM), 448.0), NATIVE)  # min takes the number beside a NaN
 
 
 @triton.jit
 def _nvfp4_codes(w, scale, prepared, BF16: tl.constexpr, ASM: tl.constexpr):
     """Codes of eight words, two words of them; 0 where scale * global is 0, and where it overflows all but NaN and infinity give 0."""
-    divisor = scale * prepared[0]
-    factor = tl.where(divisor == float("inf"), 0.0, prepared[1])
+    global_scale, factor, _, _, _ = prepared
+    divisor = scale * global_scale
+    factor = tl.where(divisor == float("inf"), 0.0, factor)
     divisor = tl.where(factor == 0.0, 1.0, divisor * factor)
     inverse = reciprocal(divisor, ASM)
     low = codes4(w[0], w[1], w[2], w[3], factor, divisor, inverse, BF16, True, ASM)
@@ -118,7 +121,7 @@ def nvfp4_block(w, prepared, BF16: tl.constexpr, FOUR_OVER_SIX: tl.constexpr, NA
     byte, scale = _nvfp4_scale(amax, prepared, NATIVE, ASM)
     low, high = _nvfp4_codes(w, scale, prepared, BF16, ASM)
     if FOUR_OVER_SIX:
-        global_scale = prepared[0]
+        global_scale, _, _, _, _ = prepared
         prepared4 = prepare_global(global_scale, 4.0, ASM)
         byte4, scale4 = _nvfp4_scale(amax, prepared4, NATIVE, ASM)
         low4, high4 = _nvfp4_codes(w, scale4, prepared4, BF16, ASM)
@@ -156,7 +159,7 @@ def quantize_chunk(
     codes_base = codes_ptr + x_row * num_columns * (2 * GROUPS)
     scales_base = scales_ptr + scale_row // TILE * TILE * scale_columns
     tile_row = (scale_row % TILE).to(tl.int32)
-    if NVFP4:
+    if NVFP4 and not GLOBAL_ROWS:
         prepared = prepare_global(tl.load(global_ptr + global_index), 6.0, ASM)
     column = first_column + tl.arange(0, BLOCK_COLUMNS)[None, :]
     for start in range(0, present, BLOCK_ROWS):
