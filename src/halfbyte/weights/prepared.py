@@ -166,6 +166,11 @@ def keep_address(tensor: torch.Tensor) -> None:
     tensor._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
 
 
+def hopper_layout(activations: ActivationFormat) -> str:
+    """The layout of the Hopper kernels that is fastest with these activations."""
+    return "hopper_fp8" if activations == "fp8" else "hopper"
+
+
 def resolve_layout(layout: str, policy: str, format: BlockFormat | None, target: Target, activations: ActivationFormat = "bf16") -> tuple[str, str]:
     """Return the layout that "auto" means for experts in `format` on `target` called with `activations`, any other as it is, and why.
 
@@ -182,7 +187,7 @@ def resolve_layout(layout: str, policy: str, format: BlockFormat | None, target:
     is_hopper = target.arch == "sm_90" and format is not None
     reason = "asked for"
     if layout == "auto":
-        layout = "canonical" if not is_hopper else "hopper_fp8" if activations == "fp8" else "hopper"
+        layout = hopper_layout(activations) if is_hopper else "canonical"
         reason = (
             f"FP4 experts on a Hopper GPU, {activations} activations"
             if is_hopper

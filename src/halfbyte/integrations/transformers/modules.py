@@ -23,7 +23,7 @@ from halfbyte.integrations.transformers.plan import PackedParameter
 from halfbyte.kernels.reference.activation import activate
 from halfbyte.kernels.table import Problem, obstacles
 from halfbyte.moe.functional import fused_moe
-from halfbyte.weights.prepared import PreparedExperts, prepare
+from halfbyte.weights.prepared import PreparedExperts, hopper_layout, prepare
 
 # A module of a class decorated with transformers' use_experts_implementation; no common base class says what that adds.
 ExpertsModule = Any
@@ -217,7 +217,7 @@ def _prepared(module: ExpertsModule) -> PreparedExperts:
     """Prepare the experts at the first call, and again when a tensor has moved (`model.to(device)`, offloading, a reload)."""
     state = module.halfbyte
     in_place = state.layout == "auto" and _hopper_kernels_run(_device(module), state.format, state.activations) and not _is_offloaded(module)
-    is_as_wanted = in_place and state.prepared is not None and state.prepared.layout == _packed_layout(state.activations)
+    is_as_wanted = in_place and state.prepared is not None and state.prepared.layout == hopper_layout(state.activations)
     if state.replaced and not is_as_wanted:
         restore_canonical(module)
     if in_place and not state.replaced:
@@ -238,16 +238,12 @@ def pack_in_place(module: ExpertsModule) -> None:
     experts are packed anew.
     """
     state = module.halfbyte
-    state.prepared = prepare(expert_weights(module), _packed_layout(state.activations), in_place=True)
+    state.prepared = prepare(expert_weights(module), hopper_layout(state.activations), in_place=True)
     for name in (projection + suffix for projection in (first_projection(module), "down_proj") for suffix in (CODES, BLOCK_SCALE)):
         state.replaced[name] = module.get_parameter(name).dtype
         delattr(module, name)
     for name, tensor in state.prepared.experts.tensors.items():
         module.register_buffer(_buffer_name(name), tensor, persistent=False)
-
-
-def _packed_layout(activations: ActivationFormat) -> str:
-    return "hopper_fp8" if activations == "fp8" else "hopper"
 
 
 def restore_canonical(module: ExpertsModule) -> None:

@@ -23,7 +23,7 @@ Workspace of a call, from torch's allocator: with R = T * k rows, 2 R I bytes, 2
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -105,12 +105,9 @@ HUGE = PrefillConfig(
     consumers=2, step_k=64, x_stages=4, w_stages=2, box=32, registers=240, max_registers=168,
 )  # fmt: skip
 
-# Decoding a tile for fp8 keeps the integer pipe busy for about 90 cycles of a scheduler, and reading it from memory takes about as long; the product
-# takes 1 cycle a token, that of bf16 2. Measured beside the kernels for bf16: 1 to 8 % faster at 16 rows an expert, 18 % at 64, 25 to 34 % from 96.
-FP8_TINY = PrefillConfig(
-    ((16, 0), (32, 0)),
-    consumers=4, step_k=256, x_stages=4, w_stages=4, box=16, registers=112, max_registers=96, fp8=True,
-)  # fmt: skip
+# Decoding a tile for fp8 keeps the integer pipe busy for about 90 cycles of a scheduler, or 60 where words are coded for it, and reading it from
+# memory takes about as long; the product takes 1 cycle a token, that of bf16 2. Measured beside the kernels for bf16: docs/activations.md.
+FP8_TINY = replace(TINY, fp8=True)
 FP8_SMALL = PrefillConfig(
     ((32, 0), (64, 0), (64, 32)),
     consumers=4, step_k=256, x_stages=4, w_stages=3, box=32, registers=112, max_registers=96, fp8=True,
@@ -156,13 +153,12 @@ def choose_config(
     """
     rows = num_tokens * top_k
     average = rows / num_experts
-    is_direct = not batch_invariant and average <= 12 and num_tokens <= MAX_DIRECT_TOKENS and rows <= MAX_DIRECT_SLOTS
-    is_fp8 = batch_invariant or (num_tokens >= MIN_FP8_TOKENS if words_for == "fp8" else average > MIN_FP8_ROWS[format])
-    if activations == "fp8" and is_fp8:
+    gains_from_fp8 = num_tokens >= MIN_FP8_TOKENS if words_for == "fp8" else average > MIN_FP8_ROWS[format]
+    if activations == "fp8" and (gains_from_fp8 or batch_invariant):
         return next(
             (config for limit, config in ((24, FP8_TINY), (72, FP8_SMALL), (112, FP8_MEDIUM), (160, FP8_LARGE)) if average <= limit), FP8_HUGE
         )
-    if is_direct:
+    if not batch_invariant and average <= 12 and num_tokens <= MAX_DIRECT_TOKENS and rows <= MAX_DIRECT_SLOTS:
         return DecodeConfig(direct=True)
     if not batch_invariant and average <= 4:
         return DecodeConfig(direct=False)
