@@ -74,6 +74,19 @@ def test_decode_kernels_use_mma_without_spills(direct: bool, parts: int, nvfp4: 
 MAX_SPILL_BYTES = 64 if version("triton").startswith("3.6") else 384
 
 
+def check_prefill_kernel(config: layer.PrefillConfig, experts: HopperExperts, *, is_w13: bool, scaled: bool) -> None:
+    matrix, columns, rows = (experts.w13, experts.hidden, experts.intermediate) if is_w13 else (experts.w2, experts.intermediate, experts.hidden)
+    dtype, instruction = (torch.float8_e4m3fn, "k32.f32.e4m3.e4m3") if config.fp8 else (torch.bfloat16, "k16")
+    x, scales, y = torch.empty((64, columns), dtype=dtype), torch.empty(64) if scaled else None, torch.empty((64, rows), dtype=torch.bfloat16)
+    with compiling(90) as compiled:
+        layer._prefill_gemm(x, scales, matrix, y, experts, ITEMS, config, is_w13=is_w13)
+    (kernel,) = compiled
+    assert all(f"wgmma.mma_async.sync.aligned.m64n{size}{instruction}" in kernel.ptx for pair in config.sizes for size in pair if size)
+    assert kernel.spill_bytes <= MAX_SPILL_BYTES
+    assert kernel.registers <= config.max_registers
+    assert kernel.shared_bytes <= 227 * 1024
+
+
 @pytest.mark.parametrize(
     ("name", "nvfp4", "scaled", "words_for"),
     [
@@ -87,16 +100,7 @@ MAX_SPILL_BYTES = 64 if version("triton").startswith("3.6") else 384
     ],
 )
 def test_prefill_kernels_use_wgmma_within_their_registers(name: str, nvfp4: bool, scaled: bool, words_for: WordsFor) -> None:
-    config, experts = PREFILL[name], empty_experts(nvfp4=nvfp4, words_for=words_for)
-    y = torch.empty((64, experts.intermediate), dtype=torch.bfloat16)
-    with compiling(90) as compiled:
-        x, scales = torch.empty((64, experts.hidden), dtype=torch.bfloat16), torch.empty(64) if scaled else None
-        layer._prefill_gemm(x, scales, experts.w13, y, experts, ITEMS, config, is_w13=True)
-    (kernel,) = compiled
-    assert all(f"wgmma.mma_async.sync.aligned.m64n{size}k16" in kernel.ptx for pair in config.sizes for size in pair if size)
-    assert kernel.spill_bytes <= MAX_SPILL_BYTES
-    assert kernel.registers <= config.max_registers
-    assert kernel.shared_bytes <= 227 * 1024
+    check_prefill_kernel(PREFILL[name], empty_experts(nvfp4=nvfp4, words_for=words_for), is_w13=True, scaled=scaled)
 
 
 FP8 = {"tiny": layer.FP8_TINY, "small": layer.FP8_SMALL, "medium": layer.FP8_MEDIUM, "large": layer.FP8_LARGE, "huge": layer.FP8_HUGE}
@@ -115,16 +119,7 @@ FP8 = {"tiny": layer.FP8_TINY, "small": layer.FP8_SMALL, "medium": layer.FP8_MED
     ],
 )
 def test_fp8_prefill_kernels_use_fp8_wgmma_within_their_registers(name: str, nvfp4: bool, is_w13: bool, words_for: WordsFor) -> None:
-    config, experts = FP8[name], empty_experts(nvfp4=nvfp4, words_for=words_for)
-    matrix, columns = (experts.w13, experts.hidden) if is_w13 else (experts.w2, experts.intermediate)
-    x, y = torch.empty((64, columns), dtype=torch.float8_e4m3fn), torch.empty((64, experts.intermediate if is_w13 else experts.hidden)).bfloat16()
-    with compiling(90) as compiled:
-        layer._prefill_gemm(x, torch.empty(64), matrix, y, experts, ITEMS, config, is_w13=is_w13)
-    (kernel,) = compiled
-    assert all(f"wgmma.mma_async.sync.aligned.m64n{size}k32.f32.e4m3.e4m3" in kernel.ptx for pair in config.sizes for size in pair if size)
-    assert kernel.spill_bytes <= MAX_SPILL_BYTES
-    assert kernel.registers <= config.max_registers
-    assert kernel.shared_bytes <= 227 * 1024
+    check_prefill_kernel(FP8[name], empty_experts(nvfp4=nvfp4, words_for=words_for), is_w13=is_w13, scaled=True)
 
 
 def test_quantising_kernels_compile() -> None:
