@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import halfbyte as hb
@@ -63,11 +64,18 @@ def naive_route(logits: list[float], k: int, method: str, bias: list[float] | No
     return ids, [scale * scores[e] / (total + 1e-20) for e in ids]
 
 
+def ranks_groups_by_rounding(logits: list[float], bias: list[float], groups: int) -> bool:
+    """Whether groups have equal sums of different experts, as sigmoid(x) + sigmoid(-x) is 1 for every x: fp32 and float64 may rank them otherwise."""
+    size, keys = len(logits) // groups, [sigmoid(x) + b for x, b in zip(logits, bias, strict=True)]
+    pairs = [sorted(keys[first : first + size])[-2:] for first in range(0, len(keys), size)]
+    return any(a != b and abs(sum(a) - sum(b)) < 1e-5 for a, b in itertools.combinations(pairs, 2))
+
+
 @pytest.mark.parametrize("method", METHODS)
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_equals_plain_python(method, data):
-    # Logits on a coarse grid: many exact ties, and never so close that fp32 and Python's float64 disagree about the order.
+    # Logits on a coarse grid: many exact ties, and experts never so close that fp32 and Python's float64 disagree about the order.
     groups = data.draw(st.sampled_from([1, 2, 4])) if method == "deepseek_v3" else 1
     num_experts = groups * data.draw(st.integers(1, 6))
     kept = data.draw(st.integers(1, groups))
@@ -77,6 +85,7 @@ def test_equals_plain_python(method, data):
     bias = None
     if method in BIASED and data.draw(st.booleans()):
         bias = data.draw(st.lists(st.integers(-8, 8).map(lambda n: n / 2), min_size=num_experts, max_size=num_experts))
+    assume(method != "deepseek_v3" or not any(ranks_groups_by_rounding(row, bias or [0.0] * num_experts, groups) for row in rows))
     scale = data.draw(st.sampled_from([1.0, 2.5]))
     routing = hb.route(
         torch.tensor(rows, dtype=torch.float32).reshape(len(rows), num_experts),
