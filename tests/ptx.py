@@ -14,29 +14,64 @@ CANONICAL_NAN = {"f32": 0x7FFFFFFF, "bf16": 0x7FFF, "f16": 0x7FFF}
 
 
 def run(asm: str, outputs: Sequence[str], inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """The output registers ("r": int32, "f": float32) after running `asm` with these inputs, which broadcast."""
+    """The output registers ("r": int32, "f": float32) after running `asm` with these inputs, which broadcast.
+
+    Branches lead forward: a lane that takes one does nothing until the label.
+    """
     arrays = np.broadcast_arrays(*inputs)
     registers = {f"${index + len(outputs)}": np.ascontiguousarray(array).view(np.uint32) for index, array in enumerate(arrays)}
+    waits_for, runs = np.full(arrays[0].shape, "", object), None  # the label, and which lanes do not wait, None if all
     with np.errstate(all="ignore"):
         for statement in re.sub(r"^\{|\}$", "", asm.strip()).split(";"):
-            statement = statement.strip()
-            if statement and not statement.startswith(".reg"):
-                _step(statement, registers)
-    return [registers[f"${index}"].view(np.int32 if kind == "r" else np.float32) for index, kind in enumerate(outputs)]
+            label, _, statement = (part.strip() for part in statement.rpartition(":"))
+            if label:
+                waits_for[waits_for == label] = ""
+                runs = None if (waits_for == "").all() else waits_for == ""
+            if not statement or statement.startswith(".reg"):
+                continue
+            predicate, operation, operands = re.fullmatch(r"(?:@(!?\w+) )?(\S+) (.*)", statement).groups()
+            if operation == "bra":
+                waits_for[(waits_for == "") & _holds(registers, predicate)] = operands
+                runs = waits_for == ""
+            else:
+                assert predicate is None, statement
+                _step(operation, operands, registers, runs)
+    assert (waits_for == "").all(), "a branch leads backward"
+    found = [np.broadcast_to(registers[f"${index}"], arrays[0].shape).copy() for index in range(len(outputs))]
+    return [array.view(np.int32 if kind == "r" else np.float32) for array, kind in zip(found, outputs, strict=True)]
 
 
-def _step(statement: str, registers: dict[str, np.ndarray]) -> None:
-    operation, _, rest = statement.partition(" ")
-    if operation == "mov.b32" and "{" in rest:  # a pair of 16-bit registers from a word, or the other way round
-        first, second, third = re.findall(r"[\w$]+", rest)
-        if rest.startswith("{"):
-            registers[first], registers[second] = registers[third] & 0xFFFF, registers[third] >> 16
+def _holds(registers: dict[str, np.ndarray], predicate: str | None) -> np.ndarray:
+    if predicate is None:
+        return np.True_
+    return ~registers[predicate[1:]] if predicate.startswith("!") else registers[predicate]
+
+
+def _step(operation: str, operands: str, registers: dict[str, np.ndarray], runs: np.ndarray | None) -> None:
+    """One instruction, of the lanes that are running."""
+
+    def write(target: str, value: np.ndarray) -> None:
+        registers[target] = value if runs is None else np.where(runs, value, registers.get(target, np.zeros_like(value)))
+
+    if operation == "mov.b32" and "{" in operands:  # a pair of 16-bit registers from a word, or the other way round
+        first, second, third = re.findall(r"[\w$]+", operands)
+        if operands.startswith("{"):
+            write(first, registers[third] & 0xFFFF)
+            write(second, registers[third] >> 16)
         else:
-            registers[first] = registers[second] | registers[third] << np.uint32(16)
+            write(first, registers[second] | registers[third] << np.uint32(16))
         return
-    target, *operands = (part.strip() for part in rest.split(","))
-    values = [registers[name] if name in registers else np.uint32(_literal(name)) for name in operands]
-    registers[target] = _compute(operation, values)
+    target, *sources = (part.strip() for part in operands.split(","))
+    values = [registers[name] if name in registers else np.uint32(_literal(name)) for name in sources]
+    write(target, _compare(operation, values) if operation.startswith("setp") else _compute(operation, values))
+
+
+def _compare(operation: str, v: list[np.ndarray]) -> np.ndarray:
+    """setp: a predicate, which may be and-ed with a third operand."""
+    _, test, *is_and, kind = operation.split(".")
+    a, b = (_to_double(x, "f32") if kind == "f32" else x.view(np.int32) if kind == "s32" else x for x in v[:2])
+    holds = {"lt": a < b, "gt": a > b, "eq": a == b, "num": ~np.isnan(a) & ~np.isnan(b)}[test]
+    return holds & v[2] if is_and else holds
 
 
 def _literal(text: str) -> int:
@@ -47,16 +82,18 @@ def _compute(operation: str, v: list[np.ndarray]) -> np.ndarray:
     name, *rest = operation.split(".")
     kind = rest[-1]
     if kind in ("bf16x2", "f16x2"):
-        low = _float(name, kind[:-2], [x & np.uint32(0xFFFF) for x in v])
-        return low | _float(name, kind[:-2], [x >> np.uint32(16) for x in v]) << np.uint32(16)
+        low = _float(operation, kind[:-2], [x & np.uint32(0xFFFF) for x in v])
+        return low | _float(operation, kind[:-2], [x >> np.uint32(16) for x in v]) << np.uint32(16)
     if operation == "max.s16x2":
         return np.maximum(*(x.copy().view(np.int16) for x in np.broadcast_arrays(*map(np.atleast_1d, v)))).view(np.uint32)
     if operation == "cvt.f32.f16":
         return _bits(_to_double(v[0], "f16"), "f32")
     if operation == "rcp.approx.ftz.f32":
         return _bits(1.0 / _to_double(v[0], "f32"), "f32")
+    if operation == "cvt.rz.bf16x2.f32":  # the first operand is the upper half
+        return (v[0] & np.uint32(0xFFFF0000)) | v[1] >> np.uint32(16)
     if kind == "f32" and name != "mov":
-        return _float(name, "f32", v)
+        return _float(operation, "f32", v)
     integer = {
         "mov": lambda a: a,
         "and": lambda a, b: a & b,
@@ -64,6 +101,7 @@ def _compute(operation: str, v: list[np.ndarray]) -> np.ndarray:
         "add": lambda a, b: a + b,
         "sub": lambda a, b: a - b,
         "max": lambda a, b: np.maximum(a.view(np.int32), b.view(np.int32)).view(np.uint32),
+        "min": lambda a, b: np.minimum(a, b) if kind == "u32" else np.minimum(a.view(np.int32), b.view(np.int32)).view(np.uint32),
         "shl": lambda a, b: a << b,
         "shr": lambda a, b: a >> b,
         "shf": lambda low, high, by: _funnel(low, high, by if rest[0] == "r" else np.uint32(32) - by),
@@ -96,18 +134,24 @@ def _prmt(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
     return result
 
 
-def _float(name: str, kind: str, v: list[np.ndarray]) -> np.ndarray:
+def _float(operation: str, kind: str, v: list[np.ndarray]) -> np.ndarray:
+    name = operation.split(".")[0]
     sign = np.uint32(0x80000000 if kind == "f32" else 0x8000)
     if name == "abs":
         return v[0] & ~sign & np.uint32(0xFFFFFFFF)
     if name == "neg":
         return v[0] ^ sign
     d = [_to_double(x, kind) for x in v]
-    if name in ("min", "max"):  # the number beside a NaN
-        chosen = (np.fmin if name == "min" else np.fmax)(*d)
-        return _bits(chosen, kind)
+    if name in ("min", "max"):
+        if ".NaN" in operation:
+            return _bits((np.minimum if name == "min" else np.maximum)(*d), kind)
+        return _bits((np.fmin if name == "min" else np.fmax)(*d), kind)  # the number beside a NaN
     if name == "mul":
-        return _bits(d[0] * d[1], kind)  # at most 48 bits: exact
+        product = d[0] * d[1]  # at most 48 bits: exact
+        bits = _bits(product, kind)
+        if ".rp" in operation:
+            return np.where(_to_double(bits, kind) < product, _bits(np.nextafter(bits.view(np.float32), np.float32(np.inf)).astype(np.float64), kind), bits)
+        return bits
     product, addend = (d[0] * d[1], d[2]) if name == "fma" else (d[0], d[1])
     return _bits(_add_to_odd(product, addend), kind)
 

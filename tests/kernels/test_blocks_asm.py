@@ -16,34 +16,40 @@ DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
 TIES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 
 
-def words_of(values: np.ndarray) -> list[np.ndarray]:
-    """Four words of eight 16-bit values."""
-    return [values[2 * word :: 8] | values[2 * word + 1 :: 8] << np.uint32(16) for word in range(4)]
+def words_of(values: np.ndarray, count: int) -> list[np.ndarray]:
+    """`count` words of so many pairs of 16-bit values."""
+    return [values[2 * word :: 2 * count] | values[2 * word + 1 :: 2 * count] << np.uint32(16) for word in range(count)]
 
 
 def floats_of(values: np.ndarray, dtype: str) -> torch.Tensor:
     return torch.from_numpy(values.astype(np.uint16).view(np.int16)).view(DTYPES[dtype]).float()
 
 
-def parameter(value: np.float32, dtype: str) -> np.ndarray:
-    """As `codes4` passes it: a pair of bf16, or fp32."""
-    bits = value.view(np.uint32)
-    return np.array([(bits >> np.uint32(16)) * np.uint32(0x10001) if dtype == "bf16" else bits])
+def expected_words(values: np.ndarray, dtype: str, divisor: np.float32) -> np.ndarray:
+    codes = e2m1.encode(floats_of(values, dtype) / torch.tensor(divisor)).view(-1, 8).numpy().astype(np.uint32)
+    return np.bitwise_or.reduce(codes << np.arange(0, 32, 4, dtype=np.uint32), axis=1)
 
 
-def differing_words(dtype: str, divisor: float, asm: str) -> int:
-    """How many groups of eight the assembly and the codec encode differently, of all values of the dtype."""
-    divide = "$8" in asm
-    divisor = np.float32(divisor)
-    factor = np.float32(2.0**64 if divisor < 2.0**-60 else 2.0**-64 if divisor > 2.0**60 else 1.0) if divide else np.float32(1.0) / divisor
+def differing_words(dtype: str, divisor: float, asm: str, values: np.ndarray = EVERY_VALUE) -> int:
+    """How many groups of eight values the assembly and the codec encode differently."""
+    divisor, one = np.float32(divisor), np.float32(1)
+    if "$14" not in asm:
+        (actual,) = run(asm, ["r"], [*words_of(values, 4), np.array([one / divisor])])
+        return int((actual.view(np.uint32) != expected_words(values, dtype, divisor)).sum())
+    words = words_of(values, 8)
+    factor = np.float32(2.0**64 if divisor < 2.0**-60 else 2.0**-64 if divisor > 2.0**60 else 1.0)
     scaled = np.float32(divisor * factor)
-    inputs = [*words_of(EVERY_VALUE), parameter(factor, dtype), parameter(np.float32(6.5) * (scaled if divide else np.float32(1)), dtype)]
-    if divide:
-        inputs += [np.array([scaled]), np.array([np.float32(1.0) / scaled])]
-    (actual,) = run(asm, ["r"], inputs)
-    codes = e2m1.encode(floats_of(EVERY_VALUE, dtype) / torch.tensor(divisor)).view(-1, 8).numpy().astype(np.uint32)
-    expected = np.bitwise_or.reduce(codes << np.arange(0, 32, 4, dtype=np.uint32), axis=1)
-    return int((actual.view(np.uint32) != expected).sum())
+    amax, has_nan = run(blocks._amax_and_nan_asm(dtype), ["f", "r"], words)
+    low, high = run(asm, ["r", "r"], [*words, *(np.array([x]) for x in (factor, scaled, one / scaled)), amax, has_nan])
+    actual = np.stack((low, high), axis=1).reshape(-1).view(np.uint32)
+    return int((actual != expected_words(values, dtype, divisor)).sum())
+
+
+def values_in_range(dtype: str, divisor: float) -> np.ndarray:
+    """Every value whose quotient is at most 6.5, in blocks of such alone, so that one product does where it may."""
+    fits = floats_of(EVERY_VALUE, dtype).abs() <= 6.5 * divisor
+    values = EVERY_VALUE[fits.numpy()]
+    return np.concatenate((values, np.zeros(-len(values) % 16, np.uint32)))
 
 
 def divisors_near_ties(count: int) -> list[float]:
@@ -54,27 +60,41 @@ def divisors_near_ties(count: int) -> list[float]:
     return list((exact.view(np.int32) + generator.integers(-2, 3, count).astype(np.int32)).view(np.float32))
 
 
-def asm_of(dtype: str, divide: bool) -> str:
-    return blocks._codes_asm(dtype, divide)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_codes_of_every_value(dtype):
     generator = np.random.default_rng(1)
     anywhere = 2.0 ** generator.integers(-80, 80, 40) * (1 + generator.random(40))
+    asm = blocks._divided_asm(dtype)
     for divisor in (1.0, 3.0, 1 / 3, 2.0**-90, 3e37, *divisors_near_ties(100), *anywhere):
-        assert differing_words(dtype, divisor, asm_of(dtype, True)) == 0, divisor
+        assert differing_words(dtype, divisor, asm) == 0, divisor
+        assert differing_words(dtype, divisor, asm, values_in_range(dtype, divisor)) == 0, divisor
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_codes_by_powers_of_two(dtype):
     for exponent in [*range(-126, 127, 9), 127]:
-        assert differing_words(dtype, 2.0**exponent, asm_of(dtype, False)) == 0, exponent
+        assert differing_words(dtype, 2.0**exponent, blocks._codes_asm(dtype)) == 0, exponent
 
 
-def test_the_last_correction_is_needed():
-    spoiled = asm_of("bf16", True).replace("fma.rn.f32 q, r, $8, q;", "")
+def test_the_reciprocals_second_part_is_needed():
+    spoiled = blocks._divided_asm("bf16").replace("fma.rn.f32 x0, x0, y, q;", "mul.rn.f32 x0, x0, y;")
     assert sum(differing_words("bf16", divisor, spoiled) for divisor in divisors_near_ties(100)) > 0
+
+
+@pytest.mark.parametrize("bits", [8, 11])
+def test_ties_of_every_divisor(bits):
+    """x * y + x * z, rounded as the assembly does, beside fl(x / d): every mantissa of d, and every x of so many bits with a quotient near a tie."""
+    mantissa = np.arange(2**23, 2**24, dtype=np.int64)
+    d = (mantissa / 2.0**23).astype(np.float32)
+    y = np.float32(1) / d
+    (z,) = run("{ neg.f32 $0, $1; fma.rn.f32 $0, $0, $2, 0f3F800000; mul.rp.f32 $0, $0, $2; }", ["f"], [d, y])
+    for m in (4, 5, 6, 7):  # ties are powers of two times 1, 1.25, 1.5 and 1.75
+        step = np.where(m * mantissa < 2**26, 2 ** (26 - bits), 2 ** (27 - bits))
+        x = (m * mantissa + step // 2) // step * step
+        near = np.abs(m * mantissa - x) <= 64  # units of 2^-26 of the quotient or less, where y alone is off by 8
+        x = (x[near] / 2.0**25).astype(np.float32)
+        (q,) = run("{ mul.rn.f32 $0, $1, $3; fma.rn.f32 $0, $1, $2, $0; }", ["f"], [x, y[near], z[near]])
+        assert len(q) > 2000 and np.array_equal(np.sign(q - np.float32(m / 4)), np.sign(x / d[near] - np.float32(m / 4)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -83,8 +103,12 @@ def test_amax_ignores_nan(dtype):
     blocks_of = generator.integers(0, 65536, (4096, 16)).astype(np.uint32)
     blocks_of[0] = 0x7FFF  # nothing but NaN
     blocks_of[1] = 0x8000
+    blocks_of[2:1000] &= 0xBFFF  # none is NaN
     words = [blocks_of[:, 2 * word] | blocks_of[:, 2 * word + 1] << np.uint32(16) for word in range(8)]
     (actual,) = run(blocks._amax_asm(dtype), ["f"], words)
+    again, has_nan = run(blocks._amax_and_nan_asm(dtype), ["f", "r"], words)
+    assert np.array_equal(again, actual)
+    assert np.array_equal(has_nan != 0, floats_of(blocks_of.flatten(), dtype).view(-1, 16).isnan().any(1).numpy()) and not has_nan[2:1000].any()
     expected = floats_of(blocks_of.flatten(), dtype).abs().nan_to_num(nan=0.0, posinf=torch.inf).view(-1, 16).amax(1)
     assert np.array_equal(actual, expected.numpy()) and actual[0] == 0
 

@@ -342,12 +342,16 @@ def test_compiles_lean(format, dtype, capability):
         "expert_ends_kernel",
         "quantize_experts_kernel",
     ]
-    for compiled in launched:
-        assert compiled.spill_bytes == 0 and compiled.registers <= 80 and compiled.shared_bytes <= 1024
+    kernels = [compiled for compiled in launched if compiled.name != "expert_ends_kernel"]
+    for compiled in kernels:
+        assert compiled.spill_bytes == 0 and compiled.registers <= (96 if format is hb.NVFP4 else 64) and "div.full" not in compiled.ptx
+    assert launched[0].shared_bytes == 0 and "bar.sync" not in launched[0].ptx  # nothing is passed between threads
+    assert ".ftz.f32 %" not in launched[0].ptx.replace("rcp.approx.ftz", "")
     loads = re.findall(r"\bLDG\.E\.?[A-Z.]*128", launched[0].sass)
-    assert len(loads) == 4 and "div.full" not in launched[0].ptx and ".ftz.f32 %" not in launched[0].ptx.replace("rcp.approx.ftz", "")
+    assert len(loads) == (8 if format is hb.NVFP4 else 6)  # the first 16 elements of each block before the loop and in it, the others in it
+    # Of 32 elements; for NVFP4 200 more for each block that is not ordinary.
     instructions = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", launched[0].sass, flags=re.M))
-    assert instructions < 25 * 32 * 1.2, f"{instructions} instructions for 32 elements a thread"
+    assert instructions < (1280 if format is hb.NVFP4 else 736), f"{instructions} instructions for 32 elements a thread"
 
 
 @not_interpreted

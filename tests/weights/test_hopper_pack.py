@@ -67,9 +67,9 @@ def test_compiles_to_wide_loads_and_stores_without_spills(order: hopper.RowOrder
     codes, scales = torch.empty((2, 4096, 3584), dtype=torch.uint8), torch.empty((2, 4096, 7168 // block), dtype=torch.uint8)
     words, scale_words = torch.empty((2, 64, 112, 512), dtype=torch.int32), torch.empty((2, 64, 28, 2048 // block), dtype=torch.int64)
     with compiling(capability) as compiled:
-        hopper_pack.pack_matrix(codes, scales, words, scale_words, order, words_for)
+        hopper_pack.pack_matrix(codes, scales, words, scale_words, order, words_for, torch.zeros((), dtype=torch.uint8))
         hopper_pack.unpack_matrix(words, scale_words, codes, scales, order, words_for)
-        hopper_pack.largest_of_rows(scales)
+        hopper_pack.largest_of_rows(scales, 126, torch.zeros((), dtype=torch.uint8))
         hopper_pack.write_row_exponents(torch.empty((2, 4096), dtype=torch.uint8), torch.empty((2, 4096), dtype=torch.int8), order, nvfp4=block == 16)
     pack, unpack, largest_of_rows, _ = compiled
     for kernel in compiled:
@@ -90,7 +90,9 @@ def test_as_many_programs_run_at_the_same_time_as_pack_in_place(order: hopper.Ro
     words = torch.empty((2, 64, columns // 64, 512), dtype=torch.int32)
     scale_words = torch.empty((2, 64, -(-columns // 256), 2048 // block), dtype=torch.int64)
     with compiling(90) as compiled:
-        hopper_pack_in_place.pack_matrix_in_place(codes, scales, words, scale_words, order, words_for, 132)
+        hopper_pack_in_place.pack_matrix_in_place(
+            codes, scales, words, scale_words, order, words_for, torch.zeros((), dtype=torch.uint8), 132
+        )
     (kernel,) = compiled
     programs = hopper_pack_in_place.PROGRAMS_OF_A_MULTIPROCESSOR
     assert kernel.spill_bytes == 0
@@ -104,8 +106,11 @@ def test_how_many_experts_are_packed_at_the_same_time() -> None:
     from halfbyte.weights.layouts.hopper_pack_in_place import num_groups
 
     sizes = {"dsr1.w13": (256, 64, 28), "dsr1.w2": (256, 112, 8), "one small expert": (1, 2, 1), "mixtral.w13": (8, 448, 16)}
-    groups = {name: num_groups(torch.empty((*size, 128), dtype=torch.int64, device="meta"), 132) for name, size in sizes.items()}
-    assert groups == {"dsr1.w13": 1, "dsr1.w2": 3, "one small expert": 1, "mixtral.w13": 0}
+    groups = {
+        name: num_groups(torch.empty((*size, 128), dtype=torch.int64, device="meta"), "straight" if "w2" in name else "gate_up", 132)
+        for name, size in sizes.items()
+    }
+    assert groups == {"dsr1.w13": 1, "dsr1.w2": 264, "one small expert": 1, "mixtral.w13": 0}
 
 
 def test_scales_are_encoded_without_loss() -> None:

@@ -35,8 +35,8 @@ def largest_valid_scale(format: BlockFormat) -> int:
 
 def has_unusable_scalars(w: ExpertWeights) -> torch.Tensor:
     """bool [] on the device of `w`, for which the host has not waited: whether a global or input scale is negative or not finite."""
-    unusable = [(~_usable(tensor)).any() for name, tensor in w.tensors.items() if name.endswith(_SCALARS)]
-    return torch.stack(unusable).any() if unusable else torch.zeros((), dtype=torch.bool, device=w.device)
+    scalars = [tensor.flatten() for name, tensor in w.tensors.items() if name.endswith(_SCALARS)]
+    return ~_usable(torch.cat(scalars)).all() if scalars else torch.zeros((), dtype=torch.bool, device=w.device)
 
 
 def check_scales(w: ExpertWeights, *, positive: bool = False) -> None:

@@ -160,43 +160,61 @@ def _multiply(
 ):  # fmt: skip
     """The row tiles of a consumer, 64 weight rows each, times SIZE0 + SIZE1 tokens, over all of K: the accumulators of the first tile, then those of
     the second, and the advanced stage counters."""
-    low, high, x_full, x_empty, words, scales, w_full, w_empty = rings
     EACH: gl.constexpr = len(decodings)
-    STEP_K: gl.constexpr = low.shape[2]
-    W_STAGES: gl.constexpr = w_full.shape[0]
     ELEMENTS: gl.constexpr = 4 if FP8 else 2
-    PARTS: gl.constexpr = 2 if SIZE1 > 0 else 1
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, _accumulator_layout(SIZE0, ELEMENTS), ELEMENTS)
     accumulators = ()
     for _ in gl.static_range(EACH):
         accumulators = accumulators + (gl.zeros((64, SIZE0), gl.float32, layout=_accumulator_layout(SIZE0, ELEMENTS)),)
         if SIZE1 > 0:
             accumulators = accumulators + (gl.zeros((64, SIZE1), gl.float32, layout=_accumulator_layout(SIZE1, ELEMENTS)),)
-    for _ in range((TILES + RUN - 1) // RUN):
-        w_stage, w_phase = _stage_and_phase(w_it, w_full)
-        mbarrier.wait(w_full.index(w_stage), w_phase)
-        for c in gl.static_range(RUN):
-            x_stage, x_phase = _stage_and_phase(x_it, x_full)
-            for t in gl.static_range(EACH):
-                place = (CONSUMER * EACH + t) * W_STAGES + w_stage
-                tile_words = words.index(place).slice(c * 16, 16, dim=0).load(WORD_LAYOUT)
-                tile_scales = load_scales(scales.index(place), NVFP4)[c // 2]
-                if c * EACH + t == RUN * EACH - 1:
-                    mbarrier.arrive(w_empty.index(w_stage), count=1)
-                w = _decode(tile_words, tile_scales, decodings[t], OPERAND, c % 2 == 1, NVFP4, WORDS_FOR, FP8)
-                if c * 64 % STEP_K == 0 and t == 0:
-                    mbarrier.wait(x_full.index(x_stage), x_phase)
-                accumulators = _step(w, accumulators, low, high, x_stage, t * PARTS, c * 64 % STEP_K, SIZE0, SIZE1)
-                # One step stays in flight while the next is dequantised, but none across the loop's back edge.
-                if c * EACH + t > 0:
-                    accumulators = _wait(accumulators, PARTS if c * EACH + t < RUN * EACH - 1 else 0)
-                if c > 0 and t == 0 and c * 64 % STEP_K == 0:
-                    mbarrier.arrive(x_empty.index(_stage_and_phase(x_it - 1, x_empty)[0]), count=1)
-            if (c + 1) * 64 % STEP_K == 0:
-                x_it += 1
-        mbarrier.arrive(x_empty.index(_stage_and_phase(x_it - 1, x_empty)[0]), count=1)
-        w_it += 1
+    for _ in range(TILES // RUN):
+        accumulators, x_it, w_it = _multiply_run(
+            rings, accumulators, x_it, w_it, decodings, CONSUMER, RUN, NVFP4, WORDS_FOR, FP8, OPERAND, SIZE0, SIZE1
+        )
+    if TILES % RUN != 0:
+        accumulators, x_it, w_it = _multiply_run(
+            rings, accumulators, x_it, w_it, decodings, CONSUMER, TILES % RUN, NVFP4, WORDS_FOR, FP8, OPERAND, SIZE0, SIZE1
+        )
     return accumulators, x_it, w_it
+
+
+@gluon.jit
+def _multiply_run(
+    rings, accumulators, x_it, w_it, decodings, CONSUMER: gl.constexpr, COUNT: gl.constexpr, NVFP4: gl.constexpr, WORDS_FOR: gl.constexpr,
+    FP8: gl.constexpr, OPERAND: gl.constexpr, SIZE0: gl.constexpr, SIZE1: gl.constexpr,
+):  # fmt: skip
+    """The first COUNT tiles of a run."""
+    low, high, x_full, x_empty, words, scales, w_full, w_empty = rings
+    EACH: gl.constexpr = len(decodings)
+    STEP_K: gl.constexpr = low.shape[2]
+    W_STAGES: gl.constexpr = w_full.shape[0]
+    PARTS: gl.constexpr = 2 if SIZE1 > 0 else 1
+    w_stage, w_phase = _stage_and_phase(w_it, w_full)
+    mbarrier.wait(w_full.index(w_stage), w_phase)
+    for c in gl.static_range(COUNT):
+        x_stage, x_phase = _stage_and_phase(x_it, x_full)
+        for t in gl.static_range(EACH):
+            place = (CONSUMER * EACH + t) * W_STAGES + w_stage
+            tile_words = words.index(place).slice(c * 16, 16, dim=0).load(WORD_LAYOUT)
+            tile_scales = load_scales(scales.index(place), NVFP4)[c // 2]
+            if c * EACH + t == COUNT * EACH - 1:
+                mbarrier.arrive(w_empty.index(w_stage), count=1)
+            w = _decode(tile_words, tile_scales, decodings[t], OPERAND, c % 2 == 1, NVFP4, WORDS_FOR, FP8)
+            if c * 64 % STEP_K == 0 and t == 0:
+                mbarrier.wait(x_full.index(x_stage), x_phase)
+            accumulators = _step(w, accumulators, low, high, x_stage, t * PARTS, c * 64 % STEP_K, SIZE0, SIZE1)
+            # One step stays in flight while the next is dequantised, but none across the loop's back edge.
+            if c * EACH + t == COUNT * EACH - 1:
+                accumulators = _wait(accumulators, 0)
+            elif c * EACH + t > 0:
+                accumulators = _wait(accumulators, PARTS)
+            if c > 0 and t == 0 and c * 64 % STEP_K == 0:
+                mbarrier.arrive(x_empty.index(_stage_and_phase(x_it - 1, x_empty)[0]), count=1)
+        if (c + 1) * 64 % STEP_K == 0 or c == COUNT - 1:
+            x_it += 1
+    mbarrier.arrive(x_empty.index(_stage_and_phase(x_it - 1, x_empty)[0]), count=1)
+    return accumulators, x_it, w_it + 1
 
 
 @gluon.jit
@@ -334,7 +352,7 @@ def grouped_gemm_prefill(
     MAX_TOKENS: gl.constexpr = SIZES[len(SIZES) - 1][0] + SIZES[len(SIZES) - 1][1]
     ROWS: gl.constexpr = _rows_of_stages(MAX_TOKENS)
     STEP_K: gl.constexpr = x_desc.block_type.shape[1]
-    STEPS: gl.constexpr = (TILES + RUN - 1) // RUN * (RUN * 64 // STEP_K)
+    STEPS: gl.constexpr = TILES // RUN * (RUN * 64 // STEP_K) + (TILES % RUN * 64 + STEP_K - 1) // STEP_K
     num_tiles = gl.load(num_items_ptr) * GROUPS
     low = gl.allocate_shared_memory(x_desc.dtype, [X_STAGES, ROWS[0], STEP_K], x_desc.layout)
     high = gl.allocate_shared_memory(x_desc.dtype, [X_STAGES if ROWS[0] < MAX_TOKENS else 1, ROWS[1], STEP_K], x_desc.layout)

@@ -2,23 +2,30 @@
 
 Words are int32 tensors that hold two neighbouring elements each, low half first; everything here is elementwise, so a block never leaves its thread.
 
-**Division without dividing.** The codec rounds x / d to fp32, and that to e2m1. With y = fl(1 / d), q = fl(x * y) and r = x - q * d (exact in one
-fma), fl(q + r * y) is the correctly rounded quotient (Markstein, 1990), if nothing underflows: so x and d are multiplied by 2^64, 1 or 2^-64
-before. Three instructions of the fp32 pipe, which has room; the integer pipe, at half its rate, is what bounds a quantiser.
+**Division without dividing.** The codec rounds x / d to fp32, and that to e2m1. With y = fl(1 / d) and z = (1 - d * y) * y, rounded up, fl(x * y +
+fl(x * z)) lies on the same side of every tie as fl(x / d), or on the tie as it does: z is what y lacks, and x has only 8 or 11 bits. A test goes through
+every mantissa of d. Nothing may underflow, so x and d are multiplied by 2^64, 1 or 2^-64 before. Two instructions of the fp32 pipe, which has room; the
+integer pipe, at half its rate, is what bounds a quantiser. Scales are divided by Markstein's way (1990), which gives fl(x / d) itself: `quotient`.
 
 **Rounding without cases.** The code of |q| is its rank in 0, .5, 1, 1.5, 2, 3, 4, 6, and rank = round(min(2 q, q + 2, q / 2 + 4)), ties to even.
 Adding 2^23 rounds to an integer, and min commutes with rounding. MXFP4 divides by a power of two, which one multiplication does.
+
+**Ordinary blocks**, without NaN, whose largest quotient has a code and whose d is neither tiny nor huge, need no factor, no cut and no care for NaN. Others
+take a branch of their own (NVFP4).
 
 `tests/ptx.py` runs the assembly on a CPU, so that all of this is proven without a GPU.
 
 ASM False is the same in plain Triton, for the interpreter, which has no inline assembly and rounds an fma twice.
 """
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 
 _ROUND = tl.constexpr(8388608.0)  # 2^23: adding it rounds to an integer, found in the low bits
 _CUT = tl.constexpr(6.5)  # |q| is cut here: above 6, and below the 7 that would round to a ninth code
+_CUT_BITS = 0x40D00000
 _INFINITY = tl.constexpr(float("inf"))
 
 
@@ -28,47 +35,120 @@ def _unpack(dtype: str, word: str, low: str, high: str) -> str:
     return f"mov.b32 {{hl, hh}}, {word}; cvt.f32.f16 {low}, hl; cvt.f32.f16 {high}, hh;"
 
 
+def _amax_lines(dtype: str, words: range, nan: str) -> str:
+    """`amax` (f32) = max |x| over `words`."""
+    first, *rest = (f"abs.{dtype}x2 t, ${word};" for word in words)
+    largest = " ".join(f"{line} max{nan}.{dtype}x2 m, m, t;" for line in rest)
+    return f"{first} mov.b32 m, t; {largest} {_unpack(dtype, 'm', 'a', 'b')} max{nan}.f32 amax, a, b;"
+
+
 def _amax_asm(dtype: str) -> str:
     """$0 (f32) = max |x| over the words $1 .. $8: max ignores NaN, and a block of nothing else gives 0."""
-    rest = " ".join(f"abs.{dtype}x2 t, ${word}; max.{dtype}x2 m, m, t;" for word in range(2, 9))
-    halves = f"{_unpack(dtype, 'm', 'a', 'b')} max.f32 a, a, b; max.f32 $0, a, 0f00000000;"
-    return f"{{ .reg .b32 m, t; .reg .b16 hl, hh; .reg .f32 a, b; abs.{dtype}x2 m, $1; {rest} {halves} }}"
+    return f"{{ .reg .b32 m, t; .reg .b16 hl, hh; .reg .f32 a, b, amax; {_amax_lines(dtype, range(1, 9), '')} max.f32 $0, amax, 0f00000000; }}"
 
 
-def _codes_asm(dtype: str, divide: bool) -> str:
-    """$0 = the eight codes of the words $1 .. $4, times $5, cut at $6, divided by $7 (of which $8 is the reciprocal) if `divide`.
-
-    $5 and $6 are pairs of bf16 for bf16, fp32 for fp16. The multiplication makes every NaN the positive one, and min makes that the largest code.
-    """
-    lines = ["{ .reg .b32 s<4>, a, t, sum, even, odd; .reg .b16 hl, hh; .reg .f32 x0, x1, q, r, n, c, d;", "mov.b32 sum, 0; mov.b32 odd, 0x80008000;"]
-    if divide:
-        lines.append("neg.f32 n, $7;")
-    for word in (3, 2, 1, 0):
-        if dtype == "bf16":
-            lines.append(f"fma.rn.bf16x2 s{word}, ${1 + word}, $5, odd; abs.bf16x2 a, s{word}; min.bf16x2 a, a, $6;")
-            lines.append(_unpack(dtype, "a", "x0", "x1"))
-        else:
-            lines.append(_unpack(dtype, f"${1 + word}", "x0", "x1") + "mul.rn.f32 x0, x0, $5; mul.rn.f32 x1, x1, $5;")
-            lines.append(f"mov.b32 a, x0; mov.b32 t, x1; prmt.b32 s{word}, a, t, 0x7632;")
-            lines.append("abs.f32 x0, x0; min.f32 x0, x0, $6; abs.f32 x1, x1; min.f32 x1, x1, $6;")
-        for x in ("x1", "x0"):
-            q = "q" if divide else x
-            if divide:
-                lines.append(f"mul.rn.f32 q, {x}, $8; fma.rn.f32 r, q, n, {x}; fma.rn.f32 q, r, $8, q;")
-            lines.append(f"fma.rn.f32 c, {q}, 0f40000000, 0f4B000000; add.rn.f32 d, {q}, 0f4B000002; min.f32 c, c, d;")  # 2 q, q + 2
-            lines.append(f"fma.rn.f32 d, {q}, 0f3F000000, 0f4B000004; min.f32 c, c, d; mov.b32 t, c; mad.lo.u32 sum, sum, 16, t;")  # q / 2 + 4
-    # Signs are bits 15 and 31 of s0 .. s3; the nibbles want them at bit 3 (even elements) and 7 (odd ones) of each byte.
-    lines.append("prmt.b32 a, s0, s1, 0x7351; prmt.b32 t, s2, s3, 0x7351; prmt.b32 even, a, t, 0x5410; prmt.b32 odd, a, t, 0x7632;")
-    lines.append("shr.u32 even, even, 4; and.b32 even, even, 0x08080808; and.b32 odd, odd, 0x80808080; or.b32 even, even, odd;")
-    lines.append("add.u32 sum, sum, 0x05000000; add.u32 $0, sum, even; }")  # the sum has 0x4B000000 * 0x11111111 too much
+def _amax_and_nan_asm(dtype: str) -> str:
+    """$0 (f32) = max |x| over the words $2 .. $9 in the same way, $1 = whether there is a NaN."""
+    words = range(2, 10)
+    lines = ["{ .reg .b32 m, t; .reg .b16 hl, hh; .reg .f32 a, b, amax; .reg .pred ordinary;", _amax_lines(dtype, words, ".NaN")]
+    lines.append("mov.b32 $1, 0; setp.num.f32 ordinary, amax, amax; @ordinary bra DONE;")
+    lines.append(f"mov.b32 $1, 1; {_amax_lines(dtype, words, '')} max.f32 amax, amax, 0f00000000;")
+    lines.append("DONE: mov.f32 $0, amax; }")
     return "\n".join(lines)
 
 
+def _signs(target: str, words: Sequence[str]) -> str:
+    """The signs of four words, bits 15 and 31, where the nibbles want them: bit 3 (even elements) and 7 (odd ones) of each byte."""
+    w0, w1, w2, w3 = words
+    return (
+        f"prmt.b32 a, {w0}, {w1}, 0x7351; prmt.b32 t, {w2}, {w3}, 0x7351; prmt.b32 even, a, t, 0x5410; prmt.b32 odd, a, t, 0x7632; "
+        f"shr.u32 even, even, 4; and.b32 even, even, 0x08080808; and.b32 odd, odd, 0x80808080; or.b32 {target}, even, odd;"
+    )
+
+
+_RANKS_TOO_MUCH = 0x4B000000 * 0x11111111 & 0xFFFFFFFF  # what eight times 2^23, four bits apart, add to the codes
+
+
+def _sum_of_codes(target: str) -> str:
+    return f"sub.u32 sum, sum, {_RANKS_TOO_MUCH:#x}; add.u32 {target}, sum, even;"
+
+
+def _append_code(x: str, *, divide: bool) -> str:
+    """sum = 16 sum + 2^23 + the code of x, times the reciprocal `y` + `z` if `divide`."""
+    quotient = f"mul.rn.f32 q, {x}, z; fma.rn.f32 {x}, {x}, y, q; " if divide else ""
+    # 2 q, q + 2, q / 2 + 4
+    ranks = f"fma.rn.f32 c, {x}, 0f40000000, 0f4B000000; add.rn.f32 d, {x}, 0f4B000002; fma.rn.f32 q, {x}, 0f3F000000, 0f4B000004;"
+    least = "mov.b32 a0, c; mov.b32 a1, d; mov.b32 a2, q; min.s32 a0, a0, a1; min.s32 a0, a0, a2;"  # one instruction from sm_90 on
+    return f"{quotient}{ranks} {least} mad.lo.u32 sum, sum, 16, a0;"
+
+
+def _ordinary_codes(dtype: str, target: str, words: Sequence[str]) -> str:
+    """target = the eight codes of four words, times the reciprocal `y` + `z`."""
+    lines = ["mov.b32 sum, 0;"]
+    for word in reversed(words):
+        lines.append(f"abs.{dtype}x2 a, {word};")
+        lines.append(_unpack(dtype, "a", "x0", "x1"))
+        lines += [_append_code(x, divide=True) for x in ("x1", "x0")]
+    return "\n".join([*lines, _signs("even", words), _sum_of_codes(target)])
+
+
+def _codes(dtype: str, target: str, words: Sequence[str], *, divide: bool) -> str:
+    """target = the eight codes of four words, times `factor`, cut at `cut`, times the reciprocal `y` + `z` if `divide`.
+
+    `factor` and `cut` are pairs of bf16 for bf16, fp32 for fp16. The multiplication makes every NaN the positive one, and min makes that the largest
+    code.
+    """
+    lines = ["mov.b32 sum, 0; mov.b32 odd, 0x80008000;"]
+    for number, word in reversed(list(enumerate(words))):
+        s = f"s{number}"
+        if dtype == "bf16":
+            lines.append(f"fma.rn.bf16x2 {s}, {word}, factor, odd; abs.bf16x2 a, {s}; min.bf16x2 a, a, cut;")
+            lines.append(_unpack(dtype, "a", "x0", "x1"))
+        else:
+            lines.append(_unpack(dtype, word, "x0", "x1") + "mul.rn.f32 x0, x0, factor; mul.rn.f32 x1, x1, factor;")
+            lines.append(f"mov.b32 a, x0; mov.b32 t, x1; prmt.b32 {s}, a, t, 0x7632;")
+            lines.append("abs.f32 x0, x0; min.f32 x0, x0, cut; abs.f32 x1, x1; min.f32 x1, x1, cut;")
+        lines += [_append_code(x, divide=divide) for x in ("x1", "x0")]
+    return "\n".join([*lines, _signs("even", [f"s{number}" for number in range(4)]), _sum_of_codes(target)])
+
+
+def _registers(dtype: str) -> str:
+    kind = "b32" if dtype == "bf16" else "f32"
+    integers = "s<4>, a, t, sum, even, odd, a0, a1, a2"
+    return f".reg .b32 {integers}; .reg .b16 hl, hh; .reg .f32 x0, x1, q, c, d, y, z, f; .reg .{kind} factor, cut; .reg .pred ordinary;"
+
+
+def _parameter(dtype: str, target: str, value: str) -> str:
+    """target = the fp32 `value`, as `_codes` wants it."""
+    return f"cvt.rz.bf16x2.f32 {target}, {value}, {value};" if dtype == "bf16" else f"mov.f32 {target}, {value};"
+
+
+def _divided_asm(dtype: str) -> str:
+    """$0 and $1 = the sixteen codes of the words $2 .. $9, times $10, divided by $11, of which $12 is the reciprocal; $13 and $14 are what
+    `_amax_and_nan_asm` found."""
+    halves = [("$0", [f"${word}" for word in range(2, 6)]), ("$1", [f"${word}" for word in range(6, 10)])]
+    lines = [f"{{ {_registers(dtype)}", "mul.f32 f, $13, $12; setp.lt.f32 ordinary, f, 0f40D80000;"]  # 6.75
+    lines.append("mov.f32 y, $12; neg.f32 z, $11; fma.rn.f32 z, z, y, 0f3F800000; mul.rp.f32 z, z, y;")
+    lines.append("setp.eq.and.f32 ordinary, $10, 0f3F800000, ordinary; setp.eq.and.s32 ordinary, $14, 0, ordinary; @!ordinary bra GUARDED;")
+    lines += [_ordinary_codes(dtype, target, words) for target, words in halves]
+    lines.append(f"bra DONE; GUARDED: mul.rn.f32 f, $11, 0f{_CUT_BITS:08X};")
+    lines += [_parameter(dtype, "factor", "$10"), _parameter(dtype, "cut", "f")]
+    lines += [_codes(dtype, target, words, divide=True) for target, words in halves]
+    return "\n".join([*lines, "DONE: }"])
+
+
+def _codes_asm(dtype: str) -> str:
+    """$0 = the eight codes of the words $1 .. $4, times $5."""
+    lines = [f"{{ {_registers(dtype)}", _parameter(dtype, "factor", "$5"), f"mov.f32 f, 0f{_CUT_BITS:08X};", _parameter(dtype, "cut", "f")]
+    return "\n".join([*lines, _codes(dtype, "$0", ["$1", "$2", "$3", "$4"], divide=False), "}"])
+
+
 _AMAX_BF16, _AMAX_F16 = tl.constexpr(_amax_asm("bf16")), tl.constexpr(_amax_asm("f16"))
+_AMAX_AND_NAN_BF16, _AMAX_AND_NAN_F16 = tl.constexpr(_amax_and_nan_asm("bf16")), tl.constexpr(_amax_and_nan_asm("f16"))
 _PACK_BF16, _PACK_F16 = tl.constexpr("cvt.rn.bf16x2.f32 $0, $1, $2;"), tl.constexpr("cvt.rn.f16x2.f32 $0, $1, $2;")
 _RECIPROCAL = tl.constexpr("{ .reg .f32 y, n, e; rcp.approx.ftz.f32 y, $1; neg.f32 n, $1; fma.rn.f32 e, n, y, 0f3F800000; fma.rn.f32 $0, e, y, y; }")
-_CODES_BF16_DIVIDE, _CODES_BF16 = tl.constexpr(_codes_asm("bf16", True)), tl.constexpr(_codes_asm("bf16", False))
-_CODES_F16_DIVIDE, _CODES_F16 = tl.constexpr(_codes_asm("f16", True)), tl.constexpr(_codes_asm("f16", False))
+_CODES_BF16, _CODES_F16 = tl.constexpr(_codes_asm("bf16")), tl.constexpr(_codes_asm("f16"))
+_DIVIDED_BF16, _DIVIDED_F16 = tl.constexpr(_divided_asm("bf16")), tl.constexpr(_divided_asm("f16"))
 
 
 @triton.jit
@@ -139,6 +219,18 @@ def amax8(w, BF16: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
+def amax8_and_nan(w, BF16: tl.constexpr, ASM: tl.constexpr):
+    """`amax8`, and int32: not 0 where an element is NaN."""
+    if ASM:
+        amax, has_nan = tl.inline_asm_elementwise(
+            _AMAX_AND_NAN_BF16 if BF16 else _AMAX_AND_NAN_F16, "=&f,=&r,r,r,r,r,r,r,r,r", w, dtype=(tl.float32, tl.int32), is_pure=True, pack=1
+        )
+    else:
+        amax, has_nan = amax8(w, BF16, ASM), tl.zeros_like(w[0])  # asked for by the assembly alone
+    return amax, has_nan
+
+
+@triton.jit
 def range_factor(d):
     """The power of two that brings a divisor near 1, to where Markstein's division is exact."""
     return tl.where(d < 2.0**-50, 2.0**64, tl.where(d > 2.0**50, 2.0**-64, 1.0))
@@ -169,7 +261,7 @@ def _rank(q):
 
 @triton.jit
 def _code(word, HALF: tl.constexpr, factor, divisor, BF16: tl.constexpr, DIVIDE: tl.constexpr):
-    """The code of one element, as `_codes_asm` computes it."""
+    """The code of one element, as `_codes` computes it."""
     x = half(word, HALF, BF16) * factor
     q = tl.div_rn(tl.abs(x), divisor) if DIVIDE else tl.abs(x)
     is_nan = x != x
@@ -183,28 +275,36 @@ def _codes2(word, factor, divisor, BF16: tl.constexpr, DIVIDE: tl.constexpr):
 
 
 @triton.jit
-def codes4(w0, w1, w2, w3, factor, divisor, inverse, BF16: tl.constexpr, DIVIDE: tl.constexpr, ASM: tl.constexpr):
-    """The eight e2m1 codes of x * factor / divisor, element 0 in the lowest nibble: int32. Without DIVIDE, of x * factor.
-
-    `factor` is a power of two or 0, `divisor` within 2^-100 .. 2^100, `inverse` its correctly rounded reciprocal.
-    """
-    if ASM:
-        cut = _CUT * divisor if DIVIDE else tl.full(factor.shape, _CUT, tl.float32)
-        if BF16:  # as pairs of bf16; cutting the cut's mantissa is harmless
-            factor = ((factor.to(tl.int32, bitcast=True) >> 16) & 0xFFFF) * 0x10001
-            cut = ((cut.to(tl.int32, bitcast=True) >> 16) & 0xFFFF) * 0x10001
-        kind: tl.constexpr = "r" if BF16 else "f"
-        if DIVIDE:
-            return tl.inline_asm_elementwise(
-                _CODES_BF16_DIVIDE if BF16 else _CODES_F16_DIVIDE, "=&r,r,r,r,r," + kind + "," + kind + ",f,f",
-                [w0, w1, w2, w3, factor, cut, divisor, inverse], dtype=tl.int32, is_pure=True, pack=1,
-            )  # fmt: skip
-        return tl.inline_asm_elementwise(
-            _CODES_BF16 if BF16 else _CODES_F16, "=&r,r,r,r,r," + kind + "," + kind,
-            [w0, w1, w2, w3, factor, cut], dtype=tl.int32, is_pure=True, pack=1,
-        )  # fmt: skip
+def _codes4(w0, w1, w2, w3, factor, divisor, BF16: tl.constexpr, DIVIDE: tl.constexpr):
     low = _codes2(w0, factor, divisor, BF16, DIVIDE) | (_codes2(w1, factor, divisor, BF16, DIVIDE) << 8)
     return low | (_codes2(w2, factor, divisor, BF16, DIVIDE) << 16) | (_codes2(w3, factor, divisor, BF16, DIVIDE) << 24)
+
+
+@triton.jit
+def codes4(w0, w1, w2, w3, factor, BF16: tl.constexpr, ASM: tl.constexpr):
+    """The eight e2m1 codes of x * factor, a power of two, element 0 in the lowest nibble: int32."""
+    if ASM:
+        asm: tl.constexpr = _CODES_BF16 if BF16 else _CODES_F16
+        return tl.inline_asm_elementwise(asm, "=&r,r,r,r,r,f", [w0, w1, w2, w3, factor], dtype=tl.int32, is_pure=True, pack=1)
+    return _codes4(w0, w1, w2, w3, factor, factor, BF16, False)
+
+
+@triton.jit
+def divided_codes(w, factor, divisor, inverse, amax, has_nan, BF16: tl.constexpr, ASM: tl.constexpr):
+    """The sixteen e2m1 codes of x * factor / divisor in two words, element 0 in the lowest nibble of the first: int32.
+
+    `factor` is a power of two or 0, `divisor` within 2^-100 .. 2^100, `inverse` its correctly rounded reciprocal; `amax` and `has_nan` by `amax8_and_nan`.
+    """
+    if ASM:
+        low, high = tl.inline_asm_elementwise(
+            _DIVIDED_BF16 if BF16 else _DIVIDED_F16, "=&r,=&r,r,r,r,r,r,r,r,r,f,f,f,f,r",
+            [w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], factor, divisor, inverse, amax, has_nan],
+            dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        low = _codes4(w[0], w[1], w[2], w[3], factor, divisor, BF16, True)
+        high = _codes4(w[4], w[5], w[6], w[7], factor, divisor, BF16, True)
+    return low, high
 
 
 @triton.jit

@@ -105,6 +105,18 @@ def _store_scale_offsets(scale_offsets_ptr, expert, ends, NUM_EXPERTS: tl.conste
     tl.store(scale_offsets_ptr + 1 + expert, ends.to(tl.int32), mask=expert < NUM_EXPERTS)
 
 
+_FROM_FIRST_LANE = tl.constexpr("shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;")
+
+
+@triton.jit
+def _uniform(x, ASM: tl.constexpr):
+    """x as int32, which all threads have: told so, the compiler keeps it, and what follows from it, in registers that a warp shares."""
+    x = x.to(tl.int32)
+    if ASM:
+        x = tl.inline_asm_elementwise(_FROM_FIRST_LANE, "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
+    return x
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def quantize_experts_kernel(
     x_ptr, codes_ptr, scales_ptr, global_ptr, offsets_ptr, ends_ptr, scale_offsets_ptr, num_rows, row_blocks, num_columns, scale_columns,
@@ -136,12 +148,13 @@ def quantize_experts_kernel(
                 expert = tl.where(is_before, middle + 1, expert)
                 end = tl.where(is_before, end, middle)
             before = tl.load(ends_ptr + expert)
-        first = tl.maximum(tl.load(offsets_ptr + expert), 0)
-        count = tl.minimum(tl.load(offsets_ptr + expert + 1), num_rows) - first
-        row = (chunk - (before >> 32).to(tl.int32)) * ROWS
+        expert = _uniform(expert, ASM)
+        first = _uniform(tl.maximum(tl.load(offsets_ptr + expert), 0), ASM)
+        count = _uniform(tl.minimum(tl.load(offsets_ptr + expert + 1), num_rows) - first, ASM)
+        row = (chunk - _uniform(before >> 32, ASM)) * ROWS
         written = tl.where(row + ROWS < count, ROWS, (count + (TILE - 1)) // TILE * TILE - row)
         x_row = (first + row).to(tl.int64)
-        scale_row = x_row if LAYOUT == "linear" else (before & 0xFFFFFFFF) + row
+        scale_row = x_row if LAYOUT == "linear" else (_uniform(before, ASM) + row).to(tl.int64)
         quantize_chunk(
             x_ptr, x_ptr, x_ptr, codes_ptr, scales_ptr, global_ptr, x_row, scale_row, tl.minimum(count - row, ROWS), written,
             tl.program_id(1) * BLOCK_COLUMNS, expert, row_blocks, num_columns, scale_columns, 1,
@@ -152,29 +165,33 @@ def quantize_experts_kernel(
 
 @dataclass(frozen=True)
 class Config:
-    """A program takes `rows` rows at a time, `block_rows` at once, of `block_columns` blocks; `rows` divides a tile of the scale layout."""
+    """A program takes `rows` rows at a time, `block_rows` at once, of `block_columns` blocks; `rows` divides a tile of the scale layout.
+    `max_registers` of a thread; None: as many as it takes."""
 
     rows: int
     block_rows: int
     block_columns: int
     num_warps: int
+    max_registers: int | None = None
 
 
-def choose_config(num_rows: int, num_columns: int, block: int, layout: ScaleLayout, num_sms: int) -> Config:
-    """Blocks of a program for `num_rows` rows of `num_columns` blocks of `block` elements: two (NVFP4) or one (MXFP4) a thread, four warps.
+def choose_config(num_rows: int, num_columns: int, block: int, layout: ScaleLayout, num_sms: int, *, plain: bool = True) -> Config:
+    """Blocks of a program for `num_rows` rows of `num_columns` blocks of `block` elements: 32 elements a thread, four warps.
 
-    Longer chunks are for many rows, where they save looking up.
+    Longer chunks are for many rows, where they save looking up. `plain`: nothing is fused in front, whose values would need the registers.
 
     >>> choose_config(64, 448, 16, "128x4", 132), choose_config(8192, 448, 16, "8x4", 132)
-    (Config(rows=4, block_rows=4, block_columns=64, num_warps=4), Config(rows=8, block_rows=4, block_columns=64, num_warps=4))
+    (Config(rows=4, block_rows=4, block_columns=64, num_warps=4, max_registers=96), Config(rows=8, block_rows=4, block_columns=64, num_warps=4, max_registers=96))
     """
-    blocks, blocks_of_thread = (256, 2) if block == 16 else (128, 1)
+    blocks_of_thread = 2 if block == 16 and plain else 1
+    blocks = 128 * blocks_of_thread
     block_columns = min(64, max(4, triton.next_power_of_2(num_columns)))
     tile = 128 if layout == "linear" else tile_rows(layout)
     rows = block_rows = min(blocks // block_columns, tile)
     while rows < min(tile, 4 * block_rows) and num_rows * triton.cdiv(num_columns, block_columns) > 16 * num_sms * rows:
         rows *= 2
-    return Config(rows, block_rows, block_columns, max(1, block_rows * block_columns // blocks_of_thread // 32))
+    num_warps = max(1, block_rows * block_columns // blocks_of_thread // 32)
+    return Config(rows, block_rows, block_columns, num_warps, 96 if blocks_of_thread == 2 else None)
 
 
 def quantize(
@@ -201,7 +218,8 @@ def quantize(
         return result
     matrices = math.prod(batch)
     rows_per_global = 1 if decode_scale is None else matrices * num_rows // decode_scale.numel()
-    config = choose_config(matrices * num_rows, num_columns, format.block, scale_layout, Target.of(x.device).num_sms)
+    plain = activation is None and norm is None and not four_over_six
+    config = choose_config(matrices * num_rows, num_columns, format.block, scale_layout, Target.of(x.device).num_sms, plain=plain)
     chunks_of_matrix = triton.cdiv(padded[0], config.rows)
     words, row_blocks = _words(x, format.block)
     arguments = (
@@ -235,7 +253,7 @@ def quantize_experts(
     num_rows = x.shape[0]
     num_experts, num_columns = expert_offsets.numel() - 1, codes.shape[1] * 2 // format.block
     scan = num_experts <= MAX_SCANNED_EXPERTS if scan is None else scan
-    config = choose_config(num_rows, num_columns, format.block, scale_layout, Target.of(x.device).num_sms)
+    config = choose_config(num_rows, num_columns, format.block, scale_layout, Target.of(x.device).num_sms, plain=activation is None)
     tile = config.rows if scale_layout == "linear" else tile_rows(scale_layout)
     words, row_blocks = _words(x, format.block)
     ends = expert_offsets if scan else torch.empty(num_experts + 1, dtype=torch.int64, device=x.device)
@@ -302,6 +320,8 @@ def _constants(
 def _launch(kernel: Any, arguments: tuple, constants: dict[str, Any], config: Config, num_chunks: int, device: torch.device) -> None:
     """Start as many programs as there are chunks, or as the GPU holds at once."""
     options = {} if INTERPRETED else {"num_warps": config.num_warps, "enable_fp_fusion": False}  # the codec rounds every product
+    if config.max_registers and not INTERPRETED:
+        options["maxnreg"] = config.max_registers
     columns = triton.cdiv(arguments[-2 if kernel is quantize_experts_kernel else -3], config.block_columns)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         most = _programs_per_sm(kernel, arguments, {**constants, **options}) * Target.of(device).num_sms

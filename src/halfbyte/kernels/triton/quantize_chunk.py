@@ -6,7 +6,7 @@ A thread owns whole blocks: its 16 columns (32 for MXFP4) are eight words, or tw
 import triton
 import triton.language as tl
 
-from halfbyte.kernels.triton.blocks import amax8, codes4, e2m1_value, e4m3_of, e8m0_of, half, normed, quotient, range_factor, reciprocal, swiglu
+from halfbyte.kernels.triton.blocks import amax8, amax8_and_nan, codes4, divided_codes, e2m1_value, e4m3_of, e8m0_of, half, normed, quotient, range_factor, reciprocal, swiglu
 
 
 @triton.jit
@@ -28,23 +28,30 @@ def load_words(pointers, mask, STEP: tl.constexpr = 1):
 
 
 @triton.jit
-def _load_block(
-    pointers, mask, up_words, weights, weight_mask, factor,
-    SOURCE: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    """Eight words of x ("x"), of the activation of x and what lies `up_words` words behind it ("swiglu"), or of x * factor * weights ("norm")."""
+def _load(pointers, mask, up_words, SOURCE: tl.constexpr):
+    """Eight words of x, and for "swiglu" those that lie `up_words` words behind them."""
     w = load_words(pointers, mask)
     if SOURCE == "swiglu":
-        u = load_words(pointers + up_words, mask)
+        w = w + load_words(pointers + up_words, mask)
+    return w
+
+
+@triton.jit
+def _finished(
+    w, weights, weight_mask, factor,
+    SOURCE: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Eight words to quantise: x ("x"), the activation ("swiglu"), or x * factor * weights ("norm")."""
+    if SOURCE == "swiglu":
         w = (
-            swiglu(w[0], u[0], ALPHA, BETA, LIMIT, BF16, ASM),
-            swiglu(w[1], u[1], ALPHA, BETA, LIMIT, BF16, ASM),
-            swiglu(w[2], u[2], ALPHA, BETA, LIMIT, BF16, ASM),
-            swiglu(w[3], u[3], ALPHA, BETA, LIMIT, BF16, ASM),
-            swiglu(w[4], u[4], ALPHA, BETA, LIMIT, BF16, ASM),
-            swiglu(w[5], u[5], ALPHA, BETA, LIMIT, BF16, ASM),
-            swiglu(w[6], u[6], ALPHA, BETA, LIMIT, BF16, ASM),
-            swiglu(w[7], u[7], ALPHA, BETA, LIMIT, BF16, ASM),
+            swiglu(w[0], w[8], ALPHA, BETA, LIMIT, BF16, ASM),
+            swiglu(w[1], w[9], ALPHA, BETA, LIMIT, BF16, ASM),
+            swiglu(w[2], w[10], ALPHA, BETA, LIMIT, BF16, ASM),
+            swiglu(w[3], w[11], ALPHA, BETA, LIMIT, BF16, ASM),
+            swiglu(w[4], w[12], ALPHA, BETA, LIMIT, BF16, ASM),
+            swiglu(w[5], w[13], ALPHA, BETA, LIMIT, BF16, ASM),
+            swiglu(w[6], w[14], ALPHA, BETA, LIMIT, BF16, ASM),
+            swiglu(w[7], w[15], ALPHA, BETA, LIMIT, BF16, ASM),
         )
     if SOURCE == "norm":
         v = load_words(weights, weight_mask)
@@ -78,15 +85,13 @@ def _nvfp4_scale(amax, prepared, NATIVE: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def _nvfp4_codes(w, scale, prepared, BF16: tl.constexpr, ASM: tl.constexpr):
+def _nvfp4_codes(w, scale, prepared, amax, has_nan, BF16: tl.constexpr, ASM: tl.constexpr):
     """Codes of eight words, two words of them; 0 where scale * global is 0, and where it overflows all but NaN and infinity give 0."""
     global_scale, factor, _, _, _ = prepared
     divisor = scale * global_scale
     factor = tl.where(divisor == float("inf"), 0.0, factor)
     divisor = tl.where(factor == 0.0, 1.0, divisor * factor)
-    inverse = reciprocal(divisor, ASM)
-    low = codes4(w[0], w[1], w[2], w[3], factor, divisor, inverse, BF16, True, ASM)
-    high = codes4(w[4], w[5], w[6], w[7], factor, divisor, inverse, BF16, True, ASM)
+    low, high = divided_codes(w, factor, divisor, reciprocal(divisor, ASM), amax, has_nan, BF16, ASM)
     return tl.where(divisor == 0.0, 0, low), tl.where(divisor == 0.0, 0, high)
 
 
@@ -117,14 +122,14 @@ def _error(w, low, high, scale, global_scale, BF16: tl.constexpr):
 @triton.jit
 def nvfp4_block(w, prepared, BF16: tl.constexpr, FOUR_OVER_SIX: tl.constexpr, NATIVE: tl.constexpr, ASM: tl.constexpr):
     """Scale byte and two words of codes of the block in eight words; `prepared` by `prepare_global` for 6."""
-    amax = amax8(w, BF16, ASM)
+    amax, has_nan = amax8_and_nan(w, BF16, ASM)
     byte, scale = _nvfp4_scale(amax, prepared, NATIVE, ASM)
-    low, high = _nvfp4_codes(w, scale, prepared, BF16, ASM)
+    low, high = _nvfp4_codes(w, scale, prepared, amax, has_nan, BF16, ASM)
     if FOUR_OVER_SIX:
         global_scale, _, _, _, _ = prepared
         prepared4 = prepare_global(global_scale, 4.0, ASM)
         byte4, scale4 = _nvfp4_scale(amax, prepared4, NATIVE, ASM)
-        low4, high4 = _nvfp4_codes(w, scale4, prepared4, BF16, ASM)
+        low4, high4 = _nvfp4_codes(w, scale4, prepared4, amax, has_nan, BF16, ASM)
         keep4 = _error(w, low4, high4, scale4, global_scale, BF16) < _error(w, low, high, scale, global_scale, BF16)
         byte, low, high = tl.where(keep4, byte4, byte), tl.where(keep4, low4, low), tl.where(keep4, high4, high)
     return byte, low, high
@@ -137,7 +142,7 @@ def _scale_offset(row, column, scale_columns, LAYOUT: tl.constexpr):
         return row * scale_columns + column
     if LAYOUT == "8x4":
         return row * 4 + column // 4 * 32 + column % 4
-    return row % 32 * 16 + row // 32 * 4 + column // 4 * 512 + column % 4
+    return row % 32 * 16 + row // 32 * 4 + column // 4 * 512 + (column & 3)
 
 
 @triton.jit
@@ -162,17 +167,23 @@ def quantize_chunk(
     if NVFP4 and not GLOBAL_ROWS:
         prepared = prepare_global(tl.load(global_ptr + global_index), 6.0, ASM)
     column = first_column + tl.arange(0, BLOCK_COLUMNS)[None, :]
+    up_words = num_columns * (8 * GROUPS)
+    weights = weight_ptr + column * (8 * GROUPS)
+    first_row = tl.arange(0, BLOCK_ROWS)[:, None]
+    words = x_base + (first_row * row_blocks + column) * (8 * GROUPS)
+    mask = (first_row < present) & (column < num_columns)
+    next_w = _load(words, mask, up_words, SOURCE)
     for start in range(0, present, BLOCK_ROWS):
-        row = start + tl.arange(0, BLOCK_ROWS)[:, None]
+        row = start + first_row
         mask = (row < present) & (column < num_columns)
-        words = x_base + (row * row_blocks + column) * (8 * GROUPS)
+        w = next_w
+        words += BLOCK_ROWS * row_blocks * (8 * GROUPS)
+        next_w = _load(words, (row + BLOCK_ROWS < present) & (column < num_columns), up_words, SOURCE)
         codes = codes_base + ((row * num_columns + column) * (2 * GROUPS))[:, :, None]
-        up_words = num_columns * (8 * GROUPS)
-        weights = weight_ptr + column * (8 * GROUPS)
         factor_of_row = 1.0
         if SOURCE == "norm":
             factor_of_row = tl.load(factor_ptr + x_row + row, mask=row < present, other=0.0)
-        w = _load_block(words, mask, up_words, weights, column < num_columns, factor_of_row, SOURCE, ALPHA, BETA, LIMIT, BF16, ASM)
+        w = _finished(w, weights, column < num_columns, factor_of_row, SOURCE, ALPHA, BETA, LIMIT, BF16, ASM)
         if NVFP4:
             if GLOBAL_ROWS:
                 row_scale = tl.load(global_ptr + (x_row + row) // rows_per_global, mask=row < present, other=1.0)
@@ -181,15 +192,16 @@ def quantize_chunk(
                 byte, low, high = nvfp4_block(w, prepared, BF16, FOUR_OVER_SIX, NATIVE, ASM)
             tl.store(codes + tl.arange(0, 2)[None, None, :], tl.join(low, high), mask=mask[:, :, None])
         else:
-            v = _load_block(words + 8, mask, up_words, weights + 8, column < num_columns, factor_of_row, SOURCE, ALPHA, BETA, LIMIT, BF16, ASM)
+            v = _load(words + 8 - BLOCK_ROWS * row_blocks * (8 * GROUPS), mask, up_words, SOURCE)
+            v = _finished(v, weights + 8, column < num_columns, factor_of_row, SOURCE, ALPHA, BETA, LIMIT, BF16, ASM)
             byte, factor = e8m0_of(tl.maximum(amax8(w, BF16, ASM), amax8(v, BF16, ASM)), RULE)
-            c0 = codes4(w[0], w[1], w[2], w[3], factor, factor, factor, BF16, False, ASM)
-            c1 = codes4(w[4], w[5], w[6], w[7], factor, factor, factor, BF16, False, ASM)
-            c2 = codes4(v[0], v[1], v[2], v[3], factor, factor, factor, BF16, False, ASM)
-            c3 = codes4(v[4], v[5], v[6], v[7], factor, factor, factor, BF16, False, ASM)
+            c0 = codes4(w[0], w[1], w[2], w[3], factor, BF16, ASM)
+            c1 = codes4(w[4], w[5], w[6], w[7], factor, BF16, ASM)
+            c2 = codes4(v[0], v[1], v[2], v[3], factor, BF16, ASM)
+            c3 = codes4(v[4], v[5], v[6], v[7], factor, BF16, ASM)
             quad = tl.reshape(tl.join(tl.join(c0, c2), tl.join(c1, c3)), (BLOCK_ROWS, BLOCK_COLUMNS, 4))
             tl.store(codes + tl.arange(0, 4)[None, None, :], quad, mask=mask[:, :, None])
-        scales = scales_base + tl.max_contiguous(_scale_offset(tile_row + row, column, scale_columns, LAYOUT), (1, 1))
+        scales = scales_base + _scale_offset(tile_row + row, column, scale_columns, LAYOUT)
         tl.store(scales, byte.to(tl.uint8), mask=(row < present) & (column < scale_columns))
     if LAYOUT != "linear":  # noqa: SIM102 - decided when compiling
         if present < written:

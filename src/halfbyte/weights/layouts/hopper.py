@@ -45,7 +45,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -200,15 +200,32 @@ def pack(w: ExpertWeights, out: HopperExperts, first: int = 0) -> None:
         InputError: a scale is negative or not finite; nothing was written.
     """
     w13, w2 = fp4_matrices(w, "hopper")
-    largest13, largest2 = _largest_scales(w13), _largest_scales(w2)
-    # The one time the host waits for the device.
-    if w.num_experts and bool((torch.maximum(largest13.max(), largest2.max()) > largest_valid_scale(w13.format)) | has_unusable_scalars(w)):
-        check_scales(w)
-    _pack_matrix(w13, w.w13_bias, w13_order(w.activation), largest13, out.w13, out.words_for, first)
-    _pack_matrix(w2, w.w2_bias, "straight", largest2, out.w2, out.words_for, first)
+    if w.num_experts:
+        _pack_experts(w, w13, w2, out, slice(first, first + w.num_experts))
     for kept, scale in ((out.w13_input_scale, w.w13_input_scale), (out.w2_input_scale, w.w2_input_scale)):
         if kept is not None and scale is not None:
             kept.copy_(scale)
+
+
+def _pack_experts(w: ExpertWeights, w13: QuantTensor, w2: QuantTensor, out: HopperExperts, here: slice) -> None:
+    refused = torch.zeros((), dtype=torch.uint8, device=w.device)
+    largest13, largest2 = _largest_scales(w13, refused), _largest_scales(w2, refused)
+    refused |= has_unusable_scalars(w)
+    is_refused = _read_later(refused)
+    order = w13_order(w.activation)
+    if _has_kernels(out.device):  # which look at `refused` themselves, so that they need not wait for the host
+        refused = refused.to(out.device)
+        for matrix, rows, packed in ((w13, order, out.w13), (w2, "straight", out.w2)):
+            _pack_weights_on_gpu(
+                matrix.codes, matrix.scales.view(torch.uint8), rows, packed.words[here], packed.scales[here], out.words_for, refused
+            )
+    if is_refused():
+        check_scales(w)
+    if not _has_kernels(out.device):
+        for matrix, rows, packed in ((w13, order, out.w13), (w2, "straight", out.w2)):
+            _pack_weights(matrix.codes, matrix.scales.view(torch.uint8), rows, packed.words[here], packed.scales[here], out.words_for)
+    _pack_vectors(w13, w.w13_bias, order, largest13, out.w13, here)
+    _pack_vectors(w2, w.w2_bias, "straight", largest2, out.w2, here)
 
 
 def unpack(experts: HopperExperts) -> ExpertWeights:
@@ -277,14 +294,24 @@ def _allocate_matrix(w: QuantTensor, rows: int, has_bias: bool, device: torch.de
     )
 
 
-def _pack_matrix(
-    w: QuantTensor, bias: torch.Tensor | None, order: RowOrder, largest: torch.Tensor, out: HopperMatrix, words_for: WordsFor, first: int
-) -> None:
-    """`largest`: uint8 [E, N], the largest scale byte of each row."""
+def _read_later(flag: torch.Tensor) -> Callable[[], bool]:
+    """What gives the value of a flag, uint8 [], for which the host waits when it is called, but not for what has been queued on the device since."""
+    if flag.device.type != "cuda":
+        return lambda: bool(flag)
+    copy, copied = torch.empty((), dtype=torch.uint8, pin_memory=True), torch.cuda.Event()
+    copy.copy_(flag, non_blocking=True)
+    copied.record(torch.cuda.current_stream(flag.device))
+
+    def read() -> bool:
+        copied.synchronize()
+        return bool(copy)
+
+    return read
+
+
+def _pack_vectors(w: QuantTensor, bias: torch.Tensor | None, order: RowOrder, largest: torch.Tensor, out: HopperMatrix, here: slice) -> None:
+    """What a row or an expert has one of. `largest`: uint8 [E, N], the largest scale byte of each row; `here`: the experts in `out`."""
     num_experts, device = w.codes.shape[0], out.words.device
-    here = slice(first, first + num_experts)
-    pack_weights = _pack_weights_on_gpu if _has_kernels(device) else _pack_weights
-    pack_weights(w.codes, w.scales.view(torch.uint8), order, out.words[here], out.scales[here], words_for)
     _write_row_exponents(largest.to(device), order, w.format, out.row_exponent[here])
     if w.format == NVFP4:
         assert w.global_scale is not None
@@ -393,22 +420,23 @@ def _pack_row_tiles(
 
 
 def _pack_weights_on_gpu(
-    codes: torch.Tensor, scales: torch.Tensor, order: RowOrder, words: torch.Tensor, scale_words: torch.Tensor, words_for: WordsFor
-) -> None:
-    """The same with kernels, on the device of `words`."""
+    codes: torch.Tensor, scales: torch.Tensor, order: RowOrder, words: torch.Tensor, scale_words: torch.Tensor, words_for: WordsFor,
+    refused: torch.Tensor,
+) -> None:  # fmt: skip
+    """The same with kernels, on the device of `words`, unless `refused`, uint8 [] there, is not 0."""
     from halfbyte.weights.layouts.hopper_pack import pack_matrix
 
     sources = (codes, scales)
     if all(_in_lanes(tensor, words.device) for tensor in sources):
         if not _share_storage(sources, (words, scale_words)):
-            pack_matrix(codes, scales, words, scale_words, order, words_for)
+            pack_matrix(codes, scales, words, scale_words, order, words_for, refused)
             return
         target = Target.of(words.device)
         if target.arch == "sm_90":
             from halfbyte.weights.layouts.hopper_pack_in_place import num_groups, pack_matrix_in_place
 
-            if num_groups(scale_words, target.num_sms) > 0:
-                pack_matrix_in_place(codes, scales, words, scale_words, order, words_for, target.num_sms)
+            if num_groups(scale_words, order, target.num_sms) > 0:
+                pack_matrix_in_place(codes, scales, words, scale_words, order, words_for, refused, target.num_sms)
                 return
     step = max(1, BUFFER_BYTES // (codes[0].nbytes + scales[0].nbytes))
     buffers = [torch.empty((min(step, len(codes)), *tensor.shape[1:]), dtype=torch.uint8, device=words.device) for tensor in sources]
@@ -417,7 +445,7 @@ def _pack_weights_on_gpu(
         staged_codes, staged_scales = (
             buffer[: len(tensor[batch])].copy_(tensor[batch], non_blocking=True) for buffer, tensor in zip(buffers, sources, strict=True)
         )
-        pack_matrix(staged_codes, staged_scales, words[batch], scale_words[batch], order, words_for)
+        pack_matrix(staged_codes, staged_scales, words[batch], scale_words[batch], order, words_for, refused)
     if codes.device.type == "cpu":
         torch.cuda.current_stream(words.device).synchronize()  # pinned memory may still be read, and is the caller's to change
 
@@ -431,14 +459,16 @@ def _has_kernels(device: torch.device) -> bool:
     return device.type == "cuda" and _has_triton()
 
 
-def _largest_scales(w: QuantTensor) -> torch.Tensor:
-    """uint8 [E, N]: the largest scale byte of each row. Negative scales and NaN have larger bytes than all others."""
-    raw = w.scales.view(torch.uint8)
+def _largest_scales(w: QuantTensor, refused: torch.Tensor) -> torch.Tensor:
+    """uint8 [E, N]: the largest scale byte of each row. Negative scales and NaN have larger bytes than all others, and make `refused`, uint8 [], 1."""
+    raw, limit = w.scales.view(torch.uint8), largest_valid_scale(w.format)
     if _has_kernels(raw.device):
         from halfbyte.weights.layouts.hopper_pack import largest_of_rows
 
-        return largest_of_rows(raw.contiguous())
-    return raw.amax(2)
+        return largest_of_rows(raw.contiguous(), limit, refused)
+    largest = raw.amax(2)
+    refused |= largest.amax() > limit
+    return largest
 
 
 def _ordered(matrix: torch.Tensor, source: torch.Tensor, columns: int) -> torch.Tensor:

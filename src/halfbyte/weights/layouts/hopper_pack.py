@@ -71,9 +71,11 @@ def _tiles_of(words_ptr, scale_words_ptr, row_tile, run, runs, column_tiles, SCA
 
 @triton.jit
 def _pack(
-    codes_ptr, scales_ptr, words_ptr, scale_words_ptr, rows, intermediate, lanes, column_tiles,
+    codes_ptr, scales_ptr, words_ptr, scale_words_ptr, refused_ptr, rows, intermediate, lanes, column_tiles,
     ORDER: tl.constexpr, NVFP4: tl.constexpr, WORDS_FOR: tl.constexpr,
 ):  # fmt: skip
+    if tl.load(refused_ptr) != 0:
+        return
     run, tile, expert = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     SCALES: tl.constexpr = 4 if NVFP4 else 2  # of a row in a tile
     codes_ptr, scales_ptr = _source_of(codes_ptr, scales_ptr, expert, rows, lanes, SCALES)
@@ -186,23 +188,27 @@ def _row_exponents(largest_ptr, row_exponent_ptr, rows, intermediate, ORDER: tl.
 
 
 @triton.jit
-def _largest_of_rows(bytes_ptr, largest_ptr, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _largest_of_rows(bytes_ptr, largest_ptr, refused_ptr, rows, columns, limit, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     expert = tl.program_id(1).to(tl.int64)
     column = tl.arange(0, COLUMNS)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     byte = tl.load(bytes_ptr + expert * rows * columns + row[:, None] * columns + column[None, :], mask=inside, other=0)
-    tl.store(largest_ptr + expert * rows + row, tl.max(byte.to(tl.int32), axis=1).to(tl.uint8), mask=row < rows)
+    largest = tl.max(byte.to(tl.int32), axis=1)
+    tl.store(largest_ptr + expert * rows + row, largest.to(tl.uint8), mask=row < rows)
+    tl.store(refused_ptr + tl.zeros_like(row), tl.full((ROWS,), 1, tl.uint8), mask=largest > limit)
 
 
 def pack_matrix(
-    codes: torch.Tensor, scales: torch.Tensor, words: torch.Tensor, scale_words: torch.Tensor, order: RowOrder, words_for: WordsFor
-) -> None:
+    codes: torch.Tensor, scales: torch.Tensor, words: torch.Tensor, scale_words: torch.Tensor, order: RowOrder, words_for: WordsFor,
+    refused: torch.Tensor,
+) -> None:  # fmt: skip
     """Write the tiles of codes [E, N, K/2] and scales [E, N, K/block] uint8 to `words` and `scale_words`, which share no storage with them.
 
-    All are contiguous, codes 8-byte aligned; scales are neither negative nor NaN.
+    All are contiguous, codes 8-byte aligned. `refused`, uint8 []: where it is not 0 nothing is written; scales are neither negative nor NaN else.
     """
-    _launch(_pack, codes, scales, words, scale_words, order, words_for, codes.view(torch.int64), scales, words.view(torch.int64), scale_words)
+    pointers = codes.view(torch.int64), scales, words.view(torch.int64), scale_words, refused
+    _launch(_pack, codes, scales, words, scale_words, order, words_for, *pointers)
 
 
 def write_row_exponents(largest: torch.Tensor, row_exponent: torch.Tensor, order: RowOrder, *, nvfp4: bool) -> None:
@@ -221,14 +227,14 @@ def unpack_matrix(
     _launch(_unpack, codes, scales, words, scale_words, order, words_for, words.view(torch.int64), scale_words, codes.view(torch.int64), scales)
 
 
-def largest_of_rows(raw: torch.Tensor) -> torch.Tensor:
-    """uint8 [E, N]: the largest byte of each row of raw, uint8 [E, N, C] contiguous."""
+def largest_of_rows(raw: torch.Tensor, limit: int, refused: torch.Tensor) -> torch.Tensor:
+    """uint8 [E, N]: the largest byte of each row of raw, uint8 [E, N, C] contiguous. Where one is above `limit`, `refused`, uint8 [], becomes 1."""
     num_experts, rows, columns = raw.shape
     largest = torch.empty((num_experts, rows), dtype=torch.uint8, device=raw.device)
     block = triton.next_power_of_2(columns)
     step = max(1, 4096 // block)
     with torch.cuda.device_of(raw):
-        _largest_of_rows[(triton.cdiv(rows, step), num_experts)](raw, largest, rows, columns, step, block, num_warps=4)
+        _largest_of_rows[(triton.cdiv(rows, step), num_experts)](raw, largest, refused, rows, columns, limit, step, block, num_warps=4)
     return largest
 
 

@@ -4,6 +4,8 @@ A group of programs packs one expert at a time. Its programs keep their pieces o
 have read theirs, then write them to where they belong. As many groups run side by side as experts fit into the shared memory of the device, 29 MB on
 an H200: one with DeepSeek-R1's w13, 16 with Qwen3-30B's. While an expert waits for the programs that are still reading it, the free slots of its
 programs take the first pieces of the next one.
+
+Without gate and up, 64 rows become the row tile in their own place, which is all that has to be kept: an expert is then a row tile.
 """
 
 from __future__ import annotations
@@ -101,11 +103,13 @@ def _write(target, slots, arrivals_ptr, expert, first_slot, program, num_program
 
 @gluon.jit
 def _pack_in_place(
-    codes_ptr, scales_ptr, words_desc, scale_words_desc, arrivals_ptr,
+    codes_ptr, scales_ptr, words_desc, scale_words_desc, arrivals_ptr, refused_ptr,
     num_experts, num_groups, rows, intermediate, lanes, row_tiles, column_tiles, runs,
     ORDER: gl.constexpr, NVFP4: gl.constexpr, WORDS_FOR: gl.constexpr,
 ):  # fmt: skip
     SCALES: gl.constexpr = 4 if NVFP4 else 2  # of a row in a tile
+    if gl.load(refused_ptr) != 0:
+        return
     words = gl.allocate_shared_memory(gl.int32, [SLOTS, 64, 32], words_desc.layout)
     scale_words = gl.allocate_shared_memory(gl.int16, [SLOTS, 8, 16 * SCALES], scale_words_desc.layout)
     slots, target = (words, scale_words, words_desc, scale_words_desc), (row_tiles, column_tiles, runs)
@@ -141,28 +145,36 @@ def _pack_in_place(
     tma.store_wait(0)
 
 
-def num_groups(scale_words: torch.Tensor, num_sms: int) -> int:
+def num_groups(scale_words: torch.Tensor, order: RowOrder, num_sms: int) -> int:
     """How many experts, of `scale_words` [E, row tiles, runs, 128 or 64], the shared memory of a device holds; 0 if they are too large."""
-    programs = triton.cdiv(scale_words.shape[1] * scale_words.shape[2], SLOTS.value)
-    return min(len(scale_words), PROGRAMS_OF_A_MULTIPROCESSOR * num_sms // programs)
+    num_experts, row_tiles, runs, _ = scale_words.shape
+    if order != "gate_up":
+        num_experts, row_tiles = num_experts * row_tiles, 1
+    programs = triton.cdiv(row_tiles * runs, SLOTS.value)
+    return min(num_experts, PROGRAMS_OF_A_MULTIPROCESSOR * num_sms // programs)
 
 
 def pack_matrix_in_place(
-    codes: torch.Tensor, scales: torch.Tensor, words: torch.Tensor, scale_words: torch.Tensor, order: RowOrder, words_for: WordsFor, num_sms: int
-) -> None:
+    codes: torch.Tensor, scales: torch.Tensor, words: torch.Tensor, scale_words: torch.Tensor, order: RowOrder, words_for: WordsFor,
+    refused: torch.Tensor, num_sms: int,
+) -> None:  # fmt: skip
     """`hopper_pack.pack_matrix` where `words`, `scale_words` or both lie in the storage of codes and scales, expert upon expert.
 
     `num_sms`: multiprocessors of the device, whose shared memory holds an expert (`num_groups` is not 0).
     """
+    groups = num_groups(scale_words, order, num_sms)
+    if order != "gate_up":
+        codes, scales = codes.view(-1, 64, codes.shape[2]), scales.view(-1, 64, scales.shape[2])
+        words, scale_words = words.flatten(0, 1).unsqueeze(1), scale_words.flatten(0, 1).unsqueeze(1)
     num_experts, rows, half_columns = codes.shape
     _, row_tiles, runs, entries = scale_words.shape
-    groups, pieces, column_tiles = num_groups(scale_words, num_sms), row_tiles * runs, words.shape[2]
+    pieces, column_tiles = row_tiles * runs, words.shape[2]
     programs = min(pieces, PROGRAMS_OF_A_MULTIPROCESSOR * num_sms // groups)
     arrivals = torch.zeros(num_experts, dtype=torch.int32, device=words.device)
     with torch.cuda.device_of(words):
         _pack_in_place[(groups * programs,)](
             codes.view(torch.int32), scales, tma_descriptor(words.view(-1, 32), 64 if column_tiles % 4 == 0 else 16, 32),
-            tma_descriptor(scale_words.view(torch.int16).view(-1, entries // 2), 8, entries // 2), arrivals,
+            tma_descriptor(scale_words.view(torch.int16).view(-1, entries // 2), 8, entries // 2), arrivals, refused,
             num_experts, groups, rows, rows // 2 if order == "gate_up" else rows, half_columns // 8, row_tiles, column_tiles, runs,
             order, entries == 128, words_for, num_warps=4, maxnreg=MAX_REGISTERS, launch_cooperative_grid=True,
         )  # fmt: skip
