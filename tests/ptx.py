@@ -150,7 +150,8 @@ def _float(operation: str, kind: str, v: list[np.ndarray]) -> np.ndarray:
         product = d[0] * d[1]  # at most 48 bits: exact
         bits = _bits(product, kind)
         if ".rp" in operation:
-            return np.where(_to_double(bits, kind) < product, _bits(np.nextafter(bits.view(np.float32), np.float32(np.inf)).astype(np.float64), kind), bits)
+            above = np.nextafter(np.asarray(bits).view(np.float32), np.float32(np.inf)).view(np.uint32)
+            return np.where(_to_double(bits, kind) < product, above, bits)
         return bits
     product, addend = (d[0] * d[1], d[2]) if name == "fma" else (d[0], d[1])
     return _bits(_add_to_odd(product, addend), kind)

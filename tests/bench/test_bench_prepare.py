@@ -33,8 +33,9 @@ def test_peers_and_prepare_agree_byte_by_byte(shape: MoEShape, format: halfbyte.
 
 def test_every_way_is_timed() -> None:
     w = random_experts(PLAIN, halfbyte.NVFP4, CPU, seed=0)
-    rows = list(prepare.bench_prepare("plain", w, "hopper", 10.0, few_experts=2))
-    assert [(row.method, row.num_experts) for row in rows] == [("naive", 2), ("torch", 3), ("halfbyte", 3), ("halfbyte, in place", 3)]
+    rows = list(prepare.bench_prepare("plain", w, "hopper", 10.0, few_experts=2, layers=2))
+    sizes = [("naive", 2, 1), ("torch", 3, 1), ("halfbyte", 3, 2), ("halfbyte, in place", 3, 2)]
+    assert [(row.method, row.num_experts, row.layers) for row in rows] == sizes
     for row in rows:
         assert row.status == "ok" and row.ms > 0 and row.copy_fraction == row.gbps / 10.0 and row.extra_bytes >= 0
     moved = w.nbytes + halfbyte.prepare(w, "hopper").nbytes
@@ -58,7 +59,7 @@ def test_the_command(tmp_path, capsys: pytest.CaptureFixture) -> None:
     file = tmp_path / "rows.jsonl"
     command = ["bench", "prepare", "--device", "cpu", "--shape", "64,96,4", "--format", "mxfp4", "--naive-experts", "1", "--out", str(file)]
     assert main(command) == 0
-    assert "| halfbyte, in place | 4 |" in capsys.readouterr().out
+    assert "| halfbyte, in place | 4 | 1 |" in capsys.readouterr().out
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [line["row"]["method"] for line in lines] == ["naive", "torch", "halfbyte", "halfbyte, in place"]
     assert all(line["benchmark"] == "prepare" and line["copy_gbps"] > 0 and line["row"]["format"] == "mxfp4" for line in lines)

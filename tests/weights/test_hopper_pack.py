@@ -90,9 +90,7 @@ def test_as_many_programs_run_at_the_same_time_as_pack_in_place(order: hopper.Ro
     words = torch.empty((2, 64, columns // 64, 512), dtype=torch.int32)
     scale_words = torch.empty((2, 64, -(-columns // 256), 2048 // block), dtype=torch.int64)
     with compiling(90) as compiled:
-        hopper_pack_in_place.pack_matrix_in_place(
-            codes, scales, words, scale_words, order, words_for, torch.zeros((), dtype=torch.uint8), 132
-        )
+        hopper_pack_in_place.pack_matrix_in_place(codes, scales, words, scale_words, order, words_for, torch.zeros((), dtype=torch.uint8), 132)
     (kernel,) = compiled
     programs = hopper_pack_in_place.PROGRAMS_OF_A_MULTIPROCESSOR
     assert kernel.spill_bytes == 0

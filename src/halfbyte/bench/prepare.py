@@ -23,8 +23,9 @@ class PrepareRow:
 
     Attributes:
         num_experts: how many were packed: those of the layer, or the first few where a way is too slow for all.
+        layers: how many such layers were packed one after another.
         status: "ok"; "refused", its bytes are wrong, so it has no time.
-        ms: median time for these experts, the host's time included.
+        ms: median time for the experts of one layer, the host's time included.
         gbps: bytes read and bytes written together over that time; copy_fraction: this over the copy bandwidth.
         extra_bytes: peak memory beside the weights and the result, by torch's own count on a GPU; on a CPU what the process grew by, where memory
             that it had kept from an earlier call counts as nothing. None where it is not known.
@@ -36,6 +37,7 @@ class PrepareRow:
     layout: str
     method: str
     num_experts: int
+    layers: int
     status: Status
     ms: float | None = None
     gbps: float | None = None
@@ -45,7 +47,7 @@ class PrepareRow:
 
     def __str__(self) -> str:
         time = self.status if self.ms is None else f"{self.ms:.2f} ms"
-        return f"{self.shape} {self.format}, {self.num_experts} experts, {self.method}: {time}"
+        return f"{self.shape} {self.format}, {self.num_experts} experts, {self.method}: {time}{' a layer' if self.layers > 1 else ''}"
 
 
 @dataclass(frozen=True)
@@ -60,29 +62,36 @@ class PrepareRecord:
 @dataclass(frozen=True)
 class _Method:
     """`pack` returns storage of the layout; `in_place`: it consumes what it is given; `few`: so slow that a few experts must do; `samples`: how often
-    it is timed."""
+    it is timed; `one_after_another`: with several layers, if there are such."""
 
     name: str
     pack: Callable[[ExpertWeights], Any]
     in_place: bool = False
     few: bool = False
     samples: int = 5
+    one_after_another: bool = True
 
 
 # What `prepare` is measured against, by layout.
-PEERS = {"hopper": (_Method("naive", naive_hopper, few=True, samples=1), _Method("torch", torch_hopper, samples=1))}
+PEERS = {
+    "hopper": (
+        _Method("naive", naive_hopper, few=True, samples=1, one_after_another=False),
+        _Method("torch", torch_hopper, samples=1, one_after_another=False),
+    )
+}
 
 
-def bench_prepare(name: str, weights: ExpertWeights, layout: str, copy_gbps: float, *, few_experts: int = 4) -> Iterator[PrepareRow]:
+def bench_prepare(name: str, weights: ExpertWeights, layout: str, copy_gbps: float, *, few_experts: int = 4, layers: int = 1) -> Iterator[PrepareRow]:
     """Measure the peers of `layout`, `prepare` into new storage, and `prepare` in place; the fastest of them last.
 
-    Every result must have the bytes of the others. Memory: the weights three times over (given, consumed in place, the result), on their device.
+    Every result must have the bytes of the others. Memory: the weights, on their device, and twice those of all `layers`.
 
     Args:
         name: of the shape.
         weights: the experts of one layer, in FP4.
         copy_gbps: what the device copies, each byte counted twice.
         few_experts: how many experts the naive way packs.
+        layers: how many layers `prepare` packs one after another, as when a model is loaded: the host works ahead of the GPU.
     """
     methods = (
         *PEERS[layout],
@@ -93,25 +102,27 @@ def bench_prepare(name: str, weights: ExpertWeights, layout: str, copy_gbps: flo
     expected: dict[int, dict[str, torch.Tensor]] = {}
     for method in methods:
         part = _first(weights, few_experts) if method.few else weights
-        row = PrepareRow(name, weights.format.name if weights.format else "", layout, method.name, part.num_experts, "refused")
-        copies = {key: tensor.clone() for key, tensor in part.tensors.items()} if method.in_place else part.tensors
-        given = part.with_tensors(copies)
-        result = method.pack(given)  # compiles, too
+        count = layers if method.one_after_another else 1
+        row = PrepareRow(name, weights.format.name if weights.format else "", layout, method.name, part.num_experts, count, "refused")
+        given = [_copy_of(part) if method.in_place else part for _ in range(count)]
+        (result, *others) = [method.pack(w) for w in given]  # compiles, too
+        del others
         if part.num_experts not in expected:
             expected[part.num_experts] = halfbyte.prepare(part, layout).experts.tensors if method.few else result.tensors
         if not _same_bytes(result.tensors, expected[part.num_experts]):
             yield row
             continue
-        result_bytes = _bytes_outside(result.tensors, copies)
+        result_bytes = count * _bytes_outside(result.tensors, given[0].tensors)
         moved_bytes = part.nbytes + sum(tensor.nbytes for tensor in result.tensors.values())
         del result
         samples, peaks = [], []
         for _ in range(method.samples):
             if method.in_place:
-                for key, tensor in part.tensors.items():
-                    copies[key].copy_(tensor)
+                for w in given:
+                    for key, tensor in part.tensors.items():
+                        w.tensors[key].copy_(tensor)
             seconds, peak = _measure(method.pack, given)
-            samples.append(seconds)
+            samples.append(seconds / count)
             peaks.append(peak)
         seconds = statistics.median(samples)
         naive_s = seconds / part.num_experts if method.name == "naive" else naive_s
@@ -126,7 +137,7 @@ def bench_prepare(name: str, weights: ExpertWeights, layout: str, copy_gbps: flo
             extra_bytes=max(0, *extra) if extra else None,
             speedup=None if naive_s is None else naive_s * part.num_experts / seconds,
         )
-        del given, copies
+        del given
 
 
 def render(records: Sequence[PrepareRecord]) -> str:
@@ -138,11 +149,12 @@ def render(records: Sequence[PrepareRecord]) -> str:
     first = records[0]
     layer = f"{first.row.shape} {first.row.format.upper()}, layout {first.row.layout}"
     lines = [f"### {layer}: {first.environment['device']}, copies {first.copy_gbps:.4g} GB/s", ""]
-    lines += ["| way | experts | ms | GB/s | of copy | extra MiB | speed-up |", "|---|---|---|---|---|---|---|"]
+    lines += ["| way | experts | layers | ms a layer | GB/s | of copy | extra MiB | speed-up |", "|---|---|---|---|---|---|---|---|"]
     for row in (record.row for record in records):
         cells = (
             row.method,
             str(row.num_experts),
+            str(row.layers),
             cell(row.ms, "{:.2f}") if row.status == "ok" else row.status,
             cell(row.gbps, "{:.4g}"),
             cell(row.copy_fraction, "{:.1%}"),
@@ -158,6 +170,10 @@ def _first(w: ExpertWeights, count: int) -> ExpertWeights:
     return w.with_tensors({name: tensor if name in scales_of_all else tensor[:count] for name, tensor in w.tensors.items()})
 
 
+def _copy_of(w: ExpertWeights) -> ExpertWeights:
+    return w.with_tensors({name: tensor.clone() for name, tensor in w.tensors.items()})
+
+
 def _same_bytes(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
     if ours.keys() != theirs.keys():
         return False
@@ -170,21 +186,22 @@ def _bytes_outside(tensors: dict[str, torch.Tensor], sources: dict[str, torch.Te
     return sum(tensor.nbytes for tensor in tensors.values() if tensor.untyped_storage().data_ptr() not in known)
 
 
-def _measure(pack: Callable[[ExpertWeights], Any], w: ExpertWeights) -> tuple[float, int | None]:
-    """Seconds, and peak memory beside what was there before, the result included."""
-    if w.device.type == "cuda":
-        torch.cuda.synchronize(w.device)
-        torch.cuda.reset_peak_memory_stats(w.device)
-        before = torch.cuda.memory_allocated(w.device)
+def _measure(pack: Callable[[ExpertWeights], Any], layers: Sequence[ExpertWeights]) -> tuple[float, int | None]:
+    """Seconds, and peak memory beside what was there before, the results included."""
+    device = layers[0].device
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         start = time.perf_counter()
-        result = pack(w)
-        torch.cuda.synchronize(w.device)
+        result = [pack(w) for w in layers]
+        torch.cuda.synchronize(device)
         seconds = time.perf_counter() - start
         del result
-        return seconds, torch.cuda.max_memory_allocated(w.device) - before
+        return seconds, torch.cuda.max_memory_allocated(device) - before
     resident = _reset_peak_resident_bytes()
     start = time.perf_counter()
-    result = pack(w)
+    result = [pack(w) for w in layers]
     seconds = time.perf_counter() - start
     del result
     return seconds, None if resident is None else _status_bytes("VmHWM") - resident

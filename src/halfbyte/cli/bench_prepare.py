@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", type=shared.block_format, metavar="NAME", help="nvfp4 or mxfp4; default: as the model was published")
     parser.add_argument("--layout", choices=PEERS, default="hopper", help="the arrangement")
     parser.add_argument("--naive-experts", type=positive_int, metavar="N", default=4, help="how many experts the naive way packs")
+    parser.add_argument("--layers", type=positive_int, metavar="N", default=1, help="how many layers are packed one after another")
     shared.add_output(parser, seed="of the weights")
 
 
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         shape = args.shape or (parse_sizes(_CPU_SHAPE) if device.type == "cpu" else NAMED_SHAPES["dsr1"])
         weights = random_experts(shape, args.format or shape.published, device, args.seed)
-    rows = bench_prepare(shape.name, weights, args.layout, copy_gbps, few_experts=args.naive_experts)
+    rows = bench_prepare(shape.name, weights, args.layout, copy_gbps, few_experts=args.naive_experts, layers=args.layers)
     records = shared.collect(args, "prepare", rows, functools.partial(PrepareRecord, described, copy_gbps))
     return shared.finish(args, {"environment": described, "copy_gbps": copy_gbps}, records, render)
 

@@ -2,16 +2,17 @@
 
 Words are int32 tensors that hold two neighbouring elements each, low half first; everything here is elementwise, so a block never leaves its thread.
 
-**Division without dividing.** The codec rounds x / d to fp32, and that to e2m1. With y = fl(1 / d) and z = (1 - d * y) * y, rounded up, fl(x * y +
-fl(x * z)) lies on the same side of every tie as fl(x / d), or on the tie as it does: z is what y lacks, and x has only 8 or 11 bits. A test goes through
-every mantissa of d. Nothing may underflow, so x and d are multiplied by 2^64, 1 or 2^-64 before. Two instructions of the fp32 pipe, which has room; the
-integer pipe, at half its rate, is what bounds a quantiser. Scales are divided by Markstein's way (1990), which gives fl(x / d) itself: `quotient`.
+**Division without dividing.** The codec rounds x / d to fp32, and that to e2m1. With y = fl(1 / d) and z = (1 - d * y) * y, rounded up,
+fl(x * y + fl(x * z)) lies on the same side of every tie as fl(x / d), or on the tie as it does: z is what y lacks, and x has only 8 or 11 bits. A
+test goes through every mantissa of d. Nothing may underflow, so x and d are multiplied by 2^64, 1 or 2^-64 before. Two instructions of the fp32
+pipe, which has room; the integer pipe has half its rate. Scales are divided by Markstein's way (1990), which gives fl(x / d) itself: `quotient`.
 
 **Rounding without cases.** The code of |q| is its rank in 0, .5, 1, 1.5, 2, 3, 4, 6, and rank = round(min(2 q, q + 2, q / 2 + 4)), ties to even.
-Adding 2^23 rounds to an integer, and min commutes with rounding. MXFP4 divides by a power of two, which one multiplication does.
+Adding 2^23 rounds to an integer, and min commutes with rounding. Positive floats are in the order of their bits, and sm_90 has an instruction for the
+least of three integers. MXFP4 divides by a power of two, which one multiplication does.
 
-**Ordinary blocks**, without NaN, whose largest quotient has a code and whose d is neither tiny nor huge, need no factor, no cut and no care for NaN. Others
-take a branch of their own (NVFP4).
+**Ordinary blocks**, without NaN, whose largest quotient has a code and whose d is neither tiny nor huge, need no factor, no cut and no care for NaN.
+Others take a branch of their own (NVFP4).
 
 `tests/ptx.py` runs the assembly on a CPU, so that all of this is proven without a GPU.
 
@@ -293,7 +294,8 @@ def codes4(w0, w1, w2, w3, factor, BF16: tl.constexpr, ASM: tl.constexpr):
 def divided_codes(w, factor, divisor, inverse, amax, has_nan, BF16: tl.constexpr, ASM: tl.constexpr):
     """The sixteen e2m1 codes of x * factor / divisor in two words, element 0 in the lowest nibble of the first: int32.
 
-    `factor` is a power of two or 0, `divisor` within 2^-100 .. 2^100, `inverse` its correctly rounded reciprocal; `amax` and `has_nan` by `amax8_and_nan`.
+    `factor` is a power of two or 0, `divisor` within 2^-100 .. 2^100, `inverse` its correctly rounded reciprocal; `amax` and `has_nan` are those of
+    `amax8_and_nan`.
     """
     if ASM:
         low, high = tl.inline_asm_elementwise(

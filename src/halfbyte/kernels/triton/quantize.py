@@ -6,11 +6,12 @@
     scales   e4m3 or e8m0 bytes, "linear", "128x4" or "8x4"; the padding of the tiles is written as zero
 
 Codes and scales are those of `formats.quantizer`, bit for bit. Target: any CUDA GPU of compute capability 8.0 or newer.
-80 % of the copy bandwidth from 32,768 rows on on an H100 (2026-11-25), 74 to 76 % on an H200, 2.8 us at 64 rows (NVFP4, 128x4, K = 7168, 2026-11-28).
-Compiled for sm_90 by Triton 3.6: 545 instructions for 32 elements a thread, 55 registers, no spills (NVFP4, bf16, 128x4).
+How fast: docs/activations.md.
+Compiled for sm_90 by Triton 3.6: 420 instructions for 32 elements of ordinary blocks, 96 registers, no spills (NVFP4, bf16, 128x4).
 
-A thread owns whole blocks (16 columns, 32 for MXFP4), loads them 16 bytes at a time and needs no other thread. A program walks over chunks of rows
-(`quantize_chunk.py`) with the stride of the grid, which has as many programs as the GPU can hold at once.
+A thread owns whole blocks (16 columns, 32 for MXFP4), loads them 16 bytes at a time, a step before it needs them, and needs no other thread: nothing
+goes through shared memory but "linear" scales. A program walks over chunks of rows (`quantize_chunk.py`) with the stride of the grid, which has as
+many programs as the GPU can hold at once.
 
 **Experts.** Rows are sorted by expert. The rows of every expert are cut into chunks, so that a chunk belongs to one expert, and what is looked up
 (expert, first row, global scale) is looked up once a chunk; the last one of an expert also zeroes the rest of its tile of scales. By comparing with
@@ -180,8 +181,8 @@ def choose_config(num_rows: int, num_columns: int, block: int, layout: ScaleLayo
 
     Longer chunks are for many rows, where they save looking up. `plain`: nothing is fused in front, whose values would need the registers.
 
-    >>> choose_config(64, 448, 16, "128x4", 132), choose_config(8192, 448, 16, "8x4", 132)
-    (Config(rows=4, block_rows=4, block_columns=64, num_warps=4, max_registers=96), Config(rows=8, block_rows=4, block_columns=64, num_warps=4, max_registers=96))
+    >>> choose_config(64, 448, 16, "128x4", 132)
+    Config(rows=4, block_rows=4, block_columns=64, num_warps=4, max_registers=96)
     """
     blocks_of_thread = 2 if block == 16 and plain else 1
     blocks = 128 * blocks_of_thread

@@ -6,7 +6,21 @@ A thread owns whole blocks: its 16 columns (32 for MXFP4) are eight words, or tw
 import triton
 import triton.language as tl
 
-from halfbyte.kernels.triton.blocks import amax8, amax8_and_nan, codes4, divided_codes, e2m1_value, e4m3_of, e8m0_of, half, normed, quotient, range_factor, reciprocal, swiglu
+from halfbyte.kernels.triton.blocks import (
+    amax8,
+    amax8_and_nan,
+    codes4,
+    divided_codes,
+    e2m1_value,
+    e4m3_of,
+    e8m0_of,
+    half,
+    normed,
+    quotient,
+    range_factor,
+    reciprocal,
+    swiglu,
+)
 
 
 @triton.jit
@@ -137,11 +151,14 @@ def nvfp4_block(w, prepared, BF16: tl.constexpr, FOUR_OVER_SIX: tl.constexpr, NA
 
 @triton.jit
 def _scale_offset(row, column, scale_columns, LAYOUT: tl.constexpr):
-    """Bytes from the start of its tile row to the scale of (row, column); `scale_columns` is padded to 4 except for "linear", a tile of one row."""
+    """Bytes from the start of its tile row to the scale of (row, column); `scale_columns` is padded to 4 except for "linear", a tile of one row.
+
+    `& 3` and not `% 4`, which Triton knows to make neighbours: it would take the scales through shared memory to store those together.
+    """
     if LAYOUT == "linear":
         return row * scale_columns + column
     if LAYOUT == "8x4":
-        return row * 4 + column // 4 * 32 + column % 4
+        return row * 4 + column // 4 * 32 + (column & 3)
     return row % 32 * 16 + row // 32 * 4 + column // 4 * 512 + (column & 3)
 
 
@@ -177,8 +194,8 @@ def quantize_chunk(
         row = start + first_row
         mask = (row < present) & (column < num_columns)
         w = next_w
-        words += BLOCK_ROWS * row_blocks * (8 * GROUPS)
-        next_w = _load(words, (row + BLOCK_ROWS < present) & (column < num_columns), up_words, SOURCE)
+        next_words = words + BLOCK_ROWS * row_blocks * (8 * GROUPS)
+        next_w = _load(next_words, (row + BLOCK_ROWS < present) & (column < num_columns), up_words, SOURCE)
         codes = codes_base + ((row * num_columns + column) * (2 * GROUPS))[:, :, None]
         factor_of_row = 1.0
         if SOURCE == "norm":
@@ -192,7 +209,7 @@ def quantize_chunk(
                 byte, low, high = nvfp4_block(w, prepared, BF16, FOUR_OVER_SIX, NATIVE, ASM)
             tl.store(codes + tl.arange(0, 2)[None, None, :], tl.join(low, high), mask=mask[:, :, None])
         else:
-            v = _load(words + 8 - BLOCK_ROWS * row_blocks * (8 * GROUPS), mask, up_words, SOURCE)
+            v = _load(words + 8, mask, up_words, SOURCE)
             v = _finished(v, weights + 8, column < num_columns, factor_of_row, SOURCE, ALPHA, BETA, LIMIT, BF16, ASM)
             byte, factor = e8m0_of(tl.maximum(amax8(w, BF16, ASM), amax8(v, BF16, ASM)), RULE)
             c0 = codes4(w[0], w[1], w[2], w[3], factor, BF16, ASM)
@@ -203,6 +220,7 @@ def quantize_chunk(
             tl.store(codes + tl.arange(0, 4)[None, None, :], quad, mask=mask[:, :, None])
         scales = scales_base + _scale_offset(tile_row + row, column, scale_columns, LAYOUT)
         tl.store(scales, byte.to(tl.uint8), mask=(row < present) & (column < scale_columns))
+        words = next_words
     if LAYOUT != "linear":  # noqa: SIM102 - decided when compiling
         if present < written:
             _zero_scales(scales_base, tile_row + present, tile_row + written, first_column, scale_columns, LAYOUT, TILE, BLOCK_COLUMNS)

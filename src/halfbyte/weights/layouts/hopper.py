@@ -216,9 +216,7 @@ def _pack_experts(w: ExpertWeights, w13: QuantTensor, w2: QuantTensor, out: Hopp
     if _has_kernels(out.device):  # which look at `refused` themselves, so that they need not wait for the host
         refused = refused.to(out.device)
         for matrix, rows, packed in ((w13, order, out.w13), (w2, "straight", out.w2)):
-            _pack_weights_on_gpu(
-                matrix.codes, matrix.scales.view(torch.uint8), rows, packed.words[here], packed.scales[here], out.words_for, refused
-            )
+            _pack_weights_on_gpu(matrix.codes, matrix.scales.view(torch.uint8), rows, packed.words[here], packed.scales[here], out.words_for, refused)
     if is_refused():
         check_scales(w)
     if not _has_kernels(out.device):
@@ -460,7 +458,7 @@ def _has_kernels(device: torch.device) -> bool:
 
 
 def _largest_scales(w: QuantTensor, refused: torch.Tensor) -> torch.Tensor:
-    """uint8 [E, N]: the largest scale byte of each row. Negative scales and NaN have larger bytes than all others, and make `refused`, uint8 [], 1."""
+    """uint8 [E, N]: the largest scale byte of each row. Negative scales and NaN have the largest bytes, and make `refused`, uint8 [], 1."""
     raw, limit = w.scales.view(torch.uint8), largest_valid_scale(w.format)
     if _has_kernels(raw.device):
         from halfbyte.weights.layouts.hopper_pack import largest_of_rows
