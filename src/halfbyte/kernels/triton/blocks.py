@@ -11,8 +11,8 @@ pipe, which has room; the integer pipe has half its rate. Scales are divided by 
 Adding 2^23 rounds to an integer, and min commutes with rounding. Positive floats are in the order of their bits, and sm_90 has an instruction for the
 least of three integers. MXFP4 divides by a power of two, which one multiplication does.
 
-**Ordinary blocks**, without NaN, whose largest quotient has a code and whose d is neither tiny nor huge, need no factor, no cut and no care for NaN.
-Others take a branch of their own (NVFP4).
+**Ordinary blocks**, without NaN and with a d that is neither tiny nor huge, need no factor and no care for NaN. Others take a branch of their own
+(NVFP4).
 
 `tests/ptx.py` runs the assembly on a CPU, so that all of this is proven without a GPU.
 
@@ -84,11 +84,13 @@ def _append_code(x: str, *, divide: bool) -> str:
 
 
 def _ordinary_codes(dtype: str, target: str, words: Sequence[str]) -> str:
-    """target = the eight codes of four words, times the reciprocal `y` + `z`."""
+    """target = the eight codes of four words, cut at `cut`, times the reciprocal `y` + `z`; `cut` is a pair of bf16 for bf16, fp32 for fp16."""
     lines = ["mov.b32 sum, 0;"]
     for word in reversed(words):
-        lines.append(f"abs.{dtype}x2 a, {word};")
-        lines.append(_unpack(dtype, "a", "x0", "x1"))
+        if dtype == "bf16":
+            lines.append(f"abs.bf16x2 a, {word}; min.bf16x2 a, a, cut; {_unpack(dtype, 'a', 'x0', 'x1')}")
+        else:
+            lines.append(f"abs.f16x2 a, {word}; {_unpack(dtype, 'a', 'x0', 'x1')} min.f32 x0, x0, cut; min.f32 x1, x1, cut;")
         lines += [_append_code(x, divide=True) for x in ("x1", "x0")]
     return "\n".join([*lines, _signs("even", words), _sum_of_codes(target)])
 
@@ -125,15 +127,13 @@ def _parameter(dtype: str, target: str, value: str) -> str:
 
 
 def _divided_asm(dtype: str) -> str:
-    """$0 and $1 = the sixteen codes of the words $2 .. $9, times $10, divided by $11, of which $12 is the reciprocal; $13 and $14 are what
-    `_amax_and_nan_asm` found."""
+    """$0 and $1 = the sixteen codes of the words $2 .. $9, times $10, divided by $11, of which $12 is the reciprocal; $13: whether there is a NaN."""
     halves = [("$0", [f"${word}" for word in range(2, 6)]), ("$1", [f"${word}" for word in range(6, 10)])]
-    lines = [f"{{ {_registers(dtype)}", "mul.f32 f, $13, $12; setp.lt.f32 ordinary, f, 0f40D80000;"]  # 6.75
+    lines = [f"{{ {_registers(dtype)}", f"mul.rn.f32 f, $11, 0f{_CUT_BITS:08X};", _parameter(dtype, "cut", "f")]
     lines.append("mov.f32 y, $12; neg.f32 z, $11; fma.rn.f32 z, z, y, 0f3F800000; mul.rp.f32 z, z, y;")
-    lines.append("setp.eq.and.f32 ordinary, $10, 0f3F800000, ordinary; setp.eq.and.s32 ordinary, $14, 0, ordinary; @!ordinary bra GUARDED;")
+    lines.append("setp.eq.f32 ordinary, $10, 0f3F800000; setp.eq.and.s32 ordinary, $13, 0, ordinary; @!ordinary bra GUARDED;")
     lines += [_ordinary_codes(dtype, target, words) for target, words in halves]
-    lines.append(f"bra DONE; GUARDED: mul.rn.f32 f, $11, 0f{_CUT_BITS:08X};")
-    lines += [_parameter(dtype, "factor", "$10"), _parameter(dtype, "cut", "f")]
+    lines += ["bra DONE; GUARDED:", _parameter(dtype, "factor", "$10")]
     lines += [_codes(dtype, target, words, divide=True) for target, words in halves]
     return "\n".join([*lines, "DONE: }"])
 
@@ -291,16 +291,15 @@ def codes4(w0, w1, w2, w3, factor, BF16: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def divided_codes(w, factor, divisor, inverse, amax, has_nan, BF16: tl.constexpr, ASM: tl.constexpr):
+def divided_codes(w, factor, divisor, inverse, has_nan, BF16: tl.constexpr, ASM: tl.constexpr):
     """The sixteen e2m1 codes of x * factor / divisor in two words, element 0 in the lowest nibble of the first: int32.
 
-    `factor` is a power of two or 0, `divisor` within 2^-100 .. 2^100, `inverse` its correctly rounded reciprocal; `amax` and `has_nan` are those of
-    `amax8_and_nan`.
+    `factor` is a power of two or 0, `divisor` within 2^-100 .. 2^100, `inverse` its correctly rounded reciprocal; `has_nan` as of `amax8_and_nan`.
     """
     if ASM:
         low, high = tl.inline_asm_elementwise(
-            _DIVIDED_BF16 if BF16 else _DIVIDED_F16, "=&r,=&r,r,r,r,r,r,r,r,r,f,f,f,f,r",
-            [w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], factor, divisor, inverse, amax, has_nan],
+            _DIVIDED_BF16 if BF16 else _DIVIDED_F16, "=&r,=&r,r,r,r,r,r,r,r,r,f,f,f,r",
+            [w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], factor, divisor, inverse, has_nan],
             dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
         )  # fmt: skip
     else:

@@ -99,13 +99,13 @@ def _nvfp4_scale(amax, prepared, NATIVE: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def _nvfp4_codes(w, scale, prepared, amax, has_nan, BF16: tl.constexpr, ASM: tl.constexpr):
+def _nvfp4_codes(w, scale, prepared, has_nan, BF16: tl.constexpr, ASM: tl.constexpr):
     """Codes of eight words, two words of them; 0 where scale * global is 0, and where it overflows all but NaN and infinity give 0."""
     global_scale, factor, _, _, _ = prepared
     divisor = scale * global_scale
     factor = tl.where(divisor == float("inf"), 0.0, factor)
     divisor = tl.where(factor == 0.0, 1.0, divisor * factor)
-    low, high = divided_codes(w, factor, divisor, reciprocal(divisor, ASM), amax, has_nan, BF16, ASM)
+    low, high = divided_codes(w, factor, divisor, reciprocal(divisor, ASM), has_nan, BF16, ASM)
     return tl.where(divisor == 0.0, 0, low), tl.where(divisor == 0.0, 0, high)
 
 
@@ -138,12 +138,12 @@ def nvfp4_block(w, prepared, BF16: tl.constexpr, FOUR_OVER_SIX: tl.constexpr, NA
     """Scale byte and two words of codes of the block in eight words; `prepared` by `prepare_global` for 6."""
     amax, has_nan = amax8_and_nan(w, BF16, ASM)
     byte, scale = _nvfp4_scale(amax, prepared, NATIVE, ASM)
-    low, high = _nvfp4_codes(w, scale, prepared, amax, has_nan, BF16, ASM)
+    low, high = _nvfp4_codes(w, scale, prepared, has_nan, BF16, ASM)
     if FOUR_OVER_SIX:
         global_scale, _, _, _, _ = prepared
         prepared4 = prepare_global(global_scale, 4.0, ASM)
         byte4, scale4 = _nvfp4_scale(amax, prepared4, NATIVE, ASM)
-        low4, high4 = _nvfp4_codes(w, scale4, prepared4, amax, has_nan, BF16, ASM)
+        low4, high4 = _nvfp4_codes(w, scale4, prepared4, has_nan, BF16, ASM)
         keep4 = _error(w, low4, high4, scale4, global_scale, BF16) < _error(w, low, high, scale, global_scale, BF16)
         byte, low, high = tl.where(keep4, byte4, byte), tl.where(keep4, low4, low), tl.where(keep4, high4, high)
     return byte, low, high
