@@ -208,22 +208,26 @@ def pack(w: ExpertWeights, out: HopperExperts, first: int = 0) -> None:
 
 
 def _pack_experts(w: ExpertWeights, w13: QuantTensor, w2: QuantTensor, out: HopperExperts, here: slice) -> None:
+    """Everything but the input scales, to the experts `here` of `out`."""
     refused = torch.zeros((), dtype=torch.uint8, device=w.device)
-    largest13, largest2 = _largest_scales(w13, refused), _largest_scales(w2, refused)
+    straight: RowOrder = "straight"
+    sides = (
+        (w13, w.w13_bias, w13_order(w.activation), _largest_scales(w13, refused), out.w13),
+        (w2, w.w2_bias, straight, _largest_scales(w2, refused), out.w2),
+    )
     refused |= has_unusable_scalars(w)
     is_refused = _read_later(refused)
-    order = w13_order(w.activation)
-    if _has_kernels(out.device):  # which look at `refused` themselves, so that they need not wait for the host
+    has_kernels = _has_kernels(out.device)
+    if has_kernels:  # they look at `refused` themselves and need not wait for the host
         refused = refused.to(out.device)
-        for matrix, rows, packed in ((w13, order, out.w13), (w2, "straight", out.w2)):
+        for matrix, _, rows, _, packed in sides:
             _pack_weights_on_gpu(matrix.codes, matrix.scales.view(torch.uint8), rows, packed.words[here], packed.scales[here], out.words_for, refused)
     if is_refused():
         check_scales(w)
-    if not _has_kernels(out.device):
-        for matrix, rows, packed in ((w13, order, out.w13), (w2, "straight", out.w2)):
+    for matrix, bias, rows, largest, packed in sides:
+        if not has_kernels:
             _pack_weights(matrix.codes, matrix.scales.view(torch.uint8), rows, packed.words[here], packed.scales[here], out.words_for)
-    _pack_vectors(w13, w.w13_bias, order, largest13, out.w13, here)
-    _pack_vectors(w2, w.w2_bias, "straight", largest2, out.w2, here)
+        _pack_vectors(matrix, bias, rows, largest, packed, here)
 
 
 def unpack(experts: HopperExperts) -> ExpertWeights:
