@@ -69,8 +69,8 @@ def _step(operation: str, operands: str, registers: dict[str, np.ndarray], runs:
 def _compare(operation: str, v: list[np.ndarray]) -> np.ndarray:
     """setp: a predicate, which may be and-ed with a third operand."""
     _, test, *is_and, kind = operation.split(".")
-    a, b = (_to_double(x, "f32") if kind == "f32" else x.view(np.int32) if kind == "s32" else x for x in v[:2])
-    holds = {"lt": a < b, "gt": a > b, "eq": a == b, "num": ~np.isnan(a) & ~np.isnan(b)}[test]
+    a, b = (_to_double(x, "f32") if kind == "f32" else x for x in v[:2])
+    holds = {"eq": a == b, "num": ~np.isnan(a) & ~np.isnan(b)}[test]
     return holds & v[2] if is_and else holds
 
 
@@ -101,7 +101,7 @@ def _compute(operation: str, v: list[np.ndarray]) -> np.ndarray:
         "add": lambda a, b: a + b,
         "sub": lambda a, b: a - b,
         "max": lambda a, b: np.maximum(a.view(np.int32), b.view(np.int32)).view(np.uint32),
-        "min": lambda a, b: np.minimum(a, b) if kind == "u32" else np.minimum(a.view(np.int32), b.view(np.int32)).view(np.uint32),
+        "min": lambda a, b: np.minimum(a.view(np.int32), b.view(np.int32)).view(np.uint32),
         "shl": lambda a, b: a << b,
         "shr": lambda a, b: a >> b,
         "shf": lambda low, high, by: _funnel(low, high, by if rest[0] == "r" else np.uint32(32) - by),

@@ -92,13 +92,13 @@ def test_ties_of_every_divisor(bits):
     mantissa = np.arange(2**23, 2**24, dtype=np.int64)
     d = (mantissa / 2.0**23).astype(np.float32)
     y = np.float32(1) / d
-    (z,) = run("{ neg.f32 $0, $1; fma.rn.f32 $0, $0, $2, 0f3F800000; mul.rp.f32 $0, $0, $2; }", ["f"], [d, y])
+    (z,) = run(f"{{ mov.f32 y, $2; {blocks._second_part('$1')} mov.f32 $0, z; }}", ["f"], [d, y])
     for m in (4, 5, 6, 7):  # ties are powers of two times 1, 1.25, 1.5 and 1.75
         step = np.where(m * mantissa < 2**26, 2 ** (26 - bits), 2 ** (27 - bits))
         x = (m * mantissa + step // 2) // step * step
         near = np.abs(m * mantissa - x) <= 64  # units of 2^-26 of the quotient or less, where y alone is off by 8
         x = (x[near] / 2.0**25).astype(np.float32)
-        (q,) = run("{ mul.rn.f32 $0, $1, $3; fma.rn.f32 $0, $1, $2, $0; }", ["f"], [x, y[near], z[near]])
+        (q,) = run(f"{{ mov.f32 y, $2; mov.f32 z, $3; mov.f32 x, $1; {blocks._quotient('x')} mov.f32 $0, x; }}", ["f"], [x, y[near], z[near]])
         assert len(q) > 2000 and np.array_equal(np.sign(q - np.float32(m / 4)), np.sign(x / d[near] - np.float32(m / 4)))
 
 

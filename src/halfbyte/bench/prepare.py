@@ -62,23 +62,17 @@ class PrepareRecord:
 @dataclass(frozen=True)
 class _Method:
     """`pack` returns storage of the layout; `in_place`: it consumes what it is given; `few`: so slow that a few experts must do; `samples`: how often
-    it is timed; `one_after_another`: with several layers, if there are such."""
+    it is timed."""
 
     name: str
     pack: Callable[[ExpertWeights], Any]
     in_place: bool = False
     few: bool = False
     samples: int = 5
-    one_after_another: bool = True
 
 
 # What `prepare` is measured against, by layout.
-PEERS = {
-    "hopper": (
-        _Method("naive", naive_hopper, few=True, samples=1, one_after_another=False),
-        _Method("torch", torch_hopper, samples=1, one_after_another=False),
-    )
-}
+PEERS = {"hopper": (_Method("naive", naive_hopper, few=True, samples=1), _Method("torch", torch_hopper, samples=1))}
 
 
 def bench_prepare(name: str, weights: ExpertWeights, layout: str, copy_gbps: float, *, few_experts: int = 4, layers: int = 1) -> Iterator[PrepareRow]:
@@ -102,7 +96,7 @@ def bench_prepare(name: str, weights: ExpertWeights, layout: str, copy_gbps: flo
     expected: dict[int, dict[str, torch.Tensor]] = {}
     for method in methods:
         part = _first(weights, few_experts) if method.few else weights
-        count = layers if method.one_after_another else 1
+        count = 1 if method in PEERS[layout] else layers
         row = PrepareRow(name, weights.format.name if weights.format else "", layout, method.name, part.num_experts, count, "refused")
         given = [_copy_of(part) if method.in_place else part for _ in range(count)]
         (result, *others) = [method.pack(w) for w in given]  # compiles, too

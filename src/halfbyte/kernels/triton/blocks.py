@@ -26,7 +26,7 @@ import triton.language as tl
 
 _ROUND = tl.constexpr(8388608.0)  # 2^23: adding it rounds to an integer, found in the low bits
 _CUT = tl.constexpr(6.5)  # |q| is cut here: above 6, and below the 7 that would round to a ninth code
-_CUT_BITS = 0x40D00000
+_CUT_BITS = 0x40D00000  # of this float
 _INFINITY = tl.constexpr(float("inf"))
 
 
@@ -74,45 +74,45 @@ def _sum_of_codes(target: str) -> str:
     return f"sub.u32 sum, sum, {_RANKS_TOO_MUCH:#x}; add.u32 {target}, sum, even;"
 
 
-def _append_code(x: str, *, divide: bool) -> str:
-    """sum = 16 sum + 2^23 + the code of x, times the reciprocal `y` + `z` if `divide`."""
-    quotient = f"mul.rn.f32 q, {x}, z; fma.rn.f32 {x}, {x}, y, q; " if divide else ""
+def _second_part(divisor: str) -> str:
+    """z = what the reciprocal `y` lacks."""
+    return f"neg.f32 z, {divisor}; fma.rn.f32 z, z, y, 0f3F800000; mul.rp.f32 z, z, y;"
+
+
+def _quotient(x: str) -> str:
+    """x = x / d for the purposes of rounding, of which `y` and `z` are the reciprocal."""
+    return f"mul.rn.f32 q, {x}, z; fma.rn.f32 {x}, {x}, y, q;"
+
+
+def _append_code(x: str) -> str:
+    """sum = 16 sum + 2^23 + the code of x."""
     # 2 q, q + 2, q / 2 + 4
     ranks = f"fma.rn.f32 c, {x}, 0f40000000, 0f4B000000; add.rn.f32 d, {x}, 0f4B000002; fma.rn.f32 q, {x}, 0f3F000000, 0f4B000004;"
     least = "mov.b32 a0, c; mov.b32 a1, d; mov.b32 a2, q; min.s32 a0, a0, a1; min.s32 a0, a0, a2;"  # one instruction from sm_90 on
-    return f"{quotient}{ranks} {least} mad.lo.u32 sum, sum, 16, a0;"
+    return f"{ranks} {least} mad.lo.u32 sum, sum, 16, a0;"
 
 
-def _ordinary_codes(dtype: str, target: str, words: Sequence[str]) -> str:
-    """target = the eight codes of four words, cut at `cut`, times the reciprocal `y` + `z`; `cut` is a pair of bf16 for bf16, fp32 for fp16."""
-    lines = ["mov.b32 sum, 0;"]
-    for word in reversed(words):
-        if dtype == "bf16":
-            lines.append(f"abs.bf16x2 a, {word}; min.bf16x2 a, a, cut; {_unpack(dtype, 'a', 'x0', 'x1')}")
-        else:
-            lines.append(f"abs.f16x2 a, {word}; {_unpack(dtype, 'a', 'x0', 'x1')} min.f32 x0, x0, cut; min.f32 x1, x1, cut;")
-        lines += [_append_code(x, divide=True) for x in ("x1", "x0")]
-    return "\n".join([*lines, _signs("even", words), _sum_of_codes(target)])
+def _magnitudes(dtype: str, word: str, signed: str, *, guarded: bool) -> str:
+    """x0 and x1 = |x| of the word, cut at `cut`. `guarded`: times `factor`, and `signed` becomes the word with its signs; a NaN becomes the positive
+    one by the multiplication, and by min the largest code. `factor` and `cut` are pairs of bf16 for bf16, fp32 for fp16."""
+    if dtype == "bf16":
+        scaled = f"fma.rn.bf16x2 {signed}, {word}, factor, odd;" if guarded else ""
+        return f"{scaled} abs.bf16x2 a, {signed if guarded else word}; min.bf16x2 a, a, cut; {_unpack(dtype, 'a', 'x0', 'x1')}"
+    cut = "min.f32 x0, x0, cut; min.f32 x1, x1, cut;"
+    if not guarded:
+        return f"abs.f16x2 a, {word}; {_unpack(dtype, 'a', 'x0', 'x1')} {cut}"
+    scaled = f"{_unpack(dtype, word, 'x0', 'x1')} mul.rn.f32 x0, x0, factor; mul.rn.f32 x1, x1, factor;"
+    return f"{scaled} mov.b32 a, x0; mov.b32 t, x1; prmt.b32 {signed}, a, t, 0x7632; abs.f32 x0, x0; abs.f32 x1, x1; {cut}"
 
 
-def _codes(dtype: str, target: str, words: Sequence[str], *, divide: bool) -> str:
-    """target = the eight codes of four words, times `factor`, cut at `cut`, times the reciprocal `y` + `z` if `divide`.
-
-    `factor` and `cut` are pairs of bf16 for bf16, fp32 for fp16. The multiplication makes every NaN the positive one, and min makes that the largest
-    code.
-    """
-    lines = ["mov.b32 sum, 0; mov.b32 odd, 0x80008000;"]
-    for number, word in reversed(list(enumerate(words))):
-        s = f"s{number}"
-        if dtype == "bf16":
-            lines.append(f"fma.rn.bf16x2 {s}, {word}, factor, odd; abs.bf16x2 a, {s}; min.bf16x2 a, a, cut;")
-            lines.append(_unpack(dtype, "a", "x0", "x1"))
-        else:
-            lines.append(_unpack(dtype, word, "x0", "x1") + "mul.rn.f32 x0, x0, factor; mul.rn.f32 x1, x1, factor;")
-            lines.append(f"mov.b32 a, x0; mov.b32 t, x1; prmt.b32 {s}, a, t, 0x7632;")
-            lines.append("abs.f32 x0, x0; min.f32 x0, x0, cut; abs.f32 x1, x1; min.f32 x1, x1, cut;")
-        lines += [_append_code(x, divide=divide) for x in ("x1", "x0")]
-    return "\n".join([*lines, _signs("even", [f"s{number}" for number in range(4)]), _sum_of_codes(target)])
+def _codes(dtype: str, target: str, words: Sequence[str], *, guarded: bool, divide: bool) -> str:
+    """target = the eight codes of four words: of their `_magnitudes`, divided if `divide`, and their signs."""
+    signed = [f"s{number}" for number in range(4)] if guarded else words
+    lines = ["mov.b32 sum, 0;", "mov.b32 odd, 0x80008000;" if guarded else ""]
+    for word, with_signs in reversed(list(zip(words, signed, strict=True))):
+        lines.append(_magnitudes(dtype, word, with_signs, guarded=guarded))
+        lines += [f"{_quotient(x) if divide else ''} {_append_code(x)}" for x in ("x1", "x0")]
+    return "\n".join([*lines, _signs("even", signed), _sum_of_codes(target)])
 
 
 def _registers(dtype: str) -> str:
@@ -122,7 +122,7 @@ def _registers(dtype: str) -> str:
 
 
 def _parameter(dtype: str, target: str, value: str) -> str:
-    """target = the fp32 `value`, as `_codes` wants it."""
+    """target = the fp32 `value`, as `_magnitudes` wants it."""
     return f"cvt.rz.bf16x2.f32 {target}, {value}, {value};" if dtype == "bf16" else f"mov.f32 {target}, {value};"
 
 
@@ -130,18 +130,18 @@ def _divided_asm(dtype: str) -> str:
     """$0 and $1 = the sixteen codes of the words $2 .. $9, times $10, divided by $11, of which $12 is the reciprocal; $13: whether there is a NaN."""
     halves = [("$0", [f"${word}" for word in range(2, 6)]), ("$1", [f"${word}" for word in range(6, 10)])]
     lines = [f"{{ {_registers(dtype)}", f"mul.rn.f32 f, $11, 0f{_CUT_BITS:08X};", _parameter(dtype, "cut", "f")]
-    lines.append("mov.f32 y, $12; neg.f32 z, $11; fma.rn.f32 z, z, y, 0f3F800000; mul.rp.f32 z, z, y;")
+    lines.append(f"mov.f32 y, $12; {_second_part('$11')}")
     lines.append("setp.eq.f32 ordinary, $10, 0f3F800000; setp.eq.and.s32 ordinary, $13, 0, ordinary; @!ordinary bra GUARDED;")
-    lines += [_ordinary_codes(dtype, target, words) for target, words in halves]
+    lines += [_codes(dtype, target, words, guarded=False, divide=True) for target, words in halves]
     lines += ["bra DONE; GUARDED:", _parameter(dtype, "factor", "$10")]
-    lines += [_codes(dtype, target, words, divide=True) for target, words in halves]
+    lines += [_codes(dtype, target, words, guarded=True, divide=True) for target, words in halves]
     return "\n".join([*lines, "DONE: }"])
 
 
 def _codes_asm(dtype: str) -> str:
     """$0 = the eight codes of the words $1 .. $4, times $5."""
     lines = [f"{{ {_registers(dtype)}", _parameter(dtype, "factor", "$5"), f"mov.f32 f, 0f{_CUT_BITS:08X};", _parameter(dtype, "cut", "f")]
-    return "\n".join([*lines, _codes(dtype, "$0", ["$1", "$2", "$3", "$4"], divide=False), "}"])
+    return "\n".join([*lines, _codes(dtype, "$0", ["$1", "$2", "$3", "$4"], guarded=True, divide=False), "}"])
 
 
 _AMAX_BF16, _AMAX_F16 = tl.constexpr(_amax_asm("bf16")), tl.constexpr(_amax_asm("f16"))

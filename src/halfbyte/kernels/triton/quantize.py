@@ -7,7 +7,7 @@
 
 Codes and scales are those of `formats.quantizer`, bit for bit. Target: any CUDA GPU of compute capability 8.0 or newer.
 How fast: docs/activations.md.
-Compiled for sm_90 by Triton 3.6: 420 instructions for 32 elements of ordinary blocks, 96 registers, no spills (NVFP4, bf16, 128x4).
+Compiled for sm_90 by Triton 3.6: 480 instructions for 32 elements of ordinary blocks, 96 registers, no spills (NVFP4, bf16, 128x4).
 
 A thread owns whole blocks (16 columns, 32 for MXFP4), loads them 16 bytes at a time, a step before it needs them, and needs no other thread: nothing
 goes through shared memory but "linear" scales. A program walks over chunks of rows (`quantize_chunk.py`) with the stride of the grid, which has as
@@ -320,9 +320,8 @@ def _constants(
 
 def _launch(kernel: Any, arguments: tuple, constants: dict[str, Any], config: Config, num_chunks: int, device: torch.device) -> None:
     """Start as many programs as there are chunks, or as the GPU holds at once."""
-    options = {} if INTERPRETED else {"num_warps": config.num_warps, "enable_fp_fusion": False}  # the codec rounds every product
-    if config.max_registers and not INTERPRETED:
-        options["maxnreg"] = config.max_registers
+    # Without fusion: the codec rounds every product.
+    options = {} if INTERPRETED else {"num_warps": config.num_warps, "maxnreg": config.max_registers, "enable_fp_fusion": False}
     columns = triton.cdiv(arguments[-2 if kernel is quantize_experts_kernel else -3], config.block_columns)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         most = _programs_per_sm(kernel, arguments, {**constants, **options}) * Target.of(device).num_sms

@@ -147,11 +147,14 @@ def _pack_in_place(
 
 def num_groups(scale_words: torch.Tensor, order: RowOrder, num_sms: int) -> int:
     """How many experts, of `scale_words` [E, row tiles, runs, 128 or 64], the shared memory of a device holds; 0 if they are too large."""
-    num_experts, row_tiles, runs, _ = scale_words.shape
-    if order != "gate_up":
-        num_experts, row_tiles = num_experts * row_tiles, 1
+    num_experts, row_tiles, runs, _ = _kept_together(scale_words, order).shape
     programs = triton.cdiv(row_tiles * runs, SLOTS.value)
     return min(num_experts, PROGRAMS_OF_A_MULTIPROCESSOR * num_sms // programs)
+
+
+def _kept_together(tiles: torch.Tensor, order: RowOrder) -> torch.Tensor:
+    """Tiles [E, row tiles, ...] as what must be read before any of it is written: whole experts, or each row tile as one."""
+    return tiles if order == "gate_up" else tiles.flatten(0, 1).unsqueeze(1)
 
 
 def pack_matrix_in_place(
@@ -165,7 +168,7 @@ def pack_matrix_in_place(
     groups = num_groups(scale_words, order, num_sms)
     if order != "gate_up":
         codes, scales = codes.view(-1, 64, codes.shape[2]), scales.view(-1, 64, scales.shape[2])
-        words, scale_words = words.flatten(0, 1).unsqueeze(1), scale_words.flatten(0, 1).unsqueeze(1)
+    words, scale_words = _kept_together(words, order), _kept_together(scale_words, order)
     num_experts, rows, half_columns = codes.shape
     _, row_tiles, runs, entries = scale_words.shape
     pieces, column_tiles = row_tiles * runs, words.shape[2]
