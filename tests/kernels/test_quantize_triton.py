@@ -319,7 +319,7 @@ def test_the_table_prefers_it_on_a_gpu():
 
 def test_config():
     assert choose_config(64, 448, 16, "128x4", 132).rows == 4
-    assert choose_config(65536, 448, 16, "128x4", 132).rows == 16
+    assert choose_config(65536, 448, 16, "128x4", 132).rows == 32
     for columns, block, layout in itertools.product((2, 3, 4, 64, 180, 512), (16, 32), LAYOUTS):
         config = choose_config(4096, columns, block, layout, 132)
         assert config.rows % config.block_rows == 0 and (layout == "linear" or tile_rows(layout) % config.rows == 0)
@@ -348,10 +348,10 @@ def test_compiles_lean(format, dtype, capability):
     assert launched[0].shared_bytes == 0 and "bar.sync" not in launched[0].ptx  # nothing is passed between threads
     assert ".ftz.f32 %" not in launched[0].ptx.replace("rcp.approx.ftz", "")
     loads = re.findall(r"\bLDG\.E\.?[A-Z.]*128", launched[0].sass)
-    assert len(loads) == (8 if format is hb.NVFP4 else 6)  # the first 16 elements of each block before the loop and in it, the others in it
+    assert len(loads) == 8  # 32 elements a thread before the loop and, a step ahead, in it
     # Of 32 elements; for NVFP4 170 more for each block that is not ordinary.
     instructions = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", launched[0].sass, flags=re.M))
-    assert instructions < (1280 if format is hb.NVFP4 else 736), f"{instructions} instructions for 32 elements a thread"
+    assert instructions < (1296 if format is hb.NVFP4 else 736), f"{instructions} instructions for 32 elements a thread"
 
 
 @not_interpreted

@@ -9,14 +9,14 @@ Codes and scales are those of `formats.quantizer`, bit for bit. Target: any CUDA
 How fast: docs/activations.md.
 Compiled for sm_90 by Triton 3.6: 480 instructions for 32 elements of ordinary blocks, 96 registers, no spills (NVFP4, bf16, 128x4).
 
-A thread owns whole blocks (16 columns, 32 for MXFP4), loads them 16 bytes at a time, a step before it needs them, and needs no other thread: nothing
-goes through shared memory but "linear" scales. A program walks over chunks of rows (`quantize_chunk.py`) with the stride of the grid, which has as
-many programs as the GPU can hold at once.
+A thread owns whole blocks (16 columns, 32 for MXFP4), loads them 16 bytes at a time, a step before it needs them, the first of a chunk while the last
+one is computed, and needs no other thread: nothing goes through shared memory but "linear" scales. The programs of a matrix, all of them together as
+many as the GPU can hold at once, take turns at chunks of its rows (`quantize_chunk.py`).
 
 **Experts.** Rows are sorted by expert. The rows of every expert are cut into chunks, so that a chunk belongs to one expert, and what is looked up
-(expert, first row, global scale) is looked up once a chunk; the last one of an expert also zeroes the rest of its tile of scales. By comparing with
-all experts at once, in registers (SCAN), or by bisection in memory, after a one-program kernel that adds the sizes up. Rows that no expert covers are
-never touched.
+(expert, first row, global scale) is looked up once a chunk, a chunk ahead; the last one of an expert also zeroes the rest of its tile of scales. By
+comparing with all experts at once, in registers (SCAN), or by bisection in memory, after a one-program kernel that adds the sizes up. Rows that no
+expert covers are never touched.
 """
 
 from __future__ import annotations
@@ -35,27 +35,47 @@ from halfbyte.device import Target
 from halfbyte.formats import NVFP4, BlockFormat, QuantTensor
 from halfbyte.formats.quantizer import decode_scale_of
 from halfbyte.formats.scale_layout import ScaleLayout, max_padded_rows, padded_shape, tile_rows
-from halfbyte.kernels.triton.quantize_chunk import quantize_chunk
+from halfbyte.kernels.triton.quantize_chunk import load_rows, quantize_chunk
 
 INTERPRETED = triton.knobs.runtime.interpret
 MAX_SCANNED_EXPERTS = 256
 
+_FROM_FIRST_LANE = tl.constexpr("shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;")
 
-@triton.jit(do_not_specialize=["num_rows", "padded_rows", "chunks_of_matrix", "num_chunks"])
+
+@triton.jit
+def _uniform(x, ASM: tl.constexpr):
+    """x as int32, which all threads have: told so, the compiler keeps it, and what follows from it, in registers that a warp shares."""
+    x = x.to(tl.int32)
+    if ASM:
+        x = tl.inline_asm_elementwise(_FROM_FIRST_LANE, "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
+    return x
+
+
+@triton.jit(do_not_specialize=["matrices", "num_rows", "padded_rows"])
 def quantize_kernel(
-    x_ptr, weight_ptr, factor_ptr, codes_ptr, scales_ptr, global_ptr, num_rows, padded_rows, chunks_of_matrix, num_chunks,
+    x_ptr, weight_ptr, factor_ptr, codes_ptr, scales_ptr, global_ptr, matrices, num_rows, padded_rows,
     row_blocks, num_columns, scale_columns, rows_per_global,
     NVFP4: tl.constexpr, BF16: tl.constexpr, RULE: tl.constexpr, FOUR_OVER_SIX: tl.constexpr, LAYOUT: tl.constexpr, GLOBAL_ROWS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, NATIVE: tl.constexpr, ASM: tl.constexpr,
     SOURCE: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
-    for chunk in range(tl.program_id(0), num_chunks, tl.num_programs(0)):
-        matrix = (chunk // chunks_of_matrix).to(tl.int64)
-        row = chunk % chunks_of_matrix * ROWS
-        present = tl.maximum(tl.minimum(num_rows - row, ROWS), 0)
-        quantize_chunk(
-            x_ptr, weight_ptr, factor_ptr, codes_ptr, scales_ptr, global_ptr, matrix * num_rows + row, matrix * padded_rows + row, present, ROWS,
-            tl.program_id(1) * BLOCK_COLUMNS, matrix, row_blocks, num_columns, scale_columns, rows_per_global,
+    programs = tl.num_programs(0) // matrices
+    matrix = tl.program_id(0) // programs
+    first_row = (tl.program_id(0) - matrix * programs) * ROWS
+    x_start, scale_start = matrix.to(tl.int64) * num_rows, matrix.to(tl.int64) * padded_rows
+    if not GLOBAL_ROWS:
+        global_ptr += matrix
+    first_column = tl.program_id(1) * BLOCK_COLUMNS
+    words = load_rows(
+        x_ptr, x_start + first_row, num_rows - first_row, first_column, row_blocks, num_columns, NVFP4, BLOCK_ROWS, BLOCK_COLUMNS, SOURCE
+    )
+    for row in range(first_row, padded_rows, programs * ROWS):
+        next_row = row + programs * ROWS
+        words = quantize_chunk(
+            words, x_ptr, weight_ptr, factor_ptr, codes_ptr, scales_ptr, global_ptr, x_start + row, scale_start + row,
+            tl.maximum(tl.minimum(num_rows - row, ROWS), 0), ROWS, x_start + next_row, num_rows - next_row, first_column,
+            row_blocks, num_columns, scale_columns, rows_per_global,
             NVFP4, BF16, RULE, FOUR_OVER_SIX, LAYOUT, GLOBAL_ROWS, ROWS, BLOCK_ROWS, BLOCK_COLUMNS, NATIVE, ASM,
             SOURCE, ALPHA, BETA, LIMIT,
         )  # fmt: skip
@@ -106,16 +126,39 @@ def _store_scale_offsets(scale_offsets_ptr, expert, ends, NUM_EXPERTS: tl.conste
     tl.store(scale_offsets_ptr + 1 + expert, ends.to(tl.int32), mask=expert < NUM_EXPERTS)
 
 
-_FROM_FIRST_LANE = tl.constexpr("shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;")
+@triton.jit
+def _sum_and_last(count, chunks, rows, other_count, other_chunks, other_rows):
+    return count + other_count, tl.maximum(chunks, other_chunks), tl.maximum(rows, other_rows)
 
 
 @triton.jit
-def _uniform(x, ASM: tl.constexpr):
-    """x as int32, which all threads have: told so, the compiler keeps it, and what follows from it, in registers that a warp shares."""
-    x = x.to(tl.int32)
-    if ASM:
-        x = tl.inline_asm_elementwise(_FROM_FIRST_LANE, "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
-    return x
+def _chunk_of_expert(
+    chunk, ends, offsets_ptr, ends_ptr, num_rows,
+    LAYOUT: tl.constexpr, TILE: tl.constexpr, NUM_EXPERTS: tl.constexpr, SCAN: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    """Of a chunk, int32: its expert, its first row in x and in the scales, its rows, and those with the padding of its tile."""
+    if SCAN:
+        is_before = (ends >> 32) <= chunk
+        before = tl.where(is_before, ends, 0)
+        expert, chunks_before, rows_before = tl.reduce((is_before.to(tl.int32), (before >> 32).to(tl.int32), before.to(tl.int32)), 0, _sum_and_last)
+    else:  # bisect: the number of experts that end at or before this chunk
+        expert = 0
+        end = NUM_EXPERTS
+        for _ in range(STEPS):
+            middle = (expert + end) // 2
+            is_before = (middle < NUM_EXPERTS) & ((tl.load(ends_ptr + 1 + tl.minimum(middle, NUM_EXPERTS - 1)) >> 32) <= chunk)
+            expert = tl.where(is_before, middle + 1, expert)
+            end = tl.where(is_before, end, middle)
+        before = tl.load(ends_ptr + expert)
+        chunks_before, rows_before = before >> 32, before
+    expert = _uniform(expert, ASM)
+    first = _uniform(tl.maximum(tl.load(offsets_ptr + expert), 0), ASM)
+    count = _uniform(tl.minimum(tl.load(offsets_ptr + expert + 1), num_rows) - first, ASM)
+    row = (chunk - _uniform(chunks_before, ASM)) * ROWS
+    written = tl.where(row + ROWS < count, ROWS, (count + (TILE - 1)) // TILE * TILE - row)
+    scale_row = first + row if LAYOUT == "linear" else _uniform(rows_before, ASM) + row
+    return expert, first + row, scale_row, tl.minimum(count - row, ROWS), written
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -134,34 +177,30 @@ def quantize_experts_kernel(
             if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
                 _store_scale_offsets(scale_offsets_ptr, experts, ends, NUM_EXPERTS)
     else:
+        ends = 0
         total = tl.load(ends_ptr + NUM_EXPERTS)
-    for chunk in range(tl.program_id(0), (total >> 32).to(tl.int32), tl.num_programs(0)):
-        if SCAN:
-            is_before = (ends >> 32) <= chunk
-            expert = tl.sum(is_before.to(tl.int32))
-            before = tl.max(tl.where(is_before, ends, 0))
-        else:  # bisect: the number of experts that end at or before this chunk
-            expert = 0
-            end = NUM_EXPERTS
-            for _ in range(STEPS):
-                middle = (expert + end) // 2
-                is_before = (middle < NUM_EXPERTS) & ((tl.load(ends_ptr + 1 + tl.minimum(middle, NUM_EXPERTS - 1)) >> 32) <= chunk)
-                expert = tl.where(is_before, middle + 1, expert)
-                end = tl.where(is_before, end, middle)
-            before = tl.load(ends_ptr + expert)
-        expert = _uniform(expert, ASM)
-        first = _uniform(tl.maximum(tl.load(offsets_ptr + expert), 0), ASM)
-        count = _uniform(tl.minimum(tl.load(offsets_ptr + expert + 1), num_rows) - first, ASM)
-        row = (chunk - _uniform(before >> 32, ASM)) * ROWS
-        written = tl.where(row + ROWS < count, ROWS, (count + (TILE - 1)) // TILE * TILE - row)
-        x_row = (first + row).to(tl.int64)
-        scale_row = x_row if LAYOUT == "linear" else (_uniform(before, ASM) + row).to(tl.int64)
-        quantize_chunk(
-            x_ptr, x_ptr, x_ptr, codes_ptr, scales_ptr, global_ptr, x_row, scale_row, tl.minimum(count - row, ROWS), written,
-            tl.program_id(1) * BLOCK_COLUMNS, expert, row_blocks, num_columns, scale_columns, 1,
+    num_chunks = (total >> 32).to(tl.int32)
+    first_column = tl.program_id(1) * BLOCK_COLUMNS
+    if tl.program_id(0) >= num_chunks:
+        return
+    expert, x_row, scale_row, present, written = _chunk_of_expert(
+        tl.program_id(0), ends, offsets_ptr, ends_ptr, num_rows, LAYOUT, TILE, NUM_EXPERTS, SCAN, STEPS, ROWS, ASM
+    )
+    words = load_rows(x_ptr, x_row.to(tl.int64), present, first_column, row_blocks, num_columns, NVFP4, BLOCK_ROWS, BLOCK_COLUMNS, SOURCE)
+    for chunk in range(tl.program_id(0), num_chunks, tl.num_programs(0)):
+        following = chunk + tl.num_programs(0)
+        next_expert, next_x_row, next_scale_row, next_present, next_written = _chunk_of_expert(
+            tl.minimum(following, num_chunks - 1), ends, offsets_ptr, ends_ptr, num_rows, LAYOUT, TILE, NUM_EXPERTS, SCAN, STEPS, ROWS, ASM
+        )
+        next_present = tl.where(following < num_chunks, next_present, 0)
+        words = quantize_chunk(
+            words, x_ptr, x_ptr, x_ptr, codes_ptr, scales_ptr, global_ptr + _uniform(expert, ASM),
+            _uniform(x_row, ASM).to(tl.int64), _uniform(scale_row, ASM).to(tl.int64), _uniform(present, ASM), _uniform(written, ASM),
+            _uniform(next_x_row, ASM).to(tl.int64), _uniform(next_present, ASM), first_column, row_blocks, num_columns, scale_columns, 1,
             NVFP4, BF16, RULE, False, LAYOUT, False, ROWS, BLOCK_ROWS, BLOCK_COLUMNS, NATIVE, ASM,
             SOURCE, ALPHA, BETA, LIMIT,
         )  # fmt: skip
+        expert, x_row, scale_row, present, written = next_expert, next_x_row, next_scale_row, next_present, next_written
 
 
 @dataclass(frozen=True)
@@ -179,7 +218,8 @@ class Config:
 def choose_config(num_rows: int, num_columns: int, block: int, layout: ScaleLayout, num_sms: int, *, plain: bool = True) -> Config:
     """Blocks of a program for `num_rows` rows of `num_columns` blocks of `block` elements: 32 elements a thread, four warps.
 
-    Longer chunks are for many rows, where they save looking up. `plain`: nothing is fused in front, whose values would need the registers.
+    Longer chunks are for many rows, where they save what is done once a chunk. `plain`: nothing is fused in front, whose values would need the
+    registers.
 
     >>> choose_config(64, 448, 16, "128x4", 132)
     Config(rows=4, block_rows=4, block_columns=64, num_warps=4, max_registers=96)
@@ -189,10 +229,10 @@ def choose_config(num_rows: int, num_columns: int, block: int, layout: ScaleLayo
     block_columns = min(64, max(4, triton.next_power_of_2(num_columns)))
     tile = 128 if layout == "linear" else tile_rows(layout)
     rows = block_rows = min(blocks // block_columns, tile)
-    while rows < min(tile, 4 * block_rows) and num_rows * triton.cdiv(num_columns, block_columns) > 16 * num_sms * rows:
+    while rows < min(tile, 4 * blocks_of_thread * block_rows) and num_rows * triton.cdiv(num_columns, block_columns) > 16 * num_sms * rows:
         rows *= 2
     num_warps = max(1, block_rows * block_columns // blocks_of_thread // 32)
-    return Config(rows, block_rows, block_columns, num_warps, 96 if blocks_of_thread == 2 else None)
+    return Config(rows, block_rows, block_columns, num_warps, 96 if blocks_of_thread == 2 else 64 if plain else None)
 
 
 def quantize(
@@ -221,16 +261,15 @@ def quantize(
     rows_per_global = 1 if decode_scale is None else matrices * num_rows // decode_scale.numel()
     plain = activation is None and norm is None and not four_over_six
     config = choose_config(matrices * num_rows, num_columns, format.block, scale_layout, Target.of(x.device).num_sms, plain=plain)
-    chunks_of_matrix = triton.cdiv(padded[0], config.rows)
     words, row_blocks = _words(x, format.block)
     arguments = (
         words, *((words, words) if norm is None else (_words(norm[0][None], format.block)[0], _inverse_rms(x, norm[1]))),
         codes.view(torch.int32), scales, words if decode_scale is None else decode_scale.contiguous(),
-        num_rows, padded[0], chunks_of_matrix, matrices * chunks_of_matrix, row_blocks, num_columns, padded[1], rows_per_global,
+        matrices, num_rows, padded[0], row_blocks, num_columns, padded[1], rows_per_global,
     )  # fmt: skip
     constants = _constants(x, format, scale_rule, scale_layout, config, activation, norm)
     constants |= {"FOUR_OVER_SIX": four_over_six, "GLOBAL_ROWS": rows_per_global != num_rows and format.has_global_scale}
-    _launch(quantize_kernel, arguments, constants, config, matrices * chunks_of_matrix, x.device)
+    _launch(quantize_kernel, arguments, constants, config, triton.cdiv(padded[0], config.rows), x.device, matrices)
     return result
 
 
@@ -318,14 +357,16 @@ def _constants(
     }
 
 
-def _launch(kernel: Any, arguments: tuple, constants: dict[str, Any], config: Config, num_chunks: int, device: torch.device) -> None:
-    """Start as many programs as there are chunks, or as the GPU holds at once."""
+def _launch(
+    kernel: Any, arguments: tuple, constants: dict[str, Any], config: Config, num_chunks: int, device: torch.device, matrices: int = 1
+) -> None:
+    """Start as many programs as there are chunks in each matrix, or as the GPU holds at once."""
     # Without fusion: the codec rounds every product.
     options = {} if INTERPRETED else {"num_warps": config.num_warps, "maxnreg": config.max_registers, "enable_fp_fusion": False}
     columns = triton.cdiv(arguments[-2 if kernel is quantize_experts_kernel else -3], config.block_columns)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         most = _programs_per_sm(kernel, arguments, {**constants, **options}) * Target.of(device).num_sms
-        kernel[(min(num_chunks, max(1, most // columns)), columns)](*arguments, **constants, **options)
+        kernel[(matrices * min(num_chunks, max(1, most // (columns * matrices))), columns)](*arguments, **constants, **options)
 
 
 _MEASURED: dict[tuple, int] = {}

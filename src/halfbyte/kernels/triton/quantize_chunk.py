@@ -163,44 +163,57 @@ def _scale_offset(row, column, scale_columns, LAYOUT: tl.constexpr):
 
 
 @triton.jit
+def load_rows(
+    x_ptr, x_row, present, first_column, row_blocks, num_columns,
+    NVFP4: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, SOURCE: tl.constexpr,
+):  # fmt: skip
+    """The words of the blocks of up to BLOCK_ROWS `present` rows from `x_row` on, an int64, eight at a time."""
+    GROUPS: tl.constexpr = 1 if NVFP4 else 2
+    column = first_column + tl.arange(0, BLOCK_COLUMNS)[None, :]
+    row = tl.arange(0, BLOCK_ROWS)[:, None]
+    words = x_ptr + x_row * row_blocks * (8 * GROUPS) + (row * row_blocks + column) * (8 * GROUPS)
+    mask, up_words = (row < present) & (column < num_columns), num_columns * (8 * GROUPS)
+    first = _load(words, mask, up_words, SOURCE)
+    return (first,) if NVFP4 else (first, _load(words + 8, mask, up_words, SOURCE))
+
+
+@triton.jit
 def quantize_chunk(
-    x_ptr, weight_ptr, factor_ptr, codes_ptr, scales_ptr, global_ptr, x_row, scale_row, present, written, first_column, global_index,
-    row_blocks, num_columns, scale_columns, rows_per_global,
+    words, x_ptr, weight_ptr, factor_ptr, codes_ptr, scales_ptr, global_ptr, x_row, scale_row, present, written, next_x_row, next_present,
+    first_column, row_blocks, num_columns, scale_columns, rows_per_global,
     NVFP4: tl.constexpr, BF16: tl.constexpr, RULE: tl.constexpr, FOUR_OVER_SIX: tl.constexpr, LAYOUT: tl.constexpr, GLOBAL_ROWS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, NATIVE: tl.constexpr, ASM: tl.constexpr,
     SOURCE: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     """Quantise up to ROWS `present` rows from `x_row` on, and write zero scales for those up to `written`, in the same tile. Columns are blocks;
-    `x_row` and `scale_row` are int64.
+    `x_row`, `next_x_row` and `scale_row` are int64.
 
+    `words` are what `load_rows` gives of the first rows. Returns those of the next chunk, loaded while the last rows of this one were computed.
     What depends on the chunk is in 64-bit base pointers; offsets inside it are 32-bit.
     """
     GROUPS: tl.constexpr = 1 if NVFP4 else 2  # of sixteen elements in a block
     TILE: tl.constexpr = 1 if LAYOUT == "linear" else (8 if LAYOUT == "8x4" else 128)
-    x_base = x_ptr + x_row * row_blocks * (8 * GROUPS)
     codes_base = codes_ptr + x_row * num_columns * (2 * GROUPS)
     scales_base = scales_ptr + scale_row // TILE * TILE * scale_columns
     tile_row = (scale_row % TILE).to(tl.int32)
     if NVFP4 and not GLOBAL_ROWS:
-        prepared = prepare_global(tl.load(global_ptr + global_index), 6.0, ASM)
+        prepared = prepare_global(tl.load(global_ptr), 6.0, ASM)
     column = first_column + tl.arange(0, BLOCK_COLUMNS)[None, :]
-    up_words = num_columns * (8 * GROUPS)
     weights = weight_ptr + column * (8 * GROUPS)
     first_row = tl.arange(0, BLOCK_ROWS)[:, None]
-    words = x_base + (first_row * row_blocks + column) * (8 * GROUPS)
-    mask = (first_row < present) & (column < num_columns)
-    next_w = _load(words, mask, up_words, SOURCE)
-    for start in range(0, present, BLOCK_ROWS):
+    for start in range(0, tl.maximum(present, 1), BLOCK_ROWS):  # once for no rows too, to load those of the next chunk
         row = start + first_row
         mask = (row < present) & (column < num_columns)
-        w = next_w
-        next_words = words + BLOCK_ROWS * row_blocks * (8 * GROUPS)
-        next_w = _load(next_words, (row + BLOCK_ROWS < present) & (column < num_columns), up_words, SOURCE)
+        is_last = start + BLOCK_ROWS >= present
+        next_words = load_rows(
+            x_ptr, tl.where(is_last, next_x_row, x_row + (start + BLOCK_ROWS)), tl.where(is_last, next_present, present - start - BLOCK_ROWS),
+            first_column, row_blocks, num_columns, NVFP4, BLOCK_ROWS, BLOCK_COLUMNS, SOURCE,
+        )  # fmt: skip
         codes = codes_base + ((row * num_columns + column) * (2 * GROUPS))[:, :, None]
         factor_of_row = 1.0
         if SOURCE == "norm":
             factor_of_row = tl.load(factor_ptr + x_row + row, mask=row < present, other=0.0)
-        w = _finished(w, weights, column < num_columns, factor_of_row, SOURCE, ALPHA, BETA, LIMIT, BF16, ASM)
+        w = _finished(words[0], weights, column < num_columns, factor_of_row, SOURCE, ALPHA, BETA, LIMIT, BF16, ASM)
         if NVFP4:
             if GLOBAL_ROWS:
                 row_scale = tl.load(global_ptr + (x_row + row) // rows_per_global, mask=row < present, other=1.0)
@@ -209,8 +222,7 @@ def quantize_chunk(
                 byte, low, high = nvfp4_block(w, prepared, BF16, FOUR_OVER_SIX, NATIVE, ASM)
             tl.store(codes + tl.arange(0, 2)[None, None, :], tl.join(low, high), mask=mask[:, :, None])
         else:
-            v = _load(words + 8, mask, up_words, SOURCE)
-            v = _finished(v, weights + 8, column < num_columns, factor_of_row, SOURCE, ALPHA, BETA, LIMIT, BF16, ASM)
+            v = _finished(words[1], weights + 8, column < num_columns, factor_of_row, SOURCE, ALPHA, BETA, LIMIT, BF16, ASM)
             byte, factor = e8m0_of(tl.maximum(amax8(w, BF16, ASM), amax8(v, BF16, ASM)), RULE)
             c0 = codes4(w[0], w[1], w[2], w[3], factor, BF16, ASM)
             c1 = codes4(w[4], w[5], w[6], w[7], factor, BF16, ASM)
@@ -224,6 +236,7 @@ def quantize_chunk(
     if LAYOUT != "linear":  # noqa: SIM102 - decided when compiling
         if present < written:
             _zero_scales(scales_base, tile_row + present, tile_row + written, first_column, scale_columns, LAYOUT, TILE, BLOCK_COLUMNS)
+    return words
 
 
 @triton.jit
