@@ -19,6 +19,7 @@ from halfbyte.kernels.triton.permute import Items
 from halfbyte.kernels.triton.quantize_fp8 import divide, e4m3_bytes, fp32_scale, prepare_division
 
 INTERPRETED = triton.knobs.runtime.interpret
+EIGHTS_OF_PROGRAM = 256  # of pairs, that `quantize_rows` takes at once, two a thread: short rows alone would leave it waiting for memory
 _FOUR_CODES = tl.constexpr("{ .reg .b16 a, b; cvt.rn.satfinite.e4m3x2.f32 a, $2, $1; cvt.rn.satfinite.e4m3x2.f32 b, $4, $3; mov.b32 $0, {a, b}; }")
 
 
@@ -38,66 +39,90 @@ def _e4m3_word(q0, q1, q2, q3, ASM: tl.constexpr):
 
 
 @triton.jit
-def _quantize(
-    x_ptr, row_of_slot_ptr, codes_ptr, scales_ptr,
-    PAIRS: tl.constexpr, PADDED_WORDS: tl.constexpr, TOP_K: tl.constexpr, WORDS: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    """Program t writes the rows of token t (TOP_K > 0), or program r row r, whose columns are in bf16 slot order (TOP_K 0)."""
-    source = tl.program_id(0)
-    if PDL:
-        gdc.gdc_wait()
-        gdc.gdc_launch_dependents()
-    # Word 4 s + t of a block of 64 slots has the bytes (p 0, e 0), (1, 0), (0, 1), (1, 1), for odd s with the halves exchanged; a pair of the source
-    # is one (s, t, p).
-    word = tl.arange(0, WORDS)
-    if TOP_K > 0:
-        pair = word // 16 * 32 + word % 4 * 8 + word // 4 % 4 * 2
-        next_pair = pair + 1
-    else:
-        pair = word // 4 * 8 + word % 4
-        next_pair = pair + 4
-    x_row = x_ptr + source.to(tl.int64) * PAIRS
-    first = tl.load(x_row + pair, mask=(pair < PAIRS) & (word < PADDED_WORDS), other=0)
-    second = tl.load(x_row + next_pair, mask=(next_pair < PAIRS) & (word < PADDED_WORDS), other=0)
+def _amax(first, second):
+    """The largest magnitude of the four elements of two pairs."""
     x00, x01 = _halves(first)
     x10, x11 = _halves(second)
-    amax = tl.maximum(tl.maximum(tl.abs(x00), tl.abs(x01)), tl.maximum(tl.abs(x10), tl.abs(x11)))
-    scale = fp32_scale(tl.max(amax, 0))
+    return tl.maximum(tl.maximum(tl.abs(x00), tl.abs(x01)), tl.maximum(tl.abs(x10), tl.abs(x11)))
+
+
+@triton.jit
+def _codes(first, second, scale, s, ASM: tl.constexpr):
+    """Word 4 s + t of the codes, from the pairs (s, t, p = 0) and (s, t, 1): the bytes (p 0, e 0), (1, 0), (0, 1), (1, 1), for odd s with the halves
+    exchanged."""
+    x00, x01 = _halves(first)
+    x10, x11 = _halves(second)
     factor, divisor, inverse = prepare_division(scale, ASM)
     q00, q10 = divide(x00, factor, divisor, inverse, ASM), divide(x10, factor, divisor, inverse, ASM)
     q01, q11 = divide(x01, factor, divisor, inverse, ASM), divide(x11, factor, divisor, inverse, ASM)
     codes = _e4m3_word(q00, q10, q01, q11, ASM)
-    codes = tl.where(word // 4 % 2 == 1, codes << 16 | (codes >> 16 & 0xFFFF), codes)
-    if TOP_K > 0:
-        for j in tl.static_range(TOP_K):
-            row = tl.load(row_of_slot_ptr + source * TOP_K + j)
-            if row >= 0:
-                tl.store(codes_ptr + row.to(tl.int64) * PADDED_WORDS + word, codes, mask=word < PADDED_WORDS)
-                tl.store(scales_ptr + row, scale)
-    else:
-        tl.store(codes_ptr + source.to(tl.int64) * PADDED_WORDS + word, codes, mask=word < PADDED_WORDS)
-        tl.store(scales_ptr + source, scale)
+    return tl.where(s % 2 == 1, codes << 16 | (codes >> 16 & 0xFFFF), codes)
+
+
+@triton.jit
+def _quantize_tokens(
+    x_ptr, row_of_slot_ptr, codes_ptr, scales_ptr,
+    PAIRS: tl.constexpr, PADDED_WORDS: tl.constexpr, TOP_K: tl.constexpr, WORDS: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Program t writes the rows of token t."""
+    token = tl.program_id(0)
+    if PDL:
+        gdc.gdc_wait()
+        gdc.gdc_launch_dependents()
+    word = tl.arange(0, WORDS)  # 4 s + t of a block of 16
+    pair = word // 16 * 32 + word % 4 * 8 + word // 4 % 4 * 2
+    x_row = x_ptr + token.to(tl.int64) * PAIRS
+    first = tl.load(x_row + pair, mask=(pair < PAIRS) & (word < PADDED_WORDS), other=0)
+    second = tl.load(x_row + pair + 1, mask=(pair + 1 < PAIRS) & (word < PADDED_WORDS), other=0)
+    scale = fp32_scale(tl.max(_amax(first, second), 0))
+    codes = _codes(first, second, scale, word // 4, ASM)
+    for j in tl.static_range(TOP_K):
+        row = tl.load(row_of_slot_ptr + token * TOP_K + j)
+        if row >= 0:
+            tl.store(codes_ptr + row.to(tl.int64) * PADDED_WORDS + word, codes, mask=word < PADDED_WORDS)
+            tl.store(scales_ptr + row, scale)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _quantize_rows(h_ptr, codes_ptr, scales_ptr, num_rows, EIGHTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ASM: tl.constexpr):
+    """Each program ROWS rows of EIGHTS times eight pairs, in bf16 slot order: of an s, first those with p = 0."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None, None]
+    s = tl.arange(0, BLOCK)[None, :, None]
+    t = tl.arange(0, 4)[None, None, :]
+    mask = (row < num_rows) & (s < EIGHTS)
+    eight = row.to(tl.int64) * EIGHTS + s
+    first = tl.load(h_ptr + eight * 8 + t, mask=mask, other=0)
+    second = tl.load(h_ptr + eight * 8 + 4 + t, mask=mask, other=0)
+    scale = fp32_scale(tl.max(tl.max(_amax(first, second), 2), 1))
+    tl.store(codes_ptr + eight * 4 + t, _codes(first, second, scale[:, None, None], s, ASM), mask=mask)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    tl.store(scales_ptr + rows, scale, mask=rows < num_rows)
 
 
 def quantize_tokens(hidden: torch.Tensor, rows: Items, top_k: int, padded: int, *, launch_early: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """hidden [T, H] bf16 (contiguous, H even) to codes e4m3 [T * k, padded] and scales fp32 [T * k], by the rows of `permute`; zeros beyond H."""
-    return _launch(hidden, rows.row_of_slot, hidden.shape[0] * top_k, top_k, padded, launch_early)
-
-
-def quantize_rows(h: torch.Tensor, *, launch_early: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """h [R, I] bf16 (contiguous, I a multiple of 64) in bf16 slot order to codes e4m3 [R, I] and scales fp32 [R]."""
-    return _launch(h, None, h.shape[0], 0, h.shape[1], launch_early)
-
-
-def _launch(
-    x: torch.Tensor, row_of_slot: torch.Tensor | None, num_rows: int, top_k: int, padded: int, launch_early: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    codes = torch.empty((num_rows, padded), dtype=torch.float8_e4m3fn, device=x.device)
-    scales = torch.empty(num_rows, dtype=torch.float32, device=x.device)
+    codes, scales = _allocate(hidden.shape[0] * top_k, padded, hidden.device)
     words = padded // 4
-    _quantize[(x.shape[0],)](
-        x.view(torch.int32), scales if row_of_slot is None else row_of_slot, codes.view(torch.int32), scales,
-        x.shape[1] // 2, words, top_k, triton.next_power_of_2(words), launch_early, not INTERPRETED,
+    _quantize_tokens[(hidden.shape[0],)](
+        hidden.view(torch.int32), rows.row_of_slot, codes.view(torch.int32), scales,
+        hidden.shape[1] // 2, words, top_k, triton.next_power_of_2(words), launch_early, not INTERPRETED,
         num_warps=4 if words <= 1024 else 8, **({"launch_pdl": True} if launch_early else {}),
     )  # fmt: skip
     return codes, scales
+
+
+def quantize_rows(h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """h [R, I] bf16 (contiguous, I a multiple of 64) in bf16 slot order to codes e4m3 [R, I] and scales fp32 [R]."""
+    num_rows, width = h.shape
+    codes, scales = _allocate(num_rows, width, h.device)
+    block = triton.next_power_of_2(width // 16)
+    rows = max(1, EIGHTS_OF_PROGRAM // block)
+    _quantize_rows[(triton.cdiv(num_rows, rows),)](
+        h.view(torch.int32), codes.view(torch.int32), scales, num_rows, width // 16, rows, block, not INTERPRETED,
+        num_warps=4 if block <= 256 else 8,
+    )  # fmt: skip
+    return codes, scales
+
+
+def _allocate(num_rows: int, padded: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty((num_rows, padded), dtype=torch.float8_e4m3fn, device=device), torch.empty(num_rows, dtype=torch.float32, device=device)

@@ -6,10 +6,10 @@
     items          [max_items, 4] int32: expert, first row, number of rows, 0; `max_rows` rows at most
     num_items      [1] int32
 
-Few slots take one launch: every program, one an expert, counts for all experts and lays out its own items. Many take three: `_count` finds the rank
-of every slot among those of its expert in a chunk of slots, `_sum_before` adds up the chunks, and `_place` adds the two. No atomics, no program waits
-for another. An expert with more than `max_rows` rows is cut into equal items. Where there is a choice of tiles, larger items come first: what the
-persistent GEMMs do last is then small.
+Few slots take one launch, in which every program reads all of them: one for each expert, and one that lays out the items. Many take three: `_count`
+finds the rank of every slot among those of its expert in a chunk of slots, `_sum_before` adds up the chunks, and `_place` adds the two. No atomics,
+no program waits for another. An expert with more than `max_rows` rows is cut into equal items. Where there is a choice of tiles, larger items come
+first: what the persistent GEMMs do last is then small.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc
 
 ITEM_ALIGNMENT = 16  # cut experts at multiples of this many rows
-MAX_SINGLE_SLOTS = 2048
+MAX_SINGLE_SLOTS = 8192
+MAX_REGISTERS = 128  # of a thread of `_permute`: two programs a multiprocessor, so that 256 experts need not take turns
 CHUNK = 256  # slots that are ranked among one another
 EXPERTS_SUMMED, CHUNKS_SUMMED = 16, 128  # by a program of `_sum_before` at a time
 MAX_ORDERED_ITEMS = 65535  # of each of the four sizes that items are ordered by: their counts share a word of 64 bits
@@ -84,39 +85,46 @@ def _items_of(counts, MAX_ROWS: tl.constexpr, ALIGNMENT: tl.constexpr, ORDERED: 
     return pieces, size, item
 
 
+@triton.jit
+def _store_items(
+    items_ptr, num_items_ptr, experts, counts, start, MAX_ROWS: tl.constexpr, ALIGNMENT: tl.constexpr, ORDERED: tl.constexpr
+):  # fmt: skip
+    """The work list of experts with `counts` rows from row `start` on."""
+    pieces, size, item = _items_of(counts, MAX_ROWS, ALIGNMENT, ORDERED)
+    tl.store(num_items_ptr, tl.sum(pieces))
+    for piece in range(0, tl.max(pieces)):
+        entry = items_ptr + (item + piece) * 4
+        is_item = piece < pieces
+        tl.store(entry, experts, mask=is_item)
+        tl.store(entry + 1, start + piece * size, mask=is_item)
+        tl.store(entry + 2, tl.minimum(size, counts - piece * size), mask=is_item)
+
+
 @triton.jit(do_not_specialize=["num_slots", "expert_offset"])
 def _permute(
     ids_ptr, token_of_row_ptr, row_of_slot_ptr, items_ptr, num_items_ptr, num_slots, expert_offset,
     NUM_EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr, TOP_K: tl.constexpr, MAX_ROWS: tl.constexpr, ALIGNMENT: tl.constexpr,
     ORDERED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """At most BLOCK slots, a program an expert."""
-    expert = tl.program_id(0)
+    """At most BLOCK slots. The first program lays out the items, each of the others finds the rows of an expert."""
+    expert = tl.program_id(0) - 1
     slot = tl.arange(0, BLOCK)
-    experts = tl.arange(0, EXPERTS_PADDED)
     if PDL:
         gdc.gdc_wait()
         gdc.gdc_launch_dependents()
     local = _local_experts(ids_ptr, slot, num_slots, expert_offset)
-    held = (local >= 0) & (local < NUM_EXPERTS)
-    counts = tl.histogram(local, EXPERTS_PADDED, mask=held)
-    start = tl.sum(tl.where(experts < expert, counts, 0))
-    count = tl.sum(tl.where(experts == expert, counts, 0))
-    pieces, size, item = _items_of(counts, MAX_ROWS, ALIGNMENT, ORDERED)
-    my_size = tl.sum(tl.where(experts == expert, size, 0))
-    entry = items_ptr + tl.sum(tl.where(experts == expert, item, 0)) * 4
-    for first_row in range(0, count, my_size):
-        tl.store(entry, expert)
-        tl.store(entry + 1, start + first_row)
-        tl.store(entry + 2, tl.minimum(my_size, count - first_row))
-        entry += 4
-    mine = local == expert
-    row = start + tl.cumsum(mine.to(tl.int32)) - 1
-    tl.store(token_of_row_ptr + row, slot // TOP_K, mask=mine)
-    tl.store(row_of_slot_ptr + slot, row, mask=mine)
-    if expert == 0:
-        tl.store(num_items_ptr, tl.sum(pieces))
+    if expert < 0:
+        held = (local >= 0) & (local < NUM_EXPERTS)
+        counts = tl.histogram(local, EXPERTS_PADDED, mask=held)
+        start = tl.cumsum(counts) - counts
+        _store_items(items_ptr, num_items_ptr, tl.arange(0, EXPERTS_PADDED), counts, start, MAX_ROWS, ALIGNMENT, ORDERED)
         tl.store(row_of_slot_ptr + slot, tl.full((BLOCK,), -1, tl.int32), mask=(slot < num_slots) & ~held)
+    else:
+        first_row = tl.sum(((local >= 0) & (local < expert)).to(tl.int32))
+        mine = local == expert
+        row = first_row + tl.cumsum(mine.to(tl.int32)) - 1
+        tl.store(token_of_row_ptr + row, slot // TOP_K, mask=mine)
+        tl.store(row_of_slot_ptr + slot, row, mask=mine)
 
 
 @triton.jit(do_not_specialize=["num_slots", "expert_offset"])
@@ -181,14 +189,7 @@ def _place(
     tl.store(row_of_slot_ptr + slot, tl.where(held, row, -1), mask=slot < num_slots)
     tl.store(token_of_row_ptr + row, slot // TOP_K, mask=held)
     if chunk == 0:
-        pieces, size, item = _items_of(counts, MAX_ROWS, ALIGNMENT, ORDERED)
-        tl.store(num_items_ptr, tl.sum(pieces))
-        for piece in range(0, tl.max(pieces)):
-            entry = items_ptr + (item + piece) * 4
-            is_item = piece < pieces
-            tl.store(entry, experts, mask=is_item)
-            tl.store(entry + 1, start + piece * size, mask=is_item)
-            tl.store(entry + 2, tl.minimum(size, counts - piece * size), mask=is_item)
+        _store_items(items_ptr, num_items_ptr, experts, counts, start, MAX_ROWS, ALIGNMENT, ORDERED)
 
 
 def permute(ids: torch.Tensor, expert_offset: int, num_experts: int, max_rows: int, *, launch_early: bool = False) -> Items:
@@ -210,9 +211,9 @@ def permute(ids: torch.Tensor, expert_offset: int, num_experts: int, max_rows: i
     layout = (ids.shape[1], max_rows, ITEM_ALIGNMENT, ordered)
     pdl: dict[str, Any] = {"launch_pdl": True} if launch_early else {}
     if single:
-        _permute[(num_experts,)](
+        _permute[(1 + num_experts,)](
             ids, token_of_row, row_of_slot, items, num_items, num_slots, expert_offset, num_experts, padded, *layout, block, launch_early,
-            num_warps=4, **pdl,
+            num_warps=4 if block <= 2048 else 8, maxnreg=MAX_REGISTERS, **pdl,
         )  # fmt: skip
     else:
         chunks = triton.cdiv(num_slots, block)
