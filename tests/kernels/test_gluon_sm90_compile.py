@@ -160,6 +160,8 @@ def test_the_choice_follows_the_rows_an_expert_has() -> None:
     ]
     words_for_fp8 = [layer.choose_config(num_tokens, 8, 128, "fp8", hb.NVFP4, "fp8") for num_tokens in (2, 3, 385)]
     assert words_for_fp8 == [layer.DecodeConfig(direct=True), layer.FP8_TINY, layer.FP8_SMALL]
+    few_tokens = [layer.choose_config(1, 8, 256, "fp8", hb.MXFP4, "fp8", row_tiles=row_tiles) for row_tiles in (48, 64)]
+    assert few_tokens == [layer.DecodeConfig(direct=True), layer.FP8_TINY]
     one = empty_experts(nvfp4=True)
     assert not layer.rounds_weights(24, 1, one, "fp8") and layer.rounds_weights(25, 1, one, "fp8") and not layer.rounds_weights(4096, 1, one, "bf16")
     one = empty_experts(nvfp4=True, words_for="fp8")

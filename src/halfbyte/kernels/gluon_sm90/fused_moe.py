@@ -5,10 +5,10 @@
     many                  permute, gather, GEMM1, GEMM2 (prefill), combine
     many, fp8             permute, quantise tokens, GEMM1, quantise rows, GEMM2 (prefill on fp8 tensor cores), combine
 
-Activations "mxfp8" and "nvfp4", and "fp8" up to `MIN_FP8_ROWS` rows an expert (below `MIN_FP8_TOKENS` tokens where words are coded for fp8), where
-memory limits and fp8 tensor cores gain nothing: the W4A16 kernels on quantised activations, which bf16 holds exactly, and exact weights. Two more
-launches, `encode_rows` before each GEMM, which move 4 T H and 4 R I bytes. That is never faster than "bf16": it is for the numbers that a Blackwell
-GPU would give. Above, with "fp8", weights are rounded to e4m3 too (`weights.layouts.hopper_fp8`): `rounds_weights`.
+Activations "mxfp8" and "nvfp4", and "fp8" up to `MIN_FP8_ROWS` rows an expert (where words are coded for fp8, with one or two tokens, unless experts
+are large), where memory limits and fp8 tensor cores gain nothing: the W4A16 kernels on quantised activations, which bf16 holds exactly, and exact
+weights. Two more launches, `encode_rows` before each GEMM, which move 4 T H and 4 R I bytes. That is never faster than "bf16": it is for the numbers
+that a Blackwell GPU would give. Above, with "fp8", weights are rounded to e4m3 too (`weights.layouts.hopper_fp8`): `rounds_weights`.
 
 h gets one scale a row, which needs the largest value of the whole row and so a pass of its own. It moves 3 R I bytes where GEMM2 computes 2 R H I
 operations: at 3 TB/s and 1.3 Pflop/s 650 / H of GEMM2's time, 3 % of a DeepSeek-R1 layer and 10 % of a Qwen3-30B one. A scale for every 64 columns
@@ -126,9 +126,10 @@ FP8_HUGE = PrefillConfig(
 )  # fmt: skip
 # Rows an expert, on average, from which on fp8 tensor cores gain enough with words for bf16: weights in NVFP4 are rounded for it, those in MXFP4 are
 # not (`weights.layouts.hopper_fp8`). Words for fp8 take the kernels for bf16 8 to 25 % longer, and fp8 tensor cores gain as soon as there are tokens
-# enough: with 2 tokens FP8_TINY takes as long as the direct kernel or up to 15 % less, but 20 % more for Qwen3-30B (H200, 2026-11-28).
+# enough, or tiles of 64 weight rows for all multiprocessors: with 1 and 2 tokens FP8_TINY takes 8 and 15 % less time than the direct kernel for
+# DeepSeek-R1 (512 tiles a token), but for Qwen3-235B (384) 8 % more and as long, for Qwen3-30B (192) 35 and 20 % more (H200, MXFP4, 2026-11-28).
 MIN_FP8_ROWS = {NVFP4: 24, MXFP4: 12}
-MIN_FP8_TOKENS = 3
+MIN_FP8_TOKENS, MIN_FP8_TILES = 3, 512
 
 
 def choose_config(
@@ -139,12 +140,13 @@ def choose_config(
     format: BlockFormat = NVFP4,
     words_for: WordsFor = "bf16",
     *,
+    row_tiles: int = 0,
     batch_invariant: bool = False,
 ) -> DecodeConfig | PrefillConfig:
     """Pick the kernels from what the host knows: the average number of rows an expert.
 
-    `format` and `words_for` of the weights matter for fp8 only. `batch_invariant`: among those that add up a token's products in one order, which are
-    the prefill kernels of one kind of activations.
+    `format`, `words_for` and `row_tiles` (an expert's, in the projection with fewer) of the weights matter for fp8 only. `batch_invariant`: among
+    those that add up a token's products in one order, which are the prefill kernels of one kind of activations.
 
     >>> choose_config(1, 8, 256).direct, choose_config(64, 8, 256).direct, choose_config(4096, 8, 256).max_rows
     (True, False, 160)
@@ -153,7 +155,8 @@ def choose_config(
     """
     rows = num_tokens * top_k
     average = rows / num_experts
-    gains_from_fp8 = num_tokens >= MIN_FP8_TOKENS if words_for == "fp8" else average > MIN_FP8_ROWS[format]
+    enough = num_tokens >= MIN_FP8_TOKENS or rows * row_tiles >= MIN_FP8_TILES
+    gains_from_fp8 = enough if words_for == "fp8" else average > MIN_FP8_ROWS[format]
     if activations == "fp8" and (gains_from_fp8 or batch_invariant):
         return next(
             (config for limit, config in ((24, FP8_TINY), (72, FP8_SMALL), (112, FP8_MEDIUM), (160, FP8_LARGE)) if average <= limit), FP8_HUGE
@@ -168,9 +171,18 @@ def choose_config(
     return HUGE
 
 
+def _chosen(
+    num_tokens: int, top_k: int, experts: HopperExperts, activations: ActivationFormat, batch_invariant: bool = False
+) -> DecodeConfig | PrefillConfig:
+    row_tiles = min(experts.w13.row_tiles, experts.w2.row_tiles)
+    return choose_config(
+        num_tokens, top_k, experts.num_experts, activations, experts.format, experts.words_for, row_tiles=row_tiles, batch_invariant=batch_invariant
+    )
+
+
 def rounds_weights(num_tokens: int, top_k: int, experts: HopperExperts, activations: ActivationFormat) -> bool:
     """Whether a call multiplies by weights rounded to e4m3 (`weights.layouts.hopper_fp8.round_to_fp8`) instead of by the FP4 values."""
-    config = choose_config(num_tokens, top_k, experts.num_experts, activations, experts.format, experts.words_for)
+    config = _chosen(num_tokens, top_k, experts, activations)
     return isinstance(config, PrefillConfig) and config.fp8
 
 
@@ -182,7 +194,7 @@ def warm_up_calls(
     calls: dict[DecodeConfig | PrefillConfig, list[int]] = {}
     seen: set[Any] = set()
     for num_tokens in range(1, max_tokens + 1):
-        config = choose_config(num_tokens, top_k, num_experts, activations, experts.format, experts.words_for, batch_invariant=batch_invariant)
+        config = _chosen(num_tokens, top_k, experts, activations, batch_invariant)
         numbers = calls.setdefault(config, [])
         for launch in _small_launches(num_tokens, top_k, num_experts, hidden, config) - seen:
             seen.add(launch)
@@ -230,9 +242,7 @@ def fused_moe(
     if num_tokens == 0:
         return out
     if config is None:
-        config = choose_config(
-            num_tokens, top_k, experts.num_experts, activations, experts.format, experts.words_for, batch_invariant=batch_invariant
-        )
+        config = _chosen(num_tokens, top_k, experts, activations, batch_invariant)
     hidden, ids, weights = hidden.contiguous(), ids.contiguous(), weights.contiguous()
     run = _decode if isinstance(config, DecodeConfig) else _prefill_fp8 if config.fp8 else _prefill
     y, row_of_slot = run(hidden, experts, ids, expert_offset, config, activations)
