@@ -7,7 +7,7 @@
 
 Codes and scales are those of `formats.quantizer`, bit for bit. Target: any CUDA GPU of compute capability 8.0 or newer.
 How fast: docs/activations.md.
-Compiled for sm_90 by Triton 3.6: 480 instructions for 32 elements of ordinary blocks, 96 registers, no spills (NVFP4, bf16, 128x4).
+Compiled for sm_90 by Triton 3.6: 490 instructions for 32 elements of ordinary blocks, 96 registers, no spills (NVFP4, bf16, 128x4).
 
 A thread owns whole blocks (16 columns, 32 for MXFP4), loads them 16 bytes at a time, a step before it needs them, the first of a chunk while the last
 one is computed, and needs no other thread: nothing goes through shared memory but "linear" scales. The programs of a matrix, all of them together as
