@@ -45,7 +45,8 @@ _FROM_FIRST_LANE = tl.constexpr("shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;")
 
 @triton.jit
 def _uniform(x, ASM: tl.constexpr):
-    """x as int32, which all threads have: told so, the compiler keeps it, and what follows from it, in registers that a warp shares."""
+    """x as int32, which all threads have: told so, the compiler keeps it, and what follows from it, in registers that a warp shares. What a loop
+    carries it has to be told again: the kernel of experts would not do with its registers else."""
     x = x.to(tl.int32)
     if ASM:
         x = tl.inline_asm_elementwise(_FROM_FIRST_LANE, "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
