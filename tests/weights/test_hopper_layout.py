@@ -54,7 +54,7 @@ def test_every_code_and_scale_is_where_the_kernel_looks(format: hb.BlockFormat, 
         for row in range(64):
             warp, h, g = row // 16, row % 16 // 8, row % 8
             if activation.gated:
-                column = 64 * (tile // 2) + slot_to_column[32 * (tile % 2) + 8 * warp + g]
+                column = 64 * (tile % 2) + slot_to_column[32 * (tile // 2) + 8 * warp + g]  # 96 columns are two blocks of 64
                 source = column + h * 96 if column < 96 else None
             else:
                 column = 64 * tile + slot_to_column[row]

@@ -100,15 +100,12 @@ def test_as_many_programs_run_at_the_same_time_as_pack_in_place(order: hopper.Ro
     assert all(text in kernel.ptx for text in ("global.gpu.release.add", "acquire"))
 
 
-def test_how_many_experts_are_packed_at_the_same_time() -> None:
-    from halfbyte.weights.layouts.hopper_pack_in_place import num_groups
-
-    sizes = {"dsr1.w13": (256, 64, 28), "dsr1.w2": (256, 112, 8), "one small expert": (1, 2, 1), "mixtral.w13": (8, 448, 16)}
-    groups = {
-        name: num_groups(torch.empty((*size, 128), dtype=torch.int64, device="meta"), "straight" if "w2" in name else "gate_up", 132)
-        for name, size in sizes.items()
-    }
-    assert groups == {"dsr1.w13": 1, "dsr1.w2": 264, "one small expert": 1, "mixtral.w13": 0}
+@pytest.mark.parametrize(("activation", "unit_tiles"), [(SWIGLU, 2), (RELU2, 1)], ids=["gated", "plain"])
+def test_a_unit_is_packed_from_the_memory_it_is_packed_to(activation: Activation, unit_tiles: int) -> None:
+    """What packing in place rests on: row tiles n and n + T / 2 of w13 are made of the rows that lie there, without a gate each of its own."""
+    rows = hopper.source_rows(hopper.w13_order(activation), 2 * 192 if activation.gated else 192).view(unit_tiles, 3, 64)
+    for n in range(3):
+        assert torch.equal(rows[:, n].flatten().sort().values // 64, torch.arange(n, 3 * unit_tiles, 3).repeat_interleave(64))
 
 
 def test_scales_are_encoded_without_loss() -> None:
@@ -215,10 +212,10 @@ class TestOnAGPU:
     @pytest.mark.parametrize("programs", [1, 4])
     @pytest.mark.parametrize("format", [hb.NVFP4, hb.MXFP4], ids=repr)
     @pytest.mark.parametrize(("num_experts", "hidden", "intermediate"), [(40, 256, 256), (16, 1280, 768), (70, 2880, 64), (3, 8192, 1024)])
-    def test_in_place_experts_follow_one_another(
+    def test_in_place_units_follow_one_another(
         self, num_experts: int, hidden: int, intermediate: int, format: hb.BlockFormat, programs: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Many experts side by side, one at a time, one too large for the kernel; again and again, since the programs wait for one another."""
+        """Many units side by side and few, of one piece to 64; again and again, since the programs wait for one another."""
         from halfbyte.weights.layouts import hopper_pack_in_place
 
         w = make_experts(num_experts, hidden, intermediate, format)

@@ -70,9 +70,10 @@ def _source_row(w: ExpertWeights, side: str, row: int) -> int:
     if side == "w2":
         return row if row < w.hidden else -1
     warp, half, g = inside // 16, inside % 16 // 8, inside % 8
-    slot = 32 * (tile % 2) + 8 * warp + g if w.activation.gated else inside
+    column_blocks = -(-w.intermediate // _TILE)  # of gated experts each has a tile in the first half of the tiles and one in the second
+    slot = 32 * (tile // column_blocks) + 8 * warp + g if w.activation.gated else inside
     column = 16 * (slot // 2 % 4) + 4 * (slot // 16) + 2 * (slot // 8 % 2) + slot % 2
-    column += _TILE * (tile // 2 if w.activation.gated else tile)
+    column += _TILE * (tile % column_blocks)
     if column >= w.intermediate:
         return -1
     return column + half * w.intermediate if w.activation.gated else column

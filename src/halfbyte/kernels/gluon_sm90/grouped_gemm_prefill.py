@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 from halfbyte.kernels.gluon_sm90.epilogue import RELU2, activate, split_halves
 from halfbyte.weights.layouts.gluon_support import tma_load
 from halfbyte.weights.layouts.hopper import ELEMENT_EXPONENT, NVFP4_SCALE_EXPONENT
-from halfbyte.weights.layouts.hopper_dequant import WORD_LAYOUT, dequantize, exponent_bias, load_scales
+from halfbyte.weights.layouts.hopper_dequant import WORD_LAYOUT, dequantize, exponent_bias, load_scales, stored_tile
 from halfbyte.weights.layouts.hopper_dequant_fp8 import dequantize_fp8, scale_limits
 
 RUN = gl.constexpr(4)  # tiles of 64 columns that share a word of scales: the unit in which weights are copied
@@ -71,7 +71,7 @@ def _produce_x(
 @gluon.jit
 def _produce_w(
     words_desc, scales_desc, words, scales, full, empty, items_ptr, num_tiles, GROUPS: gl.constexpr, GROUP_TILES: gl.constexpr,
-    ROW_TILES: gl.constexpr, TILES: gl.constexpr,
+    ROW_TILES: gl.constexpr, TILES: gl.constexpr, IS_GATED: gl.constexpr,
 ):  # fmt: skip
     """Copy the weights of GROUP_TILES row tiles, four tiles of columns at a time; in the last run only as many as there are."""
     RUNS: gl.constexpr = (TILES + RUN - 1) // RUN
@@ -93,7 +93,7 @@ def _produce_w(
             mbarrier.expect(full.index(stage), GROUP_TILES * LAST_PIECES * words_desc.block_type.nbytes + scales_bytes, pred=run == RUNS - 1)
             for t in gl.static_range(GROUP_TILES):
                 # The last group may be short: what is beyond the last row tile repeats it.
-                matrix_tile = matrix + gl.minimum(first_row_tile + t, ROW_TILES - 1)
+                matrix_tile = matrix + stored_tile(gl.minimum(first_row_tile + t, ROW_TILES - 1), ROW_TILES, IS_GATED)
                 destination = words.index(t * STAGES + stage)
                 for piece in gl.static_range(PIECES):
                     row = (matrix_tile * TILES + run * RUN + piece * BOX) * 16
@@ -277,7 +277,7 @@ def _multiply_and_store(
     accumulators, x_it, w_it = _multiply(rings, x_it, w_it, decodings, CONSUMER, TILES, NVFP4, WORDS_FOR, FP8, SIZE0, SIZE1)
     for t in gl.static_range(len(decodings)):
         row_tile = first_row_tile + t
-        tile_rows = _first_row(expert, row_tile, ROW_TILES)
+        tile_rows = _first_row(expert, row_tile, ROW_TILES, IS_W13 and KIND != RELU2)
         for part in gl.static_range(PARTS):
             first = SIZE0 if part == 1 else 0
             _store(
@@ -289,9 +289,9 @@ def _multiply_and_store(
 
 
 @gluon.jit
-def _first_row(expert, row_tile, ROW_TILES: gl.constexpr):
+def _first_row(expert, row_tile, ROW_TILES: gl.constexpr, IS_GATED: gl.constexpr):
     """Where the rows of a tile begin among those of all experts; beyond the last tile, that of the last: nothing of it is stored."""
-    return (expert * ROW_TILES + gl.minimum(row_tile, ROW_TILES - 1)) * 64
+    return (expert * ROW_TILES + stored_tile(gl.minimum(row_tile, ROW_TILES - 1), ROW_TILES, IS_GATED)) * 64
 
 
 @gluon.jit
@@ -320,7 +320,8 @@ def _consume(
         decodings = ()
         for t in gl.static_range(EACH):
             if FP8:
-                decodings = decodings + (scale_limits(exponents_ptr + _first_row(expert, first_row_tile + t, ROW_TILES), NVFP4),)
+                tile_rows = _first_row(expert, first_row_tile + t, ROW_TILES, IS_W13 and KIND != RELU2)
+                decodings = decodings + (scale_limits(exponents_ptr + tile_rows, NVFP4),)
             else:
                 decodings = decodings + (exponent_bias(0 if NVFP4 else gl.load(shift_ptr + expert)),)
         for s in gl.static_range(len(SIZES)):
@@ -381,7 +382,8 @@ def grouped_gemm_prefill(
         (_consume, (tensors, 0, CONSUMERS, EACH, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, WORDS_FOR, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS,
                     SIZES)),
         (_produce_x, (x_desc, low, high, x_full, x_empty, items_ptr, num_tiles, GROUPS, STEPS, SIZES)),
-        (_produce_w, (words_desc, scales_desc, words, scales, w_full, w_empty, items_ptr, num_tiles, GROUPS, GROUP_TILES, ROW_TILES, TILES)),
+        (_produce_w, (words_desc, scales_desc, words, scales, w_full, w_empty, items_ptr, num_tiles, GROUPS, GROUP_TILES, ROW_TILES, TILES,
+                      IS_W13 and KIND != RELU2)),
     ][partitions:], _worker_warps(CONSUMERS), _worker_registers(CONSUMERS, CONSUMER_REGISTERS))  # fmt: skip
 
 

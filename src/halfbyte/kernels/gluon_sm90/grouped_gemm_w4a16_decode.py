@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.language.extra.cuda import gdc
 
 from halfbyte.kernels.gluon_sm90.epilogue import RELU2, activate, slot_to_column, split_halves
-from halfbyte.weights.layouts.hopper_dequant import dequantize, exponent_bias, scale_offsets, split_scales, word_offsets
+from halfbyte.weights.layouts.hopper_dequant import dequantize, exponent_bias, scale_offsets, split_scales, stored_tile, word_offsets
 
 NUM_WARPS = 4
 ROWS = gl.constexpr(8)  # of x a program
@@ -110,7 +110,7 @@ def _tile(
     )
 
     bias = exponent_bias(0 if NVFP4 else gl.load(shift_ptr + expert))
-    matrix_tile = expert * ROW_TILES + row_tile
+    matrix_tile = expert * ROW_TILES + stored_tile(row_tile, ROW_TILES, IS_W13 and KIND != RELU2)
     word_pointers = words_ptr + matrix_tile.to(gl.int64) * (TILES * 512) + word_offsets()
     scale_pointers = scales_ptr + matrix_tile.to(gl.int64) * (RUNS * SCALES) + scale_offsets(NVFP4)
     part = 0 if PARTS == 1 else gl.program_id(1)

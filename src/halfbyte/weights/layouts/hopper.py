@@ -33,9 +33,11 @@ NVFP4 scales are re-encoded, losslessly, from e4m3 to bytes without sign or subn
 makes a bf16 of it. MXFP4 scales are the e8m0 bytes as they are; each expert has a shift that brings its largest one to the top of bf16's range, and
 blocks more than 126 octaves below that are zero.
 
-Rows of w13 are ordered so that a tile holds both halves of what the activation needs: row 16 w + g is gate, row 16 w + g + 8 is up, of the
-intermediate column `64 (n // 2) + SLOT_TO_COLUMN[32 (n % 2) + 8 w + g]` (tile n). The columns of a tile are thus consecutive in slot order, in which
-the second matrix product reads them. Without a gate, row r of tile n is column 64 n + SLOT_TO_COLUMN[r].
+Rows of w13 are ordered so that a tile holds both halves of what the activation needs: of T row tiles, n < T / 2 and n + T / 2 have the intermediate
+columns 64 n to 64 n + 63. Row 16 w + g is gate, row 16 w + g + 8 is up, of column `64 n + SLOT_TO_COLUMN[8 w + g]` in tile n and of column
+`64 n + SLOT_TO_COLUMN[32 + 8 w + g]` in tile n + T / 2. The columns of a tile are thus consecutive in slot order, in which the second matrix product
+reads them, and the two tiles are made of the rows that lie in their places in the canonical matrix, gate upon up: w13 can be packed in place, two
+tiles at a time. Without a gate, row r of tile n is column 64 n + SLOT_TO_COLUMN[r].
 
 Sizes are padded with zero codes: H and I to multiples of 64, each half of w13 on its own.
 """
@@ -190,8 +192,8 @@ def pack(w: ExpertWeights, out: HopperExperts, first: int = 0) -> None:
     """Arrange the experts of `w` in tiles and write them to the experts `first` and following of `out`.
 
     `w` may lie on another device than `out`, and `out` may lie in the storage of `w`, expert upon expert (`REUSED`). On a GPU a kernel reads and
-    writes every byte once; from another device, and in place where the shared memory does not hold an expert, through a buffer of 32 MiB, or of one
-    projection of one expert.
+    writes every byte once; from another device, and in place on a GPU that is not sm_90, through a buffer of 32 MiB, or of one projection of one
+    expert.
     Elsewhere, and without Triton, torch does the same; in place, and from another device, one expert at a time from a copy of one projection of it.
 
     Exact: `unpack` gives every value back, and every byte except codes under a zero scale, which become zero.
@@ -265,9 +267,9 @@ def source_rows(order: RowOrder, rows: int) -> torch.Tensor:
     row = torch.where(row < size, row, -1)
     if order != "gate_up":
         return row
-    gate = row.view(-1, 4, 1, 8)  # tile, warp, half, g
+    gate = row.view(-1, 2, 4, 8).transpose(0, 1)  # which of its two tiles, block of 64 columns, warp, g
     up = torch.where(gate >= 0, gate + size, -1)
-    return torch.cat([gate, up], dim=2).reshape(-1)
+    return torch.stack([gate, up], dim=3).reshape(-1)
 
 
 def padded_size(size: int) -> int:
@@ -435,11 +437,10 @@ def _pack_weights_on_gpu(
             return
         target = Target.of(words.device)
         if target.arch == "sm_90":
-            from halfbyte.weights.layouts.hopper_pack_in_place import num_groups, pack_matrix_in_place
+            from halfbyte.weights.layouts.hopper_pack_in_place import pack_matrix_in_place
 
-            if num_groups(scale_words, order, target.num_sms) > 0:
-                pack_matrix_in_place(codes, scales, words, scale_words, order, words_for, refused, target.num_sms)
-                return
+            pack_matrix_in_place(codes, scales, words, scale_words, order, words_for, refused, target.num_sms)
+            return
     step = max(1, BUFFER_BYTES // (codes[0].nbytes + scales[0].nbytes))
     buffers = [torch.empty((min(step, len(codes)), *tensor.shape[1:]), dtype=torch.uint8, device=words.device) for tensor in sources]
     for expert in range(0, len(codes), step):

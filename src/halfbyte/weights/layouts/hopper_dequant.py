@@ -60,6 +60,12 @@ SCALE_LAYOUT = gl.constexpr(gl.SliceLayout(2, gl.BlockedLayout([1, 1, 4], [4, 8,
 
 
 @gluon.jit
+def stored_tile(row_tile, ROW_TILES: gl.constexpr, IS_GATED: gl.constexpr):
+    """Where in `HopperMatrix` a row tile is, counted in the order of the columns of the result. IS_GATED: the matrix is w13 with gate and up."""
+    return row_tile // 2 + row_tile % 2 * (ROW_TILES // 2) if IS_GATED else row_tile
+
+
+@gluon.jit
 def word_offsets():
     """[16, 32] offsets of a tile's words: 16 contiguous bytes a thread."""
     row = gl.arange(0, 16, layout=gl.SliceLayout(1, WORD_LAYOUT))

@@ -32,8 +32,9 @@ SMALLEST_ROW_EXPONENT = tl.constexpr(hopper_fp8.SMALLEST_ROW_EXPONENT)
 def row_of_pair(pair, tile, half: tl.constexpr, intermediate, ORDER: tl.constexpr):
     """The canonical row of a pair's row `half`, and whether there is one. `intermediate`: rows of the matrix, of each half when gate_up."""
     if ORDER == "gate_up":
-        slot = 32 * (tile % 2) + pair
-        tile = tile // 2
+        column_blocks = (intermediate + 63) // 64  # each has two tiles
+        slot = 32 * (tile // column_blocks) + pair
+        tile = tile % column_blocks
     else:
         slot = pair // 8 * 16 + 8 * half + pair % 8
     if ORDER != "straight":

@@ -1,11 +1,9 @@
 """`hopper_pack.pack_matrix` where the tiles of an expert lie in the memory of its codes (Gluon, sm_90): every byte read once and written once.
 
-A group of programs packs one expert at a time. Its programs keep their pieces of it, four tiles and a run of scales each, in shared memory until all
-have read theirs, then write them to where they belong. As many groups run side by side as experts fit into the shared memory of the device, 29 MB on
-an H200: one with DeepSeek-R1's w13, 16 with Qwen3-30B's. While an expert waits for the programs that are still reading it, the free slots of its
-programs take the first pieces of the next one.
-
-Without gate and up, 64 rows become the row tile in their own place, which is all that has to be kept: an expert is then a row tile.
+What has to be read before any of it is written is a unit: 64 gate and 64 up rows, which become the two row tiles in their places; without gate and
+up, 64 rows and one tile. A group of programs packs one unit at a time. Its programs keep their pieces of it, four tiles and a run of scales each, in
+shared memory until all have read theirs, then write them to where they belong. While a unit waits for the programs that are still reading it, the
+free slots of its programs take the first pieces of the next one. DeepSeek-R1's w13 has 56 pieces a unit and 14 programs a group.
 """
 
 from __future__ import annotations
@@ -23,24 +21,25 @@ from halfbyte.weights.layouts.hopper_pack import encode_nvfp4_scale, row_of_pair
 
 PROGRAMS_OF_A_MULTIPROCESSOR = 4
 SLOTS = gl.constexpr(6)  # of a program, 9 KiB each
+PIECES = 4  # of a unit that a program keeps; the other slots are for the next unit
 AHEAD = gl.constexpr(2)  # pieces on their way while one is encoded
 MAX_REGISTERS = 128
 
 
 @gluon.jit
-def _read(source, expert, index, ORDER: gl.constexpr, SCALES: gl.constexpr):
-    """The codes, int32 [32, 32], and scales, uint8 [32, 4 SCALES], of both rows of each pair of a piece. Zeros beyond the last column or expert."""
+def _read(source, unit, index, ORDER: gl.constexpr, SCALES: gl.constexpr):
+    """The codes, int32 [32, 32], and scales, uint8 [32, 4 SCALES], of both rows of each pair of a piece. Zeros beyond the last column or unit."""
     CODES: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])
     SCALE_BYTES: gl.constexpr = gl.BlockedLayout([1, SCALES], [8, 4], [4, 1], [1, 0])
-    codes_ptr, scales_ptr, num_experts, rows, intermediate, lanes, runs = source
-    tile, run = index // runs, index % runs
+    codes_ptr, scales_ptr, num_units, units, rows, intermediate, lanes, runs = source
+    expert, tile, run = unit // units, unit % units + index // runs * units, index % runs
     columns = lanes * SCALES // 4  # of scales
     codes_ptr += expert.to(gl.int64) * rows * (2 * lanes)
     scales_ptr += expert.to(gl.int64) * rows * columns
     code = 32 * run + gl.arange(0, 32, layout=gl.SliceLayout(0, CODES))
     scale = 4 * SCALES * run + gl.arange(0, 4 * SCALES, layout=gl.SliceLayout(0, SCALE_BYTES))
-    is_code = (code < gl.where(expert < num_experts, 2 * lanes, 0))[None, :]
-    is_scale = (scale < gl.where(expert < num_experts, columns, 0))[None, :]
+    is_code = (code < gl.where(unit < num_units, 2 * lanes, 0))[None, :]
+    is_scale = (scale < gl.where(unit < num_units, columns, 0))[None, :]
     codes, scales = (), ()
     for half in gl.static_range(2):
         row, exists = row_of_pair(gl.arange(0, 32, layout=gl.SliceLayout(1, CODES)), tile, half, intermediate, ORDER)
@@ -51,10 +50,10 @@ def _read(source, expert, index, ORDER: gl.constexpr, SCALES: gl.constexpr):
 
 
 @gluon.jit
-def _following(expert, i, num_held, num_groups):
-    """The next piece of a program: of this expert, or the first of the group's next expert."""
+def _following(unit, i, num_held, num_groups):
+    """The next piece of a program: of this unit, or the first of the group's next unit."""
     is_last = i + 1 == num_held
-    return gl.where(is_last, expert + num_groups, expert), gl.where(is_last, 0, i + 1)
+    return gl.where(is_last, unit + num_groups, unit), gl.where(is_last, 0, i + 1)
 
 
 @gluon.jit
@@ -83,17 +82,17 @@ def _keep(piece, words, scale_words, NVFP4: gl.constexpr, WORDS_FOR: gl.constexp
 
 
 @gluon.jit
-def _write(target, slots, arrivals_ptr, expert, first_slot, program, num_programs, num_held):
-    """When all programs of the group have read the expert, for which they must run at the same time, write the pieces to where they belong."""
+def _write(target, slots, arrivals_ptr, unit, first_slot, program, num_programs, num_held, UNIT_TILES: gl.constexpr):
+    """When all programs of the group have read the unit, for which they must run at the same time, write the pieces to where they belong."""
     words, scale_words, words_desc, scale_words_desc = slots
-    row_tiles, column_tiles, runs = target
+    units, column_tiles, runs = target
     BOX: gl.constexpr = words_desc.block_type.shape[0] // 16  # tiles
-    while gl.atomic_add(arrivals_ptr + expert, 0, sem="acquire") < num_programs:  # one thread asks: many would keep the last programs from arriving
+    while gl.atomic_add(arrivals_ptr + unit, 0, sem="acquire") < num_programs:  # one thread asks: many would keep the last programs from arriving
         pass
     barrier()
     for i in range(num_held):
         index, slot = program + i * num_programs, (first_slot + i) % SLOTS
-        tile, run = expert * row_tiles + index // runs, index % runs
+        tile, run = (unit // units * UNIT_TILES + index // runs) * units + unit % units, index % runs
         for c in gl.static_range(0, 4, BOX):
             if 4 * run + c < column_tiles:
                 tiles = words.index(slot) if BOX == 4 else words.index(slot).slice(16 * c, 16, dim=0)
@@ -104,57 +103,46 @@ def _write(target, slots, arrivals_ptr, expert, first_slot, program, num_program
 @gluon.jit
 def _pack_in_place(
     codes_ptr, scales_ptr, words_desc, scale_words_desc, arrivals_ptr, refused_ptr,
-    num_experts, num_groups, rows, intermediate, lanes, row_tiles, column_tiles, runs,
+    num_units, units, num_groups, rows, intermediate, lanes, column_tiles, runs,
     ORDER: gl.constexpr, NVFP4: gl.constexpr, WORDS_FOR: gl.constexpr,
 ):  # fmt: skip
     SCALES: gl.constexpr = 4 if NVFP4 else 2  # of a row in a tile
+    UNIT_TILES: gl.constexpr = 2 if ORDER == "gate_up" else 1
     if gl.load(refused_ptr) != 0:
         return
     words = gl.allocate_shared_memory(gl.int32, [SLOTS, 64, 32], words_desc.layout)
     scale_words = gl.allocate_shared_memory(gl.int16, [SLOTS, 8, 16 * SCALES], scale_words_desc.layout)
-    slots, target = (words, scale_words, words_desc, scale_words_desc), (row_tiles, column_tiles, runs)
-    source = (codes_ptr, scales_ptr, num_experts, rows, intermediate, lanes, runs)
+    slots, target = (words, scale_words, words_desc, scale_words_desc), (units, column_tiles, runs)
+    source = (codes_ptr, scales_ptr, num_units, units, rows, intermediate, lanes, runs)
     group, program, num_programs = gl.program_id(0) % num_groups, gl.program_id(0) // num_groups, gl.num_programs(0) // num_groups
-    num_held = (row_tiles * runs - program + num_programs - 1) // num_programs  # pieces of this program in an expert
+    num_held = (UNIT_TILES * runs - program + num_programs - 1) // num_programs  # pieces of this program in a unit
     num_free = gl.minimum(SLOTS - num_held, num_held - 1)
 
-    next_expert, next_i, pieces = group, 0, ()
+    next_unit, next_i, pieces = group, 0, ()
     for _ in gl.static_range(AHEAD):
-        pieces = pieces + (_read(source, next_expert, program + next_i * num_programs, ORDER, SCALES),)
-        next_expert, next_i = _following(next_expert, next_i, num_held, num_groups)
+        pieces = pieces + (_read(source, next_unit, program + next_i * num_programs, ORDER, SCALES),)
+        next_unit, next_i = _following(next_unit, next_i, num_held, num_groups)
 
     first_slot = 0
-    for expert in range(group, num_experts, num_groups):
+    for unit in range(group, num_units, num_groups):
         for i in range(num_held):
             piece = pieces[0]
-            pieces = pieces[1:] + (_read(source, next_expert, program + next_i * num_programs, ORDER, SCALES),)
-            next_expert, next_i = _following(next_expert, next_i, num_held, num_groups)
-            if (expert > group) & (i == gl.maximum(num_free - 1, 0)):
-                _write(target, slots, arrivals_ptr, expert - num_groups, first_slot + SLOTS - num_held, program, num_programs, num_held)
-            if i == num_free:  # from here on in slots of the last expert
+            pieces = pieces[1:] + (_read(source, next_unit, program + next_i * num_programs, ORDER, SCALES),)
+            next_unit, next_i = _following(next_unit, next_i, num_held, num_groups)
+            if (unit > group) & (i == gl.maximum(num_free - 1, 0)):
+                _write(target, slots, arrivals_ptr, unit - num_groups, first_slot + SLOTS - num_held, program, num_programs, num_held, UNIT_TILES)
+            if i == num_free:  # from here on in slots of the last unit
                 tma.store_wait(0)
                 barrier()
             slot = (first_slot + i) % SLOTS
             _keep(piece, words.index(slot), scale_words.index(slot), NVFP4, WORDS_FOR)
         fence_async_shared()
         barrier()
-        gl.atomic_add(arrivals_ptr + expert, 1, sem="release")
+        gl.atomic_add(arrivals_ptr + unit, 1, sem="release")
         first_slot = (first_slot + num_held) % SLOTS
-    last = (num_experts - 1 - group) // num_groups * num_groups + group
-    _write(target, slots, arrivals_ptr, last, first_slot + SLOTS - num_held, program, num_programs, num_held)
+    last = (num_units - 1 - group) // num_groups * num_groups + group
+    _write(target, slots, arrivals_ptr, last, first_slot + SLOTS - num_held, program, num_programs, num_held, UNIT_TILES)
     tma.store_wait(0)
-
-
-def num_groups(scale_words: torch.Tensor, order: RowOrder, num_sms: int) -> int:
-    """How many experts, of `scale_words` [E, row tiles, runs, 128 or 64], the shared memory of a device holds; 0 if they are too large."""
-    num_experts, row_tiles, runs, _ = _kept_together(scale_words, order).shape
-    programs = triton.cdiv(row_tiles * runs, SLOTS.value)
-    return min(num_experts, PROGRAMS_OF_A_MULTIPROCESSOR * num_sms // programs)
-
-
-def _kept_together(tiles: torch.Tensor, order: RowOrder) -> torch.Tensor:
-    """Tiles [E, row tiles, ...] as what must be read before any of it is written: whole experts, or each row tile as one."""
-    return tiles if order == "gate_up" else tiles.flatten(0, 1).unsqueeze(1)
 
 
 def pack_matrix_in_place(
@@ -163,21 +151,19 @@ def pack_matrix_in_place(
 ) -> None:  # fmt: skip
     """`hopper_pack.pack_matrix` where `words`, `scale_words` or both lie in the storage of codes and scales, expert upon expert.
 
-    `num_sms`: multiprocessors of the device, whose shared memory holds an expert (`num_groups` is not 0).
+    `num_sms`: multiprocessors of the device.
     """
-    groups = num_groups(scale_words, order, num_sms)
-    if order != "gate_up":
-        codes, scales = codes.view(-1, 64, codes.shape[2]), scales.view(-1, 64, scales.shape[2])
-    words, scale_words = _kept_together(words, order), _kept_together(scale_words, order)
     num_experts, rows, half_columns = codes.shape
     _, row_tiles, runs, entries = scale_words.shape
-    pieces, column_tiles = row_tiles * runs, words.shape[2]
-    programs = min(pieces, PROGRAMS_OF_A_MULTIPROCESSOR * num_sms // groups)
-    arrivals = torch.zeros(num_experts, dtype=torch.int32, device=words.device)
+    unit_tiles, column_tiles = 2 if order == "gate_up" else 1, words.shape[2]
+    units = row_tiles // unit_tiles  # of an expert
+    programs = triton.cdiv(unit_tiles * runs, PIECES)
+    groups = max(1, min(num_experts * units, PROGRAMS_OF_A_MULTIPROCESSOR * num_sms // programs))  # 1: the launch fails where it is too large
+    arrivals = torch.zeros(num_experts * units, dtype=torch.int32, device=words.device)
     with torch.cuda.device_of(words):
         _pack_in_place[(groups * programs,)](
             codes.view(torch.int32), scales, tma_descriptor(words.view(-1, 32), 64 if column_tiles % 4 == 0 else 16, 32),
             tma_descriptor(scale_words.view(torch.int16).view(-1, entries // 2), 8, entries // 2), arrivals, refused,
-            num_experts, groups, rows, rows // 2 if order == "gate_up" else rows, half_columns // 8, row_tiles, column_tiles, runs,
+            num_experts * units, units, groups, rows, rows // unit_tiles, half_columns // 8, column_tiles, runs,
             order, entries == 128, words_for, num_warps=4, maxnreg=MAX_REGISTERS, launch_cooperative_grid=True,
         )  # fmt: skip
