@@ -369,7 +369,7 @@ def test_compiles_with_an_activation_or_a_norm(format, dtype):
             quantize(x, format, scale, four_over_six=True)
     names = ["quantize_kernel", "inverse_rms_kernel", "quantize_kernel", "quantize_experts_kernel"] + ["quantize_kernel"] * (format is hb.NVFP4)
     assert [compiled.name for compiled in launched] == names
-    assert all(compiled.registers <= 128 and compiled.spill_bytes <= 64 for compiled in launched)
+    assert all(compiled.registers <= 144 and compiled.spill_bytes <= 64 for compiled in launched)  # 144 with Triton 3.6, 96 with 3.9
 
 
 @gpu_only
