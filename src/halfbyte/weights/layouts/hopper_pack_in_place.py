@@ -31,8 +31,8 @@ def _read(source, unit, index, ORDER: gl.constexpr, SCALES: gl.constexpr):
     """The codes, int32 [32, 32], and scales, uint8 [32, 4 SCALES], of both rows of each pair of a piece. Zeros beyond the last column or unit."""
     CODES: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])
     SCALE_BYTES: gl.constexpr = gl.BlockedLayout([1, SCALES], [8, 4], [4, 1], [1, 0])
-    codes_ptr, scales_ptr, num_units, units, rows, intermediate, lanes, runs = source
-    expert, tile, run = unit // units, unit % units + index // runs * units, index % runs
+    codes_ptr, scales_ptr, num_units, expert_units, rows, intermediate, lanes, runs = source
+    expert, tile, run = unit // expert_units, unit % expert_units + index // runs * expert_units, index % runs
     columns = lanes * SCALES // 4  # of scales
     codes_ptr += expert.to(gl.int64) * rows * (2 * lanes)
     scales_ptr += expert.to(gl.int64) * rows * columns
@@ -85,14 +85,14 @@ def _keep(piece, words, scale_words, NVFP4: gl.constexpr, WORDS_FOR: gl.constexp
 def _write(target, slots, arrivals_ptr, unit, first_slot, program, num_programs, num_held, UNIT_TILES: gl.constexpr):
     """When all programs of the group have read the unit, for which they must run at the same time, write the pieces to where they belong."""
     words, scale_words, words_desc, scale_words_desc = slots
-    units, column_tiles, runs = target
+    expert_units, column_tiles, runs = target
     BOX: gl.constexpr = words_desc.block_type.shape[0] // 16  # tiles
     while gl.atomic_add(arrivals_ptr + unit, 0, sem="acquire") < num_programs:  # one thread asks: many would keep the last programs from arriving
         pass
     barrier()
     for i in range(num_held):
         index, slot = program + i * num_programs, (first_slot + i) % SLOTS
-        tile, run = (unit // units * UNIT_TILES + index // runs) * units + unit % units, index % runs
+        tile, run = (unit // expert_units * UNIT_TILES + index // runs) * expert_units + unit % expert_units, index % runs
         for c in gl.static_range(0, 4, BOX):
             if 4 * run + c < column_tiles:
                 tiles = words.index(slot) if BOX == 4 else words.index(slot).slice(16 * c, 16, dim=0)
@@ -103,7 +103,7 @@ def _write(target, slots, arrivals_ptr, unit, first_slot, program, num_programs,
 @gluon.jit
 def _pack_in_place(
     codes_ptr, scales_ptr, words_desc, scale_words_desc, arrivals_ptr, refused_ptr,
-    num_units, units, num_groups, rows, intermediate, lanes, column_tiles, runs,
+    num_units, expert_units, num_groups, rows, intermediate, lanes, column_tiles, runs,
     ORDER: gl.constexpr, NVFP4: gl.constexpr, WORDS_FOR: gl.constexpr,
 ):  # fmt: skip
     SCALES: gl.constexpr = 4 if NVFP4 else 2  # of a row in a tile
@@ -112,8 +112,8 @@ def _pack_in_place(
         return
     words = gl.allocate_shared_memory(gl.int32, [SLOTS, 64, 32], words_desc.layout)
     scale_words = gl.allocate_shared_memory(gl.int16, [SLOTS, 8, 16 * SCALES], scale_words_desc.layout)
-    slots, target = (words, scale_words, words_desc, scale_words_desc), (units, column_tiles, runs)
-    source = (codes_ptr, scales_ptr, num_units, units, rows, intermediate, lanes, runs)
+    slots, target = (words, scale_words, words_desc, scale_words_desc), (expert_units, column_tiles, runs)
+    source = (codes_ptr, scales_ptr, num_units, expert_units, rows, intermediate, lanes, runs)
     group, program, num_programs = gl.program_id(0) % num_groups, gl.program_id(0) // num_groups, gl.num_programs(0) // num_groups
     num_held = (UNIT_TILES * runs - program + num_programs - 1) // num_programs  # pieces of this program in a unit
     num_free = gl.minimum(SLOTS - num_held, num_held - 1)
@@ -156,14 +156,14 @@ def pack_matrix_in_place(
     num_experts, rows, half_columns = codes.shape
     _, row_tiles, runs, entries = scale_words.shape
     unit_tiles, column_tiles = 2 if order == "gate_up" else 1, words.shape[2]
-    units = row_tiles // unit_tiles  # of an expert
+    expert_units = row_tiles // unit_tiles
     programs = triton.cdiv(unit_tiles * runs, PIECES)
-    groups = max(1, min(num_experts * units, PROGRAMS_OF_A_MULTIPROCESSOR * num_sms // programs))  # 1: the launch fails where it is too large
-    arrivals = torch.zeros(num_experts * units, dtype=torch.int32, device=words.device)
+    groups = max(1, min(num_experts * expert_units, PROGRAMS_OF_A_MULTIPROCESSOR * num_sms // programs))  # 1: the launch fails where it is too large
+    arrivals = torch.zeros(num_experts * expert_units, dtype=torch.int32, device=words.device)
     with torch.cuda.device_of(words):
         _pack_in_place[(groups * programs,)](
             codes.view(torch.int32), scales, tma_descriptor(words.view(-1, 32), 64 if column_tiles % 4 == 0 else 16, 32),
             tma_descriptor(scale_words.view(torch.int16).view(-1, entries // 2), 8, entries // 2), arrivals, refused,
-            num_experts * units, units, groups, rows, rows // unit_tiles, half_columns // 8, column_tiles, runs,
+            num_experts * expert_units, expert_units, groups, rows, rows // unit_tiles, half_columns // 8, column_tiles, runs,
             order, entries == 128, words_for, num_warps=4, maxnreg=MAX_REGISTERS, launch_cooperative_grid=True,
         )  # fmt: skip
