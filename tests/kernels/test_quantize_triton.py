@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+import triton
 from compile_only import compiling
 from helpers import assert_equal_bits
 from interpreted import DEVICE, INTERPRETED, gpu_only, not_interpreted, numeric, run_interpreted
@@ -369,7 +370,8 @@ def test_compiles_with_an_activation_or_a_norm(format, dtype):
             quantize(x, format, scale, four_over_six=True)
     names = ["quantize_kernel", "inverse_rms_kernel", "quantize_kernel", "quantize_experts_kernel"] + ["quantize_kernel"] * (format is hb.NVFP4)
     assert [compiled.name for compiled in launched] == names
-    assert all(compiled.registers <= 144 and compiled.spill_bytes <= 64 for compiled in launched)  # 144 with Triton 3.6, 96 with 3.9
+    max_registers = 144 if triton.__version__.startswith("3.6") else 128
+    assert all(compiled.registers <= max_registers and compiled.spill_bytes <= 64 for compiled in launched)
 
 
 @gpu_only

@@ -77,7 +77,7 @@ def quantize_kernel(
             words, x_ptr, weight_ptr, factor_ptr, codes_ptr, scales_ptr, global_ptr, x_start + row, scale_start + row,
             tl.maximum(tl.minimum(num_rows - row, ROWS), 0), ROWS, x_start + next_row, num_rows - next_row, first_column,
             row_blocks, num_columns, scale_columns, rows_per_global,
-            NVFP4, BF16, RULE, FOUR_OVER_SIX, LAYOUT, GLOBAL_ROWS, ROWS, BLOCK_ROWS, BLOCK_COLUMNS, NATIVE, ASM,
+            NVFP4, BF16, RULE, FOUR_OVER_SIX, LAYOUT, GLOBAL_ROWS, BLOCK_ROWS, BLOCK_COLUMNS, NATIVE, ASM,
             SOURCE, ALPHA, BETA, LIMIT,
         )  # fmt: skip
 
@@ -198,7 +198,7 @@ def quantize_experts_kernel(
             words, x_ptr, x_ptr, x_ptr, codes_ptr, scales_ptr, global_ptr + _uniform(expert, ASM),
             _uniform(x_row, ASM).to(tl.int64), _uniform(scale_row, ASM).to(tl.int64), _uniform(present, ASM), _uniform(written, ASM),
             _uniform(next_x_row, ASM).to(tl.int64), _uniform(next_present, ASM), first_column, row_blocks, num_columns, scale_columns, 1,
-            NVFP4, BF16, RULE, False, LAYOUT, False, ROWS, BLOCK_ROWS, BLOCK_COLUMNS, NATIVE, ASM,
+            NVFP4, BF16, RULE, False, LAYOUT, False, BLOCK_ROWS, BLOCK_COLUMNS, NATIVE, ASM,
             SOURCE, ALPHA, BETA, LIMIT,
         )  # fmt: skip
         expert, x_row, scale_row, present, written = next_expert, next_x_row, next_scale_row, next_present, next_written

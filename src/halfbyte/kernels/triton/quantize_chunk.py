@@ -182,10 +182,10 @@ def quantize_chunk(
     words, x_ptr, weight_ptr, factor_ptr, codes_ptr, scales_ptr, global_ptr, x_row, scale_row, present, written, next_x_row, next_present,
     first_column, row_blocks, num_columns, scale_columns, rows_per_global,
     NVFP4: tl.constexpr, BF16: tl.constexpr, RULE: tl.constexpr, FOUR_OVER_SIX: tl.constexpr, LAYOUT: tl.constexpr, GLOBAL_ROWS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, NATIVE: tl.constexpr, ASM: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, NATIVE: tl.constexpr, ASM: tl.constexpr,
     SOURCE: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
-    """Quantise up to ROWS `present` rows from `x_row` on, and write zero scales for those up to `written`, in the same tile. Columns are blocks;
+    """Quantise `present` rows from `x_row` on, and write zero scales for those up to `written`, in the same tile. Columns are blocks;
     `x_row`, `next_x_row` and `scale_row` are int64.
 
     `words` are what `load_rows` gives of the first rows. Returns those of the next chunk, loaded while the last rows of this one were computed.
