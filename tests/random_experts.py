@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import halfbyte as hb
-from halfbyte.checkpoint.experts import SWIGLU, Activation, ExpertWeights
+from halfbyte.experts import SWIGLU, Activation, ExpertWeights
 
 
 def make_experts(num_experts: int, hidden: int, intermediate: int, format: hb.BlockFormat, activation: Activation = SWIGLU) -> ExpertWeights:

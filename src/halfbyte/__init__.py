@@ -7,8 +7,8 @@ from halfbyte.version import __version__
 
 if TYPE_CHECKING:
     from halfbyte.checkpoint import load_experts, load_router
-    from halfbyte.checkpoint.experts import Activation, ExpertWeights
     from halfbyte.device import Target
+    from halfbyte.experts import Activation, ExpertWeights
     from halfbyte.formats import MXFP4, NVFP4, BlockFormat, QuantTensor, swizzle_scales, unswizzle_scales
     from halfbyte.kernels.quantize import QuantizedExperts, quantize, quantize_experts, quantize_fp8, rms_norm_quantize, silu_mul_quantize
     from halfbyte.moe import MoE, Routing, fused_moe, route, warm_up
@@ -48,7 +48,7 @@ __all__ = [
 # Public name -> home. Resolved on first use, so that `halfbyte --help` and the plug-ins of the engines do not wait for torch.
 _HOMES = {
     "halfbyte.checkpoint": ("load_experts", "load_router"),
-    "halfbyte.checkpoint.experts": ("Activation", "ExpertWeights"),
+    "halfbyte.experts": ("Activation", "ExpertWeights"),
     "halfbyte.device": ("Target",),
     "halfbyte.formats": ("MXFP4", "NVFP4", "BlockFormat", "QuantTensor", "swizzle_scales", "unswizzle_scales"),
     "halfbyte.kernels.quantize": ("QuantizedExperts", "quantize", "quantize_experts", "quantize_fp8", "rms_norm_quantize", "silu_mul_quantize"),

@@ -13,8 +13,8 @@ from halfbyte.bench import prepare
 from halfbyte.bench.inputs import random_experts
 from halfbyte.bench.prepare_peers import naive_hopper, torch_hopper
 from halfbyte.bench.shapes import MoEShape
-from halfbyte.checkpoint.experts import RELU2
 from halfbyte.cli.main import main
+from halfbyte.experts import RELU2
 
 CPU = torch.device("cpu")
 PLAIN = MoEShape("plain", 160, 96, 3, 2, RELU2)

@@ -10,7 +10,7 @@ from halfbyte import MXFP4, NVFP4
 from halfbyte.bench.gate import Verdict, expected_output, judge
 from halfbyte.bench.inputs import random_call, random_experts
 from halfbyte.bench.shapes import MoEShape
-from halfbyte.checkpoint.experts import GPT_OSS_SWIGLU
+from halfbyte.experts import GPT_OSS_SWIGLU
 from halfbyte.weights.layouts.hopper_fp8 import round_to_fp8
 
 CPU = torch.device("cpu")

@@ -6,8 +6,8 @@ import torch
 from halfbyte import MXFP4, NVFP4
 from halfbyte.bench.inputs import ROUTING_KINDS, random_call, random_experts
 from halfbyte.bench.shapes import NAMED_SHAPES, MoEShape
-from halfbyte.checkpoint.experts import GPT_OSS_SWIGLU
 from halfbyte.errors import InputError
+from halfbyte.experts import GPT_OSS_SWIGLU
 
 CPU = torch.device("cpu")
 SHAPE = MoEShape("sixteen", 64, 32, num_experts=16, top_k=4)

@@ -8,8 +8,8 @@ from halfbyte.bench.gate import expected_output, judge
 from halfbyte.bench.inputs import random_call, random_experts
 from halfbyte.bench.peers import BUILT_IN, find_peer
 from halfbyte.bench.shapes import MoEShape
-from halfbyte.checkpoint.experts import GPT_OSS_SWIGLU, SWIGLU
 from halfbyte.errors import InputError
+from halfbyte.experts import GPT_OSS_SWIGLU, SWIGLU
 
 CPU = torch.device("cpu")
 

@@ -5,8 +5,8 @@ import pytest
 from halfbyte import MXFP4, NVFP4
 from halfbyte.bench.ceilings import Ceilings
 from halfbyte.bench.shapes import NAMED_SHAPES, MoEShape, floor_of
-from halfbyte.checkpoint.experts import RELU2
 from halfbyte.errors import InputError
+from halfbyte.experts import RELU2
 
 TINY = MoEShape("tiny", hidden=64, intermediate=32, num_experts=4, top_k=2)
 CEILINGS = Ceilings(read_gbps=1.0, copy_gbps=1.0, bf16_tflops=1.0, fp8_tflops=2.0)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import checkpoint_files as cf
 import pytest
 
-from halfbyte.checkpoint.experts import GEGLU_TANH, GPT_OSS_SWIGLU
 from halfbyte.checkpoint.families import RoutingRule, describe_moe, format_range
 from halfbyte.errors import CheckpointError, UnsupportedError
+from halfbyte.experts import GEGLU_TANH, GPT_OSS_SWIGLU
 
 NAMES = ["model.embed_tokens.weight", "model.layers.1.mlp.experts.0.gate_proj.weight"]
 

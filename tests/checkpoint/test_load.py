@@ -11,9 +11,9 @@ import pytest
 import torch
 from helpers import assert_equal_bits
 
-from halfbyte.checkpoint import Checkpoint, ExpertWeights, load_experts, load_router
-from halfbyte.checkpoint.experts import DEEPSEEK_V4_SWIGLU, GPT_OSS_SWIGLU, SWIGLU
+from halfbyte.checkpoint import Checkpoint, load_experts, load_router
 from halfbyte.errors import CheckpointError, InputError, UnsupportedError
+from halfbyte.experts import DEEPSEEK_V4_SWIGLU, GPT_OSS_SWIGLU, SWIGLU, ExpertWeights
 from halfbyte.formats import MXFP4, NVFP4
 
 E, H, I = cf.E, cf.H, cf.I  # noqa: E741

@@ -25,8 +25,8 @@ from transformers.utils import is_compressed_tensors_available
 
 import halfbyte
 import halfbyte.integrations.transformers as hbt
-from halfbyte.checkpoint.experts import DEEPSEEK_V4_SWIGLU, GEGLU, GEGLU_TANH, GPT_OSS_SWIGLU, RELU2, SWIGLU
 from halfbyte.errors import CheckpointError, InputError, UnsupportedError
+from halfbyte.experts import DEEPSEEK_V4_SWIGLU, GEGLU, GEGLU_TANH, GPT_OSS_SWIGLU, RELU2, SWIGLU
 from halfbyte.integrations.transformers.modules import QuantLinear, find_activation, pack_in_place
 
 DEMO = Path(halfbyte.__file__).parent / "demo_model"

@@ -1,11 +1,11 @@
-"""Run by test_activations_fp8.py under TRITON_INTERPRET=1: the quantising kernels against `formats.activations`, bit for bit.
+"""Run by test_activations_fp8.py under TRITON_INTERPRET=1: the quantising kernels against `formats.activation_formats`, bit for bit.
 
 The interpreter (Triton 3.6 to 3.9) rounds to e4m3 wrongly, so every quotient here is an e4m3 value; rounding is tested on a GPU.
 """
 
 import torch
 
-from halfbyte.formats.activations import quantize_fp8
+from halfbyte.formats.activation_formats import quantize_fp8
 from halfbyte.kernels.triton.activations_fp8 import quantize_rows, quantize_tokens
 from halfbyte.kernels.triton.permute import permute
 from halfbyte.weights.layouts.hopper import SLOT_TO_COLUMN

@@ -1,4 +1,4 @@
-"""`encode_rows` against `formats.activations`, bit for bit: interpreted on a CPU (see `test_interpreted`), compiled, on a GPU."""
+"""`encode_rows` against `formats.activation_formats`, bit for bit: interpreted on a CPU (see `test_interpreted`), compiled, on a GPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 from compile_only import compiling
 
 from halfbyte.formats import NVFP4
-from halfbyte.formats.activations import quantize_fp8, quantize_mxfp8, round_trip
+from halfbyte.formats.activation_formats import quantize_fp8, quantize_mxfp8, round_trip
 from halfbyte.formats.block_format import nvfp4_decode_scale
 from halfbyte.formats.quantizer import quantize
 from halfbyte.kernels.triton.encode_rows import encode_rows

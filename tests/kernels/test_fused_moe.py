@@ -10,7 +10,7 @@ import torch
 from helpers import assert_close_rel, assert_equal_bits, relative_errors
 
 import halfbyte as hb
-from halfbyte.checkpoint.experts import DEEPSEEK_V4_SWIGLU, GEGLU, GEGLU_TANH, GPT_OSS_SWIGLU, RELU2, SWIGLU, Activation, ExpertWeights
+from halfbyte.experts import DEEPSEEK_V4_SWIGLU, GEGLU, GEGLU_TANH, GPT_OSS_SWIGLU, RELU2, SWIGLU, Activation, ExpertWeights
 from halfbyte.formats import e2m1
 from halfbyte.kernels.reference.unfinalized_moe import finalize, unfinalized_moe
 

@@ -10,8 +10,8 @@ from devices import hopper
 from helpers import assert_close_rel, assert_equal_bits
 
 import halfbyte as hb
-from halfbyte.checkpoint.experts import DEEPSEEK_V4_SWIGLU, GEGLU, GEGLU_TANH, GPT_OSS_SWIGLU, RELU2, SWIGLU, Activation, ExpertWeights
 from halfbyte.errors import UnsupportedError
+from halfbyte.experts import DEEPSEEK_V4_SWIGLU, GEGLU, GEGLU_TANH, GPT_OSS_SWIGLU, RELU2, SWIGLU, Activation, ExpertWeights
 from halfbyte.kernels.reference.fused_moe import fused_moe as reference
 
 pytestmark = hopper

@@ -10,8 +10,8 @@ from helpers import assert_close_rel, assert_equal_bits, relative_errors
 from test_fused_moe_hopper import ACTIVATIONS, configs, make_experts, make_tokens, natural, pytestmark  # noqa: F401
 
 import halfbyte as hb
-from halfbyte.checkpoint.experts import GPT_OSS_SWIGLU, SWIGLU, ExpertWeights
-from halfbyte.formats.activations import round_trip
+from halfbyte.experts import GPT_OSS_SWIGLU, SWIGLU, ExpertWeights
+from halfbyte.formats.activation_formats import round_trip
 from halfbyte.kernels.reference.activation import activate
 from halfbyte.kernels.reference.fused_moe import fused_moe as reference
 from halfbyte.weights.layouts.hopper import SLOT_TO_COLUMN, padded_size

@@ -11,8 +11,8 @@ from test_fused_moe_hopper import ACTIVATIONS, check_graph, configs, make_expert
 
 import halfbyte as hb
 from halfbyte.bench.gate import FP8_GLOBAL_LIMIT, FP8_TOKEN_LIMIT
-from halfbyte.checkpoint.experts import GPT_OSS_SWIGLU, SWIGLU, ExpertWeights
-from halfbyte.formats.activations import quantize_fp8
+from halfbyte.experts import GPT_OSS_SWIGLU, SWIGLU, ExpertWeights
+from halfbyte.formats.activation_formats import quantize_fp8
 from halfbyte.kernels.reference.activation import activate
 from halfbyte.kernels.reference.fused_moe import fused_moe as reference
 from halfbyte.weights.layouts.hopper import SLOT_TO_COLUMN, padded_size

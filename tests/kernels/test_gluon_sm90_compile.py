@@ -11,8 +11,8 @@ import torch
 from compile_only import compiling
 
 import halfbyte as hb
-from halfbyte.checkpoint.experts import GPT_OSS_SWIGLU, SWIGLU
 from halfbyte.errors import UnsupportedError
+from halfbyte.experts import GPT_OSS_SWIGLU, SWIGLU
 from halfbyte.weights.layouts.hopper import HopperExperts, HopperMatrix, WordsFor
 
 pytest.importorskip("triton")

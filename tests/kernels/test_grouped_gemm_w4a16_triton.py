@@ -14,10 +14,10 @@ from helpers import assert_close_rel, assert_equal_bits
 from interpreted import DEVICE, INTERPRETED, gpu_only, not_interpreted, numeric, run_interpreted
 
 import halfbyte as hb
-from halfbyte.checkpoint.experts import DEEPSEEK_V4_SWIGLU, GEGLU, GEGLU_TANH, GPT_OSS_SWIGLU, RELU2, SWIGLU, Activation, ExpertWeights
 from halfbyte.errors import UnsupportedError
+from halfbyte.experts import DEEPSEEK_V4_SWIGLU, GEGLU, GEGLU_TANH, GPT_OSS_SWIGLU, RELU2, SWIGLU, Activation, ExpertWeights
 from halfbyte.formats import QuantTensor
-from halfbyte.formats.activations import round_trip
+from halfbyte.formats.activation_formats import round_trip
 from halfbyte.kernels.reference.fused_moe import fused_moe as reference_fused_moe
 from halfbyte.kernels.reference.fused_moe import sort_by_expert as reference_sort
 from halfbyte.kernels.triton.encode_rows import encode_rows

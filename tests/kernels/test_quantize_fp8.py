@@ -12,7 +12,7 @@ from interpreted import DEVICE, gpu_only, not_interpreted, numeric, run_interpre
 
 import halfbyte as hb
 from halfbyte.errors import InputError
-from halfbyte.formats import activations
+from halfbyte.formats import activation_formats as activations
 from halfbyte.formats.fp8_tensor import quantize_fp8 as reference
 from halfbyte.kernels.triton.quantize_fp8 import quantize_fp8
 from halfbyte.weights.layouts.hopper import SLOT_TO_COLUMN

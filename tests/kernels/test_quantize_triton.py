@@ -13,8 +13,8 @@ from helpers import assert_equal_bits
 from interpreted import DEVICE, INTERPRETED, gpu_only, not_interpreted, numeric, run_interpreted
 
 import halfbyte as hb
-from halfbyte.checkpoint.experts import GPT_OSS_SWIGLU, RELU2, SWIGLU
 from halfbyte.errors import InputError
+from halfbyte.experts import GPT_OSS_SWIGLU, RELU2, SWIGLU
 from halfbyte.formats import quantize as codec
 from halfbyte.formats.scale_layout import max_padded_rows, tile_rows
 from halfbyte.kernels.quantize import QuantizedExperts

@@ -11,7 +11,7 @@ from random_experts import make_experts
 
 import halfbyte as hb
 from halfbyte.checkpoint import RouterWeights
-from halfbyte.checkpoint.experts import SWIGLU
+from halfbyte.experts import SWIGLU
 
 EXPERTS, TOP_K = 8, 3
 DEMO = Path(hb.__file__).parent / "demo_model"

@@ -16,7 +16,7 @@ from random_experts import make_experts
 
 import halfbyte as hb
 from halfbyte.errors import InputError, UnsupportedError
-from halfbyte.formats.activations import ACTIVATION_FORMATS
+from halfbyte.formats.activation_formats import ACTIVATION_FORMATS
 
 triton = pytest.importorskip("triton")
 

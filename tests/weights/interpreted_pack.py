@@ -5,7 +5,7 @@ from helpers import assert_equal_bits
 from random_experts import make_experts
 
 import halfbyte as hb
-from halfbyte.checkpoint.experts import RELU2, SWIGLU, Activation
+from halfbyte.experts import RELU2, SWIGLU, Activation
 from halfbyte.weights.layouts import hopper, hopper_pack
 
 

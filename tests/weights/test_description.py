@@ -7,7 +7,7 @@ import torch
 from random_experts import make_experts
 
 import halfbyte as hb
-from halfbyte.checkpoint.experts import RELU2, Activation
+from halfbyte.experts import RELU2, Activation
 from halfbyte.weights.description import describe, rebuild
 
 

@@ -13,8 +13,8 @@ from helpers import assert_close_rel, assert_equal_bits, peak_bytes
 from random_experts import make_experts
 
 import halfbyte as hb
-from halfbyte.checkpoint.experts import GEGLU, GPT_OSS_SWIGLU, RELU2, SWIGLU, Activation, ExpertWeights
 from halfbyte.errors import InputError
+from halfbyte.experts import GEGLU, GPT_OSS_SWIGLU, RELU2, SWIGLU, Activation, ExpertWeights
 from halfbyte.formats import e2m1
 from halfbyte.kernels.reference.activation import activate
 from halfbyte.weights.layouts.cutlass import CUTLASS

@@ -9,7 +9,7 @@ from ptx import run
 from random_experts import make_experts
 
 import halfbyte as hb
-from halfbyte.checkpoint.experts import RELU2, SWIGLU, Activation
+from halfbyte.experts import RELU2, SWIGLU, Activation
 from halfbyte.weights.layouts import hopper
 
 pytest.importorskip("triton")

@@ -11,7 +11,7 @@ from helpers import assert_equal_bits
 from ptx import run
 
 import halfbyte as hb
-from halfbyte.checkpoint.experts import RELU2, SWIGLU, Activation, ExpertWeights
+from halfbyte.experts import RELU2, SWIGLU, Activation, ExpertWeights
 from halfbyte.weights.layouts import hopper, hopper_fp8
 
 pytest.importorskip("triton")

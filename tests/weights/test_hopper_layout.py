@@ -12,8 +12,8 @@ from helpers import assert_equal_bits
 from random_experts import make_experts
 
 import halfbyte as hb
-from halfbyte.checkpoint.experts import RELU2, SWIGLU, Activation, ExpertWeights
 from halfbyte.errors import InputError
+from halfbyte.experts import RELU2, SWIGLU, Activation, ExpertWeights
 from halfbyte.weights.layouts import hopper
 
 

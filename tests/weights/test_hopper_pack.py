@@ -11,8 +11,8 @@ from interpreted import run_interpreted_script
 from random_experts import make_experts
 
 import halfbyte as hb
-from halfbyte.checkpoint.experts import RELU2, SWIGLU, Activation, ExpertWeights
 from halfbyte.errors import InputError
+from halfbyte.experts import RELU2, SWIGLU, Activation, ExpertWeights
 from halfbyte.weights.layouts import hopper, hopper_bits
 
 pytest.importorskip("triton")

@@ -12,8 +12,8 @@ from helpers import assert_equal_bits
 import halfbyte as hb
 from halfbyte.bench.inputs import random_experts
 from halfbyte.bench.shapes import MoEShape
-from halfbyte.checkpoint.experts import GPT_OSS_SWIGLU, SWIGLU
 from halfbyte.errors import InputError
+from halfbyte.experts import GPT_OSS_SWIGLU, SWIGLU
 from halfbyte.weights.prepared import LAYOUTS
 
 SHAPE = MoEShape("tiny", 64, 96, 5, 2, SWIGLU, True, hb.NVFP4)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from halfbyte.bench.inputs import Call
-from halfbyte.checkpoint.experts import ExpertWeights
+from halfbyte.experts import ExpertWeights
 from halfbyte.formats import QuantTensor
-from halfbyte.formats.activations import ActivationFormat, round_trip
+from halfbyte.formats.activation_formats import ActivationFormat, round_trip
 from halfbyte.kernels.reference.activation import activate
 from halfbyte.weights.layouts.hopper_fp8 import round_to_fp8
 

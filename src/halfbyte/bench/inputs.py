@@ -7,10 +7,10 @@ from typing import Literal, NamedTuple, get_args
 import torch
 
 from halfbyte.bench.shapes import MoEShape
-from halfbyte.checkpoint.experts import ExpertWeights
 from halfbyte.checkpoint.load import load_experts
 from halfbyte.checkpoint.source import Checkpoint
 from halfbyte.errors import InputError
+from halfbyte.experts import ExpertWeights
 from halfbyte.formats import MXFP4, NVFP4, BlockFormat, QuantTensor
 
 RoutingKind = Literal["uniform", "skewed", "one-expert"]

@@ -20,11 +20,11 @@ from halfbyte.bench.peers import Build, Layer, Peer
 from halfbyte.bench.results import Row
 from halfbyte.bench.shapes import MoEShape, floor_of
 from halfbyte.bench.timing import calls_of, time_calls, weight_sets_of
-from halfbyte.checkpoint.experts import ExpertWeights
 from halfbyte.device import Target
 from halfbyte.errors import HalfbyteError
+from halfbyte.experts import ExpertWeights
 from halfbyte.formats import BlockFormat
-from halfbyte.formats.activations import ActivationFormat
+from halfbyte.formats.activation_formats import ActivationFormat
 from halfbyte.kernels.table import Problem, choose
 from halfbyte.weights.layouts.hopper import HopperExperts
 

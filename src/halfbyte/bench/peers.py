@@ -13,8 +13,8 @@ import torch.nn.functional as F
 
 import halfbyte
 from halfbyte.bench.shapes import MoEShape
-from halfbyte.checkpoint.experts import SWIGLU, ExpertWeights
 from halfbyte.errors import InputError, UnsupportedError
+from halfbyte.experts import SWIGLU, ExpertWeights
 from halfbyte.formats import QuantTensor
 from halfbyte.kernels.reference.activation import activate
 

@@ -14,7 +14,7 @@ import torch
 import halfbyte
 from halfbyte.bench.prepare_peers import naive_hopper, torch_hopper
 from halfbyte.bench.results import Status
-from halfbyte.checkpoint.experts import ExpertWeights
+from halfbyte.experts import ExpertWeights
 
 
 @dataclass(frozen=True)

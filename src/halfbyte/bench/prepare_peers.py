@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-from halfbyte.checkpoint.experts import ExpertWeights
+from halfbyte.experts import ExpertWeights
 from halfbyte.formats import NVFP4, QuantTensor
 from halfbyte.weights.layouts.hopper import HopperExperts, HopperMatrix, allocate
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from halfbyte.bench.ceilings import Ceilings
-from halfbyte.checkpoint.experts import GPT_OSS_SWIGLU, SWIGLU, Activation
 from halfbyte.errors import InputError
+from halfbyte.experts import GPT_OSS_SWIGLU, SWIGLU, Activation
 from halfbyte.formats import MXFP4, NVFP4, BlockFormat
 
 _FP32_BYTES = 4

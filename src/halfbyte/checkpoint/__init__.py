@@ -1,6 +1,5 @@
 """Files to and from canonical `ExpertWeights`: every quantised and dense MoE checkpoint format, read tensor by tensor."""
 
-from halfbyte.checkpoint.experts import ExpertWeights
 from halfbyte.checkpoint.families import MoEConfig, RoutingRule
 from halfbyte.checkpoint.load import RouterWeights, load_experts, load_router
 from halfbyte.checkpoint.problems import Problem, find_problems
@@ -9,7 +8,6 @@ from halfbyte.checkpoint.source import Checkpoint, TensorInfo, resolve_model
 
 __all__ = [
     "Checkpoint",
-    "ExpertWeights",
     "MoEConfig",
     "Problem",
     "Quantization",

@@ -16,8 +16,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from halfbyte.checkpoint.experts import GEGLU, GEGLU_TANH, SWIGLU, Activation
 from halfbyte.errors import CheckpointError, UnsupportedError
+from halfbyte.experts import GEGLU, GEGLU_TANH, SWIGLU, Activation
 
 _FAMILY_OF_MODEL_TYPE = {
     "qwen2_moe": "qwen",

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from halfbyte.checkpoint.experts import ExpertWeights
 from halfbyte.checkpoint.families import RoutingRule
 from halfbyte.checkpoint.layer_tensors import DOWN, GATE, UP, LayerTensors
 from halfbyte.checkpoint.problems import describe_scatter
 from halfbyte.checkpoint.source import Checkpoint
 from halfbyte.errors import CheckpointError, InputError
+from halfbyte.experts import ExpertWeights
 from halfbyte.formats import QuantTensor
 
 _log = logging.getLogger("halfbyte")

@@ -17,13 +17,13 @@ from halfbyte.bench.moe import LayerSource, Options, bench_moe
 from halfbyte.bench.peers import Peer, find_peer
 from halfbyte.bench.results import Record, render, tables
 from halfbyte.bench.shapes import NAMED_SHAPES, MoEShape
-from halfbyte.checkpoint.experts import ExpertWeights
 from halfbyte.cli import bench_options as shared
 from halfbyte.cli.bench import BENCHMARKS
 from halfbyte.cli.terminal import comma_list, positive_int
 from halfbyte.errors import InputError
+from halfbyte.experts import ExpertWeights
 from halfbyte.formats import BlockFormat
-from halfbyte.formats.activations import ACTIVATION_FORMATS
+from halfbyte.formats.activation_formats import ACTIVATION_FORMATS
 from halfbyte.kernels.table import CANDIDATES
 
 HELP = BENCHMARKS["moe"]

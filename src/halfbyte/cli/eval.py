@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 from halfbyte.errors import InputError
 
 if TYPE_CHECKING:
-    from halfbyte.formats.activations import ActivationFormat
+    from halfbyte.formats.activation_formats import ActivationFormat
 
 HELP = "measure exact match, answer likelihood, perplexity and KL divergence of a model"
 

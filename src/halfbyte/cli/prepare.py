@@ -19,7 +19,7 @@ HELP = "arrange a model's experts for this machine's kernels once, so that later
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from halfbyte.formats.activations import ACTIVATION_FORMATS
+    from halfbyte.formats.activation_formats import ACTIVATION_FORMATS
     from halfbyte.weights.prepared import LAYOUTS
 
     parser.add_argument("model", metavar="MODEL", help="model directory, or org/name on the Hugging Face Hub")
@@ -124,7 +124,7 @@ def parse_activations(text: str) -> list[str]:
     ['bf16', 'fp8']
     """
     from halfbyte.cli.terminal import comma_list, one_of
-    from halfbyte.formats.activations import ACTIVATION_FORMATS
+    from halfbyte.formats.activation_formats import ACTIVATION_FORMATS
 
     return comma_list(one_of("activation format", {name: name for name in ACTIVATION_FORMATS}))(text)
 

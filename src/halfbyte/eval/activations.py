@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from halfbyte.formats.activations import ActivationFormat
+from halfbyte.formats.activation_formats import ActivationFormat
 
 # What differs in speed on Hopper, the only GPU on which it does: "mxfp8" and "nvfp4" compute in bf16 there, for the numbers of other hardware.
 FASTEST_FIRST: tuple[ActivationFormat, ...] = ("fp8", "bf16")

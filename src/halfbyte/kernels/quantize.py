@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import torch
 
-from halfbyte.checkpoint.experts import SWIGLU, Activation
 from halfbyte.device import Target
 from halfbyte.errors import InputError
+from halfbyte.experts import SWIGLU, Activation
 from halfbyte.formats import NVFP4, BlockFormat, QuantTensor
 from halfbyte.formats.block_format import check_blocks
 from halfbyte.formats.e8m0 import ScaleRule

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from halfbyte.errors import HalfbyteError, InputError
-from halfbyte.formats.activations import ActivationFormat
+from halfbyte.formats.activation_formats import ActivationFormat
 from halfbyte.kernels.table import Problem, choose
 from halfbyte.moe.functional import check
 from halfbyte.weights import PreparedExperts

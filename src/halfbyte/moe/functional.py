@@ -9,7 +9,7 @@ import torch
 
 from halfbyte.device import Target
 from halfbyte.errors import InputError
-from halfbyte.formats.activations import ACTIVATION_FORMATS, ActivationFormat
+from halfbyte.formats.activation_formats import ACTIVATION_FORMATS, ActivationFormat
 from halfbyte.kernels.table import Problem, choose
 from halfbyte.weights import PreparedExperts
 from halfbyte.weights.prepared import Experts
@@ -38,7 +38,8 @@ def fused_moe(
         ids: [T, k] int32 or int64. Ids outside expert_offset .. expert_offset + E (-1, experts of other ranks) contribute nothing: summed over
             the ranks, the results are the whole layer.
         weights: [T, k] fp32 (bf16 and fp16 are widened).
-        activations: what the two matrix products see of their inputs: "bf16" (their own dtype), "fp8", "nvfp4" or "mxfp8"; `formats.activations`.
+        activations: what the two matrix products see of their inputs: "bf16" (their own dtype), "fp8", "nvfp4" or "mxfp8"
+            (`formats.activation_formats`).
             With "fp8" and many tokens, the Hopper kernels also round the weights to e4m3: no change for MXFP4 but in freak rows, 2 % of the weights'
             norm for NVFP4 (`weights.layouts.hopper_fp8.weight_error` measures it).
         out: [T, H] to write to; hidden's dtype, or fp32 for partial sums that are rounded later.

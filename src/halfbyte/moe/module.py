@@ -11,7 +11,7 @@ import torch
 
 from halfbyte.checkpoint import Checkpoint, RouterWeights, load_router
 from halfbyte.errors import UnsupportedError
-from halfbyte.formats.activations import ActivationFormat
+from halfbyte.formats.activation_formats import ActivationFormat
 from halfbyte.moe.compilation import warm_up
 from halfbyte.moe.functional import fused_moe
 from halfbyte.moe.routing import Routing, invariant_linear, route

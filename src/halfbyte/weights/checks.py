@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from halfbyte.checkpoint.experts import ExpertWeights
 from halfbyte.errors import InputError
+from halfbyte.experts import ExpertWeights
 from halfbyte.formats import NVFP4, BlockFormat, QuantTensor
 
 _DESCRIBED_BY = ("format", "activation", "num_experts", "hidden", "intermediate", "first_expert", "num_global_experts")

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from halfbyte.checkpoint.experts import Activation, ExpertWeights
+from halfbyte.experts import Activation, ExpertWeights
 from halfbyte.formats import BlockFormat, QuantTensor
 from halfbyte.formats.block_format import FORMATS
 from halfbyte.weights.layouts.engine import EngineExperts

@@ -15,7 +15,7 @@ from halfbyte.checkpoint.load import ExpertReader
 from halfbyte.checkpoint.source import Checkpoint
 from halfbyte.device import Target
 from halfbyte.errors import CheckpointError, InputError
-from halfbyte.formats.activations import ActivationFormat
+from halfbyte.formats.activation_formats import ActivationFormat
 from halfbyte.weights.cache import CacheEntry
 from halfbyte.weights.layouts.hopper_fp8 import WeightError, weight_error
 from halfbyte.weights.prepared import LAYOUTS, PreparedExperts, resolve_layout

@@ -9,11 +9,11 @@ from typing import Any, TypeAlias
 
 import torch
 
-from halfbyte.checkpoint.experts import Activation, ExpertWeights
 from halfbyte.device import Target
 from halfbyte.errors import InputError, UnsupportedError
+from halfbyte.experts import Activation, ExpertWeights
 from halfbyte.formats import BlockFormat
-from halfbyte.formats.activations import ACTIVATION_FORMATS, ActivationFormat
+from halfbyte.formats.activation_formats import ACTIVATION_FORMATS, ActivationFormat
 from halfbyte.weights.checks import check_same_kind, check_scales
 from halfbyte.weights.description import describe
 from halfbyte.weights.layouts import hopper

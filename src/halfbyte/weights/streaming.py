@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 import torch
 
-from halfbyte.checkpoint.experts import ExpertWeights
 from halfbyte.checkpoint.load import ExpertReader
+from halfbyte.experts import ExpertWeights
 
 Pack = Callable[[ExpertWeights, Any, int], None]
 Progress = Callable[[int, int], None]  # bytes done, bytes in all

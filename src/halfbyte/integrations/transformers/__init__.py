@@ -35,7 +35,7 @@ try:
 except ImportError as error:
     raise UnsupportedError(f"this needs transformers 5.17 or newer: {error}", where=__name__, next_step="run: pip install 'halfbyte[hf]'") from error
 
-from halfbyte.formats.activations import ACTIVATION_FORMATS, ActivationFormat
+from halfbyte.formats.activation_formats import ACTIVATION_FORMATS, ActivationFormat
 from halfbyte.integrations.transformers.modules import ExpertsState, experts_forward, restore_canonical
 from halfbyte.integrations.transformers.plan import GPT_OSS, MODELOPT
 from halfbyte.integrations.transformers.quantizers import IMPLEMENTATION, FP4Config, FP4Quantizer, compressed_scheme

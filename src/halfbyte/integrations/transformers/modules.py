@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from halfbyte.checkpoint.experts import GEGLU, GEGLU_TANH, RELU2, Activation, ExpertWeights
 from halfbyte.device import Target
 from halfbyte.errors import CheckpointError, UnsupportedError
+from halfbyte.experts import GEGLU, GEGLU_TANH, RELU2, Activation, ExpertWeights
 from halfbyte.formats import BlockFormat, QuantTensor
-from halfbyte.formats.activations import ActivationFormat
+from halfbyte.formats.activation_formats import ActivationFormat
 from halfbyte.integrations.transformers.plan import PackedParameter
 from halfbyte.kernels.reference.activation import activate
 from halfbyte.kernels.table import Problem, obstacles

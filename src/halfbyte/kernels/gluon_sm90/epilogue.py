@@ -3,7 +3,7 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-# Kinds of `checkpoint.experts.Activation` as numbers: Gluon passes no strings to warp-specialised functions.
+# Kinds of `experts.Activation` as numbers: Gluon passes no strings to warp-specialised functions.
 KINDS = {"swiglu": 0, "geglu": 1, "geglu_tanh": 2, "relu2": 3}
 SWIGLU, GEGLU, GEGLU_TANH, RELU2 = (gl.constexpr(number) for number in KINDS.values())
 
@@ -34,7 +34,7 @@ def _sigmoid(x):
 
 @gluon.jit
 def activate(gate, up, KIND: gl.constexpr, ALPHA: gl.constexpr, BETA: gl.constexpr, LIMIT: gl.constexpr):
-    """The formulas of `checkpoint.experts.Activation`, fp32; LIMIT 0 for none. relu2 has no gate: it squares relu(gate)."""
+    """The formulas of `experts.Activation`, fp32; LIMIT 0 for none. relu2 has no gate: it squares relu(gate)."""
     if KIND == SWIGLU:
         if LIMIT > 0:
             gate = gl.minimum(gate, LIMIT)

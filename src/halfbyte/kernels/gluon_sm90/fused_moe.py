@@ -31,7 +31,8 @@ import torch
 from halfbyte.device import Target
 from halfbyte.errors import UnsupportedError
 from halfbyte.formats import MXFP4, NVFP4, BlockFormat
-from halfbyte.formats.activations import ActivationFormat
+from halfbyte.formats.activation_formats import ActivationFormat
+from halfbyte.gluon_compat import fix_cache_keys, tma_descriptor
 from halfbyte.kernels.gluon_sm90.epilogue import KINDS
 from halfbyte.kernels.gluon_sm90.grouped_gemm_prefill import grouped_gemm_prefill
 from halfbyte.kernels.gluon_sm90.grouped_gemm_w4a16_decode import NUM_WARPS, ROWS, grouped_gemm_w4a16_decode
@@ -39,7 +40,6 @@ from halfbyte.kernels.triton.activations_fp8 import quantize_rows, quantize_toke
 from halfbyte.kernels.triton.combine import block_size, combine
 from halfbyte.kernels.triton.encode_rows import encode_rows
 from halfbyte.kernels.triton.permute import Items, gather, permute, variant
-from halfbyte.weights.layouts.gluon_support import fix_cache_keys, tma_descriptor
 from halfbyte.weights.layouts.hopper import HopperExperts, HopperMatrix, padded_size
 from halfbyte.weights.layouts.hopper_bits import WordsFor
 

@@ -20,8 +20,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
+from halfbyte.gluon_compat import tma_load
 from halfbyte.kernels.gluon_sm90.epilogue import RELU2, activate, split_halves
-from halfbyte.weights.layouts.gluon_support import tma_load
 from halfbyte.weights.layouts.hopper import ELEMENT_EXPONENT, NVFP4_SCALE_EXPONENT
 from halfbyte.weights.layouts.hopper_dequant import WORD_LAYOUT, dequantize, exponent_bias, load_scales, stored_tile
 from halfbyte.weights.layouts.hopper_dequant_fp8 import dequantize_fp8, scale_limits

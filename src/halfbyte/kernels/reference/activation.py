@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from halfbyte.checkpoint.experts import Activation
+from halfbyte.experts import Activation
 
 
 def activate(x: torch.Tensor, activation: Activation) -> torch.Tensor:
     """Apply `activation` to x [..., 2I], gate columns then up columns ([..., I] without a gate): [..., I] of the same dtype.
 
-    >>> from halfbyte.checkpoint.experts import RELU2
+    >>> from halfbyte.experts import RELU2
     >>> activate(torch.tensor([-1.0, 3.0]), RELU2).tolist()
     [0.0, 9.0]
     """

@@ -6,9 +6,9 @@
     row     = h @ w2[e]^T + w2_bias[e]                               fp32
     out[t]  = round(sum over slots j = 0 .. k-1, in this order, of weight[t, j] * row[t, j])
 
-`q` is the round trip through the activation format (`formats.activations`). Weights are dequantised exactly, in fp32; every product accumulates in
-fp32. A token's result depends neither on the other tokens nor, up to fp32 rounding, on where an expert lives: partial sums of several ranks add up.
-Gradients reach hidden and weights, not the experts.
+`q` is the round trip through the activation format (`formats.activation_formats`). Weights are dequantised exactly, in fp32; every product
+accumulates in fp32. A token's result depends neither on the other tokens nor, up to fp32 rounding, on where an expert lives: partial sums of several
+ranks add up. Gradients reach hidden and weights, not the experts.
 
 Experts that no token chose are not touched, the others are dequantised a block at a time: beside its result a call needs at most
 
@@ -26,9 +26,9 @@ from typing import NamedTuple
 
 import torch
 
-from halfbyte.checkpoint.experts import ExpertWeights
+from halfbyte.experts import ExpertWeights
 from halfbyte.formats import QuantTensor
-from halfbyte.formats.activations import ActivationFormat, round_trip
+from halfbyte.formats.activation_formats import ActivationFormat, round_trip
 from halfbyte.kernels.reference.activation import activate
 
 # Dense weights made at a time, in elements: 16 MiB of fp32. Larger blocks gain nothing, smaller ones pay per-call overhead on small experts.

@@ -6,7 +6,7 @@ import itertools
 
 import torch
 
-from halfbyte.checkpoint.experts import Activation
+from halfbyte.experts import Activation
 from halfbyte.formats import BlockFormat, QuantTensor
 from halfbyte.formats import quantize as codec
 from halfbyte.formats.e8m0 import ScaleRule

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from halfbyte.checkpoint.experts import ExpertWeights
-from halfbyte.formats.activations import ActivationFormat
+from halfbyte.experts import ExpertWeights
+from halfbyte.formats.activation_formats import ActivationFormat
 from halfbyte.kernels.reference.fused_moe import combine, expert_rows, sort_by_expert
 
 

@@ -1,5 +1,5 @@
 """Activations to e4m3 with one scale a row, fused with the moves around it: scale = amax(row) / 448, code = e4m3(x / scale), bit for bit as
-`formats.activations.quantize_fp8` defines them.
+`formats.activation_formats.quantize_fp8` defines them.
 
     quantize_tokens    hidden [T, H] bf16          to x [R, H padded] e4m3: the row of every slot of a token, which is read once
     quantize_rows      h [R, I padded] bf16        to x [R, I padded] e4m3

@@ -2,7 +2,7 @@
 
     x        [rows, K] bf16 or fp16, contiguous; columns in natural order or in the slots of the Hopper layout (`weights.layouts.hopper`)
     out      [rows, K] bf16, columns as they are
-    scales   [rows] fp32: out[r] * scales[r] is `formats.activations.round_trip` of x[r], bit for bit
+    scales   [rows] fp32: out[r] * scales[r] is `formats.activation_formats.round_trip` of x[r], bit for bit
 
 | activations | out | significant bits | scale of a row |
 |---|---|---|---|
@@ -30,7 +30,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc
 
 from halfbyte.formats import e2m1, e4m3
-from halfbyte.formats.activations import ActivationFormat
+from halfbyte.formats.activation_formats import ActivationFormat
 from halfbyte.kernels.triton.blocks import amax8, e2m1_value, half, pack
 from halfbyte.kernels.triton.quantize_chunk import load_words, nvfp4_block, prepare_global
 from halfbyte.kernels.triton.quantize_fp8 import divide, e4m3_bytes, fp32_scale, mx_scale, prepare_division

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from halfbyte.checkpoint.experts import ExpertWeights
 from halfbyte.errors import UnsupportedError
-from halfbyte.formats.activations import ActivationFormat
+from halfbyte.experts import ExpertWeights
+from halfbyte.formats.activation_formats import ActivationFormat
 from halfbyte.kernels.reference.fused_moe import combine
 from halfbyte.kernels.triton.encode_rows import encode_rows
 from halfbyte.kernels.triton.grouped_gemm_w4a16 import choose_config, grouped_gemm_w4a16

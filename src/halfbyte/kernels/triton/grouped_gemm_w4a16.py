@@ -33,7 +33,7 @@ import torch
 import triton
 import triton.language as tl
 
-from halfbyte.checkpoint.experts import Activation
+from halfbyte.experts import Activation
 from halfbyte.formats import NVFP4, BlockFormat, QuantTensor
 
 TWO_POW_126 = tl.constexpr(2.0**126)

@@ -30,8 +30,8 @@ import torch
 import triton
 import triton.language as tl
 
-from halfbyte.checkpoint.experts import Activation
 from halfbyte.device import Target
+from halfbyte.experts import Activation
 from halfbyte.formats import NVFP4, BlockFormat, QuantTensor
 from halfbyte.formats.quantizer import decode_scale_of
 from halfbyte.formats.scale_layout import ScaleLayout, max_padded_rows, padded_shape, tile_rows

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import torch
 
-from halfbyte.checkpoint.experts import Activation
+from halfbyte.experts import Activation
 from halfbyte.formats import NVFP4, BlockFormat
 from halfbyte.weights.layouts import engine
 from halfbyte.weights.layouts.engine import Arrangement, Multipliers

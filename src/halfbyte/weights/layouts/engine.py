@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from halfbyte.checkpoint.experts import Activation, ExpertWeights
 from halfbyte.errors import InputError
+from halfbyte.experts import Activation, ExpertWeights
 from halfbyte.formats import BlockFormat, QuantTensor
 from halfbyte.formats.scale_layout import padded_shape, words_128x4
 from halfbyte.weights.checks import check_scales, fp4_matrices

@@ -55,8 +55,8 @@ from typing import Literal
 
 import torch
 
-from halfbyte.checkpoint.experts import Activation, ExpertWeights
 from halfbyte.device import Target
+from halfbyte.experts import Activation, ExpertWeights
 from halfbyte.formats import MXFP4, NVFP4, BlockFormat, QuantTensor
 from halfbyte.weights.checks import check_scales, fp4_matrices, has_unusable_scalars, largest_valid_scale
 from halfbyte.weights.layouts.hopper_bits import (

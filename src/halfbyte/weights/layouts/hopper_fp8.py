@@ -21,7 +21,7 @@ from dataclasses import astuple, dataclass
 
 import torch
 
-from halfbyte.checkpoint.experts import ExpertWeights
+from halfbyte.experts import ExpertWeights
 from halfbyte.formats import NVFP4, BlockFormat, QuantTensor, e2m1, e4m3
 
 TOP_EXPONENT = 6  # of a row's largest power-of-two scale after the shift; other scales stay below 2^6

@@ -14,7 +14,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
-from halfbyte.weights.layouts.gluon_support import barrier, tma_descriptor, tma_store
+from halfbyte.gluon_compat import barrier, tma_descriptor, tma_store
 from halfbyte.weights.layouts.hopper import RowOrder
 from halfbyte.weights.layouts.hopper_bits import WordsFor
 from halfbyte.weights.layouts.hopper_pack import encode_nvfp4_scale, row_of_pair, words_of_codes

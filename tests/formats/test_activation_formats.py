@@ -10,7 +10,7 @@ from helpers import assert_equal_bits, relative_errors
 
 import halfbyte as hb
 from halfbyte.errors import InputError
-from halfbyte.formats.activations import quantize_fp8, quantize_mxfp8, round_trip
+from halfbyte.formats.activation_formats import quantize_fp8, quantize_mxfp8, round_trip
 
 
 @pytest.fixture
