@@ -19,7 +19,7 @@ from halfbyte.bench.timing import time_calls
 from halfbyte.kernels.gluon_sm90 import fused_moe as layer
 from halfbyte.kernels.triton.activations_fp8 import quantize_tokens
 from halfbyte.kernels.triton.permute import permute
-from halfbyte.weights.layouts.hopper import padded_size
+from halfbyte.weights.hopper.layout import padded_size
 
 ROWS = {"qwen3-235b": (64, 128, 256, 1024), "dsr1": (64, 128, 256), "mixtral": (256, 1024, 2048)}
 DEVICE = torch.device("cuda")

@@ -11,7 +11,7 @@ from halfbyte.bench.gate import Verdict, expected_output, judge
 from halfbyte.bench.inputs import random_call, random_experts
 from halfbyte.bench.shapes import MoEShape
 from halfbyte.experts import GPT_OSS_SWIGLU
-from halfbyte.weights.layouts.hopper_fp8 import round_to_fp8
+from halfbyte.weights.hopper.rounding_fp8 import round_to_fp8
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,7 @@ import torch
 import halfbyte
 from halfbyte.cli import inspect
 from halfbyte.errors import CheckpointError
-from halfbyte.weights.layouts.hopper_fp8 import weight_error
+from halfbyte.weights.hopper.rounding_fp8 import weight_error
 
 DEMO = str(Path(halfbyte.__file__).parent / "demo_model")
 

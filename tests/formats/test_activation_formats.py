@@ -10,7 +10,8 @@ from helpers import assert_equal_bits, relative_errors
 
 import halfbyte as hb
 from halfbyte.errors import InputError
-from halfbyte.formats.activation_formats import quantize_fp8, quantize_mxfp8, round_trip
+from halfbyte.formats.activation_formats import round_trip
+from halfbyte.formats.fp8_tensor import quantize_fp8
 
 
 @pytest.fixture
@@ -22,7 +23,8 @@ def x():
 
 
 def test_fp8_scale_is_the_row_maximum(x):
-    codes, scales = quantize_fp8(x)
+    q = quantize_fp8(x)
+    codes, scales = q.codes, q.scales
     assert codes.dtype == torch.float8_e4m3fn and scales.shape == (9, 1)
     rows = x.abs().amax(1) > 0
     assert (codes[rows].float().abs().amax(1) == 448).all() and (codes[~rows].float() == 0).all()
@@ -33,7 +35,8 @@ def test_fp8_scale_is_the_row_maximum(x):
 
 
 def test_mxfp8_scale_is_the_smallest_power_of_two_that_does_not_clip(x):
-    codes, scales = quantize_mxfp8(x)
+    q = quantize_fp8(x, "mx")
+    codes, scales = q.codes, q.scales
     assert scales.dtype == torch.uint8 and scales.shape == (9, 3)
     for block, byte in zip(x.view(-1, 32), scales.flatten().tolist(), strict=True):
         amax = block.abs().max().item()
@@ -73,4 +76,4 @@ def test_fp8_keeps_a_broken_row_visible(x, bad):
 
 def test_mxfp8_needs_whole_blocks():
     with pytest.raises(InputError, match="given 48; needed a multiple of 32"):
-        quantize_mxfp8(torch.zeros(2, 48))
+        quantize_fp8(torch.zeros(2, 48), "mx")

@@ -19,7 +19,8 @@ import halfbyte.integrations.transformers as hbt
 from halfbyte.integrations.transformers import modules
 from halfbyte.kernels.table import KernelChoice
 from halfbyte.moe import functional
-from halfbyte.weights.layouts import hopper
+from halfbyte.weights.hopper import layout
+from halfbyte.weights.hopper.pack import unpack
 
 IDS = torch.randint(128, (2, 12), generator=torch.Generator().manual_seed(0))
 
@@ -116,8 +117,8 @@ def test_experts_are_packed_in_place_while_tracing(directory: Path, monkeypatch:
     """As on a Hopper GPU, its kernel stood in for by the reference on unpacked weights."""
     reference = functional.choose(functional.Problem("fused_moe", functional.Target.of("cpu"), layout="canonical"))
 
-    def run(hidden: torch.Tensor, experts: hopper.HopperExperts, *arguments: torch.Tensor, **options: object) -> torch.Tensor:
-        return reference.function(hidden, hopper.unpack(experts), *arguments, **options)
+    def run(hidden: torch.Tensor, experts: layout.HopperExperts, *arguments: torch.Tensor, **options: object) -> torch.Tensor:
+        return reference.function(hidden, unpack(experts), *arguments, **options)
 
     choose = functional.choose
     monkeypatch.setattr(

@@ -6,7 +6,7 @@ import torch
 
 from halfbyte.kernels.triton.combine import combine
 from halfbyte.kernels.triton.permute import gather, permute
-from halfbyte.weights.layouts.hopper import SLOT_TO_COLUMN
+from halfbyte.weights.hopper.layout import FRAGMENT_COLUMN_BF16
 
 
 def check_permute(ids: torch.Tensor, offset: int, num_experts: int, max_rows: int) -> None:
@@ -31,7 +31,7 @@ def check_gather_and_combine() -> None:
     scales = torch.rand(3)
     gathered, gathered_scales = gather(hidden, rows, 2, 128, scales)
     assert gathered_scales is not None and torch.equal(gathered_scales[:4], scales[[0, 2, 0, 1]])
-    padded = torch.nn.functional.pad(hidden, (0, 32)).view(3, 2, 64)[:, :, list(SLOT_TO_COLUMN)].reshape(3, 128)
+    padded = torch.nn.functional.pad(hidden, (0, 32)).view(3, 2, 64)[:, :, list(FRAGMENT_COLUMN_BF16)].reshape(3, 128)
     assert torch.equal(gathered[:4], padded[[0, 2, 0, 1]])
     y, weights = torch.randn(6, 96), torch.rand(3, 2)
     out = combine(y, rows.row_of_slot, ids, weights, torch.full((3, 96), torch.nan), 0, 3)

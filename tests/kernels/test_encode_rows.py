@@ -15,11 +15,12 @@ pytest.importorskip("triton")
 from compile_only import compiling
 
 from halfbyte.formats import NVFP4
-from halfbyte.formats.activation_formats import quantize_fp8, quantize_mxfp8, round_trip
+from halfbyte.formats.activation_formats import round_trip
 from halfbyte.formats.block_format import nvfp4_decode_scale
+from halfbyte.formats.fp8_tensor import quantize_fp8
 from halfbyte.formats.quantizer import quantize
 from halfbyte.kernels.triton.encode_rows import encode_rows
-from halfbyte.weights.layouts.hopper import SLOT_TO_COLUMN
+from halfbyte.weights.hopper.layout import FRAGMENT_COLUMN_BF16
 
 CASES = ["fp8", "mxfp8", "nvfp4", "nvfp4-calibrated"]
 INPUT_SCALE = torch.tensor([[2e-4, 1e-5], [7e-4, 3e-4], [1e-6, 2e-4]], device=DEVICE)  # the largest of them counts
@@ -44,10 +45,12 @@ def expected_of(x: torch.Tensor, activations: str, input_scale: torch.Tensor | N
     """What the codecs say, computed on the CPU."""
     x = x.cpu()
     if activations == "fp8":
-        codes, scales = quantize_fp8(x)
+        q = quantize_fp8(x)
+        codes, scales = q.codes, q.scales
         return codes.float(), scales.squeeze(1)
     if activations == "mxfp8":
-        codes, bytes_ = quantize_mxfp8(x)
+        q = quantize_fp8(x, "mx")
+        codes, bytes_ = q.codes, q.scales
         return codes.float() * torch.exp2(bytes_.double() - 127).float().repeat_interleave(32, 1), None
     scale = nvfp4_decode_scale(x.float().abs().amax(1)) if input_scale is None else input_scale.max().cpu().repeat(len(x))
     q = quantize(x, NVFP4, scale)
@@ -55,7 +58,7 @@ def expected_of(x: torch.Tensor, activations: str, input_scale: torch.Tensor | N
 
 
 def in_slots(x: torch.Tensor) -> torch.Tensor:
-    return x.unflatten(1, (-1, 64))[:, :, list(SLOT_TO_COLUMN)].flatten(1).contiguous()
+    return x.unflatten(1, (-1, 64))[:, :, list(FRAGMENT_COLUMN_BF16)].flatten(1).contiguous()
 
 
 @numeric
@@ -76,7 +79,7 @@ def test_equals_the_codec_bit_for_bit(activations, input_scale, columns, dtype):
         assert_equal_bits(actual_scales.cpu(), scales)
     if columns % 64 == 0:  # in slot order, and in place
         h = in_slots(x)
-        actual, _ = encode_rows(h, activations, input_scale, slots=True, out=h.view(torch.bfloat16))
+        actual, _ = encode_rows(h, activations, input_scale, in_fragment_order=True, out=h.view(torch.bfloat16))
         assert_equal_bits(actual.cpu(), in_slots(values.bfloat16()))
         assert actual.data_ptr() == h.data_ptr()
 
@@ -127,7 +130,7 @@ def test_compiles_without_spills(activations, static, capability):
     x, scale = torch.empty((4, 7168), dtype=torch.bfloat16), torch.empty((256, 2)) if static else None
     with compiling(capability) as launched:
         encode_rows(x, activations, scale)
-        encode_rows(x.half(), activations, scale, slots=True)
+        encode_rows(x.half(), activations, scale, in_fragment_order=True)
         if capability == 90:
             encode_rows(x, activations, scale, out=x, launch_early=True)
     assert len(launched) == (3 if capability == 90 else 2)

@@ -14,7 +14,7 @@ from halfbyte.experts import GPT_OSS_SWIGLU, SWIGLU, ExpertWeights
 from halfbyte.formats.activation_formats import round_trip
 from halfbyte.kernels.reference.activation import activate
 from halfbyte.kernels.reference.fused_moe import fused_moe as reference
-from halfbyte.weights.layouts.hopper import SLOT_TO_COLUMN, padded_size
+from halfbyte.weights.hopper.layout import FRAGMENT_COLUMN_BF16, padded_size
 
 # Of the whole layer. h is quantised between the products, and where fp32 sums in another order fall on the other side of a rounding boundary, a code
 # of h moves by a whole step: 2^-3 in e4m3, up to 2^-1 in e2m1, where a step of a block's scale, or of the row's, moves all of the block. Each product
@@ -74,12 +74,12 @@ def test_each_product_on_every_tail(name: str, format: hb.BlockFormat, activatio
     codes, scale = encode_rows(tokens, activations, experts.w13_input_scale)
     x, x_scale = gather(codes, items, 3, padded_size(hidden), scale)
     layer._prefill_gemm(x, x_scale, experts.w13, h, experts, items, config, is_w13=True)
-    h_codes, h_scale = encode_rows(h, activations, experts.w2_input_scale, slots=True)
+    h_codes, h_scale = encode_rows(h, activations, experts.w2_input_scale, in_fragment_order=True)
     layer._prefill_gemm(h_codes, h_scale, experts.w2, y, experts, items, config, is_w13=False)
     scale13, scale2 = (None if scale is None else scale.max() for scale in (w.w13_input_scale, w.w2_input_scale))
     x_seen, h_seen = (
         round_trip(tokens, activations, scale13)[items.token_of_row.long()],
-        round_trip(natural(h, SLOT_TO_COLUMN, intermediate).bfloat16(), activations, scale2),
+        round_trip(natural(h, FRAGMENT_COLUMN_BF16, intermediate).bfloat16(), activations, scale2),
     )
     expert_of_row = ids.flatten().sort().values
     w13, w2 = w.w13.dequantize(torch.float32), w.w2.dequantize(torch.float32)
@@ -89,7 +89,7 @@ def test_each_product_on_every_tail(name: str, format: hb.BlockFormat, activatio
         bias13, bias2 = (0 if bias is None else bias[expert].double() for bias in (w.w13_bias, w.w2_bias))
         expected_h[rows] = activate(x_seen[rows].double() @ w13[expert].double().T + bias13, w.activation).float()
         expected_y[rows] = (h_seen[rows].double() @ w2[expert].double().T + bias2).float()
-    assert_close_rel(natural(h, SLOT_TO_COLUMN, intermediate), expected_h)
+    assert_close_rel(natural(h, FRAGMENT_COLUMN_BF16, intermediate), expected_h)
     assert_close_rel(y, expected_y)
 
 
@@ -137,7 +137,7 @@ def test_the_comparison_would_notice_what_can_go_wrong(activations: str, static:
     shifted = replace(w13, scales=w13.scales.view(torch.uint8).roll(1, -1).view(torch.float8_e4m3fn))
     skipped = replace(w2, codes=w2.codes.clone())
     skipped.codes[..., -8:] = 0
-    reordered = torch.tensor(SLOT_TO_COLUMN).repeat(8) + torch.arange(512) // 64 * 64
+    reordered = torch.tensor(FRAGMENT_COLUMN_BF16).repeat(8) + torch.arange(512) // 64 * 64
     wrong = {
         "zeros": torch.zeros_like(expected),
         "half": expected / 2,

@@ -12,11 +12,11 @@ from test_fused_moe_hopper import ACTIVATIONS, check_graph, configs, make_expert
 import halfbyte as hb
 from halfbyte.bench.gate import FP8_GLOBAL_LIMIT, FP8_TOKEN_LIMIT
 from halfbyte.experts import GPT_OSS_SWIGLU, SWIGLU, ExpertWeights
-from halfbyte.formats.activation_formats import quantize_fp8
+from halfbyte.formats.fp8_tensor import quantize_fp8
 from halfbyte.kernels.reference.activation import activate
 from halfbyte.kernels.reference.fused_moe import fused_moe as reference
-from halfbyte.weights.layouts.hopper import SLOT_TO_COLUMN, padded_size
-from halfbyte.weights.layouts.hopper_fp8 import FP8_SLOT_TO_COLUMN, round_to_fp8
+from halfbyte.weights.hopper.layout import FRAGMENT_COLUMN_BF16, FRAGMENT_COLUMN_FP8, padded_size
+from halfbyte.weights.hopper.rounding_fp8 import round_to_fp8
 
 # Of the whole layer, for the reason given beside FP8_GLOBAL_LIMIT. Each product alone is held to the usual bounds: `test_each_product_on_every_tail`.
 LAYER = {"token": FP8_TOKEN_LIMIT, "overall": FP8_GLOBAL_LIMIT}
@@ -65,12 +65,12 @@ def check_products(w: ExpertWeights, tokens: torch.Tensor, ids: torch.Tensor, na
     seen, expected_h, expected_y = fp8_values(w), torch.empty(ids.numel(), w.intermediate).cuda(), torch.empty(ids.numel(), w.hidden).cuda()
     for expert in range(w.num_experts):
         rows = expert_of_row == expert
-        x_rows = natural(x[rows], FP8_SLOT_TO_COLUMN, w.hidden) * x_scale[rows, None]
-        h_rows = natural(h_codes[rows], FP8_SLOT_TO_COLUMN, w.intermediate) * h_scale[rows, None]
+        x_rows = natural(x[rows], FRAGMENT_COLUMN_FP8, w.hidden) * x_scale[rows, None]
+        h_rows = natural(h_codes[rows], FRAGMENT_COLUMN_FP8, w.intermediate) * h_scale[rows, None]
         bias13, bias2 = (0 if bias is None else bias[expert].double() for bias in (w.w13_bias, w.w2_bias))
         expected_h[rows] = activate(x_rows.double() @ seen.w13[expert].double().T + bias13, w.activation).float()
         expected_y[rows] = (h_rows.double() @ seen.w2[expert].double().T + bias2).float()
-    assert_close_rel(natural(h, SLOT_TO_COLUMN, w.intermediate), expected_h)
+    assert_close_rel(natural(h, FRAGMENT_COLUMN_BF16, w.intermediate), expected_h)
     assert_close_rel(y, expected_y)
 
 
@@ -206,10 +206,11 @@ def test_quantising_kernels_agree_with_the_format_bit_for_bit(hidden: int) -> No
     x[3], x[4, 1], x[5, 2], x[6, ::3] = 0, torch.inf, torch.nan, -0.0
     rows = permute(ids, 0, 7, 16)
     held = rows.token_of_row[: int((ids < 7).sum())].long()
-    codes, scales = quantize_fp8(x)
+    q = quantize_fp8(x)
+    codes, scales = q.codes, q.scales
     finite = torch.isfinite(x).all(1)[held]
-    expected = in_order(codes.view(torch.uint8), FP8_SLOT_TO_COLUMN)[held]
-    h = in_order(x.view(torch.int16), SLOT_TO_COLUMN).view(torch.bfloat16)[held].contiguous()
+    expected = in_order(codes.view(torch.uint8), FRAGMENT_COLUMN_FP8)[held]
+    h = in_order(x.view(torch.int16), FRAGMENT_COLUMN_BF16).view(torch.bfloat16)[held].contiguous()
     h = torch.nn.functional.pad(h, (0, 0, 0, ids.numel() - len(held)))
     for actual, actual_scales in (quantize_tokens(x, rows, 3, expected.shape[1]), quantize_rows(h)):
         actual, actual_scales = actual[: len(held)], actual_scales[: len(held)]

@@ -13,7 +13,7 @@ from compile_only import compiling
 import halfbyte as hb
 from halfbyte.errors import UnsupportedError
 from halfbyte.experts import GPT_OSS_SWIGLU, SWIGLU
-from halfbyte.weights.layouts.hopper import HopperExperts, HopperMatrix, WordsFor
+from halfbyte.weights.hopper.layout import HopperExperts, HopperMatrix, WordsFor
 
 pytest.importorskip("triton")
 

@@ -13,7 +13,7 @@ from halfbyte.experts import ExpertWeights
 from halfbyte.formats import QuantTensor
 from halfbyte.formats.activation_formats import ActivationFormat, round_trip
 from halfbyte.kernels.reference.activation import activate
-from halfbyte.weights.layouts.hopper_fp8 import round_to_fp8
+from halfbyte.weights.hopper.rounding_fp8 import round_to_fp8
 
 # Relative, because absolute tolerances let zeros, halves and dropped experts through. Rounding to bf16 between the two products alone gives 2.5e-3.
 # Public W4A16 systems gave 3.4e-3 to 6.0e-3 over all tokens on an H200: `--peer-limit` admits them, and every row records the limit it passed.
@@ -66,7 +66,7 @@ def expected_output(experts: ExpertWeights, call: Call, activations: ActivationF
     """The layer in fp32 from dequantised weights, one expert after the other, on the device of the weights: fp32 [T, H].
 
     Nothing is rounded between the two products when activations are "bf16"; other kinds are quantised where `kernels.reference.fused_moe` says.
-    `fp8_weights`: for a kernel that rounds its weights to e4m3; what that costs the weights is `hopper_fp8.weight_error`, not this gate's to judge.
+    `fp8_weights`: for a kernel that rounds its weights to e4m3; what that costs the weights is `rounding_fp8.weight_error`, not this gate's to judge.
     Needs one dequantised expert and its rows beside the result.
     """
     values = round_to_fp8 if fp8_weights else QuantTensor.dequantize

@@ -26,7 +26,7 @@ from halfbyte.experts import ExpertWeights
 from halfbyte.formats import BlockFormat
 from halfbyte.formats.activation_formats import ActivationFormat
 from halfbyte.kernels.table import Problem, choose
-from halfbyte.weights.layouts.hopper import HopperExperts
+from halfbyte.weights.hopper.layout import HopperExperts
 
 # Makes the experts of one layer on a device; called only when it is that layer's turn.
 LayerSource = Callable[[torch.device], tuple[MoEShape, ExpertWeights]]

@@ -13,7 +13,7 @@ import torch
 
 from halfbyte.experts import ExpertWeights
 from halfbyte.formats import NVFP4, QuantTensor
-from halfbyte.weights.layouts.hopper import HopperExperts, HopperMatrix, allocate
+from halfbyte.weights.hopper.layout import HopperExperts, HopperMatrix, allocate
 
 _TILE = 64
 

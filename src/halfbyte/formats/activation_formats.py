@@ -25,33 +25,6 @@ ActivationFormat = Literal["bf16", "fp8", "nvfp4", "mxfp8"]
 ACTIVATION_FORMATS: tuple[str, ...] = get_args(ActivationFormat)
 
 
-def quantize_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """e4m3(x / scale) with scale = amax(row) / 448: x [..., K] to codes e4m3 [..., K] and scales fp32 [..., 1].
-
-    A row of zeros has the smallest normal scale; a row with NaN or infinity becomes NaN.
-
-    >>> codes, scales = quantize_fp8(torch.tensor([[1.0, -448.0]]))
-    >>> codes.float().tolist(), scales.tolist()
-    ([[1.0, -448.0]], [[1.0]])
-    """
-    q = fp8_tensor.quantize_fp8(x, "token")
-    return q.codes, q.scales
-
-
-def quantize_mxfp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """e4m3(x / 2^(scale - 127)) per block of 32: x [..., K] to codes e4m3 [..., K] and scales uint8 e8m0 [..., K/32].
-
-    Raises:
-        InputError: K is not a multiple of 32.
-
-    >>> codes, scales = quantize_mxfp8(torch.full((1, 32), 449.0))
-    >>> codes.float()[0, 0].item(), scales.tolist()
-    (224.0, [[128]])
-    """
-    q = fp8_tensor.quantize_fp8(x, "mx")
-    return q.codes, q.scales
-
-
 def round_trip(x: torch.Tensor, kind: ActivationFormat, input_scale: torch.Tensor | None = None) -> torch.Tensor:
     """Quantise x [..., N, K] to `kind` and back: fp32 of the same shape ("bf16": x itself in fp32).
 

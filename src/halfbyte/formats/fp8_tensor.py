@@ -21,14 +21,11 @@ from halfbyte.errors import InputError
 from halfbyte.formats import e4m3, e8m0
 from halfbyte.formats.ieee import divide
 from halfbyte.formats.quantizer import block_amax
-from halfbyte.formats.scale_layout import ScaleLayout, padded_shape, swizzle_scales, unswizzle_scales
+from halfbyte.formats.scale_layout import ScaleLayout, check_scale_layout, swizzle_scales, unswizzle_scales
 
 Fp8Scaling = Literal["token", "block", "mx"]
-ColumnOrder = Literal["natural", "hopper"]
 SCALINGS: tuple[str, ...] = get_args(Fp8Scaling)
-COLUMN_ORDERS: tuple[str, ...] = get_args(ColumnOrder)
 BLOCKS = {"block": 128, "mx": 32}
-SLOTS = 64  # columns that "hopper" reorders among themselves
 _SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 
 
@@ -41,18 +38,15 @@ class Fp8Tensor:
         scales: fp32 [..., N, 1] ("token") or [..., N, K/128] ("block"), or uint8 e8m0 [..., N, K/32] ("mx"), the last in `scale_layout`.
         scaling: "token", "block" or "mx".
         scale_layout: "linear"; for "mx" also "128x4" and "8x4".
-        column_order: "natural", or "hopper": slot 16 s + 8 p + 2 t + e of 64 columns holds column 16 t + 4 s + 2 p + e
-            (`weights.layouts.hopper.SLOT_TO_COLUMN`).
     """
 
     codes: torch.Tensor
     scales: torch.Tensor
     scaling: Fp8Scaling
     scale_layout: ScaleLayout = "linear"
-    column_order: ColumnOrder = "natural"
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """code * scale, rounded to `dtype`: [..., N, K], columns in the order of the codes.
+        """code * scale, rounded to `dtype`: [..., N, K].
 
         >>> q = halfbyte.quantize_fp8(torch.tensor([[1.0, -448.0]]))
         >>> q.dequantize().tolist(), q.scales.tolist()
@@ -66,33 +60,24 @@ class Fp8Tensor:
         return (self.codes.float().unflatten(-1, (groups, -1)) * scales.unsqueeze(-1)).flatten(-2).to(dtype)
 
 
-def check_fp8(x: torch.Tensor, scaling: str, scale_layout: ScaleLayout, column_order: str) -> None:
+def check_fp8(x: torch.Tensor, scaling: str, scale_layout: ScaleLayout) -> None:
     """Raise InputError for what `quantize_fp8` cannot do."""
     where = "quantize_fp8"
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or x.ndim < 2:
         raise InputError("cannot quantise this", where=where, given=f"{x.dtype} {tuple(x.shape)}", needed="float32, bfloat16 or float16 [..., N, K]")
     if scaling not in SCALINGS:
         raise InputError("unknown scaling", where=where, given=repr(scaling), needed=" or ".join(SCALINGS))
-    if column_order not in COLUMN_ORDERS:
-        raise InputError("unknown column order", where=where, given=repr(column_order), needed=" or ".join(COLUMN_ORDERS))
-    padded_shape(scale_layout, 0, 0)
+    check_scale_layout(scale_layout)
     if scaling != "mx" and scale_layout != "linear":
         raise InputError("only mx scales have layouts", where=where, given=scale_layout, needed="linear")
-    if scaling == "mx" and column_order != "natural":
-        raise InputError("hopper order takes blocks of 32 apart", where=where, given="mx", needed="token or block")
-    multiple = SLOTS if column_order == "hopper" else 1
-    multiple = max(multiple, BLOCKS.get(scaling, 1))
+    multiple = BLOCKS.get(scaling, 1)
     if x.shape[-1] % multiple:
         raise InputError("the last dimension does not divide into blocks", where=where, given=x.shape[-1], needed=f"a multiple of {multiple}")
 
 
-def quantize_fp8(
-    x: torch.Tensor, scaling: Fp8Scaling = "token", *, scale_layout: ScaleLayout = "linear", column_order: ColumnOrder = "natural"
-) -> Fp8Tensor:
+def quantize_fp8(x: torch.Tensor, scaling: Fp8Scaling = "token", *, scale_layout: ScaleLayout = "linear") -> Fp8Tensor:
     """The definition: x [..., N, K] to e4m3, in plain torch."""
-    check_fp8(x, scaling, scale_layout, column_order)
-    if column_order == "hopper":
-        x = x.unflatten(-1, (-1, 4, 4, 2, 2)).movedim(-4, -2).flatten(-5)  # t, s, p, e to s, p, t, e
+    check_fp8(x, scaling, scale_layout)
     groups = x.float().unflatten(-1, (-1, BLOCKS[scaling])) if scaling in BLOCKS else x.float().unsqueeze(-2)
     if scaling == "mx":
         scales = e8m0.encode(block_amax(groups), e4m3.MAX)
@@ -101,4 +86,4 @@ def quantize_fp8(
     amax = groups.abs().amax(dim=-1) if x.shape[-1] else groups.new_zeros(groups.shape[:-1])
     scales = divide(amax, e4m3.MAX).clamp(min=_SMALLEST_NORMAL)
     scales = torch.where(scales.isnan(), torch.nan, scales)  # one NaN for all devices
-    return Fp8Tensor(e4m3.encode(groups / scales.unsqueeze(-1)).flatten(-2), scales, scaling, column_order=column_order)
+    return Fp8Tensor(e4m3.encode(groups / scales.unsqueeze(-1)).flatten(-2), scales, scaling)

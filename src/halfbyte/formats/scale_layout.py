@@ -27,14 +27,15 @@ def padded_shape(layout: ScaleLayout, rows: int, cols: int) -> tuple[int, int]:
     return (rows, cols) if layout == "linear" else (-(-rows // tile) * tile, -(-cols // _TILE_COLUMNS) * _TILE_COLUMNS)
 
 
-def tile_rows(layout: ScaleLayout) -> int:
-    """Rows are padded to a multiple of this.
-
-    Raises:
-        InputError: unknown layout.
-    """
+def check_scale_layout(layout: str) -> None:
+    """Raise InputError for an unknown layout."""
     if layout not in _TILE_ROWS:
         raise InputError("unknown scale layout", given=repr(layout), needed=" or ".join(LAYOUTS))
+
+
+def tile_rows(layout: ScaleLayout) -> int:
+    """Rows are padded to a multiple of this; InputError for an unknown layout."""
+    check_scale_layout(layout)
     return _TILE_ROWS[layout]
 
 

@@ -12,9 +12,9 @@ from halfbyte.experts import SWIGLU, Activation
 from halfbyte.formats import NVFP4, BlockFormat, QuantTensor
 from halfbyte.formats.block_format import check_blocks
 from halfbyte.formats.e8m0 import ScaleRule
-from halfbyte.formats.fp8_tensor import ColumnOrder, Fp8Scaling, Fp8Tensor, check_fp8
+from halfbyte.formats.fp8_tensor import Fp8Scaling, Fp8Tensor, check_fp8
 from halfbyte.formats.quantizer import check_arguments
-from halfbyte.formats.scale_layout import ScaleLayout, max_padded_rows, padded_shape, tile_rows
+from halfbyte.formats.scale_layout import ScaleLayout, check_scale_layout, max_padded_rows, padded_shape, tile_rows
 from halfbyte.kernels.table import Problem, choose
 
 
@@ -48,7 +48,7 @@ def quantize(
     (torch.Size([2, 16]), torch.Size([2, 1]), None)
     """
     check_arguments(x, format, global_scale, four_over_six, scale_rule)
-    padded_shape(scale_layout, 0, 0)  # an unknown layout is an error before anything runs
+    check_scale_layout(scale_layout)
     kernel = choose(Problem("quantize", Target.of(x.device), format, dtype=x.dtype), backend)
     return kernel.function(x, format, global_scale, four_over_six=four_over_six, scale_rule=scale_rule, scale_layout=scale_layout)
 
@@ -88,7 +88,7 @@ def silu_mul_quantize(
     check_arguments(gate_up[..., : gate_up.shape[-1] // 2], format, global_scale, four_over_six, scale_rule)
     if format.has_global_scale and global_scale is None:
         raise InputError("needs a global scale", where=where, given=None, needed="the calibrated decode multiplier of the product")
-    padded_shape(scale_layout, 0, 0)
+    check_scale_layout(scale_layout)
     kernel = choose(Problem("quantize", Target.of(gate_up.device), format, dtype=gate_up.dtype), backend)
     options = {"four_over_six": four_over_six, "scale_rule": scale_rule, "scale_layout": scale_layout}
     return kernel.function(gate_up, format, global_scale, activation=activation, **options)
@@ -132,7 +132,7 @@ def rms_norm_quantize(
         raise InputError("the weight does not fit", where=where, given=given, needed=f"{x.dtype} ({x.shape[-1]},) on {x.device}")
     if format.has_global_scale and global_scale is None:
         raise InputError("needs a global scale", where=where, given=None, needed="the calibrated decode multiplier of the normed rows")
-    padded_shape(scale_layout, 0, 0)
+    check_scale_layout(scale_layout)
     kernel = choose(Problem("quantize", Target.of(x.device), format, dtype=x.dtype), backend)
     options = {"four_over_six": four_over_six, "scale_rule": scale_rule, "scale_layout": scale_layout}
     return kernel.function(x, format, global_scale, norm=(weight, eps), **options)
@@ -143,7 +143,6 @@ def quantize_fp8(
     scaling: Fp8Scaling = "token",
     *,
     scale_layout: ScaleLayout = "linear",
-    column_order: ColumnOrder = "natural",
     backend: str | None = None,
 ) -> Fp8Tensor:
     """Quantise x [..., N, K] to e4m3 with one scale a token, a block of 128 ("block") or a block of 32 ("mx", MXFP8), each by its own maximum.
@@ -152,7 +151,6 @@ def quantize_fp8(
         x: fp32, bf16 or fp16 [..., N, K]; K a multiple of the block.
         scaling: "token", "block" or "mx".
         scale_layout: of "mx" scales: "linear", "128x4" or "8x4".
-        column_order: "hopper" puts the columns of every 64 in the slots of the Hopper layout ("token" and "block").
         backend: the only kernel allowed.
 
     Raises:
@@ -161,9 +159,9 @@ def quantize_fp8(
     >>> halfbyte.quantize_fp8(torch.full((1, 32), 449.0), "mx").scales.tolist()
     [[128]]
     """
-    check_fp8(x, scaling, scale_layout, column_order)
+    check_fp8(x, scaling, scale_layout)
     kernel = choose(Problem("quantize_fp8", Target.of(x.device), dtype=x.dtype), backend)
-    return kernel.function(x, scaling, scale_layout=scale_layout, column_order=column_order)
+    return kernel.function(x, scaling, scale_layout=scale_layout)
 
 
 def _check_activation(x: torch.Tensor, activation: Activation, where: str) -> None:

@@ -41,7 +41,7 @@ def fused_moe(
         activations: what the two matrix products see of their inputs: "bf16" (their own dtype), "fp8", "nvfp4" or "mxfp8"
             (`formats.activation_formats`).
             With "fp8" and many tokens, the Hopper kernels also round the weights to e4m3: no change for MXFP4 but in freak rows, 2 % of the weights'
-            norm for NVFP4 (`weights.layouts.hopper_fp8.weight_error` measures it).
+            norm for NVFP4 (`weights.hopper.rounding_fp8.weight_error` measures it).
         out: [T, H] to write to; hidden's dtype, or fp32 for partial sums that are rounded later.
         expert_offset: id of the first expert held here; by default what the weights say (0 for a whole layer).
         backend: the name of the only kernel allowed; by default the table chooses.

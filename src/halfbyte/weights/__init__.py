@@ -1,6 +1,6 @@
 """Canonical experts to kernel-ready ones."""
 
-from halfbyte.weights.layouts.trtllm_gen import trtllm_gen_row_order
+from halfbyte.weights.engines.trtllm_gen import trtllm_gen_row_order
 from halfbyte.weights.load import iter_prepared, load_prepared
 from halfbyte.weights.prepared import PreparedExperts, prepare
 

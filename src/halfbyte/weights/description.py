@@ -13,8 +13,8 @@ import torch
 from halfbyte.experts import Activation, ExpertWeights
 from halfbyte.formats import BlockFormat, QuantTensor
 from halfbyte.formats.block_format import FORMATS
-from halfbyte.weights.layouts.engine import EngineExperts
-from halfbyte.weights.layouts.hopper import HopperExperts, HopperMatrix
+from halfbyte.weights.engines.common import EngineExperts
+from halfbyte.weights.hopper.layout import HopperExperts, HopperMatrix
 
 _CLASSES = {cls.__name__: cls for cls in (ExpertWeights, QuantTensor, Activation, HopperExperts, HopperMatrix, EngineExperts)}
 

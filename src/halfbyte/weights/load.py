@@ -17,7 +17,7 @@ from halfbyte.device import Target
 from halfbyte.errors import CheckpointError, InputError
 from halfbyte.formats.activation_formats import ActivationFormat
 from halfbyte.weights.cache import CacheEntry
-from halfbyte.weights.layouts.hopper_fp8 import WeightError, weight_error
+from halfbyte.weights.hopper.rounding_fp8 import WeightError, weight_error
 from halfbyte.weights.prepared import LAYOUTS, PreparedExperts, resolve_layout
 from halfbyte.weights.streaming import Progress, stream_experts
 

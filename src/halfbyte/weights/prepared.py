@@ -16,10 +16,11 @@ from halfbyte.formats import BlockFormat
 from halfbyte.formats.activation_formats import ACTIVATION_FORMATS, ActivationFormat
 from halfbyte.weights.checks import check_same_kind, check_scales
 from halfbyte.weights.description import describe
-from halfbyte.weights.layouts import hopper
-from halfbyte.weights.layouts.cutlass import CUTLASS
-from halfbyte.weights.layouts.engine import EngineExperts
-from halfbyte.weights.layouts.trtllm_gen import TRTLLM_GEN
+from halfbyte.weights.engines.common import EngineExperts
+from halfbyte.weights.engines.cutlass import CUTLASS
+from halfbyte.weights.engines.trtllm_gen import TRTLLM_GEN
+from halfbyte.weights.hopper import layout as hopper
+from halfbyte.weights.hopper.pack import pack, unpack
 
 Experts: TypeAlias = ExpertWeights | hopper.HopperExperts | EngineExperts
 
@@ -48,12 +49,12 @@ class Layout:
 # What is built here. "canonical" is the checkpoint's own arrangement, which needs no building; "triton" names the kernels that read it.
 CANONICAL = "the checkpoint's own arrangement, read by the portable kernels on any device"
 LAYOUTS = {
-    "hopper": Layout("register fragments in 64 x 64 tiles, read by the sm_90 kernels", hopper.allocate, hopper.pack, hopper.unpack, hopper.REUSED),
+    "hopper": Layout("register fragments in 64 x 64 tiles, read by the sm_90 kernels", hopper.allocate, pack, unpack, hopper.REUSED),
     "hopper_fp8": Layout(
         "hopper with codes arranged for fp8 tensor cores, for layers called with activations='fp8'",
         partial(hopper.allocate, words_for="fp8"),
-        hopper.pack,
-        hopper.unpack,
+        pack,
+        unpack,
         hopper.REUSED,
     ),
     "trtllm_gen": Layout(
@@ -76,8 +77,8 @@ class PreparedExperts:
 
     Attributes:
         experts: the tensors, arranged as `layout` says.
-        layout: "canonical" (`experts` is an ExpertWeights), "hopper" or "hopper_fp8" (a `layouts.hopper.HopperExperts`), "trtllm_gen" or "cutlass"
-            (a `layouts.engine.EngineExperts`).
+        layout: "canonical" (`experts` is an ExpertWeights), "hopper" or "hopper_fp8" (a `hopper.layout.HopperExperts`), "trtllm_gen" or "cutlass"
+            (an `engines.common.EngineExperts`).
         policy: how the weights reside in memory; "packed" keeps 4 bits.
         target: the hardware they lie on.
         reason: why this layout was taken.

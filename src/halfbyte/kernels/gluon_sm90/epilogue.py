@@ -9,12 +9,6 @@ SWIGLU, GEGLU, GEGLU_TANH, RELU2 = (gl.constexpr(number) for number in KINDS.val
 
 
 @gluon.jit
-def slot_to_column(slot):
-    """Column of a slot inside a block of 64 (`weights.layouts.hopper.SLOT_TO_COLUMN`)."""
-    return 16 * (slot // 2 % 4) + 4 * (slot // 16) + 2 * (slot // 8 % 2) + slot % 2
-
-
-@gluon.jit
 def split_halves(accumulator, TOKENS: gl.constexpr):
     """[64, TOKENS] in an MMA layout to the rows of half 0 and of half 1, [32, TOKENS] each (row 8 w + g); stays in registers."""
     halves = gl.permute(gl.reshape(accumulator, (4, 2, 8, TOKENS)), (0, 2, 3, 1))

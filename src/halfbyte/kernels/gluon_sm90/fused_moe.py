@@ -8,7 +8,7 @@
 Activations "mxfp8" and "nvfp4", and "fp8" up to `MIN_FP8_ROWS` rows an expert (where words are coded for fp8, with one or two tokens, unless experts
 are large), where memory limits and fp8 tensor cores gain nothing: the W4A16 kernels on quantised activations, which bf16 holds exactly, and exact
 weights. Two more launches, `encode_rows` before each GEMM, which move 4 T H and 4 R I bytes. That is never faster than "bf16": it is for the numbers
-that a Blackwell GPU would give. Above, with "fp8", weights are rounded to e4m3 too (`weights.layouts.hopper_fp8`): `rounds_weights`.
+that a Blackwell GPU would give. Above, with "fp8", weights are rounded to e4m3 too (`weights.hopper.rounding_fp8`): `rounds_weights`.
 
 h gets one scale a row, which needs the largest value of the whole row and so a pass of its own. It moves 3 R I bytes where GEMM2 computes 2 R H I
 operations: at 3 TB/s and 1.3 Pflop/s 650 / H of GEMM2's time, 3 % of a DeepSeek-R1 layer and 10 % of a Qwen3-30B one. A scale for every 64 columns
@@ -40,8 +40,8 @@ from halfbyte.kernels.triton.activations_fp8 import quantize_rows, quantize_toke
 from halfbyte.kernels.triton.combine import block_size, combine
 from halfbyte.kernels.triton.encode_rows import encode_rows
 from halfbyte.kernels.triton.permute import Items, gather, permute, variant
-from halfbyte.weights.layouts.hopper import HopperExperts, HopperMatrix, padded_size
-from halfbyte.weights.layouts.hopper_bits import WordsFor
+from halfbyte.weights.hopper.bits import WordsFor
+from halfbyte.weights.hopper.layout import HopperExperts, HopperMatrix, padded_size
 
 fix_cache_keys(grouped_gemm_w4a16_decode, grouped_gemm_prefill)
 
@@ -125,7 +125,7 @@ FP8_HUGE = PrefillConfig(
     consumers=2, step_k=128, x_stages=4, w_stages=3, box=32, registers=240, max_registers=168, fp8=True,
 )  # fmt: skip
 # Rows an expert, on average, from which on fp8 tensor cores gain enough with words for bf16: weights in NVFP4 are rounded for it, those in MXFP4 are
-# not (`weights.layouts.hopper_fp8`). Words for fp8 take the kernels for bf16 8 to 25 % longer, and fp8 tensor cores gain as soon as there are tokens
+# not (`weights.hopper.rounding_fp8`). Words for fp8 take the kernels for bf16 8 to 25 % longer, and fp8 tensor cores gain as soon as there are tokens
 # enough, or tiles of 64 weight rows for all multiprocessors: with 1 and 2 tokens FP8_TINY takes 8 and 15 % less time than the direct kernel for
 # DeepSeek-R1 (512 tiles a token), but for Qwen3-235B (384) 8 % more and as long, for Qwen3-30B (192) 35 and 20 % more (H200, MXFP4, 2026-11-28).
 MIN_FP8_ROWS = {NVFP4: 24, MXFP4: 12}
@@ -181,7 +181,7 @@ def _chosen(
 
 
 def rounds_weights(num_tokens: int, top_k: int, experts: HopperExperts, activations: ActivationFormat) -> bool:
-    """Whether a call multiplies by weights rounded to e4m3 (`weights.layouts.hopper_fp8.round_to_fp8`) instead of by the FP4 values."""
+    """Whether a call multiplies by weights rounded to e4m3 (`weights.hopper.rounding_fp8.round_to_fp8`) instead of by the FP4 values."""
     config = _chosen(num_tokens, top_k, experts, activations)
     return isinstance(config, PrefillConfig) and config.fp8
 
@@ -290,7 +290,7 @@ def _prefill(
     codes, scales = encode_rows(hidden, activations, experts.w13_input_scale, launch_early=True)
     x, x_scale = gather(codes, items, ids.shape[1], padded_size(experts.hidden), scales, launch_early=True)
     _prefill_gemm(x, x_scale, experts.w13, h, experts, items, config, is_w13=True)
-    _, h_scale = encode_rows(h, activations, experts.w2_input_scale, slots=True, out=h)
+    _, h_scale = encode_rows(h, activations, experts.w2_input_scale, in_fragment_order=True, out=h)
     _prefill_gemm(h, h_scale, experts.w2, y, experts, items, config, is_w13=False)
     return y, items.row_of_slot
 

@@ -1,10 +1,10 @@
 """Grouped GEMM for many tokens an expert: y[row] = x[row] @ w[expert of row]^T, FP4 weights, bf16 or fp8 activations, fp32 accumulation.
 
-    x        [rows, K padded to 64] bf16 (W4A16) or e4m3 (W4A8), sorted by expert, columns in the slot order of the kind (`weights.layouts.hopper`,
-             `hopper_fp8`)
+    x        [rows, K padded to 64] bf16 (W4A16) or e4m3 (W4A8), sorted by expert, columns in the fragment order of the kind (`weights.hopper.layout`)
     x_scale  [rows] fp32, SCALED only, as W4A8 always is: what a row of x is multiplied by
-    w        `HopperMatrix` [E, N, K]; W4A8 multiplies by what `hopper_fp8.round_to_fp8` gives
-    y        [rows, I padded to 64] bf16, columns in bf16 slot order = activation(x @ w^T * scales + bias) where the matrix is w13, or [rows, N] bf16
+    w        `HopperMatrix` [E, N, K]; W4A8 multiplies by what `rounding_fp8.round_to_fp8` gives
+    y        [rows, I padded to 64] bf16, columns in bf16 fragment order = activation(x @ w^T * scales + bias) where the matrix is w13,
+             or [rows, N] bf16
 
 A persistent program a multiprocessor, its warps specialised: two warps copy x and the weights to shared memory by TMA, each through a ring of its own
 and across the ends of tiles, so that weights keep streaming while a tile is finished; each of CONSUMERS warpgroups multiplies EACH tiles of 64 weight
@@ -22,9 +22,9 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from halfbyte.gluon_compat import tma_load
 from halfbyte.kernels.gluon_sm90.epilogue import RELU2, activate, split_halves
-from halfbyte.weights.layouts.hopper import ELEMENT_EXPONENT, NVFP4_SCALE_EXPONENT
-from halfbyte.weights.layouts.hopper_dequant import WORD_LAYOUT, dequantize, exponent_bias, load_scales, stored_tile
-from halfbyte.weights.layouts.hopper_dequant_fp8 import dequantize_fp8, scale_limits
+from halfbyte.weights.hopper.dequant_bf16 import WORD_LAYOUT, dequantize, exponent_bias, load_scales, stored_tile
+from halfbyte.weights.hopper.dequant_fp8 import dequantize_fp8, scale_limits
+from halfbyte.weights.hopper.layout import ELEMENT_EXPONENT, NVFP4_SCALE_EXPONENT
 
 RUN = gl.constexpr(4)  # tiles of 64 columns that share a word of scales: the unit in which weights are copied
 NVFP4_MULTIPLIER = gl.constexpr(2.0 ** (NVFP4_SCALE_EXPONENT + ELEMENT_EXPONENT))  # takes the bf16 kernels' exponents out of the multiplier

@@ -20,8 +20,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.language.extra.cuda import gdc
 
-from halfbyte.kernels.gluon_sm90.epilogue import RELU2, activate, slot_to_column, split_halves
-from halfbyte.weights.layouts.hopper_dequant import dequantize, exponent_bias, scale_offsets, split_scales, stored_tile, word_offsets
+from halfbyte.kernels.gluon_sm90.epilogue import RELU2, activate, split_halves
+from halfbyte.weights.hopper.dequant_bf16 import dequantize, exponent_bias, scale_offsets, split_scales, stored_tile, word_offsets
+from halfbyte.weights.hopper.fragment_order import column_at
 
 NUM_WARPS = 4
 ROWS = gl.constexpr(8)  # of x a program
@@ -30,7 +31,7 @@ X_AHEAD = gl.constexpr(2)  # blocks of 64 columns of x on their way
 
 @gluon.jit
 def _load_x(pointers, mask, column, MMA: gl.constexpr, K: gl.constexpr, K_MASK: gl.constexpr):
-    """One [8, 64] block of x as a B operand [64, 8], its columns in slot order like the weights': no data moves between threads."""
+    """One [8, 64] block of x as a B operand [64, 8], its columns in fragment order like the weights': no data moves between threads."""
     if K_MASK:
         mask = mask & (column < K)
     x = gl.load(pointers, mask=mask, other=0.0)
@@ -178,10 +179,10 @@ def _tile(
     if IS_W13 and KIND != RELU2:
         gate, up = split_halves(value, ROWS)
         value = activate(gate, up, KIND, ALPHA, BETA, LIMIT)
-        n = row_tile // 2 * 64 + slot_to_column(row_tile % 2 * 32 + gl.arange(0, 32, layout=gl.SliceLayout(1, value.type.layout)))
+        n = row_tile // 2 * 64 + column_at(row_tile % 2 * 32 + gl.arange(0, 32, layout=gl.SliceLayout(1, value.type.layout)))
     elif IS_W13:
         value = activate(value, value, KIND, ALPHA, BETA, LIMIT)
-        n = row_tile * 64 + slot_to_column(i)
+        n = row_tile * 64 + column_at(i)
     if DIRECT:
         y_row = gl.convert_layout(slot, gl.SliceLayout(0, value.type.layout))
         is_y_row = y_row >= 0

@@ -4,8 +4,8 @@
     quantize_tokens    hidden [T, H] bf16          to x [R, H padded] e4m3: the row of every slot of a token, which is read once
     quantize_rows      h [R, I padded] bf16        to x [R, I padded] e4m3
 
-e4m3 codes are in fp8 slot order (`weights.layouts.hopper_fp8`), h comes in the bf16 slot order in which the first GEMM writes it. What W4A16 kernels
-multiply when activations are "fp8" comes from `encode_rows`.
+e4m3 codes are in fp8 fragment order (`weights.hopper.layout`), h comes in the bf16 fragment order in which the first GEMM
+writes it. What W4A16 kernels multiply when activations are "fp8" comes from `encode_rows`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from triton.language.extra.cuda import gdc
 
 from halfbyte.kernels.triton.permute import Items
 from halfbyte.kernels.triton.quantize_fp8 import divide, e4m3_bytes, fp32_scale, prepare_division
+from halfbyte.weights.hopper.fragment_order import pair_of_fp8_word
 
 INTERPRETED = triton.knobs.runtime.interpret
 EIGHTS_OF_PROGRAM = 256  # of pairs, that `quantize_rows` takes at once, two a thread: short rows alone would leave it waiting for memory
@@ -70,7 +71,7 @@ def _quantize_tokens(
         gdc.gdc_wait()
         gdc.gdc_launch_dependents()
     word = tl.arange(0, WORDS)  # 4 s + t of a block of 16
-    pair = word // 16 * 32 + word % 4 * 8 + word // 4 % 4 * 2
+    pair = pair_of_fp8_word(word)
     x_row = x_ptr + token.to(tl.int64) * PAIRS
     first = tl.load(x_row + pair, mask=(pair < PAIRS) & (word < PADDED_WORDS), other=0)
     second = tl.load(x_row + pair + 1, mask=(pair + 1 < PAIRS) & (word < PADDED_WORDS), other=0)
@@ -85,7 +86,7 @@ def _quantize_tokens(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _quantize_rows(h_ptr, codes_ptr, scales_ptr, num_rows, EIGHTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ASM: tl.constexpr):
-    """Each program ROWS rows of EIGHTS times eight pairs, in bf16 slot order: of an s, first those with p = 0."""
+    """Each program ROWS rows of EIGHTS times eight pairs, in bf16 fragment order: of an s, first those with p = 0."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None, None]
     s = tl.arange(0, BLOCK)[None, :, None]
     t = tl.arange(0, 4)[None, None, :]
@@ -112,7 +113,7 @@ def quantize_tokens(hidden: torch.Tensor, rows: Items, top_k: int, padded: int, 
 
 
 def quantize_rows(h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """h [R, I] bf16 (contiguous, I a multiple of 64) in bf16 slot order to codes e4m3 [R, I] and scales fp32 [R]."""
+    """h [R, I] bf16 (contiguous, I a multiple of 64) in bf16 fragment order to codes e4m3 [R, I] and scales fp32 [R]."""
     num_rows, width = h.shape
     codes, scales = _allocate(num_rows, width, h.device)
     block = triton.next_power_of_2(width // 16)

@@ -1,6 +1,6 @@
 """Activations to 8 or 4 bits and back into bf16, which holds them exactly: what W4A16 kernels multiply when `activations` is another format.
 
-    x        [rows, K] bf16 or fp16, contiguous; columns in natural order or in the slots of the Hopper layout (`weights.layouts.hopper`)
+    x        [rows, K] bf16 or fp16, contiguous; columns in natural order or in bf16 fragment order (`weights.hopper.layout`)
     out      [rows, K] bf16, columns as they are
     scales   [rows] fp32: out[r] * scales[r] is `formats.activation_formats.round_trip` of x[r], bit for bit
 
@@ -14,7 +14,7 @@ bf16 has 8 significant bits and the exponents of fp32. An MXFP8 value is a round
 too small for their e8m0 scale (amax below 2^-118) have codes on bf16's own grid. The scale of a row multiplies the product: multiplying by
 bf16(code * scale) instead would flip 1 % of the codes of h, an error of 9e-3.
 
-A group of 16 columns stays in one thread; its words are 4 apart in slot order, since slot 16 s + 8 p + 2 t + e holds column 16 t + 4 s + 2 p + e.
+A group of 16 columns stays in one thread, also in fragment order, where its words are 4 apart.
 One launch, a program a row, 2 bytes read and 2 written an element. Every program reads the layer's input scales (from L2) and takes the largest
 itself, so that captured graphs follow new ones (`PreparedExperts.update_`). Not measured yet.
 """
@@ -34,6 +34,7 @@ from halfbyte.formats.activation_formats import ActivationFormat
 from halfbyte.kernels.triton.blocks import amax8, e2m1_value, half, pack
 from halfbyte.kernels.triton.quantize_chunk import load_words, nvfp4_block, prepare_global
 from halfbyte.kernels.triton.quantize_fp8 import divide, e4m3_bytes, fp32_scale, mx_scale, prepare_division
+from halfbyte.weights.hopper.fragment_order import PAIR_STEP, first_position_of
 
 INTERPRETED = triton.knobs.runtime.interpret
 _INFINITY = tl.constexpr(float("inf"))
@@ -111,14 +112,14 @@ def _store_quad(pointers, w0, w1, w2, w3, mask, STEP: tl.constexpr):
 @triton.jit
 def _encode(
     x_ptr, out_ptr, scales_ptr, input_scale_ptr,
-    FORMAT: tl.constexpr, NUM_GROUPS: tl.constexpr, NUM_INPUT_SCALES: tl.constexpr, SLOTS: tl.constexpr, GROUPS: tl.constexpr,
+    FORMAT: tl.constexpr, NUM_GROUPS: tl.constexpr, NUM_INPUT_SCALES: tl.constexpr, FRAGMENTS: tl.constexpr, GROUPS: tl.constexpr,
     INPUT_SCALES: tl.constexpr, BF16: tl.constexpr, NATIVE: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    STEP: tl.constexpr = 4 if SLOTS else 1
+    STEP: tl.constexpr = PAIR_STEP if FRAGMENTS else 1
     group = tl.arange(0, GROUPS)[None, :]
     mask = group < NUM_GROUPS
-    offset = row.to(tl.int64) * (NUM_GROUPS * 8) + (group // 4 * 32 + group % 4 if SLOTS else group * 8)
+    offset = row.to(tl.int64) * (NUM_GROUPS * 8) + (first_position_of(group) if FRAGMENTS else group * 8)
     if PDL:
         gdc.gdc_wait()
         gdc.gdc_launch_dependents()
@@ -165,17 +166,17 @@ def encode_rows(
     activations: ActivationFormat,
     input_scale: torch.Tensor | None = None,
     *,
-    slots: bool = False,
+    in_fragment_order: bool = False,
     out: torch.Tensor | None = None,
     launch_early: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """x [rows, K] to `out` bf16 [rows, K] and scales fp32 [rows], as the module says; for "bf16", x itself and no scales.
 
     Args:
-        x: bf16 or fp16, contiguous; K a multiple of 16 ("mxfp8": 32; slots: 64).
+        x: bf16 or fp16, contiguous; K a multiple of 16 ("mxfp8": 32; in fragment order: 64).
         activations: the format.
         input_scale: calibrated decode multipliers, fp32 of any shape; only "nvfp4" has a use for them.
-        slots: columns are in the slots of the Hopper layout.
+        in_fragment_order: columns are in bf16 fragment order.
         out: where to write; may share the storage of x.
         launch_early: programmatic dependent launch (compute capability 9.0).
     """
@@ -195,7 +196,7 @@ def encode_rows(
     with torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext():  # Triton launches on the current device
         _encode[(num_rows,)](
             words, out.view(torch.int32), words if scales is None else scales, words if input_scale is None else input_scale.contiguous(),
-            activations, columns // 16, num_scales, slots, groups, triton.next_power_of_2(max(1, num_scales)), x.dtype == torch.bfloat16, native,
-            not INTERPRETED, launch_early, **({} if INTERPRETED else options),
+            activations, columns // 16, num_scales, in_fragment_order, groups, triton.next_power_of_2(max(1, num_scales)),
+            x.dtype == torch.bfloat16, native, not INTERPRETED, launch_early, **({} if INTERPRETED else options),
         )  # fmt: skip
     return out, scales

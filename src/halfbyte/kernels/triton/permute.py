@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc
 
+from halfbyte.weights.hopper.fragment_order import pair_at
+
 ITEM_ALIGNMENT = 16  # cut experts at multiples of this many rows
 MAX_SINGLE_SLOTS = 8192
 MAX_REGISTERS = 128  # of a thread of `_permute`: two programs a multiprocessor, so that 256 experts need not take turns
@@ -234,17 +236,16 @@ def _gather(
     TOP_K: tl.constexpr, PAIRS: tl.constexpr, PADDED_PAIRS: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0)
-    # Slot 16 s + 8 p + 2 t + e of a block of 64 holds column 16 t + 4 s + 2 p + e: pairs (e) stay together.
-    slot = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    column = slot // 32 * 32 + 8 * (slot % 4) + 2 * (slot // 8 % 4) + slot // 4 % 2
+    position = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    pair = pair_at(position)
     if PDL:
         gdc.gdc_wait()
         gdc.gdc_launch_dependents()
-    value = tl.load(x_ptr + token.to(tl.int64) * PAIRS + column, mask=column < PAIRS, other=0)
+    value = tl.load(x_ptr + token.to(tl.int64) * PAIRS + pair, mask=pair < PAIRS, other=0)
     for j in tl.static_range(TOP_K):
         first_row = tl.load(row_of_slot_ptr + token * TOP_K + j)
-        row = first_row.to(tl.int64) + tl.zeros_like(slot)
-        tl.store(out_ptr + row * PADDED_PAIRS + slot, value, mask=(slot < PADDED_PAIRS) & (row >= 0))
+        row = first_row.to(tl.int64) + tl.zeros_like(position)
+        tl.store(out_ptr + row * PADDED_PAIRS + position, value, mask=(position < PADDED_PAIRS) & (row >= 0))
         if SCALED:
             tl.store(out_scales_ptr + first_row, tl.load(scales_ptr + token), mask=(first_row >= 0) & (tl.program_id(1) == 0))
 
@@ -252,7 +253,7 @@ def _gather(
 def gather(
     hidden: torch.Tensor, rows: Items, top_k: int, padded: int, scales: torch.Tensor | None = None, *, launch_early: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """hidden [T, H] (16-bit, contiguous, H even) to [T * k, padded]: columns in the slot order of the Hopper layout, zeros beyond H.
+    """hidden [T, H] (16-bit, contiguous, H even) to [T * k, padded]: columns in bf16 fragment order (`weights.hopper.layout`), zeros beyond H.
 
     `scales` fp32 [T], if given, go with their tokens: fp32 [T * k].
     """

@@ -1,10 +1,10 @@
 """Activations to e4m3 in one pass: one scale a token, a block of 128, or a block of 32 (MXFP8). Bit for bit `formats.fp8_tensor.quantize_fp8`.
 
     x        [rows, K] bf16 or fp16, K contiguous
-    codes    e4m3 [rows, K], columns in natural order or in the slots of the Hopper layout
+    codes    e4m3 [rows, K]
     scales   fp32 [rows, 1] or [rows, K / 128]; e8m0 bytes [rows, K / 32] "linear", "128x4" or "8x4", padding zero
 
-A program holds whole rows for "token", else a tile of blocks. "hopper" permutes what is loaded, so that stores stay whole.
+A program holds whole rows for "token", else a tile of blocks.
 Target: any CUDA GPU of compute capability 8.0 or newer. Not measured yet.
 """
 
@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from halfbyte.formats.fp8_tensor import BLOCKS, ColumnOrder, Fp8Scaling, Fp8Tensor
+from halfbyte.formats.fp8_tensor import BLOCKS, Fp8Scaling, Fp8Tensor
 from halfbyte.formats.scale_layout import ScaleLayout, padded_shape
 from halfbyte.kernels.triton.blocks import e4m3_of, quotient, range_factor, reciprocal
 
@@ -74,16 +74,13 @@ def mx_scale(amax):
 @triton.jit
 def quantize_fp8_kernel(
     x_ptr, codes_ptr, scales_ptr, num_rows, row_stride, width, scale_rows, scale_columns,
-    MX: tl.constexpr, BLOCK: tl.constexpr, LAYOUT: tl.constexpr, HOPPER: tl.constexpr,
+    MX: tl.constexpr, BLOCK: tl.constexpr, LAYOUT: tl.constexpr,
     TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, NATIVE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     GROUPS: tl.constexpr = TILE_COLUMNS // BLOCK
     row = tl.program_id(0).to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)[:, None]
-    slot = tl.program_id(1) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)[None, :]
-    mask = (row < num_rows) & (slot < width)
-    column = slot
-    if HOPPER:
-        column = slot // 64 * 64 + slot // 2 % 4 * 16 + slot % 64 // 16 * 4 + slot // 8 % 2 * 2 + slot % 2
+    column = tl.program_id(1) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)[None, :]
+    mask = (row < num_rows) & (column < width)
     x = tl.load(x_ptr + row * row_stride + column, mask=mask, other=0.0)
     if x_ptr.dtype.element_ty == tl.bfloat16:  # by hand: the interpreter's conversion spoils subnormals
         x = (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
@@ -101,7 +98,7 @@ def quantize_fp8_kernel(
             x, factor[:, :, None], tl.broadcast_to(divisor[:, :, None], x.shape), tl.broadcast_to(inverse[:, :, None], x.shape), ASM,
         )  # fmt: skip
     codes = tl.reshape(e4m3_bytes(q, NATIVE), (TILE_ROWS, TILE_COLUMNS))
-    tl.store(codes_ptr + row * width + slot, codes, mask=mask)
+    tl.store(codes_ptr + row * width + column, codes, mask=mask)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)[None, :]
     offset = row * scale_columns + group
     if LAYOUT == "128x4":
@@ -111,16 +108,14 @@ def quantize_fp8_kernel(
     tl.store(scales_ptr + offset, scale, mask=(row < scale_rows) & (group < scale_columns))
 
 
-def quantize_fp8(
-    x: torch.Tensor, scaling: Fp8Scaling = "token", *, scale_layout: ScaleLayout = "linear", column_order: ColumnOrder = "natural"
-) -> Fp8Tensor:
+def quantize_fp8(x: torch.Tensor, scaling: Fp8Scaling = "token", *, scale_layout: ScaleLayout = "linear") -> Fp8Tensor:
     """As `formats.fp8_tensor.quantize_fp8`, of bf16 and fp16."""
     *batch, num_rows, width = x.shape
     groups = width // BLOCKS[scaling] if scaling in BLOCKS else 1
     padded = padded_shape(scale_layout, num_rows, groups)
     codes = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty((*batch, *padded), dtype=torch.uint8 if scaling == "mx" else torch.float32, device=x.device)
-    result = Fp8Tensor(codes, scales, scaling, scale_layout, column_order)
+    result = Fp8Tensor(codes, scales, scaling, scale_layout)
     if x.numel() == 0:
         return result
     tile_columns = max(32, triton.next_power_of_2(width)) if scaling == "token" else min(1024, triton.next_power_of_2(width))
@@ -134,7 +129,7 @@ def quantize_fp8(
         with torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext():
             quantize_fp8_kernel[(triton.cdiv(padded[0], tile_rows), triton.cdiv(width, tile_columns))](
                 rows, matrix_codes.view(torch.uint8), matrix_scales, num_rows, rows.stride(0), width, *padded,
-                scaling == "mx", BLOCKS.get(scaling, tile_columns), scale_layout, column_order == "hopper", tile_rows, tile_columns,
+                scaling == "mx", BLOCKS.get(scaling, tile_columns), scale_layout, tile_rows, tile_columns,
                 native, not INTERPRETED, **options,
             )  # fmt: skip
     return result

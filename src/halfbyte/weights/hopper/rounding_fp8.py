@@ -1,4 +1,4 @@
-"""What the fp8 tensor cores make of the Hopper layout: the same words and scales as W4A16, decoded to e4m3 (`hopper_dequant_fp8.py`).
+"""What the fp8 tensor cores make of the Hopper layout: the same words and scales as W4A16, decoded to e4m3 (`dequant_fp8.py`).
 
     weight = e4m3(e2m1 * scale * 2^-j) * 2^j        rounded to nearest, ties away from zero; j is one integer a row: `row_exponents`
 
@@ -10,9 +10,6 @@ j brings the largest scale of a row to 64 or just below, so that 6 times it is w
             sqrt(K) * 2^-11 of its norm where the largest block reaches 6 (4 % for K = 7168, if all other blocks are that small)
     NVFP4   1.5 times an e4m3 scale has up to 6 significant bits, e4m3 has 4: magnitudes 1.5, 3 and 6 are rounded, the others are exact. About 2 %
             of the weights' norm, beside the 9.6 % that NVFP4 itself lost; rows whose scales span more, as with MXFP4
-
-A thread's 16 columns are its share of two steps of m64nNk32: slot 16 s + 4 t + b of k holds column 16 t + 4 s + 2 p + e, b = p + 2 (e ^ s % 2). Who
-multiplies permutes the activations the same way inside each 64: `FP8_SLOT_TO_COLUMN`.
 """
 
 from __future__ import annotations
@@ -27,7 +24,6 @@ from halfbyte.formats import NVFP4, BlockFormat, QuantTensor, e2m1, e4m3
 TOP_EXPONENT = 6  # of a row's largest power-of-two scale after the shift; other scales stay below 2^6
 SMALLEST_ROW_EXPONENT = -126  # keeps 2^j a normal fp32
 SMALLEST_SCALE_EXPONENT = -5  # after the shift: half of it is the smallest normal number of e4m3
-FP8_SLOT_TO_COLUMN = tuple(16 * (slot // 4 % 4) + 4 * (slot // 16) + 2 * (slot % 2) + (slot // 2 + slot // 16) % 2 for slot in range(64))
 
 
 @dataclass(frozen=True)
@@ -49,7 +45,7 @@ class WeightError:
 
 
 def row_exponents(largest: torch.Tensor, format: BlockFormat) -> torch.Tensor:
-    """j of rows from their largest scale bytes, coded as `hopper.pack` stores them (uint8): int8 of the same shape.
+    """j of rows from their largest scale bytes, coded as `pack` stores them (uint8): int8 of the same shape.
 
     >>> row_exponents(torch.tensor([127], dtype=torch.uint8), halfbyte.MXFP4).tolist()
     [-6]

@@ -13,7 +13,8 @@ from random_experts import make_experts
 import halfbyte as hb
 from halfbyte.errors import InputError
 from halfbyte.experts import RELU2, SWIGLU, Activation, ExpertWeights
-from halfbyte.weights.layouts import hopper, hopper_bits
+from halfbyte.weights.hopper import bits, layout
+from halfbyte.weights.hopper.pack import unpack
 
 pytest.importorskip("triton")
 HAS_GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
@@ -33,13 +34,13 @@ def with_bytes(w: ExpertWeights, name: str, value: int) -> ExpertWeights:
     return changed
 
 
-def assert_same_experts(actual: hopper.HopperExperts, expected: hopper.HopperExperts) -> None:
+def assert_same_experts(actual: layout.HopperExperts, expected: layout.HopperExperts) -> None:
     assert actual.tensors.keys() == expected.tensors.keys()
     for name, tensor in expected.tensors.items():
         assert_equal_bits(actual.tensors[name].cpu(), tensor.cpu())
 
 
-def packed_on_cpu(w: ExpertWeights, layout: str = "hopper") -> hopper.HopperExperts:
+def packed_on_cpu(w: ExpertWeights, layout: str = "hopper") -> layout.HopperExperts:
     return hb.prepare(copy_of(w), layout).experts
 
 
@@ -53,24 +54,26 @@ def test_interpreted_kernels_write_the_bytes_of_the_torch_code() -> None:
     [
         ("gate_up", 16, "bf16"),
         ("gate_up", 16, "fp8"),
-        ("slots", 16, "bf16"),
+        ("fragment", 16, "bf16"),
         ("straight", 16, "fp8"),
         ("gate_up", 32, "fp8"),
         ("straight", 32, "bf16"),
     ],
 )
-def test_compiles_to_wide_loads_and_stores_without_spills(order: hopper.RowOrder, block: int, words_for: hopper.WordsFor, capability: int) -> None:
+def test_compiles_to_wide_loads_and_stores_without_spills(order: layout.RowOrder, block: int, words_for: layout.WordsFor, capability: int) -> None:
     from compile_only import compiling
 
-    from halfbyte.weights.layouts import hopper_pack
+    from halfbyte.weights.hopper import pack_kernels
 
     codes, scales = torch.empty((2, 4096, 3584), dtype=torch.uint8), torch.empty((2, 4096, 7168 // block), dtype=torch.uint8)
     words, scale_words = torch.empty((2, 64, 112, 512), dtype=torch.int32), torch.empty((2, 64, 28, 2048 // block), dtype=torch.int64)
     with compiling(capability) as compiled:
-        hopper_pack.pack_matrix(codes, scales, words, scale_words, order, words_for, torch.zeros((), dtype=torch.uint8))
-        hopper_pack.unpack_matrix(words, scale_words, codes, scales, order, words_for)
-        hopper_pack.largest_of_rows(scales, 126, torch.zeros((), dtype=torch.uint8))
-        hopper_pack.write_row_exponents(torch.empty((2, 4096), dtype=torch.uint8), torch.empty((2, 4096), dtype=torch.int8), order, nvfp4=block == 16)
+        pack_kernels.pack_matrix(codes, scales, words, scale_words, order, words_for, torch.zeros((), dtype=torch.uint8))
+        pack_kernels.unpack_matrix(words, scale_words, codes, scales, order, words_for)
+        pack_kernels.largest_of_rows(scales, 126, torch.zeros((), dtype=torch.uint8))
+        pack_kernels.write_row_exponents(
+            torch.empty((2, 4096), dtype=torch.uint8), torch.empty((2, 4096), dtype=torch.int8), order, nvfp4=block == 16
+        )
     pack, unpack, largest_of_rows, _ = compiled
     for kernel in compiled:
         assert kernel.spill_bytes == 0 and kernel.registers <= 64
@@ -80,19 +83,19 @@ def test_compiles_to_wide_loads_and_stores_without_spills(order: hopper.RowOrder
 
 
 @pytest.mark.parametrize("words_for", ["bf16", "fp8"])
-@pytest.mark.parametrize(("order", "block", "columns"), [("gate_up", 16, 7168), ("straight", 16, 2048), ("slots", 32, 2880)])
-def test_as_many_programs_run_at_the_same_time_as_pack_in_place(order: hopper.RowOrder, block: int, columns: int, words_for: hopper.WordsFor) -> None:
+@pytest.mark.parametrize(("order", "block", "columns"), [("gate_up", 16, 7168), ("straight", 16, 2048), ("fragment", 32, 2880)])
+def test_as_many_programs_run_at_the_same_time_as_pack_in_place(order: layout.RowOrder, block: int, columns: int, words_for: layout.WordsFor) -> None:
     from compile_only import compiling
 
-    from halfbyte.weights.layouts import hopper_pack_in_place
+    from halfbyte.weights.hopper import pack_in_place
 
     codes, scales = torch.empty((2, 4096, columns // 2), dtype=torch.uint8), torch.empty((2, 4096, columns // block), dtype=torch.uint8)
     words = torch.empty((2, 64, columns // 64, 512), dtype=torch.int32)
     scale_words = torch.empty((2, 64, -(-columns // 256), 2048 // block), dtype=torch.int64)
     with compiling(90) as compiled:
-        hopper_pack_in_place.pack_matrix_in_place(codes, scales, words, scale_words, order, words_for, torch.zeros((), dtype=torch.uint8), 132)
+        pack_in_place.pack_matrix_in_place(codes, scales, words, scale_words, order, words_for, torch.zeros((), dtype=torch.uint8), 132)
     (kernel,) = compiled
-    programs = hopper_pack_in_place.PROGRAMS_OF_A_MULTIPROCESSOR
+    programs = pack_in_place.PROGRAMS_OF_A_MULTIPROCESSOR
     assert kernel.spill_bytes == 0
     assert kernel.num_warps * 32 * kernel.registers * programs <= 65536
     assert (kernel.shared_bytes + 1024) * programs <= 228 << 10  # 1 KiB of each block is the system's
@@ -103,18 +106,18 @@ def test_as_many_programs_run_at_the_same_time_as_pack_in_place(order: hopper.Ro
 @pytest.mark.parametrize(("activation", "unit_tiles"), [(SWIGLU, 2), (RELU2, 1)], ids=["gated", "plain"])
 def test_a_unit_is_packed_from_the_memory_it_is_packed_to(activation: Activation, unit_tiles: int) -> None:
     """What packing in place rests on: row tiles n and n + T / 2 of w13 are made of the rows that lie there, without a gate each of its own."""
-    rows = hopper.source_rows(hopper.w13_order(activation), 2 * 192 if activation.gated else 192).view(unit_tiles, 3, 64)
+    rows = layout.source_rows(layout.w13_order(activation), 2 * 192 if activation.gated else 192).view(unit_tiles, 3, 64)
     for n in range(3):
         assert torch.equal(rows[:, n].flatten().sort().values // 64, torch.arange(n, 3 * unit_tiles, 3).repeat_interleave(64))
 
 
 def test_scales_are_encoded_without_loss() -> None:
     e4m3 = torch.arange(0x7F, dtype=torch.uint8)
-    encoded = hopper_bits.encode_nvfp4_scale(e4m3)
+    encoded = bits.encode_nvfp4_scale(e4m3)
     value = torch.exp2((encoded >> 3).float() - 21) * (1 + (encoded & 7) / 8)
     value[0] = 0
     assert encoded[0] == 0 and torch.equal(value, e4m3.view(torch.float8_e4m3fn).float())
-    assert torch.equal(hopper_bits.decode_nvfp4_scale(encoded), e4m3)
+    assert torch.equal(bits.decode_nvfp4_scale(encoded), e4m3)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -191,7 +194,7 @@ class TestOnAGPU:
         there = copy_of(w, "cuda")
         prepared = hb.prepare(there, layout)
         assert_same_experts(prepared.experts, expected)
-        back, expected_back = prepared.unprepare(), hopper.unpack(expected)
+        back, expected_back = prepared.unprepare(), unpack(expected)
         for name, tensor in expected_back.tensors.items():
             assert_equal_bits(back.tensors[name].cpu(), tensor)
         for name, tensor in there.tensors.items():
@@ -216,10 +219,10 @@ class TestOnAGPU:
         self, num_experts: int, hidden: int, intermediate: int, format: hb.BlockFormat, programs: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Many units side by side and few, of one piece to 64; again and again, since the programs wait for one another."""
-        from halfbyte.weights.layouts import hopper_pack_in_place
+        from halfbyte.weights.hopper import pack_in_place
 
         w = make_experts(num_experts, hidden, intermediate, format)
-        monkeypatch.setattr(hopper_pack_in_place, "PROGRAMS_OF_A_MULTIPROCESSOR", programs)
+        monkeypatch.setattr(pack_in_place, "PROGRAMS_OF_A_MULTIPROCESSOR", programs)
         expected = packed_on_cpu(w)
         for _ in range(20):
             assert_same_experts(hb.prepare(copy_of(w, "cuda"), "hopper", in_place=True).experts, expected)

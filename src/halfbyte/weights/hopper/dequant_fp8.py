@@ -1,4 +1,4 @@
-"""The words of `hopper.pack` as a [64, 64] e4m3 operand in registers (Gluon); numerics and slot order: `hopper_fp8.py`.
+"""The words of the Hopper layout as a [64, 64] e4m3 operand in registers (Gluon); numerics: `rounding_fp8.py`.
 
 A thread's 32 codes in a tile belong to two rows and have one scale each, so each row needs a table of 8 bytes, e4m3 of the 8 magnitudes times the
 scale, from which a PRMT takes four at once. Values with one significant bit are a few exponents above the first; those with two (1.5, 3 and 6) come
@@ -11,7 +11,7 @@ of both rows 4 and 4 (MXFP4), or 5 PRMTs, 6 additions and maxima and some multip
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from halfbyte.weights.layouts.hopper_dequant import SCALE_LAYOUT, WORD_LAYOUT, four_times
+from halfbyte.weights.hopper.dequant_bf16 import SCALE_LAYOUT, WORD_LAYOUT, four_times
 
 
 @gluon.constexpr_function
@@ -89,7 +89,7 @@ def scale_limits(exponents_ptr, NVFP4: gl.constexpr):
 
 @gluon.jit
 def dequantize_fp8(words, scales, smallest, tables, OPERAND: gl.constexpr, ODD: gl.constexpr, NVFP4: gl.constexpr, WORDS_FOR: gl.constexpr):
-    """words, scales int32 [16, 32] to e4m3 [64, 64] in `OPERAND`, columns in fp8 slot order; smallest, tables from `scale_limits`.
+    """words, scales int32 [16, 32] to e4m3 [64, 64] in `OPERAND`, columns in fp8 fragment order; smallest, tables from `scale_limits`.
 
     ODD: whether the tile is the second one that `scales` serves.
     """

@@ -1,4 +1,4 @@
-"""The in-kernel inverse of `hopper.pack`: 16 bytes a thread become a [64, 64] bf16 operand in registers (Gluon).
+"""The in-kernel inverse of `pack`: 16 bytes a thread become a [64, 64] bf16 operand in registers (Gluon).
 
 For 32 codes of a thread: 9 integer instructions and 4 bf16x2 multiplies a word of 8, and one PRMT and one IMAD a scale; 11 integer instructions and
 5 multiplications more (IMAD, a pipe of its own) where words are coded for fp8. A code's three magnitude
@@ -123,7 +123,7 @@ def load_scales(stage, NVFP4: gl.constexpr):
 
 @gluon.jit
 def dequantize(words, scales, bias, OPERAND: gl.constexpr, ODD: gl.constexpr, NVFP4: gl.constexpr, WORDS_FOR: gl.constexpr):
-    """words, scales int32 [16, 32] to bf16 [64, 64] in `OPERAND`, columns in slot order.
+    """words, scales int32 [16, 32] to bf16 [64, 64] in `OPERAND`, columns in fragment order.
 
     ODD: whether the tile is the second one that `scales` serves. bias: int32 [16, 32], MXFP4 only (`exponent_bias`).
     """

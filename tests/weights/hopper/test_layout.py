@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -14,12 +12,13 @@ from random_experts import make_experts
 import halfbyte as hb
 from halfbyte.errors import InputError
 from halfbyte.experts import RELU2, SWIGLU, Activation, ExpertWeights
-from halfbyte.weights.layouts import hopper
+from halfbyte.weights.hopper import layout
+from halfbyte.weights.hopper.pack import pack, unpack
 
 
-def packed_hopper(w: ExpertWeights, words_for: hopper.WordsFor = "bf16") -> hopper.HopperExperts:
-    out = hopper.allocate(w, "cpu", words_for)
-    hopper.pack(w, out)
+def packed_hopper(w: ExpertWeights, words_for: layout.WordsFor = "bf16") -> layout.HopperExperts:
+    out = layout.allocate(w, "cpu", words_for)
+    pack(w, out)
     return out
 
 
@@ -43,7 +42,7 @@ def code_of_fp8_word(word: int, i: int, e: int) -> int:
 @pytest.mark.parametrize("words_for", ["bf16", "fp8"])
 @pytest.mark.parametrize("format", [hb.NVFP4, hb.MXFP4], ids=repr)
 @pytest.mark.parametrize("activation", [SWIGLU, RELU2], ids=["gated", "plain"])
-def test_every_code_and_scale_is_where_the_kernel_looks(format: hb.BlockFormat, activation: Activation, words_for: hopper.WordsFor) -> None:
+def test_every_code_and_scale_is_where_the_kernel_looks(format: hb.BlockFormat, activation: Activation, words_for: layout.WordsFor) -> None:
     w = make_experts(1, 160, 96, format, activation)
     packed = packed_hopper(w, words_for).w13
     decode = code_of_fp8_word if words_for == "fp8" else code_of_word
@@ -79,10 +78,10 @@ def test_every_code_and_scale_is_where_the_kernel_looks(format: hb.BlockFormat, 
 @pytest.mark.parametrize("activation", [SWIGLU, RELU2], ids=["gated", "plain"])
 @pytest.mark.parametrize(("num_experts", "hidden", "intermediate"), [(1, 64, 64), (3, 160, 96), (2, 288, 1408), (7, 32, 32)])
 def test_unpack_gives_everything_back(
-    num_experts: int, hidden: int, intermediate: int, format: hb.BlockFormat, activation: Activation, words_for: hopper.WordsFor
+    num_experts: int, hidden: int, intermediate: int, format: hb.BlockFormat, activation: Activation, words_for: layout.WordsFor
 ) -> None:
     w = make_experts(num_experts, hidden, intermediate, format, activation)
-    back = hopper.unpack(packed_hopper(w, words_for))
+    back = unpack(packed_hopper(w, words_for))
     for name in ("w13", "w2"):
         ours, theirs = getattr(back, name), getattr(w, name)
         assert_equal_bits(ours.codes, theirs.codes)
@@ -94,10 +93,10 @@ def test_unpack_gives_everything_back(
 
 def test_experts_packed_in_slices_are_those_packed_at_once() -> None:
     w = make_experts(5, 96, 64, hb.MXFP4)
-    out = hopper.allocate(w, "cpu")
+    out = layout.allocate(w, "cpu")
     for first, last in ((0, 2), (2, 5)):
         slice_ = {name: tensor[first:last] for name, tensor in w.tensors.items()}
-        hopper.pack(w.with_tensors(slice_), out, first)
+        pack(w.with_tensors(slice_), out, first)
     for name, tensor in packed_hopper(w).tensors.items():
         assert_equal_bits(out.tensors[name], tensor)
 
@@ -113,15 +112,15 @@ def test_input_scales_of_all_experts_of_the_layer_are_kept(activation: Activatio
     for name, scale in kept.items():
         assert_equal_bits(getattr(back, name), scale)
     assert (back.first_expert, back.num_global_experts) == (4, 9)
-    packed = hopper.allocate(replace(w, **kept), "cpu")
-    hopper.pack(replace(make_experts(3, 64, 64, hb.NVFP4, activation), num_global_experts=9, **kept)[1:3], packed, 1)
+    packed = layout.allocate(replace(w, **kept), "cpu")
+    pack(replace(make_experts(3, 64, 64, hb.NVFP4, activation), num_global_experts=9, **kept)[1:3], packed, 1)
     assert_equal_bits(packed.w13_input_scale, kept["w13_input_scale"])
 
 
 def test_codes_under_a_zero_scale_become_zero() -> None:
     w = make_experts(1, 64, 64, hb.NVFP4)
     w.w2.scales.view(torch.uint8)[0, 3, 1] = 0
-    back = hopper.unpack(packed_hopper(w)).w2
+    back = unpack(packed_hopper(w)).w2
     assert not back.codes[0, 3, 8:16].any()
     assert torch.equal(back.dequantize(), w.w2.dequantize() + 0.0)  # + 0.0: codes of -0 become +0
 
@@ -159,38 +158,6 @@ def test_prepare_and_update_say_the_same_of_bad_scales(layout: str) -> None:
         with pytest.raises(InputError) as of_update:
             prepared.update_(bad)
         assert str(of_prepare.value) == str(of_update.value) and "nothing was written" in str(of_update.value)
-
-
-def test_threads_of_the_packer_have_one_thread_each_and_leave_torch_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    w = make_experts(5, 256, 192, hb.NVFP4)
-    expected = hb.prepare(w, "hopper").experts.tensors
-    before, seen, pack = torch.get_num_threads(), set(), hopper._pack_row_tiles
-
-    def watched(*tensors: torch.Tensor) -> None:
-        seen.add((threading.get_ident(), torch.get_num_threads()))
-        pack(*tensors)
-
-    monkeypatch.setattr(hopper, "_pack_row_tiles", watched)
-    torch.set_num_threads(3)
-    try:
-        packed = hb.prepare(w, "hopper").experts.tensors
-        assert torch.get_num_threads() == 3
-        with ThreadPoolExecutor(1) as pool:
-            assert pool.submit(torch.get_num_threads).result() == 3
-    finally:
-        torch.set_num_threads(before)
-    assert {num_threads for _, num_threads in seen} == {1} and threading.get_ident() not in dict(seen)
-    for name, tensor in expected.items():
-        assert_equal_bits(packed[name], tensor)
-
-
-def test_an_error_in_a_thread_is_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*tensors: torch.Tensor) -> None:
-        raise MemoryError("in a thread")
-
-    monkeypatch.setattr(hopper, "_pack_row_tiles", broken)
-    with pytest.raises(MemoryError, match="in a thread"):
-        hb.prepare(make_experts(2, 64, 64, hb.NVFP4), "hopper")
 
 
 @pytest.mark.parametrize("offset", [4, 8])

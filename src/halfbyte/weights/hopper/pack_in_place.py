@@ -1,4 +1,4 @@
-"""`hopper_pack.pack_matrix` where the tiles of an expert lie in the memory of its codes (Gluon, sm_90): every byte read once and written once.
+"""`pack_kernels.pack_matrix` where the tiles of an expert lie in the memory of its codes (Gluon, sm_90): every byte read once and written once.
 
 What has to be read before any of it is written is a unit: 64 gate and 64 up rows, which become the two row tiles in their places; without gate and
 up, 64 rows and one tile. A group of programs packs one unit at a time. Its programs keep their pieces of it, four tiles and a run of scales each, in
@@ -15,9 +15,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
 from halfbyte.gluon_compat import barrier, tma_descriptor, tma_store
-from halfbyte.weights.layouts.hopper import RowOrder
-from halfbyte.weights.layouts.hopper_bits import WordsFor
-from halfbyte.weights.layouts.hopper_pack import encode_nvfp4_scale, row_of_pair, words_of_codes
+from halfbyte.weights.hopper.bits import WordsFor
+from halfbyte.weights.hopper.layout import RowOrder
+from halfbyte.weights.hopper.pack_kernels import encode_nvfp4_scale, row_of_pair, words_of_codes
 
 PROGRAMS_OF_A_MULTIPROCESSOR = 4
 SLOTS = gl.constexpr(6)  # of a program, 9 KiB each
@@ -149,7 +149,7 @@ def pack_matrix_in_place(
     codes: torch.Tensor, scales: torch.Tensor, words: torch.Tensor, scale_words: torch.Tensor, order: RowOrder, words_for: WordsFor,
     refused: torch.Tensor, num_sms: int,
 ) -> None:  # fmt: skip
-    """`hopper_pack.pack_matrix` where `words`, `scale_words` or both lie in the storage of codes and scales, expert upon expert.
+    """`pack_kernels.pack_matrix` where `words`, `scale_words` or both lie in the storage of codes and scales, expert upon expert.
 
     `num_sms`: multiprocessors of the device.
     """

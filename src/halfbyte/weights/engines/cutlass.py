@@ -1,6 +1,6 @@
 """The layout of the CUTLASS grouped GEMMs (sm_100 and sm_120, in FlashInfer, vLLM and TensorRT-LLM): rows in order, w13 [up; gate].
 
-`engine.py` has the tensors. I is padded to 128, each half on its own, so that a tile of scales never has rows of both; H to the alignment of the
+`common.py` has the tensors. I is padded to 128, each half on its own, so that a tile of scales never has rows of both; H to the alignment of the
 tensor memory accelerator's 4-bit rows, 32 (NVFP4) or 128 (MXFP4, which multiplies with 8-bit activations).
 
 Scalars, with a13 and a2 the largest input scales of the whole layer and s the global scales of an expert's weights, all decoding:
@@ -22,8 +22,8 @@ import torch
 
 from halfbyte.experts import Activation
 from halfbyte.formats import NVFP4, BlockFormat
-from halfbyte.weights.layouts import engine
-from halfbyte.weights.layouts.engine import Arrangement, Multipliers
+from halfbyte.weights.engines import common
+from halfbyte.weights.engines.common import Arrangement, Multipliers
 
 
 def _multiples(format: BlockFormat, gated: bool) -> tuple[int, int]:
@@ -43,7 +43,7 @@ def _scalars(m: Multipliers, activation: Activation) -> tuple[dict[str, torch.Te
         "w2_input_scale_quant": (1 / m.w2_input) * ratio,
         "g2_alphas": m.w2_input * m.w2,
     }
-    return scalars | engine.activation_scalars(activation, limit_divisor=one, beta_divisor=ratio), (one, ratio, one)
+    return scalars | common.activation_scalars(activation, limit_divisor=one, beta_divisor=ratio), (one, ratio, one)
 
 
 CUTLASS = Arrangement("cutlass", _multiples, _rows, _scalars)

@@ -1,6 +1,6 @@
 """The layout of the trtllm-gen kernels (sm_100, in FlashInfer and TensorRT-LLM): rows in the order in which a transposed MMA writes them.
 
-`engine.py` has the tensors. The order of rows, out[new] = in[old] (r a row of a block of 32, by new order):
+`common.py` has the tensors. The order of rows, out[new] = in[old] (r a row of a block of 32, by new order):
 
     w2, and w13 without a gate    old = 32 b + 4 (r % 8) + r // 8
     w13 [up; gate] with a gate    old = h N/2 + 16 b + 2 i + p    where r = 16 p + 8 h + i: gate and up of a column lie 8 rows apart
@@ -27,8 +27,8 @@ import torch
 from halfbyte.errors import InputError
 from halfbyte.experts import Activation
 from halfbyte.formats import NVFP4, BlockFormat
-from halfbyte.weights.layouts import engine
-from halfbyte.weights.layouts.engine import Arrangement, Multipliers
+from halfbyte.weights.engines import common
+from halfbyte.weights.engines.common import Arrangement, Multipliers
 
 BLOCK_ROWS = 32
 
@@ -77,7 +77,7 @@ def _scalars(m: Multipliers, activation: Activation) -> tuple[dict[str, torch.Te
         "g1_scale_c": (1 / m.w2_input) * (up if activation.gated else torch.ones_like(up)),
         "g2_alphas": down,
     }
-    return scalars | engine.activation_scalars(activation, limit_divisor=gate, beta_divisor=up), (gate, up, down)
+    return scalars | common.activation_scalars(activation, limit_divisor=gate, beta_divisor=up), (gate, up, down)
 
 
 TRTLLM_GEN = Arrangement("trtllm_gen", _multiples, _rows, _scalars)

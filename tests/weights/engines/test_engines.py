@@ -17,9 +17,9 @@ from halfbyte.errors import InputError
 from halfbyte.experts import GEGLU, GPT_OSS_SWIGLU, RELU2, SWIGLU, Activation, ExpertWeights
 from halfbyte.formats import e2m1
 from halfbyte.kernels.reference.activation import activate
-from halfbyte.weights.layouts.cutlass import CUTLASS
-from halfbyte.weights.layouts.engine import EngineExperts
-from halfbyte.weights.layouts.trtllm_gen import TRTLLM_GEN
+from halfbyte.weights.engines.common import EngineExperts
+from halfbyte.weights.engines.cutlass import CUTLASS
+from halfbyte.weights.engines.trtllm_gen import TRTLLM_GEN
 
 
 def on_gpu(test: Callable) -> Callable:

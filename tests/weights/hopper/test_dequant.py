@@ -10,15 +10,16 @@ from random_experts import make_experts
 
 import halfbyte as hb
 from halfbyte.experts import RELU2, SWIGLU, Activation
-from halfbyte.weights.layouts import hopper
+from halfbyte.weights.hopper import layout
+from halfbyte.weights.hopper.pack import pack
 
 pytest.importorskip("triton")
 
-from halfbyte.weights.layouts.hopper_dequant import _assembly
+from halfbyte.weights.hopper.dequant_bf16 import _assembly
 
 
 def kernel_weights(
-    matrix: hopper.HopperMatrix, format: hb.BlockFormat, words_for: hopper.WordsFor, expert: int, spoil: tuple[str, str] = ("", "")
+    matrix: layout.HopperMatrix, format: hb.BlockFormat, words_for: layout.WordsFor, expert: int, spoil: tuple[str, str] = ("", "")
 ) -> torch.Tensor:
     """Decode an expert as the kernel does: fp64 [N, K] in tile row order, columns in natural order, times the multipliers."""
     thread = torch.arange(128)
@@ -45,13 +46,13 @@ def kernel_weights(
 @pytest.mark.parametrize("words_for", ["bf16", "fp8"])
 @pytest.mark.parametrize("activation", [SWIGLU, RELU2], ids=["gated", "plain"])
 @pytest.mark.parametrize("format", [hb.NVFP4, hb.MXFP4], ids=repr)
-def test_the_kernels_assembly_decodes_what_the_codec_does(format: hb.BlockFormat, activation: Activation, words_for: hopper.WordsFor) -> None:
+def test_the_kernels_assembly_decodes_what_the_codec_does(format: hb.BlockFormat, activation: Activation, words_for: layout.WordsFor) -> None:
     w = make_experts(2, 160, 96, format, activation)
     w.w13.scales.view(torch.uint8)[:, ::5, 1] = 0
-    packed = hopper.allocate(w, "cpu", words_for)
-    hopper.pack(w, packed)
-    for matrix, q, order in ((packed.w13, w.w13, hopper.w13_order(activation)), (packed.w2, w.w2, "straight")):
-        rows = hopper.source_rows(order, q.shape[1])
+    packed = layout.allocate(w, "cpu", words_for)
+    pack(w, packed)
+    for matrix, q, order in ((packed.w13, w.w13, layout.w13_order(activation)), (packed.w2, w.w2, "straight")):
+        rows = layout.source_rows(order, q.shape[1])
         for expert in range(2):
             decoded, exact = kernel_weights(matrix, format, words_for, expert), q[expert].dequantize()
             kept = rows >= 0
@@ -61,8 +62,8 @@ def test_the_kernels_assembly_decodes_what_the_codec_does(format: hb.BlockFormat
 
 def test_a_rotation_by_another_number_is_seen() -> None:
     w = make_experts(1, 64, 64, hb.NVFP4)
-    packed = hopper.allocate(w, "cpu")
-    hopper.pack(w, packed)
+    packed = layout.allocate(w, "cpu")
+    pack(w, packed)
     right = kernel_weights(packed.w2, hb.NVFP4, "bf16", 0)
     assert torch.equal(right.float(), w.w2[0].dequantize())
     assert not torch.equal(kernel_weights(packed.w2, hb.NVFP4, "bf16", 0, ("shl.b32 t, $17, 6", "shl.b32 t, $17, 5")), right)

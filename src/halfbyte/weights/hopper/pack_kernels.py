@@ -1,5 +1,5 @@
-"""`hopper.pack` and `hopper.unpack` of whole matrices on a GPU: every byte read once and written once. Byte for byte what the torch code does.
-In place: `hopper_pack_in_place`.
+"""Whole matrices to the Hopper layout and back on a GPU: every byte read once and written once. Byte for byte what `pack_torch` does.
+In place: `pack_in_place`.
 
 A program has one row tile and one scale word, which is four tiles: 64 rows x 128 bytes of codes in, four tiles of 2 KiB and one run of scales out.
 Rows 16 w + g and 16 w + g + 8 of a tile are a pair, 8 w + g. A lane of 8 bytes of each row has the 16 columns of one thread of the layout, and
@@ -20,12 +20,13 @@ import torch
 import triton
 import triton.language as tl
 
-from halfbyte.weights.layouts import hopper_fp8
-from halfbyte.weights.layouts.hopper import RowOrder
-from halfbyte.weights.layouts.hopper_bits import WordsFor
+from halfbyte.weights.hopper import rounding_fp8
+from halfbyte.weights.hopper.bits import WordsFor
+from halfbyte.weights.hopper.fragment_order import column_at
+from halfbyte.weights.hopper.layout import RowOrder
 
-TOP_EXPONENT = tl.constexpr(hopper_fp8.TOP_EXPONENT)
-SMALLEST_ROW_EXPONENT = tl.constexpr(hopper_fp8.SMALLEST_ROW_EXPONENT)
+TOP_EXPONENT = tl.constexpr(rounding_fp8.TOP_EXPONENT)
+SMALLEST_ROW_EXPONENT = tl.constexpr(rounding_fp8.SMALLEST_ROW_EXPONENT)
 
 
 @triton.jit
@@ -33,13 +34,11 @@ def row_of_pair(pair, tile, half: tl.constexpr, intermediate, ORDER: tl.constexp
     """The canonical row of a pair's row `half`, and whether there is one. `intermediate`: rows of the matrix, of each half when gate_up."""
     if ORDER == "gate_up":
         column_blocks = (intermediate + 63) // 64  # each has two tiles
-        slot = 32 * (tile // column_blocks) + pair
+        position = 32 * (tile // column_blocks) + pair
         tile = tile % column_blocks
     else:
-        slot = pair // 8 * 16 + 8 * half + pair % 8
-    if ORDER != "straight":
-        slot = 16 * (slot // 2 % 4) + 4 * (slot // 16) + 2 * (slot // 8 % 2) + slot % 2
-    row = 64 * tile + slot
+        position = pair // 8 * 16 + 8 * half + pair % 8
+    row = 64 * tile + (position if ORDER == "straight" else column_at(position))
     exists = row < intermediate
     if ORDER == "gate_up":
         row += half * intermediate
@@ -48,7 +47,7 @@ def row_of_pair(pair, tile, half: tl.constexpr, intermediate, ORDER: tl.constexp
 
 @triton.jit
 def encode_nvfp4_scale(m):
-    """`hopper_bits.encode_nvfp4_scale`, of int32."""
+    """`bits.encode_nvfp4_scale`, of int32."""
     return tl.minimum(tl.minimum(m + 112, 2 * m + 104), tl.minimum(4 * m + 96, 96 * m))
 
 
@@ -119,7 +118,7 @@ def _swap(lanes, distance: tl.constexpr, low: tl.constexpr):
 
 @triton.jit
 def words_of_codes(codes, WORDS_FOR: tl.constexpr):
-    """What `hopper_bits.pack_codes` makes of codes, of int64 or int32."""
+    """What `bits.pack_codes` makes of codes, of int64 or int32."""
     n = _swap(codes, 4, 0x00F000F000F000F0)
     if WORDS_FOR == "fp8":
         words = _swap(_swap(_swap(n, 8, 0x00FF000000FF0000), 8, 0x0000880000008800), 4, 0x0080008000800080)
@@ -174,7 +173,7 @@ def _unpack(
 
 @triton.jit
 def _row_exponents(largest_ptr, row_exponent_ptr, rows, intermediate, ORDER: tl.constexpr, NVFP4: tl.constexpr):
-    """`hopper_fp8.row_exponents` of the 64 rows of a tile."""
+    """`rounding_fp8.row_exponents` of the 64 rows of a tile."""
     tile, expert = tl.program_id(0), tl.program_id(1).to(tl.int64)
     pair = tl.arange(0, 32)
     row_exponent_ptr += (expert * tl.num_programs(0) + tile) * 64

@@ -12,11 +12,12 @@ from ptx import run
 
 import halfbyte as hb
 from halfbyte.experts import RELU2, SWIGLU, Activation, ExpertWeights
-from halfbyte.weights.layouts import hopper, hopper_fp8
+from halfbyte.weights.hopper import layout, rounding_fp8
+from halfbyte.weights.hopper.pack import pack
 
 pytest.importorskip("triton")
 
-from halfbyte.weights.layouts.hopper_dequant_fp8 import _assembly
+from halfbyte.weights.hopper.dequant_fp8 import _assembly
 
 
 def make_matrix(rows: int, columns: int, format: hb.BlockFormat, low: int, high: int) -> hb.QuantTensor:
@@ -28,7 +29,7 @@ def make_matrix(rows: int, columns: int, format: hb.BlockFormat, low: int, high:
     return hb.QuantTensor(codes, scales, torch.ones(1) if format is hb.NVFP4 else None, format)
 
 
-def kernel_weights(matrix: hopper.HopperMatrix, format: hb.BlockFormat, words_for: hopper.WordsFor) -> torch.Tensor:
+def kernel_weights(matrix: layout.HopperMatrix, format: hb.BlockFormat, words_for: layout.WordsFor) -> torch.Tensor:
     """Decode expert 0 as the kernel does: fp32 [N, K] in tile row order, columns in natural order, times 2^j."""
     row_tiles, column_tiles = matrix.row_tiles, matrix.column_tiles
     thread = torch.arange(128)
@@ -41,7 +42,7 @@ def kernel_weights(matrix: hopper.HopperMatrix, format: hb.BlockFormat, words_fo
         limits = [j + 122 for j in (low, low, high, high)]
         limits += [-8 * (j + 120) * ones + first for j in (low, high) for ones, first in ((0x01010100, 0x03FFF800), (0x01010101, 0x14100C08))]
     result = torch.empty(row_tiles * 64, column_tiles * 64)
-    column = torch.tensor(hopper_fp8.FP8_SLOT_TO_COLUMN)
+    column = torch.tensor(layout.FRAGMENT_COLUMN_FP8)
     for tile in range(row_tiles):
         for k in range(column_tiles):
             words = matrix.words[0, tile, k].view(128, 4)
@@ -65,29 +66,29 @@ def kernel_weights(matrix: hopper.HopperMatrix, format: hb.BlockFormat, words_fo
     [(hb.NVFP4, 1, 0x7F), (hb.NVFP4, 0x60, 0x7F), (hb.NVFP4, 1, 4), (hb.MXFP4, 110, 125), (hb.MXFP4, 60, 254), (hb.MXFP4, 0, 8)],
 )
 def test_the_kernels_assembly_decodes_what_torch_rounds(
-    format: hb.BlockFormat, low: int, high: int, activation: Activation, words_for: hopper.WordsFor
+    format: hb.BlockFormat, low: int, high: int, activation: Activation, words_for: layout.WordsFor
 ) -> None:
     halves = 2 if activation.gated else 1
     w13, w2 = make_matrix(halves * 96, 160, format, low, high), make_matrix(160, 96, format, low, high)
     w = ExpertWeights(w13, w2, activation)
-    packed = hopper.allocate(w, "cpu", words_for)
-    hopper.pack(w, packed)
-    for matrix, expected, order in ((packed.w13, w13, hopper.w13_order(activation)), (packed.w2, w2, "straight")):
-        rows = hopper.source_rows(order, expected.shape[-2])
+    packed = layout.allocate(w, "cpu", words_for)
+    pack(w, packed)
+    for matrix, expected, order in ((packed.w13, w13, layout.w13_order(activation)), (packed.w2, w2, "straight")):
+        rows = layout.source_rows(order, expected.shape[-2])
         decoded = kernel_weights(matrix, format, words_for)
         columns = expected.shape[-1]
         kept = rows >= 0
-        assert torch.equal(decoded[kept][:, :columns], hopper_fp8.round_to_fp8(expected)[0][rows[kept]])  # -0 equals 0
+        assert torch.equal(decoded[kept][:, :columns], rounding_fp8.round_to_fp8(expected)[0][rows[kept]])  # -0 equals 0
         assert not decoded[~kept].any() and not decoded[:, columns:].any()
 
 
 def test_the_slot_order_follows_the_fragments_of_the_instruction() -> None:
     """PTX ISA, wgmma m64nNk32 A fragment: register r of a thread t of a quad has row half r % 2, slots 16 (r // 2) + 4 t + b of each 32."""
-    assert sorted(hopper_fp8.FP8_SLOT_TO_COLUMN) == list(range(64))
-    for slot, column in enumerate(hopper_fp8.FP8_SLOT_TO_COLUMN):
+    assert sorted(layout.FRAGMENT_COLUMN_FP8) == list(range(64))
+    for slot, column in enumerate(layout.FRAGMENT_COLUMN_FP8):
         assert column // 16 == slot // 4 % 4  # a thread's slots are its own 16 columns
         assert column % 16 // 4 == slot // 16  # and a register's are four neighbours
-    assert hopper_fp8.FP8_SLOT_TO_COLUMN[:4] == (0, 2, 1, 3) and hopper_fp8.FP8_SLOT_TO_COLUMN[16:20] == (5, 7, 4, 6)
+    assert layout.FRAGMENT_COLUMN_FP8[:4] == (0, 2, 1, 3) and layout.FRAGMENT_COLUMN_FP8[16:20] == (5, 7, 4, 6)
 
 
 @pytest.mark.parametrize(("span", "rows"), [(11, 0), (12, 32), (40, 32)])
@@ -97,7 +98,7 @@ def test_mxfp4_is_exact_up_to_eleven_octaves(span: int, rows: int) -> None:
     scales[..., 1] = 120 - span
     q = hb.QuantTensor(codes, scales, None, hb.MXFP4)
     w = ExpertWeights(replace(q, codes=codes[:, :32], scales=scales[:, :32]), replace(q, codes=codes[..., :16], scales=scales[..., :1]), RELU2)
-    errors = hopper_fp8.weight_error(w)
+    errors = rounding_fp8.weight_error(w)
     assert errors["w13"].rows == rows and errors["w13"].total_rows == 32
     assert (errors["w2"].rows, errors["w2"].total_rows, errors["w2"].relative) == (0, 64, 0.0)
     bound = 64**0.5 * 2**-11
@@ -106,14 +107,14 @@ def test_mxfp4_is_exact_up_to_eleven_octaves(span: int, rows: int) -> None:
 
 def test_nvfp4_rounds_only_magnitudes_with_two_bits() -> None:
     w = hb.quantize(torch.randn(1, 256, 512, generator=torch.Generator().manual_seed(0)), hb.NVFP4)
-    exact, rounded = w.dequantize(), hopper_fp8.round_to_fp8(w)
+    exact, rounded = w.dequantize(), rounding_fp8.round_to_fp8(w)
     magnitude = w.codes.view(1, 256, 256, 1).expand(1, 256, 256, 2).clone()
     magnitude[..., 1] >>= 4
     one_bit = torch.isin(magnitude.flatten(-2) & 7, torch.tensor([0, 1, 2, 4, 6], dtype=torch.uint8))
     assert_equal_bits(rounded[one_bit].abs(), exact[one_bit].abs())
     error = ((rounded - exact).norm() / exact.norm()).item()
     assert 0.015 < error < 0.025
-    measured = hopper_fp8.weight_error(ExpertWeights(w, replace(w, codes=w.codes.view(1, 512, 128), scales=w.scales.view(1, 512, 16)), RELU2))
+    measured = rounding_fp8.weight_error(ExpertWeights(w, replace(w, codes=w.codes.view(1, 512, 128), scales=w.scales.view(1, 512, 16)), RELU2))
     assert measured["w13"].relative == pytest.approx(error, rel=1e-4)
 
 
@@ -125,4 +126,4 @@ def test_a_table_of_every_scale_is_what_e4m3_rounds_to() -> None:
     value = q.dequantize()
     mantissa, exponent = torch.frexp(value)
     away_from_zero = torch.copysign(torch.floor(mantissa.abs() * 16 + 0.5) / 16, value)
-    assert torch.equal(hopper_fp8.round_to_fp8(q), torch.ldexp(away_from_zero, exponent))
+    assert torch.equal(rounding_fp8.round_to_fp8(q), torch.ldexp(away_from_zero, exponent))

@@ -1,0 +1,1 @@
+"""The layouts of Blackwell engines: no kernel of halfbyte reads them."""
