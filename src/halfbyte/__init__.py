@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from halfbyte.experts import Activation, ExpertWeights
     from halfbyte.formats import MXFP4, NVFP4, BlockFormat, QuantTensor, swizzle_scales, unswizzle_scales
     from halfbyte.kernels.quantize import QuantizedExperts, quantize, quantize_experts, quantize_fp8, rms_norm_quantize, silu_mul_quantize
+    from halfbyte.loading import iter_prepared, load_prepared
     from halfbyte.moe import MoE, Routing, fused_moe, route, warm_up
-    from halfbyte.weights import PreparedExperts, iter_prepared, load_prepared, prepare, trtllm_gen_row_order
+    from halfbyte.weights import PreparedExperts, prepare, trtllm_gen_row_order
 
 __all__ = [
     "MXFP4",
@@ -53,7 +54,8 @@ _HOMES = {
     "halfbyte.formats": ("MXFP4", "NVFP4", "BlockFormat", "QuantTensor", "swizzle_scales", "unswizzle_scales"),
     "halfbyte.kernels.quantize": ("QuantizedExperts", "quantize", "quantize_experts", "quantize_fp8", "rms_norm_quantize", "silu_mul_quantize"),
     "halfbyte.moe": ("MoE", "Routing", "fused_moe", "route", "warm_up"),
-    "halfbyte.weights": ("PreparedExperts", "iter_prepared", "load_prepared", "prepare", "trtllm_gen_row_order"),
+    "halfbyte.loading": ("iter_prepared", "load_prepared"),
+    "halfbyte.weights": ("PreparedExperts", "prepare", "trtllm_gen_row_order"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -12,7 +12,7 @@ import torch
 
 import halfbyte as hb
 from halfbyte.cli.main import main
-from halfbyte.weights import load
+from halfbyte.loading import prepared
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_files_are_where_the_report_says_and_are_used(
     (layer,) = first["layers"]
     assert (layer["layer"], layer["layout"], layer["written"], layer["reason"]) == (1, "hopper", True, "not there")
     assert cache_dir in Path(layer["file"]).parents and Path(layer["file"]).stat().st_size == layer["bytes"] == first["bytes"]
-    monkeypatch.setattr(load, "stream_experts", None)
+    monkeypatch.setattr(prepared, "stream_experts", None)
     assert hb.load_prepared(model, 1, layout="hopper").layout == "hopper"
     assert [row["reason"] for row in report(capsys, model, "--layout", "hopper")["layers"]] == ["there already"]
     assert [row["reason"] for row in report(capsys, model, "--layout", "hopper", "--verify")["layers"]] == ["verified"]

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from halfbyte.checkpoint.source import Checkpoint
-from halfbyte.weights.load import load_prepared, prepare_on_disk
-from halfbyte.weights.tensor_files import memory_of
+from halfbyte.loading.prepared import load_prepared, prepare_on_disk
+from halfbyte.loading.tensor_files import memory_of
 
 _BLOCK_BYTES = 16 << 20
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def describe_layer(checkpoint: Checkpoint, layer: int, device: torch.device | str = "cpu", experts: range | None = None) -> list[dict[str, Any]]:
     """One JSON-able row for each of the matrices "w13" and "w2": the relative L2 error, and the rows that are not exact. Empty for dense experts."""
-    from halfbyte.weights.load import fp8_weight_error
+    from halfbyte.eval.fp8_weights import fp8_weight_error
 
     return [
         {"layer": layer, "matrix": name, "relative": error.relative, "rounded_rows": error.rows, "rows": error.total_rows}

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     from halfbyte.checkpoint import Checkpoint
     from halfbyte.cli.progress import Bar
     from halfbyte.cli.terminal import usable_device
-    from halfbyte.weights.load import prepare_on_disk
+    from halfbyte.loading.prepared import prepare_on_disk
 
     device = usable_device(args.device)
     checkpoint = Checkpoint.open(args.model)
@@ -105,8 +105,8 @@ def _compile(checkpoint: Checkpoint, layers: Sequence[int], args: argparse.Names
     import torch
 
     from halfbyte.cli.progress import Bar
+    from halfbyte.loading.prepared import kinds_of_layers
     from halfbyte.moe import warm_up
-    from halfbyte.weights.load import kinds_of_layers
 
     dtypes = ((torch.int32, torch.float32), (torch.int64, torch.float32), (torch.int64, torch.bfloat16))
     for activations in args.compile:

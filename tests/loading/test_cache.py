@@ -23,9 +23,9 @@ from halfbyte.checkpoint import Checkpoint
 from halfbyte.checkpoint.writer import PARTIAL
 from halfbyte.device import Target
 from halfbyte.errors import CheckpointError, InputError
-from halfbyte.weights import cache, load, tensor_files
-from halfbyte.weights.cache import CacheEntry
-from halfbyte.weights.load import prepare_on_disk
+from halfbyte.loading import cache, prepared, tensor_files
+from halfbyte.loading.cache import CacheEntry
+from halfbyte.loading.prepared import prepare_on_disk
 
 LAYOUT = "hopper"
 
@@ -45,7 +45,7 @@ def directory(tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-def prepare(model: Path, directory: Path, **options: object) -> load.CachedLayer:
+def prepare(model: Path, directory: Path, **options: object) -> prepared.CachedLayer:
     return prepare_on_disk(Checkpoint.open(model), 1, **{"layout": LAYOUT, "cache_dir": directory, **options})
 
 
@@ -69,7 +69,7 @@ def no_streaming(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object) -> None:
         raise AssertionError("the cached file was not used")
 
-    monkeypatch.setattr(load, "stream_experts", refuse)
+    monkeypatch.setattr(prepared, "stream_experts", refuse)
 
 
 @pytest.mark.parametrize("experts", [None, range(1, 3)], ids=str)
@@ -111,7 +111,7 @@ def test_off_means_off(model: Path, directory: Path) -> None:
 def test_the_environment_names_the_directory_and_layers_use_it(model: Path, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HALFBYTE_CACHE_DIR", str(directory))
     prepare(model, None, layout="auto")
-    monkeypatch.setattr(load, "stream_experts", None)
+    monkeypatch.setattr(prepared, "stream_experts", None)
     layer = hb.MoE.from_checkpoint(model, 1)
     assert_right(layer.experts, model)
     with pytest.raises(TypeError):  # negative control: without the cache it would have streamed

@@ -20,8 +20,8 @@ from halfbyte.checkpoint.source import Checkpoint
 from halfbyte.checkpoint.writer import PARTIAL, make_directory, replacing
 from halfbyte.env import cache_dir
 from halfbyte.errors import CheckpointError
+from halfbyte.loading.tensor_files import TensorFile, checksums, write_tensors
 from halfbyte.version import __version__
-from halfbyte.weights.tensor_files import TensorFile, checksums, write_tensors
 
 _ABANDONED_AFTER_S = 3600  # a process that lives writes to its file all the time
 

@@ -13,7 +13,7 @@ from helpers import assert_equal_bits, peak_bytes
 import halfbyte as hb
 from halfbyte.checkpoint import Checkpoint
 from halfbyte.errors import CheckpointError, InputError
-from halfbyte.weights import streaming
+from halfbyte.loading import stream
 from halfbyte.weights.prepared import LAYOUTS
 
 SOURCES = {
@@ -51,7 +51,7 @@ def assert_same(actual: hb.PreparedExperts, expected: hb.PreparedExperts) -> Non
 def test_bytes_of_load_and_prepare(
     tmp_path: Path, source: str, layout: str, experts: range | None, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streaming, "_MAX_CHUNK_EXPERTS", chunk)
+    monkeypatch.setattr(stream, "_MAX_CHUNK_EXPERTS", chunk)
     files = SOURCES[source]().write(tmp_path, shards=2)
     w = hb.load_experts(files, 1, experts=experts)
     if w.format is None and layout != "auto":
@@ -73,7 +73,7 @@ def test_a_rank_reads_its_experts_and_all_input_scales(tmp_path: Path, layout: s
 
 
 def test_the_next_experts_are_read_while_others_are_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streaming, "_MAX_CHUNK_EXPERTS", 1)
+    monkeypatch.setattr(stream, "_MAX_CHUNK_EXPERTS", 1)
     second_read = threading.Event()
     original = Checkpoint.read
 
@@ -87,12 +87,12 @@ def test_the_next_experts_are_read_while_others_are_packed(tmp_path: Path, monke
         assert first > 0 or second_read.wait(timeout=30)  # while expert 0 is here, a thread comes to expert 1
 
     monkeypatch.setattr(Checkpoint, "read", read)
-    reader = streaming.ExpertReader(Checkpoint.open(cf.nvfp4("modelopt").write(tmp_path)), 1)
-    streaming.stream_experts(reader, reader.allocate("cpu"), pack)
+    reader = stream.ExpertReader(Checkpoint.open(cf.nvfp4("modelopt").write(tmp_path)), 1)
+    stream.stream_experts(reader, reader.allocate("cpu"), pack)
 
 
 def test_progress_counts_up_to_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streaming, "_MAX_CHUNK_EXPERTS", 2)
+    monkeypatch.setattr(stream, "_MAX_CHUNK_EXPERTS", 2)
     files = cf.nvfp4("modelopt").write(tmp_path)
     for layout in ("canonical", "hopper"):
         calls: list[tuple[int, int]] = []
@@ -151,9 +151,9 @@ def test_streaming_to_a_gpu(tmp_path: Path, layout: str, monkeypatch: pytest.Mon
     checkpoint = Checkpoint.open(many_experts(tmp_path, 48))
     expected = hb.prepare(hb.load_experts(checkpoint, 1, "cuda"), layout)
     for chunk in (1, 4):
-        monkeypatch.setattr(streaming, "_MAX_CHUNK_EXPERTS", chunk)
+        monkeypatch.setattr(stream, "_MAX_CHUNK_EXPERTS", chunk)
         assert_same(hb.load_prepared(checkpoint, 1, device="cuda", layout=layout), expected)
-    monkeypatch.setattr(streaming, "_MAX_CHUNK_EXPERTS", 5)  # the last chunk is smaller
+    monkeypatch.setattr(stream, "_MAX_CHUNK_EXPERTS", 5)  # the last chunk is smaller
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -1,5 +1,4 @@
-"""`load_prepared`, `iter_prepared` and `prepare_on_disk`: a checkpoint's layers, ready for `fused_moe`, without a second copy on the way; and
-`fp8_weight_error`, what the fp8 kernels make of them."""
+"""`load_prepared`, `iter_prepared` and `prepare_on_disk`: a checkpoint's layers, ready for `fused_moe`, without a second copy on the way."""
 
 from __future__ import annotations
 
@@ -16,10 +15,9 @@ from halfbyte.checkpoint.source import Checkpoint
 from halfbyte.device import Target
 from halfbyte.errors import CheckpointError, InputError
 from halfbyte.formats.activation_formats import ActivationFormat
-from halfbyte.weights.cache import CacheEntry
-from halfbyte.weights.hopper.rounding_fp8 import WeightError, weight_error
+from halfbyte.loading.cache import CacheEntry
+from halfbyte.loading.stream import Progress, stream_experts
 from halfbyte.weights.prepared import LAYOUTS, PreparedExperts, resolve_layout
-from halfbyte.weights.streaming import Progress, stream_experts
 
 CacheUse = Literal["read", "write", "off"]
 CACHE_USES: tuple[str, ...] = get_args(CacheUse)
@@ -173,27 +171,6 @@ def kinds_of_layers(
         if kind not in seen:
             seen.add(kind)
             yield plan.result(plan.allocate(device))
-
-
-def fp8_weight_error(
-    checkpoint: Checkpoint, layer: int, *, device: torch.device | str = "cpu", experts: range | None = None
-) -> dict[str, WeightError]:
-    """Measure what fp8 tensor cores (`activations="fp8"` on Hopper, many tokens) round off one layer's "w13" and "w2"; {} for dense experts.
-
-    Reads one expert at a time and works on `device`.
-
-    Raises:
-        CheckpointError, UnsupportedError, InputError: as `load_experts`.
-    """
-    reader = ExpertReader(checkpoint, layer, experts)
-    if reader.format is None:
-        return {}
-    total, buffer = {"w13": WeightError(), "w2": WeightError()}, reader.allocate("cpu", 1)
-    for expert in reader.experts:
-        reader.read(range(expert, expert + 1), buffer)
-        for name, error in weight_error(buffer.to(device)).items():
-            total[name] += error
-    return total
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from helpers import assert_equal_bits
 from safetensors.torch import load_file, save_file
 
 from halfbyte.errors import CheckpointError
-from halfbyte.weights import tensor_files
-from halfbyte.weights.tensor_files import TensorFile, checksums, write_tensors
+from halfbyte.loading import tensor_files
+from halfbyte.loading.tensor_files import TensorFile, checksums, write_tensors
 
 
 def make_tensors() -> dict[str, torch.Tensor]:
