@@ -16,9 +16,9 @@ import halfbyte as hb
 from halfbyte.bench.inputs import random_experts
 from halfbyte.bench.shapes import NAMED_SHAPES
 from halfbyte.bench.timing import time_calls
-from halfbyte.kernels.gluon_sm90 import fused_moe as layer
-from halfbyte.kernels.triton.activations_fp8 import quantize_tokens
-from halfbyte.kernels.triton.permute import permute
+from halfbyte.kernels.shared.sort import permute
+from halfbyte.kernels.sm90 import fused_moe as layer
+from halfbyte.kernels.sm90.quantize_rows import quantize_tokens
 from halfbyte.weights.hopper.layout import padded_size
 
 ROWS = {"qwen3-235b": (64, 128, 256, 1024), "dsr1": (64, 128, 256), "mixtral": (256, 1024, 2048)}

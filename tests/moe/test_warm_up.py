@@ -115,7 +115,7 @@ def test_other_dtypes_are_other_kernels() -> None:
 
 
 def test_more_rows_than_fit_32_bits_are_combined_by_the_same_kernel() -> None:
-    from halfbyte.kernels.triton.combine import combine
+    from halfbyte.kernels.shared.combine import combine
 
     def keys(num_tokens: int) -> set[tuple[str, str]]:
         ids, weights = torch.zeros((num_tokens, 8), dtype=torch.int32), torch.ones((num_tokens, 8))

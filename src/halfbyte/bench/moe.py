@@ -77,7 +77,7 @@ class HalfbyteLayer:
         experts = self._prepared.experts
         if not isinstance(experts, HopperExperts):
             return False
-        from halfbyte.kernels.gluon_sm90.fused_moe import rounds_weights  # needs triton, as the kernel itself
+        from halfbyte.kernels.sm90.fused_moe import rounds_weights  # needs triton, as the kernel itself
 
         return rounds_weights(ids.shape[0], ids.shape[1], experts, self._activations)
 

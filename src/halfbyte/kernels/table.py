@@ -83,7 +83,7 @@ def _triton_obstacle(problem: Problem) -> str | None:
 
 
 def _triton_route(*args: Any, **kwargs: Any) -> Any:
-    from halfbyte.kernels.triton.route import route  # here, so that importing halfbyte does not import triton
+    from halfbyte.kernels.shared.route import route  # here, so that importing halfbyte does not import triton
 
     return route(*args, **kwargs)
 
@@ -100,13 +100,13 @@ def _triton_fused_moe_obstacle(problem: Problem) -> str | None:
 
 
 def _triton_fused_moe(*args: Any, **kwargs: Any) -> Any:
-    from halfbyte.kernels.triton.fused_moe import fused_moe
+    from halfbyte.kernels.portable.fused_moe import fused_moe
 
     return fused_moe(*args, **kwargs)
 
 
 def _triton_warm_up_calls(*args: Any) -> Any:
-    from halfbyte.kernels.triton.fused_moe import warm_up_calls
+    from halfbyte.kernels.portable.fused_moe import warm_up_calls
 
     return warm_up_calls(*args)
 
@@ -120,13 +120,13 @@ def _hopper_obstacle(problem: Problem) -> str | None:
 
 
 def _hopper_fused_moe(*args: Any, **kwargs: Any) -> Any:
-    from halfbyte.kernels.gluon_sm90.fused_moe import fused_moe
+    from halfbyte.kernels.sm90.fused_moe import fused_moe
 
     return fused_moe(*args, **kwargs)
 
 
 def _hopper_warm_up_calls(*args: Any) -> Any:
-    from halfbyte.kernels.gluon_sm90.fused_moe import warm_up_calls
+    from halfbyte.kernels.sm90.fused_moe import warm_up_calls
 
     return warm_up_calls(*args)
 
@@ -138,19 +138,19 @@ def _triton_quantize_obstacle(problem: Problem) -> str | None:
 
 
 def _triton_quantize(*args: Any, **kwargs: Any) -> Any:
-    from halfbyte.kernels.triton.quantize import quantize
+    from halfbyte.kernels.quantizers.fp4 import quantize
 
     return quantize(*args, **kwargs)
 
 
 def _triton_quantize_experts(*args: Any, **kwargs: Any) -> Any:
-    from halfbyte.kernels.triton.quantize import quantize_experts
+    from halfbyte.kernels.quantizers.fp4 import quantize_experts
 
     return quantize_experts(*args, **kwargs)
 
 
 def _triton_quantize_fp8(*args: Any, **kwargs: Any) -> Any:
-    from halfbyte.kernels.triton.quantize_fp8 import quantize_fp8
+    from halfbyte.kernels.quantizers.fp8 import quantize_fp8
 
     return quantize_fp8(*args, **kwargs)
 

@@ -1,0 +1,1 @@
+"""The quantisers of activations, in Triton (sm_80 and newer)."""

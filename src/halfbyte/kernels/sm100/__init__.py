@@ -1,0 +1,1 @@
+"""Blackwell: compiled in CI, never run, in no table."""

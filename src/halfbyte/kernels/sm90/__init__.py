@@ -1,0 +1,1 @@
+"""The layer on NVIDIA Hopper, in Gluon and Triton."""

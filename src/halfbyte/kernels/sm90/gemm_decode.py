@@ -1,0 +1,195 @@
+"""Grouped GEMM for few tokens an expert: y[row] = x[row] @ w[expert of row]^T, FP4 weights, bf16 activations, fp32 accumulation.
+
+    x        [rows, K] bf16, columns in natural order; SCALED: multiplied by one fp32 a row, `x_scale` (fp8 codes, which are exact in bf16)
+    w        `HopperMatrix` [E, N, K]
+    y        [rows, I] bf16 = activation(x @ w^T * multiplier + bias) where the matrix is w13, or [rows, N] bf16 or fp32
+
+One program owns 64 weight rows and up to 8 rows of x of one expert, and streams the weights once: 16 bytes a thread straight from global memory
+into registers, four tiles ahead, dequantised there and multiplied by mma.sync m16n8k16. x comes from L1 and L2 as B fragments, 32 bytes a thread. No
+shared memory and no barriers: the warps of a program run freely, and what limits the kernel is the memory or the instruction issue.
+
+Two ways to find the rows of an expert:
+    direct   up to 8 tokens: a program belongs to one slot of `ids`, returns unless it is the first slot with this expert, and its rows are the tokens
+             that chose the expert. No sorting pass. y has one row a slot; a token that names an expert twice has its row at the first of the two.
+             A few slots make few programs: for w2 each may do one of PARTS parts of K, and y [PARTS, rows, N] fp32 is added up in `combine`.
+    items    the work list of `kernels.shared.sort`: rows sorted by expert.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.language.extra.cuda import gdc
+
+from halfbyte.kernels.sm90.epilogue import RELU2, activate, split_halves
+from halfbyte.weights.hopper.dequant_bf16 import dequantize, exponent_bias, scale_offsets, split_scales, stored_tile, word_offsets
+from halfbyte.weights.hopper.fragment_order import column_at
+
+NUM_WARPS = 4
+ROWS = gl.constexpr(8)  # of x a program
+X_AHEAD = gl.constexpr(2)  # blocks of 64 columns of x on their way
+
+
+@gluon.jit
+def _load_x(pointers, mask, column, MMA: gl.constexpr, K: gl.constexpr, K_MASK: gl.constexpr):
+    """One [8, 64] block of x as a B operand [64, 8], its columns in fragment order like the weights': no data moves between threads."""
+    if K_MASK:
+        mask = mask & (column < K)
+    x = gl.load(pointers, mask=mask, other=0.0)
+    x = gl.permute(gl.reshape(x, (ROWS, 4, 4, 2, 2)), (2, 3, 1, 4, 0))  # token, t, s, p, e to s, p, t, e, token
+    return gl.convert_layout(gl.reshape(x, (64, ROWS)), gl.DotOperandLayout(1, MMA, 2), assert_trivial=True)
+
+
+@gluon.jit
+def _first_slot_of(ids_ptr, token, expert, num_tokens, TOP_K: gl.constexpr):
+    """For each token the slot at which it names `expert`, or -1: int32 like `token`."""
+    slot = gl.full(token.shape, -1, gl.int32, layout=token.type.layout)
+    for j in gl.static_range(TOP_K - 1, -1, -1):
+        named = gl.load(ids_ptr + token * TOP_K + j, mask=token < num_tokens, other=-1) == expert
+        slot = gl.where(named & (token < num_tokens), token * TOP_K + j, slot)
+    return slot
+
+
+@gluon.jit(do_not_specialize=["num_tokens", "expert_offset", "num_experts"])
+def grouped_gemm_w4a16_decode(
+    x_ptr, x_scale_ptr, words_ptr, scales_ptr, shift_ptr, multiplier_ptr, bias_ptr, y_ptr,
+    ids_ptr, items_ptr, num_items_ptr, token_of_row_ptr,
+    num_tokens, expert_offset, num_experts,
+    TOP_K: gl.constexpr, K: gl.constexpr, X_STRIDE: gl.constexpr, ROW_TILES: gl.constexpr, N: gl.constexpr, Y_STRIDE: gl.constexpr,
+    NVFP4: gl.constexpr, WORDS_FOR: gl.constexpr, IS_W13: gl.constexpr, KIND: gl.constexpr, ALPHA: gl.constexpr, BETA: gl.constexpr,
+    LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr, SCALED: gl.constexpr, DIRECT: gl.constexpr, PARTS: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [4, 1], [16, 8])
+    FLAT: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
+    index = gl.program_id(0) // ROW_TILES
+    row_tile = gl.program_id(0) % ROW_TILES
+    if PDL and IS_W13:
+        gdc.gdc_wait()  # ids or the work list may still be in the making; the second GEMM starts after the first one has seen them
+        gdc.gdc_launch_dependents()
+    if DIRECT:
+        slots = gl.arange(0, 64, layout=FLAT)
+        expert_id = gl.load(ids_ptr + index)
+        ids = gl.load(ids_ptr + slots, mask=slots < index, other=-1)
+        expert = expert_id - expert_offset
+        seen = gl.max((ids == expert_id).to(gl.int32), 0)
+        is_active = (expert >= 0) & (expert < num_experts) & (seen == 0)
+        row_start = 0
+        num_rows = 0
+    else:
+        is_active = index < gl.load(num_items_ptr)
+        expert = 0
+        row_start = 0
+        num_rows = 0
+        expert_id = 0
+        if is_active:
+            expert = gl.load(items_ptr + index * 4)
+            row_start = gl.load(items_ptr + index * 4 + 1)
+            num_rows = gl.load(items_ptr + index * 4 + 2)
+    if is_active:
+        _tile(
+            x_ptr, x_scale_ptr, words_ptr, scales_ptr, shift_ptr, multiplier_ptr, bias_ptr, y_ptr, ids_ptr, token_of_row_ptr, num_tokens,
+            expert, expert_id, row_start, num_rows, row_tile, TOP_K, K, X_STRIDE, ROW_TILES, N, Y_STRIDE, NVFP4, WORDS_FOR, IS_W13, KIND, ALPHA,
+            BETA, LIMIT, HAS_BIAS, SCALED, DIRECT, PARTS, PDL, MMA,
+        )  # fmt: skip
+
+
+@gluon.jit
+def _tile(
+    x_ptr, x_scale_ptr, words_ptr, scales_ptr, shift_ptr, multiplier_ptr, bias_ptr, y_ptr, ids_ptr, token_of_row_ptr, num_tokens,
+    expert, expert_id, row_start, num_rows, row_tile,
+    TOP_K: gl.constexpr, K: gl.constexpr, X_STRIDE: gl.constexpr, ROW_TILES: gl.constexpr, N: gl.constexpr, Y_STRIDE: gl.constexpr,
+    NVFP4: gl.constexpr, WORDS_FOR: gl.constexpr, IS_W13: gl.constexpr, KIND: gl.constexpr, ALPHA: gl.constexpr, BETA: gl.constexpr,
+    LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr, SCALED: gl.constexpr, DIRECT: gl.constexpr, PARTS: gl.constexpr, PDL: gl.constexpr,
+    MMA: gl.constexpr,
+):  # fmt: skip
+    TILES: gl.constexpr = (K + 63) // 64
+    RUNS: gl.constexpr = (TILES + 3) // 4
+    PART_RUNS: gl.constexpr = (RUNS + PARTS - 1) // PARTS
+    K_MASK: gl.constexpr = PART_RUNS * PARTS * 256 != K
+    SCALES: gl.constexpr = 128 if NVFP4 else 64
+    X_LAYOUT: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [0, 4], [0, 8]], [[0, 16], [0, 32], [1, 0], [2, 0], [4, 0]], [[0, 0], [0, 0]], [], [ROWS, 64]
+    )
+
+    bias = exponent_bias(0 if NVFP4 else gl.load(shift_ptr + expert))
+    matrix_tile = expert * ROW_TILES + stored_tile(row_tile, ROW_TILES, IS_W13 and KIND != RELU2)
+    word_pointers = words_ptr + matrix_tile.to(gl.int64) * (TILES * 512) + word_offsets()
+    scale_pointers = scales_ptr + matrix_tile.to(gl.int64) * (RUNS * SCALES) + scale_offsets(NVFP4)
+    part = 0 if PARTS == 1 else gl.program_id(1)
+    first_run = part * PART_RUNS
+    # Four tiles of words and one run of scales are always on their way.
+    queue = ()
+    for c in gl.static_range(4):
+        queue = queue + (gl.load(word_pointers + gl.minimum(first_run * 4 + c, TILES - 1) * 512, eviction_policy="evict_first"),)
+    next_scales = gl.load(scale_pointers + first_run * SCALES, eviction_policy="evict_first")
+
+    # What the sums will be multiplied by and where they go is read here, so that nothing waits for it after the last product.
+    i = gl.arange(0, 64, layout=gl.SliceLayout(1, MMA))
+    multiplier = gl.load(multiplier_ptr + expert * 2 + i // 8 % 2)
+    if HAS_BIAS:
+        tile_bias = gl.load(bias_ptr + matrix_tile * 64 + i)
+        if part > 0:
+            tile_bias = gl.zeros_like(tile_bias)  # once: the parts are added up
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, X_LAYOUT))
+    if DIRECT:
+        slot = _first_slot_of(ids_ptr, row, expert_id, num_tokens, TOP_K)
+        is_row = slot >= 0
+        x_row = slot // TOP_K if IS_W13 else slot
+    else:
+        is_row = row < num_rows
+        x_row = row_start + row
+        if IS_W13:
+            x_row = gl.load(token_of_row_ptr + x_row, mask=is_row, other=0)
+    if PDL and not IS_W13:
+        gdc.gdc_wait()
+        gdc.gdc_launch_dependents()
+    if SCALED:
+        row_scale = gl.load(x_scale_ptr + x_row, mask=is_row, other=0.0)
+    column = gl.arange(0, 64, layout=gl.SliceLayout(0, X_LAYOUT))[None, :]
+    x_pointers = x_ptr + gl.where(is_row, x_row, 0).to(gl.int64)[:, None] * X_STRIDE + column
+    x_mask = is_row[:, None] & (column >= 0)
+    x_queue = ()
+    for c in gl.static_range(X_AHEAD):
+        step = first_run * 4 + c
+        x_queue = x_queue + (_load_x(x_pointers + step * 64, x_mask, column + step * 64, MMA, K, K_MASK),)
+
+    accumulator = gl.zeros((64, ROWS), gl.float32, layout=MMA)
+    for run in range(first_run, first_run + PART_RUNS):
+        upcoming = gl.minimum(run + 1, RUNS - 1)
+        scales_low, scales_high = split_scales(next_scales)
+        next_scales = gl.load(scale_pointers + upcoming * SCALES, eviction_policy="evict_first")
+        for c in gl.static_range(4):
+            x = x_queue[0]
+            step = run * 4 + c + X_AHEAD
+            if not K_MASK:
+                step = gl.minimum(step, RUNS * 4 - 1)
+            x_queue = x_queue[1:] + (_load_x(x_pointers + step * 64, x_mask, column + step * 64, MMA, K, K_MASK),)
+            w = dequantize(queue[0], scales_low if c < 2 else scales_high, bias, gl.DotOperandLayout(0, MMA, 2), c % 2 == 1, NVFP4, WORDS_FOR)
+            tile = upcoming * 4 + c
+            if TILES % 4 != 0:
+                tile = gl.minimum(tile, TILES - 1)  # past the end x is masked to zero
+            queue = queue[1:] + (gl.load(word_pointers + tile * 512, eviction_policy="evict_first"),)
+            accumulator = mma_v2(w, x, accumulator)
+
+    if SCALED:
+        accumulator = accumulator * gl.convert_layout(row_scale, gl.SliceLayout(0, MMA))[None, :]
+    value = accumulator * multiplier[:, None]
+    if HAS_BIAS:
+        value = value + tile_bias[:, None]
+    n = row_tile * 64 + i
+    if IS_W13 and KIND != RELU2:
+        gate, up = split_halves(value, ROWS)
+        value = activate(gate, up, KIND, ALPHA, BETA, LIMIT)
+        n = row_tile // 2 * 64 + column_at(row_tile % 2 * 32 + gl.arange(0, 32, layout=gl.SliceLayout(1, value.type.layout)))
+    elif IS_W13:
+        value = activate(value, value, KIND, ALPHA, BETA, LIMIT)
+        n = row_tile * 64 + column_at(i)
+    if DIRECT:
+        y_row = gl.convert_layout(slot, gl.SliceLayout(0, value.type.layout))
+        is_y_row = y_row >= 0
+        y_row += part * num_tokens * TOP_K
+    else:
+        token = gl.arange(0, ROWS, layout=gl.SliceLayout(0, value.type.layout))
+        y_row = row_start + token
+        is_y_row = token < num_rows
+    pointers = y_ptr + (gl.where(is_y_row, y_row, 0).to(gl.int64) * Y_STRIDE)[None, :] + n[:, None]
+    gl.store(pointers, value.to(y_ptr.dtype.element_ty), mask=is_y_row[None, :] & (n < N)[:, None])

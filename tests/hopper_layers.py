@@ -1,0 +1,88 @@
+"""Layers, tokens and checks for the tests of the Hopper kernels, on a GPU."""
+
+from __future__ import annotations
+
+import torch
+from helpers import assert_close_rel, assert_equal_bits
+
+import halfbyte as hb
+from halfbyte.experts import DEEPSEEK_V4_SWIGLU, GEGLU, GEGLU_TANH, GPT_OSS_SWIGLU, RELU2, SWIGLU, Activation, ExpertWeights
+from halfbyte.kernels.reference.fused_moe import fused_moe as reference
+
+ACTIVATIONS = {"swiglu": SWIGLU, "gpt-oss": GPT_OSS_SWIGLU, "deepseek-v4": DEEPSEEK_V4_SWIGLU, "geglu": GEGLU, "tanh": GEGLU_TANH, "relu2": RELU2}
+
+
+def configs() -> dict[str, object]:
+    from halfbyte.kernels.sm90.fused_moe import HUGE, LARGE, MEDIUM, SMALL, TINY, DecodeConfig
+
+    return {
+        "direct": DecodeConfig(direct=True),
+        "decode": DecodeConfig(direct=False),
+        "tiny": TINY,
+        "small": SMALL,
+        "medium": MEDIUM,
+        "large": LARGE,
+        "huge": HUGE,
+    }
+
+
+def make_experts(num_experts: int, hidden: int, intermediate: int, format: hb.BlockFormat, activation: Activation = SWIGLU) -> ExpertWeights:
+    """Random experts on the GPU; gate and up have different global scales, biases with the gpt-oss activation."""
+    random = torch.Generator("cuda").manual_seed(hidden + intermediate)
+    halves = 2 if activation.gated else 1
+    gate_up = torch.randn(num_experts, halves, intermediate, hidden, generator=random, device="cuda") / hidden**0.5
+    gate_up[:, -1] *= 1.7
+    w2 = torch.randn(num_experts, hidden, intermediate, generator=random, device="cuda") / intermediate**0.5
+    scale = gate_up.abs().amax((2, 3)) / (6 * 448) if format is hb.NVFP4 else None
+    if scale is not None and halves == 1:
+        scale = scale[:, 0]
+    bias = {}
+    if activation is GPT_OSS_SWIGLU:
+        bias = {
+            "w13_bias": torch.randn(num_experts, halves * intermediate, generator=random, device="cuda"),
+            "w2_bias": torch.randn(num_experts, hidden, generator=random, device="cuda"),
+        }
+    return ExpertWeights(hb.quantize(gate_up.flatten(1, 2), format, scale), hb.quantize(w2, format), activation, **bias)
+
+
+def make_tokens(num_tokens: int, hidden: int, num_experts: int, top_k: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    random = torch.Generator("cuda").manual_seed(seed)
+    x = torch.randn(num_tokens, hidden, generator=random, device="cuda").bfloat16()
+    ids = torch.rand(num_tokens, num_experts, generator=random, device="cuda").argsort(dim=1)[:, :top_k].int()
+    return x, ids, torch.rand(num_tokens, top_k, generator=random, device="cuda") + 0.1
+
+
+def natural(x: torch.Tensor, order: tuple[int, ...], columns: int) -> torch.Tensor:
+    """Columns in fragment order to columns in natural order, fp32, without padding."""
+    position_of_column = torch.tensor(order).argsort().tolist()
+    return x.float().unflatten(1, (-1, 64))[:, :, position_of_column].flatten(1)[:, :columns]
+
+
+def rows_at_the_edges(sizes: tuple[tuple[int, int], ...]) -> torch.Tensor:
+    """ids [T, 1]: for every size of a tile an expert with as many rows, one with one fewer and one with one more."""
+    rows = torch.tensor([sum(size) + more for size in sizes for more in (-1, 0, 1)], device="cuda")
+    return torch.arange(len(rows), dtype=torch.int32, device="cuda").repeat_interleave(rows).unsqueeze(1)
+
+
+def check_graph(w: ExpertWeights, num_tokens: int, activations: str = "bf16", seen: ExpertWeights | None = None, **limits: float) -> None:
+    """A captured graph follows the tokens and routing it finds, with the same bits every time. `seen`: the weights as the kernels round them."""
+    prepared = hb.prepare(w, activations=activations)
+    x, ids, weights = make_tokens(num_tokens, 512, 32, 4)
+    hb.fused_moe(x, prepared, ids, weights, activations=activations)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = hb.fused_moe(x, prepared, ids, weights, activations=activations)
+    for seed in range(3):
+        new = make_tokens(num_tokens, 512, 32, 4, seed=seed)
+        if seed == 2:
+            new[1].fill_(5)
+        for old, fresh in zip((x, ids, weights), new, strict=True):
+            old.copy_(fresh)
+        out.fill_(torch.nan)
+        graph.replay()
+        assert_close_rel(out, reference(x, seen or w, ids, weights, activations=activations), **limits)
+        first = out.clone()
+        for _ in range(350):
+            out.fill_(torch.nan)
+            graph.replay()
+            assert_equal_bits(out, first)

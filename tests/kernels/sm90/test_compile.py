@@ -1,0 +1,178 @@
+"""Compile the Hopper kernels for sm_90 without a GPU: tensor-core instruction, registers, spills; and what `choose_config` picks."""
+
+from __future__ import annotations
+
+import importlib.util
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+from compile_only import compiling
+
+import halfbyte as hb
+from halfbyte.errors import UnsupportedError
+from halfbyte.experts import GPT_OSS_SWIGLU, SWIGLU
+from halfbyte.weights.hopper.layout import HopperExperts, HopperMatrix, WordsFor
+
+pytest.importorskip("triton")
+
+from halfbyte.kernels.shared.sort import Items
+from halfbyte.kernels.sm90 import fused_moe as layer
+from halfbyte.kernels.sm90.quantize_rows import quantize_rows, quantize_tokens
+
+PREFILL = {"tiny": layer.TINY, "small": layer.SMALL, "medium": layer.MEDIUM, "large": layer.LARGE, "huge": layer.HUGE}
+
+
+def empty_matrix(rows: int, columns: int, *, nvfp4: bool, bias: bool) -> HopperMatrix:
+    """A matrix of the right sizes without memory behind it: only dtypes and sizes reach the compiler."""
+    tiles = (-(-rows // 64), -(-columns // 64))
+    return HopperMatrix(
+        torch.empty((1, *tiles, 512), dtype=torch.int32, device="meta"),
+        torch.empty((1, tiles[0], -(-tiles[1] // 4), 128 if nvfp4 else 64), dtype=torch.int64, device="meta"),
+        None if nvfp4 else torch.empty(1, dtype=torch.int32),
+        torch.empty((1, 2)),
+        torch.empty((1, rows), dtype=torch.int8),
+        torch.empty((1, rows)) if bias else None,
+    )
+
+
+def empty_experts(*, nvfp4: bool, words_for: WordsFor = "bf16") -> HopperExperts:
+    """DeepSeek-R1 in NVFP4, or gpt-oss in MXFP4 with biases and odd sizes."""
+    hidden, intermediate, activation = (7168, 2048, SWIGLU) if nvfp4 else (2880, 2880, GPT_OSS_SWIGLU)
+    w13 = empty_matrix(2 * intermediate, hidden, nvfp4=nvfp4, bias=not nvfp4)
+    w2 = empty_matrix(hidden, intermediate, nvfp4=nvfp4, bias=not nvfp4)
+    return HopperExperts(w13, w2, hb.NVFP4 if nvfp4 else hb.MXFP4, activation, hidden, intermediate, 0, 1, words_for)
+
+
+ITEMS = Items(*(torch.empty((4, 4), dtype=torch.int32) for _ in range(4)))
+
+
+@pytest.mark.parametrize("nvfp4", [True, False], ids=["nvfp4", "mxfp4"])
+@pytest.mark.parametrize(("scaled", "words_for"), [(False, "bf16"), (True, "bf16"), (True, "fp8")])
+@pytest.mark.parametrize(("direct", "parts"), [(False, 1), (True, 1), (True, 4)], ids=["items", "direct", "parts"])
+def test_decode_kernels_use_mma_without_spills(direct: bool, parts: int, nvfp4: bool, scaled: bool, words_for: WordsFor) -> None:
+    experts = empty_experts(nvfp4=nvfp4, words_for=words_for)
+    ids, items = torch.zeros((4, 8), dtype=torch.int32), None if direct else ITEMS
+    h = torch.empty((32, experts.intermediate), dtype=torch.bfloat16)
+    y = torch.empty((parts * 32, experts.hidden), dtype=torch.float32 if direct else torch.bfloat16)
+    with compiling(90) as compiled:
+        x, scales = torch.empty((4, experts.hidden), dtype=torch.bfloat16), torch.empty(4) if scaled else None
+        layer._decode_gemm(x, scales, experts.w13, h, experts, ids, items, 0, is_w13=True)
+        layer._decode_gemm(h, scales, experts.w2, y, experts, ids, items, 0, is_w13=False)
+    assert len(compiled) == 2
+    for kernel in compiled:
+        assert "mma.sync.aligned.m16n8k16" in kernel.ptx
+        assert kernel.spill_bytes <= (8 if words_for == "fp8" else 0)  # two values that are needed again after the loop
+        assert kernel.registers <= 72
+        assert kernel.shared_bytes <= 256  # the one reduction of the direct variant
+
+
+# Register budgets of 240, 160 and 112 for two to four consumers leave a few values in local memory, which the loop over K does not touch: 0 to 40
+# bytes a thread with Triton 3.6, what all measurements were made with, and up to 376 with 3.9 (2026-11). A wider budget costs a consumer warpgroup,
+# which costs more.
+MAX_SPILL_BYTES = 64 if version("triton").startswith("3.6") else 384
+
+
+def check_prefill_kernel(config: layer.PrefillConfig, experts: HopperExperts, *, is_w13: bool, scaled: bool) -> None:
+    matrix, columns, rows = (experts.w13, experts.hidden, experts.intermediate) if is_w13 else (experts.w2, experts.intermediate, experts.hidden)
+    dtype, instruction = (torch.float8_e4m3fn, "k32.f32.e4m3.e4m3") if config.fp8 else (torch.bfloat16, "k16")
+    x, scales, y = torch.empty((64, columns), dtype=dtype), torch.empty(64) if scaled else None, torch.empty((64, rows), dtype=torch.bfloat16)
+    with compiling(90) as compiled:
+        layer._prefill_gemm(x, scales, matrix, y, experts, ITEMS, config, is_w13=is_w13)
+    (kernel,) = compiled
+    assert all(f"wgmma.mma_async.sync.aligned.m64n{size}{instruction}" in kernel.ptx for pair in config.sizes for size in pair if size)
+    assert kernel.spill_bytes <= MAX_SPILL_BYTES
+    assert kernel.registers <= config.max_registers
+    assert kernel.shared_bytes <= 227 * 1024
+
+
+@pytest.mark.parametrize(
+    ("name", "nvfp4", "scaled", "words_for"),
+    [
+        ("tiny", True, False, "bf16"),
+        ("small", False, False, "bf16"),
+        ("medium", True, False, "bf16"),
+        ("large", False, False, "bf16"),
+        ("huge", True, False, "bf16"),
+        ("tiny", False, True, "fp8"),
+        ("large", True, True, "fp8"),
+    ],
+)
+def test_prefill_kernels_use_wgmma_within_their_registers(name: str, nvfp4: bool, scaled: bool, words_for: WordsFor) -> None:
+    check_prefill_kernel(PREFILL[name], empty_experts(nvfp4=nvfp4, words_for=words_for), is_w13=True, scaled=scaled)
+
+
+FP8 = {"tiny": layer.FP8_TINY, "small": layer.FP8_SMALL, "medium": layer.FP8_MEDIUM, "large": layer.FP8_LARGE, "huge": layer.FP8_HUGE}
+
+
+@pytest.mark.parametrize(
+    ("name", "nvfp4", "is_w13", "words_for"),
+    [
+        ("tiny", False, True, "fp8"),
+        ("small", True, True, "fp8"),
+        ("medium", False, False, "fp8"),
+        ("large", False, True, "fp8"),
+        ("huge", True, True, "fp8"),
+        ("tiny", True, False, "bf16"),
+        ("large", True, True, "bf16"),
+    ],
+)
+def test_fp8_prefill_kernels_use_fp8_wgmma_within_their_registers(name: str, nvfp4: bool, is_w13: bool, words_for: WordsFor) -> None:
+    check_prefill_kernel(FP8[name], empty_experts(nvfp4=nvfp4, words_for=words_for), is_w13=is_w13, scaled=True)
+
+
+def test_quantising_kernels_compile() -> None:
+    x = torch.empty((4, 7168), dtype=torch.bfloat16)
+    with compiling(90) as compiled:
+        quantize_tokens(x, ITEMS, 8, 7168, launch_early=True)
+        quantize_rows(x)
+    assert len(compiled) == 2
+    assert all("cvt.rn.satfinite.e4m3x2.f32" in kernel.ptx and kernel.spill_bytes == 0 for kernel in compiled)
+
+
+@pytest.mark.parametrize("in_registers", [True, False])
+@pytest.mark.parametrize("fp8", [True, False])
+def test_the_benchmark_of_the_instruction_compiles(fp8: bool, in_registers: bool) -> None:
+    spec = importlib.util.spec_from_file_location("wgmma", Path(__file__).parents[3] / "benchmarks/wgmma.py")
+    wgmma = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(wgmma)
+    with compiling(90) as compiled:
+        wgmma.multiply[(1,)](torch.empty(1), 10, 32, 4, fp8, in_registers, 4, True, num_warps=16)
+    assert compiled[0].ptx.count("wgmma.mma_async") == (8 if fp8 else 16) and compiled[0].spill_bytes == 0
+
+
+def test_the_choice_follows_the_rows_an_expert_has() -> None:
+    names = {id(config): name for name, config in PREFILL.items()}
+    chosen = [layer.choose_config(num_tokens, 8, 128) for num_tokens in (1, 8, 9, 64, 128, 256, 512, 1024, 2048, 4096)]
+    assert [names.get(id(config), "decode") for config in chosen] == [
+        "decode", "decode", "decode", "decode", "tiny", "tiny", "small", "medium", "large", "huge",
+    ]  # fmt: skip
+    assert chosen[0].direct and chosen[1].direct and not chosen[2].direct
+    assert not layer.choose_config(8, 9, 128).direct  # 72 slots
+    fp8 = [layer.choose_config(num_tokens, 8, 128, "fp8") for num_tokens in (1, 384, 512, 1536, 2048, 4096)]
+    assert fp8[:2] == [layer.choose_config(num_tokens, 8, 128) for num_tokens in (1, 384)]
+    assert fp8[2:] == [layer.FP8_SMALL, layer.FP8_MEDIUM, layer.FP8_LARGE, layer.FP8_HUGE]
+    assert [layer.choose_config(num_tokens, 8, 128, "fp8", hb.MXFP4) for num_tokens in (192, 193, 385)] == [
+        layer.TINY,
+        layer.FP8_TINY,
+        layer.FP8_SMALL,
+    ]
+    words_for_fp8 = [layer.choose_config(num_tokens, 8, 128, "fp8", hb.NVFP4, "fp8") for num_tokens in (2, 3, 385)]
+    assert words_for_fp8 == [layer.DecodeConfig(direct=True), layer.FP8_TINY, layer.FP8_SMALL]
+    few_tokens = [layer.choose_config(1, 8, 256, "fp8", hb.MXFP4, "fp8", row_tiles=row_tiles) for row_tiles in (48, 64)]
+    assert few_tokens == [layer.DecodeConfig(direct=True), layer.FP8_TINY]
+    one = empty_experts(nvfp4=True)
+    assert not layer.rounds_weights(24, 1, one, "fp8") and layer.rounds_weights(25, 1, one, "fp8") and not layer.rounds_weights(4096, 1, one, "bf16")
+    one = empty_experts(nvfp4=True, words_for="fp8")
+    assert not layer.rounds_weights(2, 1, one, "fp8") and layer.rounds_weights(3, 1, one, "fp8")
+
+
+def test_gradients_and_other_dtypes_are_refused_before_anything_runs() -> None:
+    experts = empty_experts(nvfp4=True)
+    x, ids, weights = torch.zeros((2, 7168), dtype=torch.bfloat16), torch.zeros((2, 1), dtype=torch.int32), torch.ones((2, 1))
+    with pytest.raises(UnsupportedError, match="multiply bf16"):
+        layer.fused_moe(x.half(), experts, ids, weights)
+    with pytest.raises(UnsupportedError, match="no backward pass"):
+        layer.fused_moe(x.requires_grad_(), experts, ids, weights)
+    assert layer.fused_moe(torch.zeros((0, 7168), dtype=torch.bfloat16), experts, ids[:0], weights[:0]).shape == (0, 7168)
