@@ -39,7 +39,7 @@ def measure(name: str, rows: int) -> tuple[float, float]:
     )
     torch_us = time_calls([partial(torch._scaled_grouped_mm, x, folded.mT, x_scale, w_scale, offs=ends, **OPTIONS)], DEVICE).median_us
 
-    experts = hb.prepare(random_experts(shape, hb.NVFP4, DEVICE, seed=0), "hopper").experts
+    experts = hb.prepare(random_experts(shape, hb.NVFP4, DEVICE, seed=0), "hopper").storage
     hidden = torch.randn(count, columns, device=DEVICE).bfloat16()
     ids = torch.arange(count, device=DEVICE, dtype=torch.int32).remainder(shape.num_experts).unsqueeze(1)
     config = layer.choose_config(count, 1, shape.num_experts, "fp8")

@@ -7,23 +7,38 @@ from helpers import assert_close_rel, assert_equal_bits
 
 import halfbyte as hb
 from halfbyte.experts import DEEPSEEK_V4_SWIGLU, GEGLU, GEGLU_TANH, GPT_OSS_SWIGLU, RELU2, SWIGLU, Activation, ExpertWeights
-from halfbyte.kernels.reference.fused_moe import fused_moe as reference
+from halfbyte.kernels.problem import Size, layer_problem
+from halfbyte.kernels.reference.fused_moe import run as reference
+from halfbyte.kernels.work_list import WorkList
+from halfbyte.weights.hopper.layout import HopperExperts, padded_size
 
 ACTIVATIONS = {"swiglu": SWIGLU, "gpt-oss": GPT_OSS_SWIGLU, "deepseek-v4": DEEPSEEK_V4_SWIGLU, "geglu": GEGLU, "tanh": GEGLU_TANH, "relu2": RELU2}
 
 
 def configs() -> dict[str, object]:
-    from halfbyte.kernels.sm90.fused_moe import HUGE, LARGE, MEDIUM, SMALL, TINY, DecodeConfig
+    """Every configuration by the name of its constant, in small letters."""
+    from halfbyte.kernels.sm90 import configs as module
 
-    return {
-        "direct": DecodeConfig(direct=True),
-        "decode": DecodeConfig(direct=False),
-        "tiny": TINY,
-        "small": SMALL,
-        "medium": MEDIUM,
-        "large": LARGE,
-        "huge": HUGE,
-    }
+    names = ("DIRECT", "DECODE", "TINY", "SMALL", "MEDIUM", "LARGE", "HUGE", "FP8_TINY", "FP8_SMALL", "FP8_MEDIUM", "FP8_LARGE", "FP8_HUGE")
+    return {name.lower(): getattr(module, name) for name in names}
+
+
+def rounds_weights(prepared: hb.PreparedExperts, topk_ids: torch.Tensor, activations: str) -> bool:
+    from halfbyte.kernels.sm90 import configs as module
+
+    problem = layer_problem("fused_moe", prepared.storage, prepared.target, prepared.layout, activations)
+    return module.rounds_weights(problem, Size(*topk_ids.shape))
+
+
+def workspace(experts: HopperExperts, topk_ids: torch.Tensor, config: object) -> tuple[WorkList, torch.Tensor, torch.Tensor]:
+    """Slots sorted by expert, and h [rows, I padded] and y [rows, H] full of NaN."""
+    from halfbyte.kernels.shared.sort import run as sort
+
+    work, rows = sort(topk_ids, 0, experts.num_experts, config.max_rows), topk_ids.numel()
+    h, y = (
+        torch.full((rows, columns), torch.nan, dtype=torch.bfloat16, device="cuda") for columns in (padded_size(experts.intermediate), experts.hidden)
+    )
+    return work, h, y
 
 
 def make_experts(num_experts: int, hidden: int, intermediate: int, format: hb.BlockFormat, activation: Activation = SWIGLU) -> ExpertWeights:

@@ -8,19 +8,21 @@ from halfbyte.version import __version__
 if TYPE_CHECKING:
     from halfbyte.checkpoint import load_experts, load_router
     from halfbyte.device import Target
-    from halfbyte.experts import Activation, ExpertWeights
-    from halfbyte.formats import MXFP4, NVFP4, BlockFormat, QuantTensor, swizzle_scales, unswizzle_scales
+    from halfbyte.experts import Activation, ExpertMap, ExpertWeights
+    from halfbyte.formats import MXFP4, NVFP4, BlockFormat, Fp8Tensor, QuantTensor, swizzle_scales, unswizzle_scales
     from halfbyte.kernels.quantize import QuantizedExperts, quantize, quantize_experts, quantize_fp8, rms_norm_quantize, silu_mul_quantize
-    from halfbyte.loading import iter_prepared, load_prepared
+    from halfbyte.loading import iter_prepared, load_prepared, prepare
     from halfbyte.moe import MoE, Routing, fused_moe, route, warm_up
-    from halfbyte.weights import PreparedExperts, prepare, trtllm_gen_row_order
+    from halfbyte.weights import PreparedExperts, trtllm_gen_row_order
 
 __all__ = [
     "MXFP4",
     "NVFP4",
     "Activation",
     "BlockFormat",
+    "ExpertMap",
     "ExpertWeights",
+    "Fp8Tensor",
     "MoE",
     "PreparedExperts",
     "QuantTensor",
@@ -49,13 +51,13 @@ __all__ = [
 # Public name -> home. Resolved on first use, so that `halfbyte --help` and the plug-ins of the engines do not wait for torch.
 _HOMES = {
     "halfbyte.checkpoint": ("load_experts", "load_router"),
-    "halfbyte.experts": ("Activation", "ExpertWeights"),
+    "halfbyte.experts": ("Activation", "ExpertMap", "ExpertWeights"),
     "halfbyte.device": ("Target",),
-    "halfbyte.formats": ("MXFP4", "NVFP4", "BlockFormat", "QuantTensor", "swizzle_scales", "unswizzle_scales"),
+    "halfbyte.formats": ("MXFP4", "NVFP4", "BlockFormat", "Fp8Tensor", "QuantTensor", "swizzle_scales", "unswizzle_scales"),
     "halfbyte.kernels.quantize": ("QuantizedExperts", "quantize", "quantize_experts", "quantize_fp8", "rms_norm_quantize", "silu_mul_quantize"),
     "halfbyte.moe": ("MoE", "Routing", "fused_moe", "route", "warm_up"),
-    "halfbyte.loading": ("iter_prepared", "load_prepared"),
-    "halfbyte.weights": ("PreparedExperts", "prepare", "trtllm_gen_row_order"),
+    "halfbyte.loading": ("iter_prepared", "load_prepared", "prepare"),
+    "halfbyte.weights": ("PreparedExperts", "trtllm_gen_row_order"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -14,14 +15,13 @@ from halfbyte.errors import InputError
 class Target:
     """One kind of device.
 
-    `arch` is "cpu" or "sm_90" style; `num_sms` counts multiprocessors (CPU: threads); `smem` is shared memory per block in bytes;
-    `l2` is the L2 size in bytes; `read_gbps` is the memory read ceiling in GB/s (0 where it is not known).
+    `arch` is "cpu" or "sm_90" style; `num_sms` counts multiprocessors (CPU: threads); `l2` is the L2 size in bytes; `read_gbps` is
+    the memory read ceiling in GB/s (0 where it is not known).
     """
 
     name: str
     arch: str
     num_sms: int
-    smem: int
     l2: int
     read_gbps: float
 
@@ -38,13 +38,20 @@ class Target:
         """
         device = torch.device(device)
         if device.type == "cpu":
-            return Target("CPU", "cpu", torch.get_num_threads(), 0, 0, 0.0)
+            return Target("CPU", "cpu", torch.get_num_threads(), 0, 0.0)
         if device.type == "cuda":
             return _cuda_target(torch.cuda.current_device() if device.index is None else device.index)
         raise InputError("no kernels for this kind of device", given=device.type, needed="cpu or cuda")
 
 
-# Read bandwidth in GB/s: measured for the H200 (lab notes, 2026-10), otherwise the vendor's data sheet.
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Make `device` the current CUDA device within: Triton launches there. Does nothing where it is so already, or on a CPU."""
+    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+# Read bandwidth in GB/s: measured for the H200 (docs/lab-notes.md), otherwise the vendor's data sheet.
 _READ_GBPS = {"H200": 4600.0, "H100": 3350.0, "H20": 4000.0, "B200": 8000.0, "A100": 2039.0}
 
 
@@ -56,7 +63,6 @@ def _cuda_target(index: int) -> Target:
         name=properties.name,
         arch=f"sm_{properties.major}{properties.minor}",
         num_sms=properties.multi_processor_count,
-        smem=properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]  # torch's stub lacks it
         l2=properties.L2_cache_size,
         read_gbps=gbps,
     )

@@ -128,16 +128,18 @@ def _kernels() -> Iterable[tuple[str, str]]:
 
     from halfbyte.device import Target
     from halfbyte.formats import FORMATS
-    from halfbyte.kernels.table import OPS, Problem, obstacles
-    from halfbyte.weights.prepared import LAYOUTS
+    from halfbyte.kernels.problem import Problem
+    from halfbyte.kernels.table import PROVIDERS, support
+    from halfbyte.weights.layouts import LAYOUTS
 
     layouts = ("canonical", *(name for name, layout in LAYOUTS.items() if not layout.foreign))
     weights = [(format, layout) for format in (*FORMATS.values(), None) for layout in layouts if format or layout == "canonical"]
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     for target in dict.fromkeys(Target.of(device) for device in devices):
-        for op in OPS:
-            for format, layout in weights if op == "fused_moe" else [(None, None)]:
+        for op in PROVIDERS:
+            is_layer = op in ("fused_moe", "expert_rows")
+            for format, layout in weights if is_layer else [(None, None)]:
                 label = f"{target.arch} {op}" + (f" {repr(format) if format else 'dense'} {layout}" if layout else "")
-                for candidate, obstacle in obstacles(Problem(op, target, format, layout, "bf16" if op == "fused_moe" else None, torch.bfloat16)):
-                    verdict = f"no: {obstacle}" if obstacle else "yes" if target.is_cpu or not candidate.fallback else "yes, as a slow fallback"
-                    yield label, f"{candidate.name}: {verdict}"
+                for name, answer in support(Problem(op, target, format, layout, "bf16" if is_layer else None, torch.bfloat16)).items():
+                    verdict = {"yes": "yes", "slow": "yes, slowly", "no": f"no: {answer.reason}"}[answer.verdict]
+                    yield label, f"{name}: {verdict}"

@@ -1,7 +1,8 @@
-"""`ExpertWeights`: the experts of one MoE layer in canonical form, whatever checkpoint they came from."""
+"""The nouns: `ExpertWeights`, the experts of one layer in canonical form; `Activation` between their matrices; `ExpertMap`, which are held here."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -154,6 +155,65 @@ class ExpertWeights:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> ExpertWeights:
         """Return the same experts dense in `dtype`."""
         return replace(self, w13=_dense(self.w13, dtype), w2=_dense(self.w2, dtype))
+
+
+@dataclass(frozen=True)
+class ExpertMap:
+    """Which experts of a layer are held here: from the ids that routing gives to local ones, 0 .. E - 1, or none.
+
+    A contiguous slice costs nothing; any other placement is looked up, a few small kernels per call. An expert of which several ranks hold a copy
+    takes its tokens in turn: the token at index t goes to copy t % copies, so every rank must see the same tokens in the same order.
+
+    Attributes:
+        first: the id of the first expert held here, where they are a contiguous slice.
+        local_of_copy: int32 [num_global, max copies]: the local expert that is this copy, -1 where it is held elsewhere; None for a slice.
+        copies: int64 [num_global]: how many copies of each expert there are; None for a slice.
+    """
+
+    first: int = 0
+    local_of_copy: torch.Tensor | None = None
+    copies: torch.Tensor | None = None
+
+    @staticmethod
+    def placed(ranks: Sequence[Sequence[int]], rank: int, num_global: int, device: torch.device | str = "cpu") -> ExpertMap:
+        """The map of `rank` where rank r holds the experts `ranks[r]`, in this order; an expert may be named several times.
+
+        Raises:
+            InputError: an id that is not 0 .. num_global - 1, an expert that no rank holds, or no such rank.
+
+        >>> ExpertMap.placed([[0, 2], [1, 3]], rank=1, num_global=4).local(torch.tensor([[3, 0]])).tolist()
+        [[1, -1]]
+        >>> busy = [ExpertMap.placed([[0, 1], [1]], rank, num_global=2) for rank in range(2)]  # two copies of expert 1
+        >>> [m.local(torch.tensor([[1], [1], [1]])).flatten().tolist() for m in busy]
+        [[1, -1, 1], [-1, 0, -1]]
+        """
+        if not 0 <= rank < len(ranks):
+            raise InputError("no such rank", where="ExpertMap", given=rank, needed=f"0 .. {len(ranks) - 1}")
+        places: list[list[int]] = [[] for _ in range(num_global)]  # of every expert: its copies, as local ids here or -1
+        for other, held in enumerate(ranks):
+            for local, expert in enumerate(held):
+                if not 0 <= expert < num_global:
+                    raise InputError("no such expert", where="ExpertMap", given=f"{expert} on rank {other}", needed=f"0 .. {num_global - 1}")
+                places[expert].append(local if other == rank else -1)
+        missing = [expert for expert, found in enumerate(places) if not found]
+        if missing:
+            raise InputError("experts that no rank holds", where="ExpertMap", given=missing, needed="every expert on one rank at least")
+        most = max(map(len, places))
+        table = torch.tensor([found + [-1] * (most - len(found)) for found in places], dtype=torch.int32, device=device)
+        return ExpertMap(0, table, torch.tensor([len(found) for found in places], device=device))
+
+    @property
+    def is_slice(self) -> bool:
+        return self.local_of_copy is None
+
+    def local(self, topk_ids: torch.Tensor) -> torch.Tensor:
+        """The local expert of every slot of topk_ids int [T, k], -1 where it is not held here or the id names no expert: int [T, k]."""
+        if self.local_of_copy is None or self.copies is None:
+            return topk_ids - self.first
+        is_expert = (topk_ids >= 0) & (topk_ids < len(self.copies))
+        expert = torch.where(is_expert, topk_ids, 0).long()
+        copy = torch.arange(len(topk_ids), device=topk_ids.device).unsqueeze(1) % self.copies[expert]
+        return torch.where(is_expert, self.local_of_copy[expert, copy], -1)
 
 
 _TENSOR_FIELDS = ("w13", "w2", "w13_bias", "w2_bias", "w13_input_scale", "w2_input_scale")

@@ -26,7 +26,7 @@ BIASED = MoEShape("biased", 64, 96, 2, 1, has_bias=True)
 def test_peers_and_prepare_agree_byte_by_byte(shape: MoEShape, format: halfbyte.BlockFormat) -> None:
     w = random_experts(shape, format, CPU, seed=0)
     w.w13.scales.view(torch.uint8)[:, ::5, 1] = 0
-    expected = halfbyte.prepare(w, "hopper").experts.tensors
+    expected = halfbyte.prepare(w, "hopper").storage.tensors
     for peer in (naive_hopper, torch_hopper):
         assert prepare._same_bytes(peer(w).tensors, expected)
 

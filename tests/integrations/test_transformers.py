@@ -27,7 +27,8 @@ import halfbyte
 import halfbyte.integrations.transformers as hbt
 from halfbyte.errors import CheckpointError, InputError, UnsupportedError
 from halfbyte.experts import DEEPSEEK_V4_SWIGLU, GEGLU, GEGLU_TANH, GPT_OSS_SWIGLU, RELU2, SWIGLU
-from halfbyte.integrations.transformers.modules import QuantLinear, find_activation, pack_in_place
+from halfbyte.integrations import packing
+from halfbyte.integrations.transformers.modules import QuantLinear, find_activation
 
 DEMO = Path(halfbyte.__file__).parent / "demo_model"
 IDS = torch.arange(22).view(2, 11) * 7 % 128
@@ -212,7 +213,7 @@ def test_experts_packed_in_place_are_saved_reloaded_and_restored(checkpoint, fam
 
     def pack_all() -> None:
         for module in packed_experts(model):
-            pack_in_place(module)
+            packing.pack_in_place(module, "hopper")
             assert not any(name in dict(module.named_parameters()) for name in ("gate_up_proj", "down_proj", "down_proj_scale"))
             assert module.halfbyte.prepared.layout == "hopper" and module.packed_w2_words.dtype == torch.int32
 
@@ -251,16 +252,15 @@ def test_experts_packed_in_place_are_saved_reloaded_and_restored(checkpoint, fam
 
 
 def test_experts_are_packed_for_the_activations_they_see(checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    from halfbyte.integrations.transformers import modules
 
     model = load(checkpoint("qwen3_moe", "modelopt", all_linear=True)[0])
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    monkeypatch.setattr(modules, "_hopper_kernels_run", lambda *problem: True)
+    monkeypatch.setattr(packing, "_wanted_layout", lambda device, format, activations: "hopper_fp8" if activations == "fp8" else "hopper")
     for activations, layout in (("bf16", "hopper"), ("fp8", "hopper_fp8"), ("nvfp4", "hopper")):
         hbt.set_activations(model, activations)
         for module in packed_experts(model):
-            assert modules._prepared(module).layout == layout
-            assert modules._prepared(module) is module.halfbyte.prepared
+            assert packing.prepared_experts(module).layout == layout
+            assert packing.prepared_experts(module) is module.halfbyte.prepared
         for name, tensor in model.state_dict().items():
             assert_equal_bits(torch.atleast_1d(tensor), torch.atleast_1d(before[name]))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,11 @@ from tiny_models import build, write
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModelForCausalLM
 
+import halfbyte as hb
 import halfbyte.integrations.transformers as hbt
-from halfbyte.integrations.transformers import modules
-from halfbyte.kernels.table import KernelChoice
+from halfbyte.integrations import packing
+from halfbyte.kernels.problem import Problem
+from halfbyte.kernels.table import choose
 from halfbyte.moe import functional
 from halfbyte.weights.hopper import layout
 from halfbyte.weights.hopper.pack import unpack
@@ -115,16 +118,14 @@ def test_graph_uses_tensors_that_took_the_place_of_others(directory: Path) -> No
 @torch.no_grad()
 def test_experts_are_packed_in_place_while_tracing(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a Hopper GPU, its kernel stood in for by the reference on unpacked weights."""
-    reference = functional.choose(functional.Problem("fused_moe", functional.Target.of("cpu"), layout="canonical"))
+    reference = choose(Problem("fused_moe", hb.Target.of("cpu"), layout="canonical", activations="bf16"))
 
     def run(hidden: torch.Tensor, experts: layout.HopperExperts, *arguments: torch.Tensor, **options: object) -> torch.Tensor:
-        return reference.function(hidden, unpack(experts), *arguments, **options)
+        return reference.run(hidden, unpack(experts), *arguments, **options)
 
-    choose = functional.choose
-    monkeypatch.setattr(
-        functional, "choose", lambda problem, backend: KernelChoice(run, "stand-in", "") if problem.layout == "hopper" else choose(problem, backend)
-    )
-    monkeypatch.setattr(modules, "_hopper_kernels_run", lambda device, format, activations: True)
+    stand_in = replace(reference, run=run)
+    monkeypatch.setattr(functional, "choose", lambda problem, backend: stand_in if problem.layout == "hopper" else choose(problem, backend))
+    monkeypatch.setattr(packing, "_wanted_layout", lambda device, format, activations: "hopper")
     model = load(directory)
     expected = load(directory)
     hbt.set_layout(expected, "canonical")

@@ -1,9 +1,12 @@
-"""Which kernel is chosen, and what is said when none is."""
+"""Which kernel is chosen, and what is said when none is; and that every provider offers what the table reads."""
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
 import logging
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,10 +14,16 @@ import torch
 import halfbyte as hb
 from halfbyte.errors import InputError, UnsupportedError
 from halfbyte.kernels import table
-from halfbyte.kernels.table import Candidate, Problem, choose, obstacles
+from halfbyte.kernels.problem import Problem, Size, Support
+from halfbyte.kernels.table import PROVIDERS, choose, support, wanted_layout
 
 CPU = hb.Target.of("cpu")
-HOPPER = hb.Target("NVIDIA H200", "sm_90", 132, 232448, 50 << 20, 4600.0)
+HOPPER = hb.Target("NVIDIA H200", "sm_90", 132, 50 << 20, 4600.0)
+AMPERE = replace(HOPPER, name="NVIDIA A100", arch="sm_80")
+BLACKWELL = replace(HOPPER, name="NVIDIA B200", arch="sm_100")
+LAYER = {"num_experts": 256, "hidden": 7168, "intermediate": 2048}
+
+pytest.importorskip("triton")
 
 
 @pytest.fixture(autouse=True)
@@ -26,17 +35,18 @@ def forget_choices():
 
 @pytest.fixture
 def two_kernels(monkeypatch):
-    def fast(): ...
+    def supports(problem: Problem) -> Support:
+        return Support.yes("it is") if problem.target.arch == "sm_90" else Support.no(f"needs sm_90, this is {problem.target.arch}")
 
-    def needs_hopper(problem: Problem) -> str | None:
-        return None if problem.target.arch == "sm_90" else f"needs sm_90, this is {problem.target.arch}"
-
-    monkeypatch.setattr(table, "CANDIDATES", (Candidate("route", "fast", fast, needs_hopper), *table.CANDIDATES))
+    fast = SimpleNamespace(supports=supports, run=lambda: None)
+    load = table._load
+    monkeypatch.setitem(PROVIDERS, "route", {"fast": "reference.fast", **PROVIDERS["route"]})
+    monkeypatch.setattr(table, "_load", lambda module: fast if module == "reference.fast" else load(module))
     return fast
 
 
 def test_the_first_that_applies_is_taken(two_kernels):
-    assert choose(Problem("route", HOPPER)).function is two_kernels
+    assert choose(Problem("route", HOPPER)).run is two_kernels.run
     assert choose(Problem("route", CPU)).name == "reference"
     assert choose(Problem("route", HOPPER), backend="reference").reason == "asked for by backend="
 
@@ -53,10 +63,10 @@ def test_every_candidate_gives_its_reason():
     problem = Problem("fused_moe", CPU, hb.NVFP4, "hopper", "bf16")
     with pytest.raises(UnsupportedError, match=r"cpu, NVFP4, layout hopper, activations bf16: .*reference: reads layout 'canonical'"):
         choose(problem)
-    assert [(candidate.name, obstacle is None) for candidate, obstacle in obstacles(problem)][-2:] == [("triton", False), ("reference", False)]
+    assert [(name, answer.verdict) for name, answer in support(problem).items()] == [("hopper", "no"), ("triton", "no"), ("reference", "no")]
 
 
-def test_a_fallback_on_a_gpu_is_logged_once(caplog):
+def test_a_slow_kernel_on_a_gpu_is_logged_once(caplog):
     problem = Problem("fused_moe", HOPPER, hb.MXFP4, "canonical", "bf16")
     with caplog.at_level(logging.WARNING, "halfbyte"):
         assert [choose(problem).name for _ in range(3)] == ["triton"] * 3
@@ -69,36 +79,59 @@ def test_a_fallback_on_a_gpu_is_logged_once(caplog):
     ]
 
 
-def test_obstacles_of_the_portable_kernel():
-    def obstacle(target: hb.Target, format, layout: str = "canonical", activations: str = "bf16", dtype=torch.bfloat16) -> str | None:
-        found = obstacles(Problem("fused_moe", target, format, layout, activations, dtype))
-        return next(obstacle for candidate, obstacle in found if candidate.name == "triton")
+def answer(name: str, target: hb.Target, format, layout: str = "canonical", activations: str = "bf16", **others) -> Support:
+    return support(Problem("fused_moe", target, format, layout, activations, **{"dtype": torch.bfloat16, **others}))[name]
 
-    ampere = replace(HOPPER, name="NVIDIA A100", arch="sm_80")
-    assert obstacle(HOPPER, hb.NVFP4) is obstacle(ampere, hb.MXFP4) is None
-    assert obstacle(HOPPER, None) == "reads NVFP4 and MXFP4 weights, these are dense"
-    assert obstacle(ampere, hb.NVFP4, activations="nvfp4") is obstacle(HOPPER, hb.MXFP4, activations="mxfp8", dtype=torch.float16) is None
-    assert obstacle(HOPPER, hb.NVFP4, dtype=torch.float32) is None
-    assert obstacle(HOPPER, hb.NVFP4, activations="fp8", dtype=torch.float32) == (
+
+def test_what_the_portable_kernel_answers():
+    assert answer("triton", HOPPER, hb.NVFP4).verdict == answer("triton", AMPERE, hb.MXFP4).verdict == "slow"
+    assert answer("triton", HOPPER, None).reason == "reads NVFP4 and MXFP4 weights, these are dense"
+    assert answer("triton", AMPERE, hb.NVFP4, activations="nvfp4").runs
+    assert answer("triton", HOPPER, hb.MXFP4, activations="mxfp8", dtype=torch.float16).runs
+    assert answer("triton", HOPPER, hb.NVFP4, dtype=torch.float32).runs
+    assert answer("triton", HOPPER, hb.NVFP4, activations="fp8", dtype=torch.float32).reason == (
         "quantises activations of bfloat16 and float16 to 'fp8', these are float32"
     )
-    assert obstacle(HOPPER, hb.NVFP4, layout="hopper") == "reads layout 'canonical', the weights are in 'hopper'"
-    assert obstacle(replace(HOPPER, arch="sm_75"), hb.NVFP4) == "needs compute capability 8.0 or newer, this is sm_75"
-    assert obstacle(CPU, hb.NVFP4) == "needs a CUDA GPU, this is a CPU"
+    assert answer("triton", HOPPER, hb.NVFP4, layout="hopper").reason == "reads layout 'canonical', the weights are in 'hopper'"
+    assert answer("triton", replace(HOPPER, arch="sm_75"), hb.NVFP4).reason == "needs compute capability 8.0 or newer, this is sm_75"
+    assert answer("triton", CPU, hb.NVFP4).reason == "needs a CUDA GPU, this is a CPU"
 
 
-def test_obstacles_of_the_hopper_kernel():
-    def obstacle(target: hb.Target, layout: str = "hopper", activations: str = "bf16") -> str | None:
-        found = obstacles(Problem("fused_moe", target, hb.NVFP4, layout, activations))
-        return next(obstacle for candidate, obstacle in found if candidate.name == "hopper")
+def test_what_the_hopper_kernel_answers():
+    for activations in ("bf16", "fp8", "nvfp4"):
+        assert answer("hopper", HOPPER, hb.NVFP4, "hopper", activations).verdict == "yes"
+    assert answer("hopper", HOPPER, hb.NVFP4).reason == "reads layouts 'hopper' and 'hopper_fp8', the weights are in 'canonical'"
+    assert answer("hopper", BLACKWELL, hb.NVFP4, "hopper").reason == "needs compute capability 9.0, this is sm_100"
+    assert (
+        answer("hopper", HOPPER, hb.NVFP4, "hopper", dtype=torch.float16).reason == "multiplies bf16, hidden is torch.float16: pass hidden.bfloat16()"
+    )
+    assert answer("hopper", HOPPER, hb.NVFP4, "hopper", dtype=None, quantized="nvfp4").runs
 
-    assert obstacle(HOPPER) is obstacle(HOPPER, activations="fp8") is obstacle(HOPPER, activations="nvfp4") is None
-    assert obstacle(HOPPER, layout="canonical") == "reads layouts 'hopper' and 'hopper_fp8', the weights are in 'canonical'"
+
+def test_without_triton_its_kernels_are_not_loaded(monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find_spec(name))
+    monkeypatch.setattr(
+        table,
+        "_load",
+        lambda module: pytest.fail(module) if not module.startswith("reference.") else importlib.import_module(f"halfbyte.kernels.{module}"),
+    )
+    assert answer("hopper", HOPPER, hb.NVFP4, "hopper").reason == "needs the package triton, which is not installed"
+    assert wanted_layout(hb.NVFP4, HOPPER, "bf16")[0] == "canonical"
+
+
+def test_the_wanted_layout_is_what_the_activations_are_fastest_with():
+    def wanted(activations: str, format: hb.BlockFormat | None = hb.NVFP4, target: hb.Target = HOPPER) -> str:
+        return wanted_layout(format, target, activations)[0]
+
+    assert (wanted("bf16"), wanted("nvfp4"), wanted("fp8")) == ("hopper", "hopper", "hopper_fp8")
+    assert wanted("fp8", None) == wanted("fp8", target=AMPERE) == wanted("bf16", target=BLACKWELL) == "canonical"
+    assert wanted_layout(hb.MXFP4, HOPPER, "bf16")[1] == "read by kernel 'hopper', the first that runs MXFP4 experts with bf16 activations on sm_90"
 
 
 def test_unknown_op():
     with pytest.raises(InputError, match="route or fused_moe"):
-        obstacles(Problem("attention", CPU))
+        support(Problem("attention", CPU))
 
 
 def test_fused_moe_asks_the_table(monkeypatch):
@@ -107,3 +140,44 @@ def test_fused_moe_asks_the_table(monkeypatch):
     assert torch.equal(hb.fused_moe(*arguments, backend="reference"), hb.fused_moe(*arguments))
     with pytest.raises(InputError, match="no kernel of fused_moe has this name"):
         hb.fused_moe(*arguments, backend="cutlass")
+
+
+def test_a_given_configuration_reaches_the_kernel(monkeypatch):
+    w = hb.ExpertWeights(torch.randn(2, 64, 32), torch.randn(2, 32, 32))
+    seen = []
+    reference = choose(Problem("fused_moe", CPU, layout="canonical", activations="bf16"))
+    monkeypatch.setattr(
+        "halfbyte.moe.functional.choose",
+        lambda problem, backend: replace(reference, run=lambda *a, config, **k: seen.append(config) or reference.run(*a, **k)),
+    )
+    hb.fused_moe(torch.randn(3, 32), hb.prepare(w), torch.zeros(3, 1, dtype=torch.int32), torch.ones(3, 1), config="a tile")
+    assert seen == ["a tile"]
+
+
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op, names in PROVIDERS.items() for name in names])
+def test_every_provider_answers_with_a_reason_and_takes_what_its_twin_takes(op: str, name: str):
+    problems = [
+        Problem(op, target, format, layout, "bf16", dtype, **LAYER)
+        for target in (CPU, AMPERE, HOPPER, BLACKWELL)
+        for format in (hb.NVFP4, hb.MXFP4)
+        for layout in ("canonical", "hopper", "hopper_fp8", "linear")
+        for dtype in (torch.bfloat16, torch.float16, torch.float32)
+    ]
+    assert all(support(problem)[name].reason for problem in problems)
+    ours = inspect.signature(table._load(PROVIDERS[op][name]).run).parameters
+    twin = inspect.signature(table._load(PROVIDERS[op]["reference"]).run).parameters
+    positional = [parameter for parameter in twin.values() if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    assert [parameter.name for parameter in positional] == [p.name for p in ours.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert "config" not in twin or "config" in ours
+
+
+@pytest.mark.parametrize("op", ["fused_moe", "expert_rows"])
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("activations", ["bf16", "fp8", "nvfp4"])
+@pytest.mark.parametrize("layout", ["canonical", "hopper", "hopper_fp8"])
+def test_every_choice_is_one_of_the_configurations(op: str, layout: str, activations: str, batch_invariant: bool):
+    problem = Problem(op, HOPPER, hb.MXFP4, layout, activations, torch.bfloat16, batch_invariant=batch_invariant, **LAYER)
+    kernel = choose(problem)
+    chosen = {kernel.choose_config(problem, Size(num_tokens, 8)) for num_tokens in (1, 2, 8, 9, 40, 300, 700, 1500, 4000, 9000, 40000)}
+    assert chosen <= set(kernel.configs(problem)) and len(chosen) > (0 if batch_invariant else 1)
+    assert all(config.max_rows >= 8 for config in chosen)

@@ -9,13 +9,14 @@ import multiprocessing
 import os
 import re
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
+import cache_processes
 import checkpoint_files as cf
 import pytest
 import torch
+from cache_processes import LAYOUT, prepare
 from helpers import assert_equal_bits
 
 import halfbyte as hb
@@ -25,9 +26,6 @@ from halfbyte.device import Target
 from halfbyte.errors import CheckpointError, InputError
 from halfbyte.loading import cache, prepared, tensor_files
 from halfbyte.loading.cache import CacheEntry
-from halfbyte.loading.prepared import prepare_on_disk
-
-LAYOUT = "hopper"
 
 
 @pytest.fixture(autouse=True)
@@ -45,10 +43,6 @@ def directory(tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-def prepare(model: Path, directory: Path, **options: object) -> prepared.CachedLayer:
-    return prepare_on_disk(Checkpoint.open(model), 1, **{"layout": LAYOUT, "cache_dir": directory, **options})
-
-
 def loaded(model: Path, directory: Path, **options: object) -> hb.PreparedExperts:
     return hb.load_prepared(model, 1, **{"layout": LAYOUT, "cache_dir": directory, **options})
 
@@ -59,9 +53,9 @@ def files_in(directory: Path) -> list[str]:
 
 def assert_right(actual: hb.PreparedExperts, model: Path, experts: range | None = None) -> None:
     expected = hb.prepare(hb.load_experts(model, 1, experts=experts), actual.layout)
-    assert actual.experts.tensors.keys() == expected.experts.tensors.keys()
-    for name, tensor in expected.experts.tensors.items():
-        assert_equal_bits(actual.experts.tensors[name], tensor)
+    assert actual.storage.tensors.keys() == expected.storage.tensors.keys()
+    for name, tensor in expected.storage.tensors.items():
+        assert_equal_bits(actual.storage.tensors[name], tensor)
 
 
 @pytest.fixture
@@ -88,7 +82,7 @@ def test_round_trip(
     request.getfixturevalue("no_streaming")
     result = loaded(model, directory, layout=layout, experts=experts)
     assert_right(result, model, experts)
-    assert result.experts.first_expert == (1 if experts else 0) and result.experts.num_global_experts == cf.E
+    assert result.storage.first_expert == (1 if experts else 0) and result.storage.num_global_experts == cf.E
 
 
 def test_nothing_is_written_unasked(model: Path, directory: Path) -> None:
@@ -194,7 +188,7 @@ def test_verify_sees_what_the_header_does_not(model: Path, directory: Path) -> N
         ("layout", {"layout": "canonical"}, None),
         ("experts", {"experts": range(2)}, None),
         ("halfbyte", {}, lambda patch: patch.setattr(cache, "__version__", "9.9.9")),
-        ("arch", {}, lambda patch: patch.setattr(Target, "of", staticmethod(lambda device: Target("x", "sm_90", 1, 0, 0, 0.0)))),
+        ("arch", {}, lambda patch: patch.setattr(Target, "of", staticmethod(lambda device: Target("x", "sm_90", 1, 0, 0.0)))),
     ],
 )
 def test_a_file_made_for_something_else_is_refused_even_under_the_right_name(
@@ -259,26 +253,10 @@ def test_a_place_that_cannot_be_written(model: Path, tmp_path: Path) -> None:
         prepare(model, tmp_path / "file")
 
 
-def write_and_wait(model: Path, directory: Path, started: object) -> None:
-    """A process that stops in the middle of its file."""
-    original = tensor_files._write
-    calls = []
-
-    def write(stream: object, memory: memoryview) -> None:
-        original(stream, memory)
-        calls.append(len(memory))
-        if len(calls) == 3:
-            started.set()
-            time.sleep(60)
-
-    tensor_files._write = write
-    prepare(model, directory)
-
-
 def test_a_killed_process_leaves_no_file_of_that_name(model: Path, directory: Path) -> None:
     context = multiprocessing.get_context("spawn")
     started = context.Event()
-    process = context.Process(target=write_and_wait, args=(model, directory, started))
+    process = context.Process(target=cache_processes.write_and_wait, args=(model, directory, started))
     process.start()
     try:
         assert started.wait(timeout=60)
@@ -296,18 +274,10 @@ def test_a_killed_process_leaves_no_file_of_that_name(model: Path, directory: Pa
     assert_right(loaded(model, directory), model)
 
 
-def write_often(model: Path, directory: Path, barrier: object, failures: object) -> None:
-    barrier.wait(timeout=60)
-    for _ in range(20):
-        prepare(model, directory, force=True)
-        if prepare(model, directory, verify=True).written:
-            failures.put("a file that was not whole")
-
-
 def test_two_processes_at_once(model: Path, directory: Path) -> None:
     context = multiprocessing.get_context("spawn")
     barrier, failures = context.Barrier(2), context.Queue()
-    processes = [context.Process(target=write_often, args=(model, directory, barrier, failures)) for _ in range(2)]
+    processes = [context.Process(target=cache_processes.write_often, args=(model, directory, barrier, failures)) for _ in range(2)]
     for process in processes:
         process.start()
     for process in processes:
@@ -336,5 +306,5 @@ def test_round_trip_on_a_gpu(model: Path, directory: Path, layout: str, request:
     request.getfixturevalue("no_streaming")
     result = loaded(model, directory, device="cuda", layout=layout)
     assert result.device.type == "cuda" and result.target == Target.of("cuda")
-    for name, tensor in expected.experts.tensors.items():
-        assert_equal_bits(result.experts.tensors[name], tensor)
+    for name, tensor in expected.storage.tensors.items():
+        assert_equal_bits(result.storage.tensors[name], tensor)

@@ -37,8 +37,8 @@ def assert_same(actual: hb.PreparedExperts, expected: hb.PreparedExperts) -> Non
     assert (actual.layout, actual.policy, actual.target, actual.reason) == (expected.layout, expected.policy, expected.target, expected.reason)
     described = ("format", "activation", "num_experts", "hidden", "intermediate", "first_expert", "num_global_experts", "device")
     for name in described:
-        assert getattr(actual.experts, name) == getattr(expected.experts, name), name
-    ours, theirs = actual.experts.tensors, expected.experts.tensors
+        assert getattr(actual.storage, name) == getattr(expected.storage, name), name
+    ours, theirs = actual.storage.tensors, expected.storage.tensors
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert_equal_bits(tensor, theirs[name])

@@ -164,7 +164,7 @@ def test_layout_without_a_kernel_here_is_named_at_the_call() -> None:
     hidden, ids, weights = tokens(6)
     hopper = hb.prepare(make_experts(EXPERTS, HIDDEN, INTERMEDIATE, hb.NVFP4), "hopper")
     f, _ = compiled(hb.fused_moe)
-    with pytest.raises(UnsupportedError, match=r"hopper: needs compute capability 9.0, this is cpu"):
+    with pytest.raises(UnsupportedError, match=r"hopper: needs a CUDA GPU, this is a CPU"):
         f(hidden, hopper, ids, weights)
     engine = hb.prepare(make_experts(EXPERTS, 128, 128, hb.NVFP4), "cutlass")
     with pytest.raises(UnsupportedError, match="the weights are in 'cutlass'"):
@@ -181,8 +181,8 @@ def test_a_gradient_is_refused(prepared: hb.PreparedExperts) -> None:
 @pytest.mark.parametrize("num_tokens", [0, 1, 6])
 def test_ops_keep_the_rules_of_torch(prepared: hb.PreparedExperts, num_tokens: int) -> None:
     hidden, ids, weights = tokens(num_tokens)
-    tensors = list(prepared.experts.tensors.values())
-    arguments = (hidden, tensors, prepared.description, prepared.layout, ids, weights, "bf16", 0, None, False)
+    tensors = list(prepared.storage.tensors.values())
+    arguments = (hidden, tensors, prepared.description, prepared.layout, ids, weights, "bf16", 0, None, None, None, False)
     checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
     if prepared.format is hb.NVFP4:
         checks.remove("test_schema")  # it compares inputs by torch.allclose, which knows no fp8 on a CPU (torch 2.13)
@@ -210,7 +210,7 @@ def test_weights_are_inputs_at_fixed_addresses() -> None:
 
     layer = hb.MoE.from_checkpoint(DEMO, 0)
     torch.compile(layer, fullgraph=True, backend=aot_autograd(fw_compiler=record))(torch.randn(4, 256))
-    assert sorted(fixed) == sorted(tensor.shape for tensor in (layer.router.weight, *layer.experts.experts.tensors.values()))
+    assert sorted(fixed) == sorted(tensor.shape for tensor in (layer.router.weight, *layer.experts.storage.tensors.values()))
 
 
 def test_an_exported_layer_runs_in_another_process(tmp_path: Path) -> None:

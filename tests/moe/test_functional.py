@@ -17,8 +17,8 @@ def good():
     return {
         "hidden": torch.randn(5, HIDDEN, dtype=torch.bfloat16),
         "experts": hb.prepare(w),
-        "ids": torch.zeros(5, 2, dtype=torch.int32),
-        "weights": torch.ones(5, 2),
+        "topk_ids": torch.zeros(5, 2, dtype=torch.int32),
+        "topk_weights": torch.ones(5, 2),
     }
 
 
@@ -29,13 +29,13 @@ def good():
         ({"hidden": torch.randn(5, 1, HIDDEN)}, r"hidden does not fit .*\(5, 1, 48\)"),
         ({"hidden": torch.zeros(5, HIDDEN, dtype=torch.int8)}, "given torch.int8"),
         ({"hidden": torch.randn(5, HIDDEN, device="meta")}, "on meta"),
-        ({"hidden": torch.randn(4, HIDDEN)}, r"ids does not fit .*\[4, any\]"),
-        ({"ids": torch.zeros(5, 2)}, "ids does not fit .*given torch.float32"),
-        ({"weights": torch.ones(5, 3)}, r"weights does not fit .*\(5, 3\).*\[5, 2\]"),
-        ({"weights": torch.ones(5, 2, dtype=torch.int32)}, "weights does not fit"),
+        ({"hidden": torch.randn(4, HIDDEN)}, r"topk_ids does not fit .*\[4, any\]"),
+        ({"topk_ids": torch.zeros(5, 2)}, "topk_ids does not fit .*given torch.float32"),
+        ({"topk_weights": torch.ones(5, 3)}, r"topk_weights does not fit .*\(5, 3\).*\[5, 2\]"),
+        ({"topk_weights": torch.ones(5, 2, dtype=torch.int32)}, "topk_weights does not fit"),
         ({"out": torch.empty(5, HIDDEN, dtype=torch.float16)}, "out does not fit .*needed torch.bfloat16 or torch.float32"),
         ({"out": torch.empty(6, HIDDEN, dtype=torch.bfloat16)}, "out does not fit"),
-        ({"activations": "int8"}, "unknown activation format .*bf16 or fp8 or nvfp4 or mxfp8"),
+        ({"activations": "int8"}, "unknown activation format .*'bf16' or 'fp8' or 'nvfp4' or 'mxfp8'"),
         ({"activations": "mxfp8"}, "hidden 48, intermediate 32; needed multiples of 32"),
         ({"backend": "magic"}, "'reference'"),
     ],
@@ -48,11 +48,11 @@ def test_wrong_argument(good, wrong, message):
 
 def test_unprepared_experts(good):
     with pytest.raises(InputError, match=r"given ExpertWeights; needed PreparedExperts\). Call halfbyte.prepare"):
-        hb.fused_moe(**{**good, "experts": good["experts"].experts})
+        hb.fused_moe(**{**good, "experts": good["experts"].storage})
 
 
 def test_accepts_what_hosts_pass(good):
     """int64 ids and bf16 weights, as transformers has them, give the same result."""
     weights = torch.rand(5, 2).bfloat16()
-    expected = hb.fused_moe(**{**good, "weights": weights.float()})
-    assert torch.equal(hb.fused_moe(**{**good, "ids": good["ids"].long(), "weights": weights}), expected)
+    expected = hb.fused_moe(**{**good, "topk_weights": weights.float()})
+    assert torch.equal(hb.fused_moe(**{**good, "topk_ids": good["topk_ids"].long(), "topk_weights": weights}), expected)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +22,7 @@ from halfbyte.formats.activation_formats import ACTIVATION_FORMATS
 
 triton = pytest.importorskip("triton")
 
-HOPPER = hb.Target("NVIDIA H100", "sm_90", 132, 232448, 50 << 20, 3350.0)
+HOPPER = hb.Target("NVIDIA H100", "sm_90", 132, 50 << 20, 3350.0)
 EXPERTS, TOP_K = 8, 2
 
 
@@ -115,20 +117,32 @@ def test_other_dtypes_are_other_kernels() -> None:
 
 
 def test_more_rows_than_fit_32_bits_are_combined_by_the_same_kernel() -> None:
-    from halfbyte.kernels.shared.combine import combine
+    from halfbyte.kernels.shared.combine import run as combine
 
     def keys(num_tokens: int) -> set[tuple[str, str]]:
         ids, weights = torch.zeros((num_tokens, 8), dtype=torch.int32), torch.ones((num_tokens, 8))
         y = torch.empty((num_tokens * 8, 7168), dtype=torch.bfloat16, device="meta")
         with compiling(90), missed(compile=False) as keys:
-            combine(y, ids, ids, weights, torch.empty((num_tokens, 7168), dtype=torch.bfloat16, device="meta"), 0, 8)
+            combine(y, ids, weights, torch.empty((num_tokens, 7168), dtype=torch.bfloat16, device="meta"))
         return keys
 
     assert keys(512) == keys(40000)
 
 
-def test_an_error_in_a_thread_is_the_callers() -> None:
-    with pytest.raises(UnsupportedError, match="multiply bf16"), compiling(90):
+def test_an_error_in_a_thread_is_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["halfbyte.moe.warm_up"]
+    choose = module.choose
+
+    def refuse(*tensors: torch.Tensor, **options: object) -> None:
+        raise UnsupportedError(f"not in thread {threading.current_thread().name}")
+
+    monkeypatch.setattr(module, "choose", lambda problem: replace(choose(problem), run=refuse))
+    with pytest.raises(UnsupportedError, match="not in thread ThreadPool"), compiling(90):
+        hb.warm_up(layer("hopper"), TOP_K)
+
+
+def test_what_no_kernel_takes_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="multiplies bf16"), compiling(90):
         hb.warm_up(layer("hopper"), TOP_K, dtype=torch.float16)
 
 

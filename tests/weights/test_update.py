@@ -28,11 +28,11 @@ def copied(w: hb.ExpertWeights) -> hb.ExpertWeights:
 
 
 def addresses(prepared: hb.PreparedExperts) -> dict[str, int]:
-    return {name: tensor.data_ptr() for name, tensor in prepared.experts.tensors.items()}
+    return {name: tensor.data_ptr() for name, tensor in prepared.storage.tensors.items()}
 
 
 def assert_same_tensors(actual: hb.PreparedExperts, expected: hb.PreparedExperts) -> None:
-    ours, theirs = actual.experts.tensors, expected.experts.tensors
+    ours, theirs = actual.storage.tensors, expected.storage.tensors
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert_equal_bits(tensor, theirs[name])
@@ -53,7 +53,7 @@ def test_dense_weights() -> None:
     w13, w2 = torch.randn(2, 3, 64, 32), torch.randn(2, 3, 32, 32)
     prepared = hb.prepare(hb.ExpertWeights(w13[0].clone(), w2[0].clone()))
     prepared.update_(hb.ExpertWeights(w13[1], w2[1]))
-    assert torch.equal(prepared.experts.w13, w13[1]) and torch.equal(prepared.experts.w2, w2[1])
+    assert torch.equal(prepared.storage.w13, w13[1]) and torch.equal(prepared.storage.w2, w2[1])
 
 
 def test_the_source_is_left_alone_and_shares_nothing() -> None:
@@ -61,7 +61,7 @@ def test_the_source_is_left_alone_and_shares_nothing() -> None:
     kept = copied(w)
     prepared = hb.prepare(make(1))
     prepared.update_(w)
-    assert prepared.experts.w13.codes.data_ptr() != w.w13.codes.data_ptr()
+    assert prepared.storage.w13.codes.data_ptr() != w.w13.codes.data_ptr()
     assert all(torch.equal(w.tensors[name].view(torch.uint8), tensor.view(torch.uint8)) for name, tensor in kept.tensors.items())
 
 
@@ -116,7 +116,7 @@ def test_input_scales_are_replaced_or_missed(layout: str) -> None:
 
     prepared = hb.prepare(scaled(1), layout)
     prepared.update_(scaled(2))
-    assert prepared.experts.w13_input_scale.unique().item() == 3.0
+    assert prepared.storage.w13_input_scale.unique().item() == 3.0
     assert prepared.unprepare().w2_input_scale.unique().item() == 4.0
     with pytest.raises(InputError, match=r"differ in w13_input_scale .*given none"):
         prepared.update_(make(2))

@@ -25,8 +25,8 @@ from halfbyte.errors import HalfbyteError
 from halfbyte.experts import ExpertWeights
 from halfbyte.formats import BlockFormat
 from halfbyte.formats.activation_formats import ActivationFormat
-from halfbyte.kernels.table import Problem, choose
-from halfbyte.weights.hopper.layout import HopperExperts
+from halfbyte.kernels.problem import Size, layer_problem
+from halfbyte.kernels.table import choose
 
 # Makes the experts of one layer on a device; called only when it is that layer's turn.
 LayerSource = Callable[[torch.device], tuple[MoEShape, ExpertWeights]]
@@ -64,22 +64,18 @@ class HalfbyteLayer:
         self._prepared = halfbyte.prepare(weights, activations=activations)
         self._activations: ActivationFormat = activations
         self._backend = backend
-        problem = Problem("fused_moe", self._prepared.target, self._prepared.format, self._prepared.layout, activations)
-        name = choose(problem, backend).name
-        self.kernel = f"{name}, {self._prepared.layout}"
-        self.graph = name != "reference"  # which asks the device for the size of every group
+        prepared = self._prepared
+        self._problem = layer_problem("fused_moe", prepared.storage, prepared.target, prepared.layout, activations)
+        self._choice = choose(self._problem, backend)
+        self.kernel = f"{self._choice.name}, {prepared.layout}"
+        self.graph = self._choice.capturable
 
-    def __call__(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return halfbyte.fused_moe(hidden, self._prepared, ids, weights, activations=self._activations, backend=self._backend)
+    def __call__(self, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+        return halfbyte.fused_moe(hidden, self._prepared, topk_ids, topk_weights, activations=self._activations, backend=self._backend)
 
-    def rounds_weights(self, ids: torch.Tensor) -> bool:
+    def rounds_weights(self, topk_ids: torch.Tensor) -> bool:
         """Whether the kernel that serves these ids multiplies by weights rounded to e4m3."""
-        experts = self._prepared.experts
-        if not isinstance(experts, HopperExperts):
-            return False
-        from halfbyte.kernels.sm90.fused_moe import rounds_weights  # needs triton, as the kernel itself
-
-        return rounds_weights(ids.shape[0], ids.shape[1], experts, self._activations)
+        return self._choice.rounds_weights(self._problem, Size(*topk_ids.shape))
 
 
 @dataclass(frozen=True)

@@ -89,8 +89,8 @@ def bench_prepare(name: str, weights: ExpertWeights, layout: str, copy_gbps: flo
     """
     methods = (
         *PEERS[layout],
-        _Method("halfbyte", lambda w: halfbyte.prepare(w, layout).experts),
-        _Method("halfbyte, in place", lambda w: halfbyte.prepare(w, layout, in_place=True).experts, in_place=True),
+        _Method("halfbyte", lambda w: halfbyte.prepare(w, layout).storage),
+        _Method("halfbyte, in place", lambda w: halfbyte.prepare(w, layout, in_place=True).storage, in_place=True),
     )
     naive_s: float | None = None
     expected: dict[int, dict[str, torch.Tensor]] = {}
@@ -102,7 +102,7 @@ def bench_prepare(name: str, weights: ExpertWeights, layout: str, copy_gbps: flo
         (result, *others) = [method.pack(w) for w in given]  # compiles, too
         del others
         if part.num_experts not in expected:
-            expected[part.num_experts] = halfbyte.prepare(part, layout).experts.tensors if method.few else result.tensors
+            expected[part.num_experts] = halfbyte.prepare(part, layout).storage.tensors if method.few else result.tensors
         if not _same_bytes(result.tensors, expected[part.num_experts]):
             yield row
             continue

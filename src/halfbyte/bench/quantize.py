@@ -186,7 +186,7 @@ def _grouped_kernel(
     offsets: torch.Tensor, scales: torch.Tensor | None, format: BlockFormat, layout: ScaleLayout, *, scan: bool
 ) -> Callable[[torch.Tensor], Quantized]:
     from halfbyte.kernels.quantize import allocate_experts
-    from halfbyte.kernels.quantizers.fp4 import quantize_experts
+    from halfbyte.kernels.quantizers.fp4_experts import run as quantize_experts
 
     def call(x: torch.Tensor) -> Quantized:
         out = allocate_experts(x, offsets, format, layout)

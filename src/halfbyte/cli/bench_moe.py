@@ -24,7 +24,7 @@ from halfbyte.errors import InputError
 from halfbyte.experts import ExpertWeights
 from halfbyte.formats import BlockFormat
 from halfbyte.formats.activation_formats import ACTIVATION_FORMATS
-from halfbyte.kernels.table import CANDIDATES
+from halfbyte.kernels.table import PROVIDERS
 
 HELP = BENCHMARKS["moe"]
 _GPU_TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
@@ -34,7 +34,7 @@ _CPU_SHAPE = "256,128,16,4"  # that of the embedded demo model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    backends = [candidate.name for candidate in CANDIDATES if candidate.op == "fused_moe"]
+    backends = list(PROVIDERS["fused_moe"])
     shared.add_layer(
         parser,
         shape={"dest": "shapes", "type": parse_shape, "metavar": "H,I,E,k", "help": "hidden, intermediate, experts, experts a token"},

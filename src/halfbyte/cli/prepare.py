@@ -20,7 +20,7 @@ HELP = "arrange a model's experts for this machine's kernels once, so that later
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from halfbyte.formats.activation_formats import ACTIVATION_FORMATS
-    from halfbyte.weights.prepared import LAYOUTS
+    from halfbyte.weights.layouts import LAYOUTS
 
     parser.add_argument("model", metavar="MODEL", help="model directory, or org/name on the Hugging Face Hub")
     parser.add_argument("--layout", choices=("auto", "canonical", *LAYOUTS), default="auto", help="auto: what the kernels of the device read best")

@@ -9,6 +9,7 @@ from halfbyte.formats.block_format import (
     encode_scale_from_decode,
     nvfp4_decode_scale,
 )
+from halfbyte.formats.fp8_tensor import Fp8Tensor
 from halfbyte.formats.quant_tensor import QuantTensor
 from halfbyte.formats.quantizer import count_nonfinite, matrix_amax, quantize
 from halfbyte.formats.scale_layout import swizzle_scales, unswizzle_scales
@@ -18,6 +19,7 @@ __all__ = [
     "MXFP4",
     "NVFP4",
     "BlockFormat",
+    "Fp8Tensor",
     "QuantTensor",
     "count_nonfinite",
     "decode_scale_from_encode",

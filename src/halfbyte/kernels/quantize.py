@@ -15,7 +15,8 @@ from halfbyte.formats.e8m0 import ScaleRule
 from halfbyte.formats.fp8_tensor import Fp8Scaling, Fp8Tensor, check_fp8
 from halfbyte.formats.quantizer import check_arguments
 from halfbyte.formats.scale_layout import ScaleLayout, check_scale_layout, max_padded_rows, padded_shape, tile_rows
-from halfbyte.kernels.table import Problem, choose
+from halfbyte.kernels.problem import Problem
+from halfbyte.kernels.table import choose
 
 
 def quantize(
@@ -50,7 +51,7 @@ def quantize(
     check_arguments(x, format, global_scale, four_over_six, scale_rule)
     check_scale_layout(scale_layout)
     kernel = choose(Problem("quantize", Target.of(x.device), format, dtype=x.dtype), backend)
-    return kernel.function(x, format, global_scale, four_over_six=four_over_six, scale_rule=scale_rule, scale_layout=scale_layout)
+    return kernel.run(x, format, global_scale, four_over_six=four_over_six, scale_rule=scale_rule, scale_layout=scale_layout)
 
 
 def silu_mul_quantize(
@@ -91,7 +92,7 @@ def silu_mul_quantize(
     check_scale_layout(scale_layout)
     kernel = choose(Problem("quantize", Target.of(gate_up.device), format, dtype=gate_up.dtype), backend)
     options = {"four_over_six": four_over_six, "scale_rule": scale_rule, "scale_layout": scale_layout}
-    return kernel.function(gate_up, format, global_scale, activation=activation, **options)
+    return kernel.run(gate_up, format, global_scale, activation=activation, **options)
 
 
 def rms_norm_quantize(
@@ -135,7 +136,7 @@ def rms_norm_quantize(
     check_scale_layout(scale_layout)
     kernel = choose(Problem("quantize", Target.of(x.device), format, dtype=x.dtype), backend)
     options = {"four_over_six": four_over_six, "scale_rule": scale_rule, "scale_layout": scale_layout}
-    return kernel.function(x, format, global_scale, norm=(weight, eps), **options)
+    return kernel.run(x, format, global_scale, norm=(weight, eps), **options)
 
 
 def quantize_fp8(
@@ -161,7 +162,7 @@ def quantize_fp8(
     """
     check_fp8(x, scaling, scale_layout)
     kernel = choose(Problem("quantize_fp8", Target.of(x.device), dtype=x.dtype), backend)
-    return kernel.function(x, scaling, scale_layout=scale_layout)
+    return kernel.run(x, scaling, scale_layout=scale_layout)
 
 
 def _check_activation(x: torch.Tensor, activation: Activation, where: str) -> None:
@@ -236,7 +237,7 @@ def quantize_experts(
             out.scale_offsets.zero_()
         return out
     kernel = choose(Problem("quantize_experts", Target.of(x.device), fmt, dtype=x.dtype), backend)
-    kernel.function(x, expert_offsets, global_scales, fmt, scale_layout, *out, activation=activation)
+    kernel.run(x, expert_offsets, global_scales, fmt, scale_layout, *out, activation=activation)
     return out
 
 

@@ -1,4 +1,7 @@
-"""`load_prepared`, `iter_prepared` and `prepare_on_disk`: a checkpoint's layers, ready for `fused_moe`, without a second copy on the way."""
+"""`prepare`, `load_prepared`, `iter_prepared`, `prepare_on_disk`: experts in memory, or of a checkpoint, ready for `fused_moe`.
+
+This is where "auto" becomes a layout: the kernel table is asked (`table.wanted_layout`).
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,68 @@ from halfbyte.checkpoint.load import ExpertReader
 from halfbyte.checkpoint.source import Checkpoint
 from halfbyte.device import Target
 from halfbyte.errors import CheckpointError, InputError
-from halfbyte.formats.activation_formats import ActivationFormat
+from halfbyte.experts import ExpertWeights
+from halfbyte.formats import BlockFormat
+from halfbyte.formats.activation_formats import ActivationFormat, check_activations
+from halfbyte.kernels.table import wanted_layout
 from halfbyte.loading.cache import CacheEntry
 from halfbyte.loading.stream import Progress, stream_experts
-from halfbyte.weights.prepared import LAYOUTS, PreparedExperts, resolve_layout
+from halfbyte.weights.layouts import LAYOUTS, check_names
+from halfbyte.weights.prepared import PreparedExperts, arrange
 
 CacheUse = Literal["read", "write", "off"]
 CACHE_USES: tuple[str, ...] = get_args(CacheUse)
 _log = logging.getLogger("halfbyte")
+
+
+def prepare(
+    w: ExpertWeights,
+    layout: str = "auto",
+    policy: str = "packed",
+    *,
+    activations: ActivationFormat = "bf16",
+    in_place: bool = False,
+    device: torch.device | str | None = None,
+) -> PreparedExperts:
+    """Arrange expert weights for the kernels of the device they are on, or of `device`.
+
+    Args:
+        w: the experts of one layer (NVFP4, MXFP4 or dense).
+        layout: "canonical" (no copy: the result shares storage with `w`; "triton", the name of the kernels that read it, means the same);
+            "hopper", "hopper_fp8", "trtllm_gen" or "cutlass" (FP4 only; packed with about one expert of working memory, and room for a second copy
+            while `w` is alive; the latter two are read by the engines they are named after, not by `fused_moe`); or "auto": for FP4 experts on a
+            GPU of compute capability 9.0 hopper, or hopper_fp8 where `activations` are, else canonical.
+        policy: "packed".
+        activations: what `fused_moe` will mostly be called with; for layout "auto". "hopper" and "hopper_fp8" hold the same values and serve all
+            activations, the latter faster on fp8 tensor cores and slower with few tokens and in bf16 (docs/kernels.md).
+        in_place: consume `w`. Its tensors become the result wherever they have the right size, and afterwards hold bytes that mean nothing as
+            canonical weights; drop `w` then. "hopper" reuses codes when H and I are multiples of 64, scales when they are multiples of 256. Memory
+            needed beside `w`: what is not reused, and a buffer of 32 MiB or one expert where the kernel that does without cannot run.
+            "canonical" shares storage in any case.
+        device: where the result goes; by default where `w` is. Host weights stream to a GPU through a buffer of 32 MiB or one expert.
+
+    Raises:
+        InputError: no such layout, policy or activations; the layout does not hold these weights; in place on another device. Nothing was written to
+            `w`.
+        UnsupportedError: the layout is not arranged in place. Nothing was written to `w`.
+
+    >>> w13, w2 = torch.randn(4, 64, 32), torch.randn(4, 32, 32)
+    >>> w = halfbyte.ExpertWeights(halfbyte.quantize(w13, halfbyte.NVFP4), halfbyte.quantize(w2, halfbyte.NVFP4))
+    >>> halfbyte.prepare(w).layout
+    'canonical'
+    """
+    place = w.device if device is None else torch.empty(0, device=device).device
+    if in_place and place != w.device:
+        raise InputError("weights cannot be arranged in place on another device", where="prepare", given=f"{place}", needed=f"{w.device}")
+    layout, reason = _resolve_layout(layout, policy, w.format, Target.of(place), activations)
+    return arrange(w, layout, policy, reason, in_place=in_place, device=place)
+
+
+def _resolve_layout(layout: str, policy: str, format: BlockFormat | None, target: Target, activations: ActivationFormat) -> tuple[str, str]:
+    """The layout that was asked for or, for "auto", that the kernels of the target want; and why."""
+    check_activations(activations, "prepare")
+    layout = check_names(layout, policy)
+    return wanted_layout(format, target, activations) if layout == "auto" else (layout, "asked for")
 
 
 def load_prepared(
@@ -58,7 +115,7 @@ def load_prepared(
 
     >>> from pathlib import Path
     >>> p = halfbyte.load_prepared(Path(halfbyte.__file__).parent / "demo_model", 0, experts=range(4, 12))
-    >>> p.layout, p.num_experts, p.experts.first_expert
+    >>> p.layout, p.num_experts, p.storage.first_expert
     ('canonical', 8, 4)
     """
     if cache not in CACHE_USES:
@@ -167,7 +224,7 @@ def kinds_of_layers(
     for layer in layers:
         plan = _Plan.of(checkpoint, layer, device, layout, policy, activations, experts, None)
         outline = plan.result(plan.allocate("meta"))
-        kind = (outline.description, *((tensor.dtype, tensor.shape) for tensor in outline.experts.tensors.values()))
+        kind = (outline.description, *((tensor.dtype, tensor.shape) for tensor in outline.storage.tensors.values()))
         if kind not in seen:
             seen.add(kind)
             yield plan.result(plan.allocate(device))
@@ -197,7 +254,7 @@ class _Plan:
         cache_dir: Path | None,
     ) -> _Plan:
         reader, target = ExpertReader(checkpoint, layer, experts), Target.of(device)
-        layout, reason = resolve_layout(layout, policy, reader.format, target, activations)
+        layout, reason = _resolve_layout(layout, policy, reader.format, target, activations)
         entry = CacheEntry.of(checkpoint, layer, reader.experts, layout, policy, target.arch, cache_dir)
         return cls(reader, layout, policy, target, reason, entry)
 

@@ -5,51 +5,81 @@ Under torch.compile it is one op, `halfbyte::fused_moe` of `moe.ops`, which the 
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
 import torch
 
-from halfbyte.device import Target
-from halfbyte.errors import InputError
-from halfbyte.formats.activation_formats import ACTIVATION_FORMATS, ActivationFormat
-from halfbyte.kernels.table import Problem, choose
+from halfbyte.device import Target, current
+from halfbyte.errors import InputError, UnsupportedError
+from halfbyte.experts import ExpertMap
+from halfbyte.formats import QuantTensor
+from halfbyte.formats.activation_formats import ActivationFormat, check_activations
+from halfbyte.kernels.problem import Hidden, Size, layer_problem, quantized_format
+from halfbyte.kernels.table import choose
 from halfbyte.weights import PreparedExperts
-from halfbyte.weights.prepared import Experts
+from halfbyte.weights.layouts import Storage
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _BLOCK_OF_ACTIVATIONS = {"nvfp4": 16, "mxfp8": 32}
 
 
+@dataclass(frozen=True)
+class Call:
+    """What a call of a layer is asked for beside its tensors; hashable but for a placed `expert_map`.
+
+    Attributes:
+        layout, target: of the prepared experts.
+        activations, batch_invariant, backend, config: as in `fused_moe`.
+        expert_map: which experts are held here.
+    """
+
+    layout: str
+    target: Target
+    activations: ActivationFormat = "bf16"
+    batch_invariant: bool = False
+    backend: str | None = None
+    config: Hashable | None = None
+    expert_map: ExpertMap = field(default_factory=ExpertMap)
+
+
 def fused_moe(
-    hidden: torch.Tensor,
+    hidden: Hidden,
     experts: PreparedExperts,
-    ids: torch.Tensor,
-    weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
     *,
     activations: ActivationFormat = "bf16",
     out: torch.Tensor | None = None,
+    expert_map: ExpertMap | None = None,
     expert_offset: int | None = None,
     backend: str | None = None,
     batch_invariant: bool = False,
+    config: Hashable | None = None,
 ) -> torch.Tensor:
-    """sum over j of weights[t, j] * expert(ids[t, j])(hidden[t]), accumulated in fp32 and rounded once.
+    """sum over j of topk_weights[t, j] * expert(topk_ids[t, j])(hidden[t]), accumulated in fp32 and rounded once.
 
     Args:
-        hidden: [T, H] bf16, fp16 or fp32.
+        hidden: [T, H] bf16, fp16 or fp32; or what has been quantised already, by a dispatch or a fused norm: a `QuantTensor` (NVFP4, MXFP4) or an
+            `Fp8Tensor` with one scale per token or MXFP8 blocks, scales in layout "linear". Its values are taken as they are; `activations` then
+            says only what becomes of the values between the two products.
         experts: from `prepare`, on the same device.
-        ids: [T, k] int32 or int64. Ids outside expert_offset .. expert_offset + E (-1, experts of other ranks) contribute nothing: summed over
-            the ranks, the results are the whole layer.
-        weights: [T, k] fp32 (bf16 and fp16 are widened).
+        topk_ids: [T, k] int32 or int64. Ids of experts that are not held here (-1, experts of other ranks) contribute nothing: summed over the
+            ranks, the results are the whole layer.
+        topk_weights: [T, k] fp32 (bf16 and fp16 are widened).
         activations: what the two matrix products see of their inputs: "bf16" (their own dtype), "fp8", "nvfp4" or "mxfp8"
-            (`formats.activation_formats`).
-            With "fp8" and many tokens, the Hopper kernels also round the weights to e4m3: no change for MXFP4 but in freak rows, 2 % of the weights'
-            norm for NVFP4 (`weights.hopper.rounding_fp8.weight_error` measures it).
-        out: [T, H] to write to; hidden's dtype, or fp32 for partial sums that are rounded later.
-        expert_offset: id of the first expert held here; by default what the weights say (0 for a whole layer).
+            (`formats.activation_formats`). With "fp8" and many tokens, the Hopper kernels also round the weights to e4m3: no change for MXFP4 but in
+            freak rows, 2 % of the weights' norm for NVFP4 (`weights.hopper.rounding_fp8.weight_error` measures it).
+        out: [T, H] to write to; hidden's dtype (bf16 where it is quantised), or fp32 for partial sums that are rounded later.
+        expert_map: which experts are held here, where they are not a contiguous slice.
+        expert_offset: id of the first expert held here, the short form of a map; by default what the weights say (0 for a whole layer).
         backend: the name of the only kernel allowed; by default the table chooses.
         batch_invariant: a token's result does not depend, bit for bit, on which other tokens are in the call, nor on how many. Costs speed, because
             kernels and tiles no longer follow the number of tokens.
+        config: one of the kernel's configurations, for tuning; by default it picks one by the number of tokens. Not under torch.compile.
 
     Returns:
-        [T, H] of hidden's dtype, or `out`.
+        [T, H] of hidden's dtype (bf16 where it is quantised), or `out`.
 
     Raises:
         InputError: a shape, dtype, device or name does not fit. (torch.compile, which finds it while it traces, wraps it in an error of its own.)
@@ -62,54 +92,79 @@ def fused_moe(
     >>> halfbyte.fused_moe(hidden, halfbyte.prepare(w), routing.ids, routing.weights).shape
     torch.Size([3, 32])
     """
-    if not isinstance(experts, PreparedExperts):
-        given = type(experts).__name__
-        raise InputError("experts are not prepared", where="fused_moe", given=given, needed="PreparedExperts", next_step="call halfbyte.prepare(w)")
-    offset = experts.experts.first_expert if expert_offset is None else expert_offset
+    check_prepared(experts, "fused_moe")
+    expert_map = resolve_map(experts.storage, expert_map, expert_offset)
     if torch.compiler.is_compiling():
-        tensors = list(experts.experts.tensors.values())
-        arguments = (hidden, tensors, experts.description, experts.layout, ids, weights, activations, offset, backend, batch_invariant)
+        if config is not None or not isinstance(hidden, torch.Tensor):
+            given = "config=" if config is not None else type(hidden).__name__
+            raise UnsupportedError("not traced by torch.compile", where="fused_moe", given=given, needed="floats, and no config=")
+        held = (expert_map.first, expert_map.local_of_copy, expert_map.copies)
+        arguments = (experts.description, experts.layout, topk_ids, topk_weights, activations, *held, backend, batch_invariant)
+        tensors = list(experts.storage.tensors.values())
         if out is None:
-            return torch.ops.halfbyte.fused_moe(*arguments)
-        torch.ops.halfbyte.fused_moe_out(*arguments, out)
+            return torch.ops.halfbyte.fused_moe(hidden, tensors, *arguments)
+        torch.ops.halfbyte.fused_moe_out(hidden, tensors, *arguments, out)
         return out
-    return run(hidden, experts.experts, experts.layout, experts.target, ids, weights, activations, offset, backend, batch_invariant, out)
+    call = Call(experts.layout, experts.target, activations, batch_invariant, backend, config, expert_map)
+    return run(hidden, experts.storage, topk_ids, topk_weights, call, out)
 
 
 def run(
-    hidden: torch.Tensor,
-    experts: Experts,
-    layout: str,
-    target: Target,
-    ids: torch.Tensor,
-    weights: torch.Tensor,
-    activations: ActivationFormat,
-    expert_offset: int,
-    backend: str | None,
-    batch_invariant: bool,
-    out: torch.Tensor | None,
+    hidden: Hidden, experts: Storage, topk_ids: torch.Tensor, topk_weights: torch.Tensor, call: Call, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """`fused_moe` with the prepared experts in parts."""
-    check(hidden, experts, ids, weights, activations, out)
-    kernel = choose(Problem("fused_moe", target, experts.format, layout, activations, hidden.dtype), backend)
-    options = {"activations": activations, "expert_offset": expert_offset, "batch_invariant": batch_invariant}
-    return kernel.function(hidden, experts, ids, weights, out=out, **options)
+    check(hidden, experts, topk_ids, topk_weights, call.activations, out)
+    problem = layer_problem("fused_moe", experts, call.target, call.layout, call.activations, hidden, batch_invariant=call.batch_invariant)
+    kernel = choose(problem, call.backend)
+    config = kernel.choose_config(problem, Size(*topk_ids.shape)) if call.config is None else call.config
+    if not call.expert_map.is_slice:
+        topk_ids = call.expert_map.local(topk_ids)
+    options = {"activations": call.activations, "expert_offset": call.expert_map.first, "batch_invariant": call.batch_invariant}
+    with current(experts.device):
+        return kernel.run(hidden, experts, topk_ids, topk_weights, out=out, config=config, **options)
 
 
-def check(hidden: torch.Tensor, experts: Experts, ids: torch.Tensor, weights: torch.Tensor, activations: str, out: torch.Tensor | None) -> None:
+def resolve_map(experts: Storage, expert_map: ExpertMap | None, expert_offset: int | None) -> ExpertMap:
+    """Raises InputError where both are given."""
+    if expert_map is None:
+        return ExpertMap(experts.first_expert if expert_offset is None else expert_offset)
+    if expert_offset is not None:
+        raise InputError("two ways to say which experts are held here", given="expert_map= and expert_offset=", needed="one of the two")
+    return expert_map
+
+
+def check_prepared(experts: object, where: str) -> None:
+    if not isinstance(experts, PreparedExperts):
+        given = type(experts).__name__
+        raise InputError("experts are not prepared", where=where, given=given, needed="PreparedExperts", next_step="call halfbyte.prepare(w)")
+
+
+def check(hidden: Hidden, experts: Storage, topk_ids: torch.Tensor, topk_weights: torch.Tensor, activations: str, out: torch.Tensor | None) -> None:
     """Raise what `fused_moe` raises for arguments that do not fit `experts`."""
-    _check_tensor("hidden", hidden, _FLOATS, (None, experts.hidden), experts.device)
-    num_tokens = hidden.shape[0]
-    _check_tensor("ids", ids, (torch.int32, torch.int64), (num_tokens, None), experts.device)
-    _check_tensor("weights", weights, _FLOATS, (num_tokens, ids.shape[1]), experts.device)
+    num_tokens = check_hidden(hidden, experts)
+    _check_tensor("topk_ids", topk_ids, (torch.int32, torch.int64), (num_tokens, None), experts.device)
+    _check_tensor("topk_weights", topk_weights, _FLOATS, (num_tokens, topk_ids.shape[1]), experts.device)
     if out is not None:
-        _check_tensor("out", out, (hidden.dtype, torch.float32), (num_tokens, experts.hidden), experts.device)
-    if activations not in ACTIVATION_FORMATS:
-        raise InputError("unknown activation format", where="fused_moe", given=repr(activations), needed=" or ".join(ACTIVATION_FORMATS))
+        dtype = hidden.dtype if isinstance(hidden, torch.Tensor) else torch.bfloat16
+        _check_tensor("out", out, (dtype, torch.float32), (num_tokens, experts.hidden), experts.device)
+    check_activations(activations, "fused_moe")
     block = _BLOCK_OF_ACTIVATIONS.get(activations, 1)
     if experts.hidden % block or experts.intermediate % block:
         given = f"hidden {experts.hidden}, intermediate {experts.intermediate}"
         raise InputError(f"activations do not divide into {activations} blocks", where="fused_moe", given=given, needed=f"multiples of {block}")
+
+
+def check_hidden(hidden: Hidden, experts: Storage) -> int:
+    """The number of tokens of hidden states that fit the experts."""
+    if isinstance(hidden, torch.Tensor):
+        _check_tensor("hidden", hidden, _FLOATS, (None, experts.hidden), experts.device)
+        return hidden.shape[0]
+    quantized_format(hidden)
+    num_columns = hidden.codes.shape[-1] * (2 if isinstance(hidden, QuantTensor) else 1)
+    if hidden.codes.ndim != 2 or num_columns != experts.hidden or hidden.codes.device != experts.device:
+        given = f"{type(hidden).__name__} of {tuple(hidden.codes.shape)} codes on {hidden.codes.device}"
+        raise InputError("hidden does not fit", where="fused_moe", given=given, needed=f"[any, {experts.hidden}] on {experts.device}")
+    return hidden.codes.shape[0]
 
 
 def _check_tensor(

@@ -14,9 +14,9 @@ from halfbyte.errors import UnsupportedError
 from halfbyte.formats.activation_formats import ActivationFormat
 from halfbyte.loading import load_prepared
 from halfbyte.loading.prepared import CacheUse
-from halfbyte.moe.compilation import warm_up
 from halfbyte.moe.functional import fused_moe
 from halfbyte.moe.routing import Routing, invariant_linear, route
+from halfbyte.moe.warm_up import warm_up
 from halfbyte.weights import PreparedExperts
 from halfbyte.weights.prepared import keep_address
 

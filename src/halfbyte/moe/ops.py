@@ -14,46 +14,52 @@ import torch
 
 from halfbyte.device import Target
 from halfbyte.errors import UnsupportedError
+from halfbyte.experts import ExpertMap
 from halfbyte.moe import functional, routing
 from halfbyte.weights.description import rebuild
 
 _ARGUMENTS = (
-    "Tensor hidden, Tensor[] experts, str description, str layout, Tensor ids, Tensor weights, str activations, SymInt expert_offset, str? backend, "
-    "bool batch_invariant"
+    "Tensor hidden, Tensor[] experts, str description, str layout, Tensor topk_ids, Tensor topk_weights, str activations, SymInt expert_offset, "
+    "Tensor? local_of_copy, Tensor? copies, str? backend, bool batch_invariant"
 )
 
 
 @torch.library.custom_op("halfbyte::fused_moe", mutates_args=(), schema=f"({_ARGUMENTS}) -> Tensor")
-def fused_moe(hidden: torch.Tensor, *arguments: Any) -> torch.Tensor:
-    return _run(hidden.contiguous(), *arguments, None)  # contiguous: so is the result then, as the compiler was told
+def fused_moe(hidden: torch.Tensor, experts: Sequence[torch.Tensor], *arguments: Any) -> torch.Tensor:
+    return _run(hidden.contiguous(), experts, *arguments)  # contiguous: so is the result then, as the compiler was told
 
 
 @torch.library.custom_op("halfbyte::fused_moe_out", mutates_args=("out",), schema=f"({_ARGUMENTS}, Tensor(a!) out) -> ()")
-def fused_moe_out(hidden: torch.Tensor, *arguments: Any) -> None:
-    _run(hidden, *arguments)
+def fused_moe_out(hidden: torch.Tensor, experts: Sequence[torch.Tensor], *arguments: Any) -> None:
+    _run(hidden, experts, *arguments)
 
 
-def _run(hidden: torch.Tensor, tensors: Sequence[torch.Tensor], description: str, layout: str, *arguments: Any) -> torch.Tensor:
-    experts = rebuild(description, tensors)
-    return functional.run(hidden, experts, layout, Target.of(experts.device), *arguments)
+def _run(
+    hidden: torch.Tensor, tensors: Sequence[torch.Tensor], description: str, layout: str, topk_ids: torch.Tensor, topk_weights: torch.Tensor,
+    activations: Any, expert_offset: int, local_of_copy: torch.Tensor | None, copies: torch.Tensor | None, backend: str | None,
+    batch_invariant: bool, out: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    experts, expert_map = rebuild(description, tensors), ExpertMap(expert_offset, local_of_copy, copies)
+    call = functional.Call(layout, Target.of(experts.device), activations, batch_invariant, backend, None, expert_map)
+    return functional.run(hidden, experts, topk_ids, topk_weights, call, out)
 
 
 @fused_moe.register_fake
-def _(hidden: torch.Tensor, *arguments: Any) -> torch.Tensor:
-    _check(hidden, *arguments, None)
+def _(hidden: torch.Tensor, experts: Sequence[torch.Tensor], *arguments: Any) -> torch.Tensor:
+    _check(hidden, experts, *arguments)
     return hidden.new_empty(hidden.shape)
 
 
 @fused_moe_out.register_fake
-def _(hidden: torch.Tensor, *arguments: Any) -> None:
-    _check(hidden, *arguments)
+def _(hidden: torch.Tensor, experts: Sequence[torch.Tensor], *arguments: Any) -> None:
+    _check(hidden, experts, *arguments[:-1], out=arguments[-1])
 
 
 def _check(
-    hidden: torch.Tensor, tensors: Sequence[torch.Tensor], description: str, layout: str, ids: torch.Tensor, weights: torch.Tensor, activations: str,
-    *others: Any,
+    hidden: torch.Tensor, tensors: Sequence[torch.Tensor], description: str, layout: str, topk_ids: torch.Tensor, topk_weights: torch.Tensor,
+    activations: str, *others: Any, out: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
-    functional.check(hidden, rebuild(description, tensors), ids, weights, activations, out=others[-1])
+    functional.check(hidden, rebuild(description, tensors), topk_ids, topk_weights, activations, out)
 
 
 @torch.library.custom_op(

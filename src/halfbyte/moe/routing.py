@@ -8,8 +8,9 @@ import torch
 
 from halfbyte.device import Target
 from halfbyte.errors import InputError
+from halfbyte.kernels.problem import Problem
 from halfbyte.kernels.reference.routing import METHODS
-from halfbyte.kernels.table import Problem, choose
+from halfbyte.kernels.table import choose
 
 INVARIANT_ROWS = 64
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -63,8 +64,8 @@ def run(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`route` without regard to torch.compile."""
     check(logits, top_k, method, bias, num_groups, top_k_groups)
-    kernel = choose(Problem("route", Target.of(logits.device)))
-    return kernel.function(logits, top_k, method, bias=bias, num_groups=num_groups, top_k_groups=top_k_groups, scale=scale)
+    kernel = choose(Problem("route", Target.of(logits.device), num_experts=logits.shape[1], num_groups=num_groups))
+    return kernel.run(logits, top_k, method, bias=bias, num_groups=num_groups, top_k_groups=top_k_groups, scale=scale)
 
 
 def check(logits: torch.Tensor, top_k: int, method: str, bias: torch.Tensor | None, num_groups: int, top_k_groups: int) -> None:

@@ -1,6 +1,6 @@
 """Canonical experts to kernel-ready ones."""
 
 from halfbyte.weights.engines.trtllm_gen import trtllm_gen_row_order
-from halfbyte.weights.prepared import PreparedExperts, prepare
+from halfbyte.weights.prepared import PreparedExperts
 
-__all__ = ["PreparedExperts", "prepare", "trtllm_gen_row_order"]
+__all__ = ["PreparedExperts", "trtllm_gen_row_order"]

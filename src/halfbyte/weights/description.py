@@ -13,10 +13,11 @@ import torch
 from halfbyte.experts import Activation, ExpertWeights
 from halfbyte.formats import BlockFormat, QuantTensor
 from halfbyte.formats.block_format import FORMATS
-from halfbyte.weights.engines.common import EngineExperts
-from halfbyte.weights.hopper.layout import HopperExperts, HopperMatrix
+from halfbyte.weights.hopper.layout import HopperMatrix
+from halfbyte.weights.layouts import LAYOUTS
 
-_CLASSES = {cls.__name__: cls for cls in (ExpertWeights, QuantTensor, Activation, HopperExperts, HopperMatrix, EngineExperts)}
+_PARTS = (QuantTensor, Activation, HopperMatrix)  # of storages
+_CLASSES = {cls.__name__: cls for cls in (ExpertWeights, *_PARTS, *(layout.storage for layout in LAYOUTS.values()))}
 
 
 def describe(experts: Any) -> str:
@@ -65,6 +66,6 @@ def _build(outline: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
         return FORMATS[outline["format"]]
     if "dict" in outline:
         return {key: _build(item, tensors) for key, item in outline["dict"].items()}
-    made = object.__new__(_CLASSES[outline["class"]])  # not its __init__: what it checks was checked, and this is done at every call
+    made: Any = object.__new__(_CLASSES[outline["class"]])  # not its __init__: what it checks was checked, and this is done at every call
     vars(made).update({key: _build(item, tensors) for key, item in outline["fields"].items()})
     return made

@@ -1,74 +1,19 @@
-"""`prepare`: canonical experts to the arrangement a kernel reads."""
+"""`PreparedExperts`: experts in the arrangement that a kernel reads, and `arrange`, which makes them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
 from halfbyte.device import Target
-from halfbyte.errors import InputError, UnsupportedError
+from halfbyte.errors import UnsupportedError
 from halfbyte.experts import Activation, ExpertWeights
 from halfbyte.formats import BlockFormat
-from halfbyte.formats.activation_formats import ACTIVATION_FORMATS, ActivationFormat
 from halfbyte.weights.checks import check_same_kind, check_scales
 from halfbyte.weights.description import describe
-from halfbyte.weights.engines.common import EngineExperts
-from halfbyte.weights.engines.cutlass import CUTLASS
-from halfbyte.weights.engines.trtllm_gen import TRTLLM_GEN
-from halfbyte.weights.hopper import layout as hopper
-from halfbyte.weights.hopper.pack import pack, unpack
-
-Experts: TypeAlias = ExpertWeights | hopper.HopperExperts | EngineExperts
-
-
-@dataclass(frozen=True)
-class Layout:
-    """An arrangement of experts in storage of its own, a dataclass with `tensors` and `with_tensors`.
-
-    Attributes:
-        purpose: what it is, and who reads it.
-        allocate: (w, device) to uninitialised storage for the experts of w.
-        pack: (w, storage, first) arranges the experts of w, one at a time, as experts `first` and following of the storage.
-        unpack: storage to canonical experts.
-        reused: canonical tensor in whose storage each tensor may lie while `pack` runs, where the sizes are the same.
-        foreign: no kernel of halfbyte reads it, only the engine it is named after.
-    """
-
-    purpose: str
-    allocate: Callable[[ExpertWeights, torch.device | str], Any]
-    pack: Callable[[ExpertWeights, Any, int], None]
-    unpack: Callable[[Any], ExpertWeights]
-    reused: Mapping[str, str] = field(default_factory=dict)
-    foreign: bool = False
-
-
-# What is built here. "canonical" is the checkpoint's own arrangement, which needs no building; "triton" names the kernels that read it.
-CANONICAL = "the checkpoint's own arrangement, read by the portable kernels on any device"
-LAYOUTS = {
-    "hopper": Layout("register fragments in 64 x 64 tiles, read by the sm_90 kernels", hopper.allocate, pack, unpack, hopper.REUSED),
-    "hopper_fp8": Layout(
-        "hopper with codes arranged for fp8 tensor cores, for layers called with activations='fp8'",
-        partial(hopper.allocate, words_for="fp8"),
-        pack,
-        unpack,
-        hopper.REUSED,
-    ),
-    "trtllm_gen": Layout(
-        "shuffled rows and 128x4 scales, for the trtllm-gen kernels of Blackwell engines",
-        TRTLLM_GEN.allocate,
-        TRTLLM_GEN.pack,
-        TRTLLM_GEN.unpack,
-        foreign=True,
-    ),
-    "cutlass": Layout(
-        "rows in order and 128x4 scales, for the CUTLASS kernels of Blackwell engines", CUTLASS.allocate, CUTLASS.pack, CUTLASS.unpack, foreign=True
-    ),
-}
-POLICIES = {"packed": "weights stay in 4 bits"}
+from halfbyte.weights.layouts import LAYOUTS, Storage
 
 
 @dataclass(frozen=True)
@@ -76,8 +21,8 @@ class PreparedExperts:
     """The experts of one layer, ready for `fused_moe`.
 
     Attributes:
-        experts: the tensors, arranged as `layout` says.
-        layout: "canonical" (`experts` is an ExpertWeights), "hopper" or "hopper_fp8" (a `hopper.layout.HopperExperts`), "trtllm_gen" or "cutlass"
+        storage: the tensors, arranged as `layout` says.
+        layout: "canonical" (`storage` is an ExpertWeights), "hopper" or "hopper_fp8" (a `hopper.layout.HopperExperts`), "trtllm_gen" or "cutlass"
             (an `engines.common.EngineExperts`).
         policy: how the weights reside in memory; "packed" keeps 4 bits.
         target: the hardware they lie on.
@@ -85,7 +30,7 @@ class PreparedExperts:
         description: what `fused_moe` passes to its op under torch.compile beside the tensors; see `weights.description`.
     """
 
-    experts: Experts
+    storage: Storage
     layout: str
     policy: str
     target: Target
@@ -93,47 +38,47 @@ class PreparedExperts:
     description: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "description", describe(self.experts))
-        for tensor in self.experts.tensors.values():
+        object.__setattr__(self, "description", describe(self.storage))
+        for tensor in self.storage.tensors.values():
             keep_address(tensor)
 
     @property
     def activation(self) -> Activation:
-        return self.experts.activation
+        return self.storage.activation
 
     @property
     def format(self) -> BlockFormat | None:
         """NVFP4, MXFP4, or None for dense weights."""
-        return self.experts.format
+        return self.storage.format
 
     @property
     def num_experts(self) -> int:
-        return self.experts.num_experts
+        return self.storage.num_experts
 
     @property
     def hidden(self) -> int:
-        return self.experts.hidden
+        return self.storage.hidden
 
     @property
     def intermediate(self) -> int:
-        return self.experts.intermediate
+        return self.storage.intermediate
 
     @property
     def device(self) -> torch.device:
-        return self.experts.device
+        return self.storage.device
 
     @property
     def nbytes(self) -> int:
-        return self.experts.nbytes
+        return self.storage.nbytes
 
     def to(self, device: torch.device | str) -> PreparedExperts:
         """Copy every tensor to `device`, in the same layout: prepare again for a device of another kind."""
-        moved = {name: tensor.to(device) for name, tensor in self.experts.tensors.items()}
-        return replace(self, experts=self.experts.with_tensors(moved), target=Target.of(device))
+        moved = {name: tensor.to(device) for name, tensor in self.storage.tensors.items()}
+        return replace(self, storage=self.storage.with_tensors(moved), target=Target.of(device))
 
     def unprepare(self) -> ExpertWeights:
         """Return the canonical experts: every value exactly."""
-        return self.experts if isinstance(self.experts, ExpertWeights) else LAYOUTS[self.layout].unpack(self.experts)
+        return self.storage if isinstance(self.storage, ExpertWeights) else LAYOUTS[self.layout].unpack(self.storage)
 
     @torch.no_grad()
     def update_(self, w: ExpertWeights) -> None:
@@ -150,12 +95,12 @@ class PreparedExperts:
         >>> prepared.update_(w)
         """
         layout = LAYOUTS.get(self.layout)
-        check_same_kind(self.experts, w if layout is None else layout.allocate(w, "meta"))
+        check_same_kind(self.storage, w if layout is None else layout.allocate(w, "meta"))
         if layout is not None:
-            layout.pack(w, self.experts, 0)
+            layout.pack(w, self.storage, 0)
             return
         check_scales(w)
-        for name, tensor in self.experts.tensors.items():
+        for name, tensor in self.storage.tensors.items():
             tensor.copy_(w.tensors[name])
 
 
@@ -167,84 +112,14 @@ def keep_address(tensor: torch.Tensor) -> None:
     tensor._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
 
 
-def hopper_layout(activations: ActivationFormat) -> str:
-    """The layout of the Hopper kernels that is fastest with these activations."""
-    return "hopper_fp8" if activations == "fp8" else "hopper"
-
-
-def resolve_layout(layout: str, policy: str, format: BlockFormat | None, target: Target, activations: ActivationFormat = "bf16") -> tuple[str, str]:
-    """Return the layout that "auto" means for experts in `format` on `target` called with `activations`, any other as it is, and why.
-
-    Raises:
-        InputError: as `prepare`.
-    """
-    if policy not in POLICIES:
-        raise InputError("unknown residency policy", where="prepare", given=repr(policy), needed=" or ".join(map(repr, POLICIES)))
-    if activations not in ACTIVATION_FORMATS:
-        raise InputError("unknown activation format", where="prepare", given=repr(activations), needed=" or ".join(map(repr, ACTIVATION_FORMATS)))
-    available = ", ".join([f"'canonical' ({CANONICAL})", *(f"{name!r} ({known.purpose})" for name, known in LAYOUTS.items())])
-    if layout not in ("auto", "canonical", "triton", *LAYOUTS):
-        raise InputError("unknown layout", where="prepare", given=repr(layout), needed=f"'auto' or {available}")
-    is_hopper = target.arch == "sm_90" and format is not None
-    reason = "asked for"
-    if layout == "auto":
-        layout = hopper_layout(activations) if is_hopper else "canonical"
-        reason = (
-            f"FP4 experts on a Hopper GPU, {activations} activations"
-            if is_hopper
-            else f"read by every kernel for {'FP4' if format else 'dense'} experts on {target.arch}"
-        )
-    elif layout == "triton":
-        layout, reason = "canonical", "asked for as 'triton', whose kernels read the checkpoint's own arrangement"
-    return layout, reason
-
-
-def prepare(
-    w: ExpertWeights,
-    layout: str = "auto",
-    policy: str = "packed",
-    *,
-    activations: ActivationFormat = "bf16",
-    in_place: bool = False,
-    device: torch.device | str | None = None,
-) -> PreparedExperts:
-    """Arrange expert weights for the kernels of the device they are on, or of `device`.
-
-    Args:
-        w: the experts of one layer (NVFP4, MXFP4 or dense).
-        layout: "canonical" (no copy: the result shares storage with `w`; "triton", the name of the kernels that read it, means the same);
-            "hopper", "hopper_fp8", "trtllm_gen" or "cutlass" (FP4 only; packed with about one expert of working memory, and room for a second copy
-            while `w` is alive; the latter two are read by the engines they are named after, not by `fused_moe`); or "auto": for FP4 experts on a
-            GPU of compute capability 9.0 hopper, or hopper_fp8 where `activations` are, else canonical.
-        policy: "packed".
-        activations: what `fused_moe` will mostly be called with; for layout "auto". "hopper" and "hopper_fp8" hold the same values and serve all
-            activations, the latter faster on fp8 tensor cores and slower with few tokens and in bf16 (docs/kernels.md).
-        in_place: consume `w`. Its tensors become the result wherever they have the right size, and afterwards hold bytes that mean nothing as
-            canonical weights; drop `w` then. "hopper" reuses codes when H and I are multiples of 64, scales when they are multiples of 256. Memory
-            needed beside `w`: what is not reused, and a buffer of 32 MiB or one expert where the kernel that does without cannot run.
-            "canonical" shares storage in any case.
-        device: where the result goes; by default where `w` is. Host weights stream to a GPU through a buffer of 32 MiB or one expert.
-
-    Raises:
-        InputError: no such layout, policy or activations; the layout does not hold these weights; in place on another device. Nothing was written to
-            `w`.
-        UnsupportedError: the layout is not arranged in place. Nothing was written to `w`.
-
-    >>> w13, w2 = torch.randn(4, 64, 32), torch.randn(4, 32, 32)
-    >>> w = halfbyte.ExpertWeights(halfbyte.quantize(w13, halfbyte.NVFP4), halfbyte.quantize(w2, halfbyte.NVFP4))
-    >>> halfbyte.prepare(w).layout
-    'canonical'
-    """
-    place = w.device if device is None else torch.empty(0, device=device).device
-    if in_place and place != w.device:
-        raise InputError("weights cannot be arranged in place on another device", where="prepare", given=f"{place}", needed=f"{w.device}")
-    target = Target.of(place)
-    layout, reason = resolve_layout(layout, policy, w.format, target, activations)
+def arrange(w: ExpertWeights, layout: str, policy: str, reason: str, *, in_place: bool, device: torch.device) -> PreparedExperts:
+    """Arrange `w` in a layout that has been chosen; arguments and errors as `loading.prepare`."""
+    target = Target.of(device)
     if layout == "canonical":
-        return PreparedExperts(w if place == w.device else w.to(place), layout, policy, target, reason)
-    packed = _storage_within(w, layout) if in_place else LAYOUTS[layout].allocate(w, place)
-    LAYOUTS[layout].pack(w, packed, 0)
-    return PreparedExperts(packed, layout, policy, target, reason)
+        return PreparedExperts(w if device == w.device else w.to(device), layout, policy, target, reason)
+    storage = _storage_within(w, layout) if in_place else LAYOUTS[layout].allocate(w, device)
+    LAYOUTS[layout].pack(w, storage, 0)
+    return PreparedExperts(storage, layout, policy, target, reason)
 
 
 def _storage_within(w: ExpertWeights, layout: str) -> Any:

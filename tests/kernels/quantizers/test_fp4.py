@@ -17,11 +17,13 @@ from halfbyte.errors import InputError
 from halfbyte.experts import GPT_OSS_SWIGLU, RELU2, SWIGLU
 from halfbyte.formats import quantize as codec
 from halfbyte.formats.scale_layout import max_padded_rows, tile_rows
+from halfbyte.kernels.problem import Problem
 from halfbyte.kernels.quantize import QuantizedExperts
-from halfbyte.kernels.quantizers.fp4 import choose_config, programs_per_sm, quantize
-from halfbyte.kernels.quantizers.fp4 import quantize_experts as kernel_quantize_experts
+from halfbyte.kernels.quantizers.fp4 import programs_per_sm, tiles_for
+from halfbyte.kernels.quantizers.fp4 import run as quantize
+from halfbyte.kernels.quantizers.fp4_experts import run as kernel_quantize_experts
 from halfbyte.kernels.reference import quantize as reference
-from halfbyte.kernels.table import Problem, obstacles
+from halfbyte.kernels.table import support
 
 NAN, INF = float("nan"), float("inf")
 LAYOUTS = ("linear", "128x4", "8x4")
@@ -179,10 +181,10 @@ def test_activation(dtype, activation):
     """exp is the device's: one product in a thousand may round the other way. Whatever else is wrong changes most bytes."""
     gate_up = (3 * torch.randn(133, 384, generator=torch.Generator().manual_seed(0))).to(dtype)
     for format, scale, layout in ((hb.NVFP4, 0.01, "128x4"), (hb.MXFP4, None, "linear")):
-        expected = reference.quantize(gate_up, format, scale, activation=activation, scale_layout=layout)
+        expected = reference.run(gate_up, format, scale, activation=activation, scale_layout=layout)
         actual = quantize(gate_up.to(DEVICE), format, scale, activation=activation, scale_layout=layout)
         assert differing(actual.codes, expected.codes) < 1e-3 and differing(actual.scales, expected.scales) < 1e-3
-        swapped = reference.quantize(gate_up.roll(192, 1), format, scale, activation=activation, scale_layout=layout)
+        swapped = reference.run(gate_up.roll(192, 1), format, scale, activation=activation, scale_layout=layout)
         assert differing(swapped.codes, expected.codes) > 0.5
 
 
@@ -192,11 +194,11 @@ def test_rms_norm(dtype):
     """As in test_activation, the sum of squares has another order."""
     x, weight = rows_of(37, 160, dtype=dtype), (1 + torch.randn(160, generator=torch.Generator().manual_seed(2)) / 4).to(dtype)
     for format, scale in ((hb.NVFP4, 0.002), (hb.MXFP4, None)):
-        expected = reference.quantize(x, format, scale, norm=(weight, 1e-6), scale_layout="128x4")
+        expected = reference.run(x, format, scale, norm=(weight, 1e-6), scale_layout="128x4")
         actual = quantize(x.to(DEVICE), format, scale, norm=(weight.to(DEVICE), 1e-6), scale_layout="128x4")
         assert differing(actual.codes, expected.codes) < 2e-3 and differing(actual.scales, expected.scales) < 2e-3
-        assert differing(reference.quantize(x, format, scale, norm=(weight.flip(0), 1e-6)).codes, expected.codes) > 0.3
-        assert differing(reference.quantize(x, format, scale, norm=(weight, 1e-2)).codes, expected.codes) > 0.01
+        assert differing(reference.run(x, format, scale, norm=(weight.flip(0), 1e-6)).codes, expected.codes) > 0.3
+        assert differing(reference.run(x, format, scale, norm=(weight, 1e-2)).codes, expected.codes) > 0.01
 
 
 def test_rms_norm_quantize():
@@ -310,7 +312,8 @@ def test_bad_input(x, format, options, message):
 
 def test_the_table_prefers_it_on_a_gpu():
     def found(arch: str, dtype: torch.dtype) -> str | None:
-        return obstacles(Problem("quantize_experts", hb.Target("", arch, 1, 0, 0, 0.0), hb.NVFP4, dtype=dtype))[0][1]
+        answer = support(Problem("quantize_experts", hb.Target("", arch, 1, 0, 0.0), hb.NVFP4, dtype=dtype))["triton"]
+        return None if answer.verdict == "yes" else answer.reason
 
     assert found("sm_90", torch.bfloat16) is found("sm_80", torch.float16) is None
     assert found("sm_75", torch.bfloat16) == "needs compute capability 8.0 or newer, this is sm_75"
@@ -319,10 +322,10 @@ def test_the_table_prefers_it_on_a_gpu():
 
 
 def test_config():
-    assert choose_config(64, 448, 16, "128x4", 132).rows == 4
-    assert choose_config(65536, 448, 16, "128x4", 132).rows == 32
+    assert tiles_for(64, 448, 16, "128x4", 132).rows == 4
+    assert tiles_for(65536, 448, 16, "128x4", 132).rows == 32
     for columns, block, layout in itertools.product((2, 3, 4, 64, 180, 512), (16, 32), LAYOUTS):
-        config = choose_config(4096, columns, block, layout, 132)
+        config = tiles_for(4096, columns, block, layout, 132)
         assert config.rows % config.block_rows == 0 and (layout == "linear" or tile_rows(layout) % config.rows == 0)
     assert programs_per_sm(32, 0, 4) == 12 and programs_per_sm(255, 0, 16) == 1 and programs_per_sm(32, 90000, 4) == 1
 

@@ -13,7 +13,7 @@ from interpreted import DEVICE, gpu_only, not_interpreted, numeric, run_interpre
 import halfbyte as hb
 from halfbyte.errors import InputError
 from halfbyte.formats.fp8_tensor import quantize_fp8 as reference
-from halfbyte.kernels.quantizers.fp8 import quantize_fp8
+from halfbyte.kernels.quantizers.fp8 import run as quantize_fp8
 
 CASES = [("token", "linear"), ("block", "linear"), *(("mx", layout) for layout in ("linear", "128x4", "8x4"))]
 DTYPES = (torch.bfloat16, torch.float16)

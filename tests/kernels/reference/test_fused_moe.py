@@ -12,7 +12,6 @@ from helpers import assert_close_rel, assert_equal_bits, relative_errors
 import halfbyte as hb
 from halfbyte.experts import DEEPSEEK_V4_SWIGLU, GEGLU, GEGLU_TANH, GPT_OSS_SWIGLU, RELU2, SWIGLU, Activation, ExpertWeights
 from halfbyte.formats import e2m1
-from halfbyte.kernels.reference.unfinalized_moe import finalize, unfinalized_moe
 
 EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, TOKENS = 7, 96, 64, 3, 11
 
@@ -206,23 +205,6 @@ def test_rounded_once():
     partial = run(w, hidden, ids, weights, out=torch.full((TOKENS, HIDDEN), float("nan")))
     assert_equal_bits(partial.bfloat16(), run(w, hidden, ids, weights))
     assert not torch.equal(partial.bfloat16().float(), partial)
-
-
-@pytest.mark.parametrize("tile", [1, 8])
-def test_unfinalized(tile):
-    w = make_experts(bias=True)
-    hidden, ids, weights = make_tokens()
-    ids[2, 1], ids[3, :] = -1, 5
-    result = unfinalized_moe(hidden, w, ids, weights, tile=tile)
-    counts = torch.bincount(ids[ids >= 0], minlength=EXPERTS)
-    assert len(result.rows) == sum(-(-int(count) // tile) * tile for count in counts)
-    assert result.row_of_slot.view(ids.shape)[ids < 0].tolist() == [-1]
-    present = result.row_of_slot[result.row_of_slot >= 0].long()
-    assert len(present.unique()) == len(present) == int(counts.sum())
-    assert torch.equal(result.token_of_row[present], torch.arange(TOKENS).repeat_interleave(TOP_K)[result.row_of_slot >= 0].int())
-    padding = torch.ones(len(result.rows), dtype=torch.bool).index_fill(0, present, False)
-    assert (result.token_of_row[padding] == -1).all() and (result.rows[padding] == 0).all()
-    assert_close_rel(finalize(result), naive(hidden, w, ids, weights), token=1.5e-2)  # rows are rounded to bf16 before the sum
 
 
 def damaged(w: ExpertWeights, **fields: torch.Tensor) -> ExpertWeights:

@@ -15,10 +15,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 import halfbyte as hb
+from halfbyte.kernels.problem import Problem, Size
 from halfbyte.kernels.reference.routing import METHODS
-from halfbyte.kernels.reference.routing import route as reference_route
-from halfbyte.kernels.shared.route import RULES, choose_config, route, route_kernel
-from halfbyte.kernels.table import CANDIDATES, Problem, obstacles
+from halfbyte.kernels.reference.routing import run as reference_route
+from halfbyte.kernels.shared.route import RULES, choose_config, route_kernel
+from halfbyte.kernels.shared.route import run as route
+from halfbyte.kernels.table import support
 
 BIASED = [method for method, rule in METHODS.items() if rule.has_bias]
 NAN, INF = float("nan"), float("inf")
@@ -184,14 +186,15 @@ def test_every_method_has_a_rule():
 
 
 def test_config():
-    assert choose_config(8, 2).block_tokens == 16
-    assert choose_config(60, 4, num_groups=3).padded_size == 32
-    assert [choose_config(num_experts, 8).num_warps for num_experts in (8, 256, 1024, 1025, 100_000)] == [1, 1, 1, 2, 16]
+    def config(num_experts: int, top_k: int, num_groups: int = 1):
+        return choose_config(Problem("route", hb.Target.of("cpu"), num_experts=num_experts, num_groups=num_groups), Size(1, top_k))
+
+    assert config(8, 2).block_tokens == 16
+    assert config(60, 4, num_groups=3).padded_size == 32
+    assert [config(num_experts, 8).num_warps for num_experts in (8, 256, 1024, 1025, 100_000)] == [1, 1, 1, 2, 16]
 
 
 def test_the_table_prefers_it_on_a_gpu():
-    names = [candidate.name for candidate in CANDIDATES if candidate.op == "route"]
-    assert names == ["triton", "reference"]
     for arch, obstacle in [
         ("cpu", "needs a CUDA GPU, this is a CPU"),
         ("sm_75", "needs compute capability 8.0 or newer, this is sm_75"),
@@ -199,7 +202,8 @@ def test_the_table_prefers_it_on_a_gpu():
         ("sm_90", None),
         ("sm_120", None),
     ]:
-        assert obstacles(Problem("route", hb.Target("", arch, 1, 0, 0, 0.0)))[0][1] == obstacle
+        name, answer = next(iter(support(Problem("route", hb.Target("", arch, 1, 0, 0.0))).items()))
+        assert name == "triton" and (answer.runs if obstacle is None else answer.reason == obstacle)
 
 
 def test_importing_halfbyte_does_not_import_triton():

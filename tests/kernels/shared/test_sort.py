@@ -1,4 +1,4 @@
-"""Permute, gather and combine, interpreted on the CPU."""
+"""Sort, gather and combine, interpreted on the CPU."""
 
 from __future__ import annotations
 

@@ -6,12 +6,12 @@ The interpreter (Triton 3.6 to 3.9) rounds to e4m3 wrongly, so every quotient he
 import torch
 
 from halfbyte.formats.fp8_tensor import quantize_fp8
-from halfbyte.kernels.shared.sort import permute
-from halfbyte.kernels.sm90.quantize_rows import quantize_rows, quantize_tokens
+from halfbyte.kernels.shared.sort import run as sort
+from halfbyte.kernels.sm90.quantize_rows import gather_codes, quantize_rows, quantize_tokens
 from halfbyte.weights.hopper.layout import FRAGMENT_COLUMN_BF16, FRAGMENT_COLUMN_FP8
 
 
-def in_slot_order(codes: torch.Tensor, padded: int, order: tuple[int, ...]) -> torch.Tensor:
+def in_fragment_order(codes: torch.Tensor, padded: int, order: tuple[int, ...]) -> torch.Tensor:
     wide = torch.nn.functional.pad(codes, (0, padded - codes.shape[1]))
     return wide.unflatten(1, (-1, 64))[:, :, list(order)].flatten(1)
 
@@ -24,14 +24,14 @@ def check(num_tokens: int, hidden: int) -> None:
     q = quantize_fp8(x)
     codes, scales = q.codes, q.scales
     ids = torch.tensor([[token % 3, -1, (token + 1) % 3] for token in range(num_tokens)], dtype=torch.int32)
-    rows = permute(ids, 0, 3, 16)
-    actual, actual_scales = quantize_tokens(x, rows, 3, padded)
+    rows = sort(ids, 0, 3, 16)
     held = rows.token_of_row[: 2 * num_tokens].long()
-    expected = in_slot_order(codes.view(torch.uint8), padded, FRAGMENT_COLUMN_FP8)
-    assert torch.equal(actual.view(torch.uint8)[: len(held)], expected[held])
-    assert torch.equal(actual_scales[: len(held)], scales[held, 0])
+    expected = in_fragment_order(codes.view(torch.uint8), padded, FRAGMENT_COLUMN_FP8)
+    for actual, actual_scales in (quantize_tokens(x, rows, padded), gather_codes(q, rows, padded)):
+        assert torch.equal(actual.view(torch.uint8)[: len(held)], expected[held])
+        assert torch.equal(actual_scales[: len(held)], scales[held, 0])
 
-    h = in_slot_order(x.view(torch.int16), padded, FRAGMENT_COLUMN_BF16).view(torch.bfloat16)[held].contiguous()
+    h = in_fragment_order(x.view(torch.int16), padded, FRAGMENT_COLUMN_BF16).view(torch.bfloat16)[held].contiguous()
     h = torch.cat([h, torch.full((num_tokens, padded), torch.nan, dtype=torch.bfloat16)])
     actual, actual_scales = quantize_rows(h)
     assert torch.equal(actual.view(torch.uint8)[: len(held)], expected[held])

@@ -17,11 +17,12 @@ from halfbyte.weights.hopper.layout import HopperExperts, HopperMatrix, WordsFor
 
 pytest.importorskip("triton")
 
-from halfbyte.kernels.shared.sort import Items
-from halfbyte.kernels.sm90 import fused_moe as layer
-from halfbyte.kernels.sm90.quantize_rows import quantize_rows, quantize_tokens
+from halfbyte.kernels.problem import Problem, Size
+from halfbyte.kernels.sm90 import configs, expert_rows, fused_moe
+from halfbyte.kernels.sm90.quantize_rows import gather_codes, quantize_rows, quantize_tokens
+from halfbyte.kernels.work_list import WorkList
 
-PREFILL = {"tiny": layer.TINY, "small": layer.SMALL, "medium": layer.MEDIUM, "large": layer.LARGE, "huge": layer.HUGE}
+PREFILL = {"tiny": configs.TINY, "small": configs.SMALL, "medium": configs.MEDIUM, "large": configs.LARGE, "huge": configs.HUGE}
 
 
 def empty_matrix(rows: int, columns: int, *, nvfp4: bool, bias: bool) -> HopperMatrix:
@@ -45,7 +46,7 @@ def empty_experts(*, nvfp4: bool, words_for: WordsFor = "bf16") -> HopperExperts
     return HopperExperts(w13, w2, hb.NVFP4 if nvfp4 else hb.MXFP4, activation, hidden, intermediate, 0, 1, words_for)
 
 
-ITEMS = Items(*(torch.empty((4, 4), dtype=torch.int32) for _ in range(4)))
+WORK = WorkList(*(torch.empty(size, dtype=torch.int32) for size in ((32,), (32,), (4, 4), (1,))))
 
 
 @pytest.mark.parametrize("nvfp4", [True, False], ids=["nvfp4", "mxfp4"])
@@ -53,13 +54,13 @@ ITEMS = Items(*(torch.empty((4, 4), dtype=torch.int32) for _ in range(4)))
 @pytest.mark.parametrize(("direct", "parts"), [(False, 1), (True, 1), (True, 4)], ids=["items", "direct", "parts"])
 def test_decode_kernels_use_mma_without_spills(direct: bool, parts: int, nvfp4: bool, scaled: bool, words_for: WordsFor) -> None:
     experts = empty_experts(nvfp4=nvfp4, words_for=words_for)
-    ids, items = torch.zeros((4, 8), dtype=torch.int32), None if direct else ITEMS
+    work = torch.zeros((4, 8), dtype=torch.int32) if direct else WORK
     h = torch.empty((32, experts.intermediate), dtype=torch.bfloat16)
     y = torch.empty((parts * 32, experts.hidden), dtype=torch.float32 if direct else torch.bfloat16)
     with compiling(90) as compiled:
         x, scales = torch.empty((4, experts.hidden), dtype=torch.bfloat16), torch.empty(4) if scaled else None
-        layer._decode_gemm(x, scales, experts.w13, h, experts, ids, items, 0, is_w13=True)
-        layer._decode_gemm(h, scales, experts.w2, y, experts, ids, items, 0, is_w13=False)
+        expert_rows._decode_gemm(x, scales, experts.w13, h, experts, work, 0, is_w13=True)
+        expert_rows._decode_gemm(h, scales, experts.w2, y, experts, work, 0, is_w13=False)
     assert len(compiled) == 2
     for kernel in compiled:
         assert "mma.sync.aligned.m16n8k16" in kernel.ptx
@@ -74,16 +75,16 @@ def test_decode_kernels_use_mma_without_spills(direct: bool, parts: int, nvfp4: 
 MAX_SPILL_BYTES = 64 if version("triton").startswith("3.6") else 384
 
 
-def check_prefill_kernel(config: layer.PrefillConfig, experts: HopperExperts, *, is_w13: bool, scaled: bool) -> None:
+def check_prefill_kernel(config: configs.PrefillConfig, experts: HopperExperts, *, is_w13: bool, scaled: bool) -> None:
     matrix, columns, rows = (experts.w13, experts.hidden, experts.intermediate) if is_w13 else (experts.w2, experts.intermediate, experts.hidden)
     dtype, instruction = (torch.float8_e4m3fn, "k32.f32.e4m3.e4m3") if config.fp8 else (torch.bfloat16, "k16")
     x, scales, y = torch.empty((64, columns), dtype=dtype), torch.empty(64) if scaled else None, torch.empty((64, rows), dtype=torch.bfloat16)
     with compiling(90) as compiled:
-        layer._prefill_gemm(x, scales, matrix, y, experts, ITEMS, config, is_w13=is_w13)
+        expert_rows._prefill_gemm(x, scales, matrix, y, experts, WORK, config, is_w13=is_w13)
     (kernel,) = compiled
     assert all(f"wgmma.mma_async.sync.aligned.m64n{size}{instruction}" in kernel.ptx for pair in config.sizes for size in pair if size)
     assert kernel.spill_bytes <= MAX_SPILL_BYTES
-    assert kernel.registers <= config.max_registers
+    assert kernel.registers <= config.launch_registers
     assert kernel.shared_bytes <= 227 * 1024
 
 
@@ -103,7 +104,7 @@ def test_prefill_kernels_use_wgmma_within_their_registers(name: str, nvfp4: bool
     check_prefill_kernel(PREFILL[name], empty_experts(nvfp4=nvfp4, words_for=words_for), is_w13=True, scaled=scaled)
 
 
-FP8 = {"tiny": layer.FP8_TINY, "small": layer.FP8_SMALL, "medium": layer.FP8_MEDIUM, "large": layer.FP8_LARGE, "huge": layer.FP8_HUGE}
+FP8 = {"tiny": configs.FP8_TINY, "small": configs.FP8_SMALL, "medium": configs.FP8_MEDIUM, "large": configs.FP8_LARGE, "huge": configs.FP8_HUGE}
 
 
 @pytest.mark.parametrize(
@@ -125,10 +126,11 @@ def test_fp8_prefill_kernels_use_fp8_wgmma_within_their_registers(name: str, nvf
 def test_quantising_kernels_compile() -> None:
     x = torch.empty((4, 7168), dtype=torch.bfloat16)
     with compiling(90) as compiled:
-        quantize_tokens(x, ITEMS, 8, 7168, launch_early=True)
+        quantize_tokens(x, WORK, 7168, launch_early=True)
         quantize_rows(x)
-    assert len(compiled) == 2
-    assert all("cvt.rn.satfinite.e4m3x2.f32" in kernel.ptx and kernel.spill_bytes == 0 for kernel in compiled)
+        gather_codes(hb.quantize_fp8(torch.zeros((4, 7168))), WORK, 7168)
+    assert len(compiled) == 3 and all(kernel.spill_bytes == 0 for kernel in compiled)
+    assert ["cvt.rn.satfinite.e4m3x2.f32" in kernel.ptx for kernel in compiled] == [True, True, False]
 
 
 @pytest.mark.parametrize("in_registers", [True, False])
@@ -142,37 +144,52 @@ def test_the_benchmark_of_the_instruction_compiles(fp8: bool, in_registers: bool
     assert compiled[0].ptx.count("wgmma.mma_async") == (8 if fp8 else 16) and compiled[0].spill_bytes == 0
 
 
+def choose(
+    num_tokens: int, top_k: int, num_experts: int, activations: str = "bf16", format: hb.BlockFormat = hb.NVFP4, layout: str = "hopper", *,
+    sizes: tuple[int, int] = (2048, 768), **others: object,
+) -> configs.Config:  # fmt: skip
+    problem = Problem(
+        "fused_moe", hb.Target.of("cpu"), format, layout, activations, num_experts=num_experts, hidden=sizes[0], intermediate=sizes[1], **others
+    )
+    return configs.choose_config(problem, Size(num_tokens, top_k))
+
+
 def test_the_choice_follows_the_rows_an_expert_has() -> None:
     names = {id(config): name for name, config in PREFILL.items()}
-    chosen = [layer.choose_config(num_tokens, 8, 128) for num_tokens in (1, 8, 9, 64, 128, 256, 512, 1024, 2048, 4096)]
+    chosen = [choose(num_tokens, 8, 128) for num_tokens in (1, 8, 9, 64, 128, 256, 512, 1024, 2048, 4096)]
     assert [names.get(id(config), "decode") for config in chosen] == [
         "decode", "decode", "decode", "decode", "tiny", "tiny", "small", "medium", "large", "huge",
     ]  # fmt: skip
-    assert chosen[0].direct and chosen[1].direct and not chosen[2].direct
-    assert not layer.choose_config(8, 9, 128).direct  # 72 slots
-    fp8 = [layer.choose_config(num_tokens, 8, 128, "fp8") for num_tokens in (1, 384, 512, 1536, 2048, 4096)]
-    assert fp8[:2] == [layer.choose_config(num_tokens, 8, 128) for num_tokens in (1, 384)]
-    assert fp8[2:] == [layer.FP8_SMALL, layer.FP8_MEDIUM, layer.FP8_LARGE, layer.FP8_HUGE]
-    assert [layer.choose_config(num_tokens, 8, 128, "fp8", hb.MXFP4) for num_tokens in (192, 193, 385)] == [
-        layer.TINY,
-        layer.FP8_TINY,
-        layer.FP8_SMALL,
-    ]
-    words_for_fp8 = [layer.choose_config(num_tokens, 8, 128, "fp8", hb.NVFP4, "fp8") for num_tokens in (2, 3, 385)]
-    assert words_for_fp8 == [layer.DecodeConfig(direct=True), layer.FP8_TINY, layer.FP8_SMALL]
-    few_tokens = [layer.choose_config(1, 8, 256, "fp8", hb.MXFP4, "fp8", row_tiles=row_tiles) for row_tiles in (48, 64)]
-    assert few_tokens == [layer.DecodeConfig(direct=True), layer.FP8_TINY]
-    one = empty_experts(nvfp4=True)
-    assert not layer.rounds_weights(24, 1, one, "fp8") and layer.rounds_weights(25, 1, one, "fp8") and not layer.rounds_weights(4096, 1, one, "bf16")
-    one = empty_experts(nvfp4=True, words_for="fp8")
-    assert not layer.rounds_weights(2, 1, one, "fp8") and layer.rounds_weights(3, 1, one, "fp8")
+    assert chosen[0] == chosen[1] == configs.DIRECT and chosen[2] == configs.DECODE
+    assert choose(8, 9, 128) == configs.DECODE  # 72 slots
+    fp8 = [choose(num_tokens, 8, 128, "fp8") for num_tokens in (1, 384, 512, 1536, 2048, 4096)]
+    assert fp8[:2] == [choose(num_tokens, 8, 128) for num_tokens in (1, 384)]
+    assert fp8[2:] == [configs.FP8_SMALL, configs.FP8_MEDIUM, configs.FP8_LARGE, configs.FP8_HUGE]
+    assert [choose(num_tokens, 8, 128, "fp8", hb.MXFP4) for num_tokens in (192, 193, 385)] == [configs.TINY, configs.FP8_TINY, configs.FP8_SMALL]
+    assert [choose(num_tokens, 8, 128, "fp8", layout="hopper_fp8") for num_tokens in (2, 3, 385)] == [
+        configs.DIRECT, configs.FP8_TINY, configs.FP8_SMALL,
+    ]  # fmt: skip
+    large = [choose(1, 8, 256, "fp8", hb.MXFP4, "hopper_fp8", sizes=sizes) for sizes in ((4096, 1536), (7168, 2048))]  # 48 and 64 row tiles
+    assert large == [configs.DIRECT, configs.FP8_TINY]
 
 
-def test_gradients_and_other_dtypes_are_refused_before_anything_runs() -> None:
+def test_hidden_states_in_another_format_than_fp8_do_not_go_to_its_tensor_cores() -> None:
+    assert choose(4096, 8, 128, "fp8", quantized="fp8") == configs.FP8_HUGE
+    assert choose(4096, 8, 128, "fp8", quantized="nvfp4") == choose(4096, 8, 128, "fp8", quantized="mxfp8") == configs.HUGE
+
+
+def test_weights_are_rounded_where_fp8_tensor_cores_multiply() -> None:
+    def rounds(num_tokens: int, activations: str, layout: str = "hopper") -> bool:
+        problem = Problem("fused_moe", hb.Target.of("cpu"), hb.NVFP4, layout, activations, num_experts=1, hidden=7168, intermediate=2048)
+        return configs.rounds_weights(problem, Size(num_tokens, 1))
+
+    assert not rounds(24, "fp8") and rounds(25, "fp8") and not rounds(4096, "bf16")
+    assert not rounds(2, "fp8", "hopper_fp8") and rounds(3, "fp8", "hopper_fp8")
+
+
+def test_gradients_are_refused_before_anything_runs() -> None:
     experts = empty_experts(nvfp4=True)
     x, ids, weights = torch.zeros((2, 7168), dtype=torch.bfloat16), torch.zeros((2, 1), dtype=torch.int32), torch.ones((2, 1))
-    with pytest.raises(UnsupportedError, match="multiply bf16"):
-        layer.fused_moe(x.half(), experts, ids, weights)
     with pytest.raises(UnsupportedError, match="no backward pass"):
-        layer.fused_moe(x.requires_grad_(), experts, ids, weights)
-    assert layer.fused_moe(torch.zeros((0, 7168), dtype=torch.bfloat16), experts, ids[:0], weights[:0]).shape == (0, 7168)
+        fused_moe.run(x.requires_grad_(), experts, ids, weights)
+    assert fused_moe.run(torch.zeros((0, 7168), dtype=torch.bfloat16), experts, ids[:0], weights[:0]).shape == (0, 7168)

@@ -13,19 +13,19 @@ from hopper_layers import ACTIVATIONS, check_graph, configs, make_experts, make_
 import halfbyte as hb
 from halfbyte.errors import UnsupportedError
 from halfbyte.experts import GPT_OSS_SWIGLU, ExpertWeights
-from halfbyte.kernels.reference.fused_moe import fused_moe as reference
+from halfbyte.kernels.reference.fused_moe import run as reference
 
 pytestmark = hopper
 
 
 def check(w: ExpertWeights, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, config: object = None, offset: int = 0) -> torch.Tensor:
     """Compare with the reference; the output starts as NaN."""
-    from halfbyte.kernels.sm90.fused_moe import fused_moe
+    from halfbyte.kernels.sm90.fused_moe import run as fused_moe
 
     out = torch.full_like(x, torch.nan)
     prepared = hb.prepare(w)
     assert prepared.layout == "hopper"
-    fused_moe(x, prepared.experts, ids, weights, out=out, config=config, expert_offset=offset)
+    fused_moe(x, prepared.storage, ids, weights, out=out, config=config, expert_offset=offset)
     assert_close_rel(out, reference(x, w, ids, weights, expert_offset=offset))
     return out
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from devices import hopper
 from helpers import assert_close_rel, assert_equal_bits, relative_errors
-from hopper_layers import ACTIVATIONS, configs, make_experts, make_tokens, natural
+from hopper_layers import ACTIVATIONS, configs, make_experts, make_tokens, natural, workspace
 
 import halfbyte as hb
 from halfbyte.experts import GPT_OSS_SWIGLU, SWIGLU, ExpertWeights
 from halfbyte.formats.activation_formats import round_trip
 from halfbyte.kernels.reference.activation import activate
-from halfbyte.kernels.reference.fused_moe import fused_moe as reference
+from halfbyte.kernels.reference.fused_moe import run as reference
 from halfbyte.weights.hopper.layout import FRAGMENT_COLUMN_BF16, padded_size
 
 pytestmark = hopper
@@ -43,11 +43,11 @@ def experts_of(num_experts: int, hidden: int, intermediate: int, format: hb.Bloc
 
 
 def run(w: ExpertWeights, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, activations: str, name: str, offset: int = 0) -> torch.Tensor:
-    from halfbyte.kernels.sm90.fused_moe import fused_moe
+    from halfbyte.kernels.sm90.fused_moe import run as fused_moe
 
     config = None if name == "direct" else configs()[name]
     out = torch.full_like(x, torch.nan)
-    return fused_moe(x, hb.prepare(w).experts, ids, weights, activations=activations, out=out, config=config, expert_offset=offset)
+    return fused_moe(x, hb.prepare(w).storage, ids, weights, activations=activations, out=out, config=config, expert_offset=offset)
 
 
 def check(w: ExpertWeights, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, activations: str, name: str, offset: int = 0) -> torch.Tensor:
@@ -63,19 +63,17 @@ def check(w: ExpertWeights, x: torch.Tensor, ids: torch.Tensor, weights: torch.T
 def test_each_product_on_every_tail(name: str, format: hb.BlockFormat, activations: str, static: bool, hidden: int, intermediate: int) -> None:
     """h against q(x) @ w13, and y against q(h) @ w2 of the h that the kernels made, q by the codec: both on the same quantised operands."""
     from halfbyte.kernels.shared.encode_rows import encode_rows
-    from halfbyte.kernels.sm90 import fused_moe as layer
+    from halfbyte.kernels.sm90 import expert_rows as layer
     from halfbyte.kernels.sm90.gather import gather
 
     config = configs()[name]
     w = experts_of(5, hidden, intermediate, format, static, GPT_OSS_SWIGLU if hidden == 2880 else SWIGLU)
     tokens, ids, _ = make_tokens(301, hidden, 5, 3)
     ids[:150] = torch.where(ids[:150] == 4, 3, ids[:150])  # experts of different sizes
-    experts = hb.prepare(w).experts
-    items, h, y = layer._prefill_workspace(tokens, experts, ids, 0, config)
-    h.fill_(torch.nan)
-    y.fill_(torch.nan)
+    experts = hb.prepare(w).storage
+    items, h, y = workspace(experts, ids, config)
     codes, scale = encode_rows(tokens, activations, experts.w13_input_scale)
-    x, x_scale = gather(codes, items, 3, padded_size(hidden), scale)
+    x, x_scale = gather(codes, items, padded_size(hidden), scale)
     layer._prefill_gemm(x, x_scale, experts.w13, h, experts, items, config, is_w13=True)
     h_codes, h_scale = encode_rows(h, activations, experts.w2_input_scale, in_fragment_order=True)
     layer._prefill_gemm(h_codes, h_scale, experts.w2, y, experts, items, config, is_w13=False)

@@ -8,14 +8,14 @@ import pytest
 import torch
 from devices import hopper
 from helpers import assert_close_rel, assert_equal_bits, relative_errors
-from hopper_layers import ACTIVATIONS, check_graph, configs, make_experts, make_tokens, natural, rows_at_the_edges
+from hopper_layers import ACTIVATIONS, check_graph, configs, make_experts, make_tokens, natural, rounds_weights, rows_at_the_edges, workspace
 
 import halfbyte as hb
 from halfbyte.bench.gate import FP8_GLOBAL_LIMIT, FP8_TOKEN_LIMIT
 from halfbyte.experts import GPT_OSS_SWIGLU, SWIGLU, ExpertWeights
 from halfbyte.formats.fp8_tensor import quantize_fp8
 from halfbyte.kernels.reference.activation import activate
-from halfbyte.kernels.reference.fused_moe import fused_moe as reference
+from halfbyte.kernels.reference.fused_moe import run as reference
 from halfbyte.weights.hopper.layout import FRAGMENT_COLUMN_BF16, FRAGMENT_COLUMN_FP8, padded_size
 from halfbyte.weights.hopper.rounding_fp8 import round_to_fp8
 
@@ -35,11 +35,10 @@ def fp8_values(w: ExpertWeights) -> ExpertWeights:
 def run(
     w: ExpertWeights, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, name: str, offset: int = 0, layout: str = "hopper_fp8"
 ) -> torch.Tensor:
-    from halfbyte.kernels.sm90 import fused_moe as layer
+    from halfbyte.kernels.sm90.fused_moe import run as fused_moe
 
-    out = torch.full_like(x, torch.nan)
-    config = configs().get(name) or getattr(layer, name)
-    return layer.fused_moe(x, hb.prepare(w, layout).experts, ids, weights, activations="fp8", out=out, config=config, expert_offset=offset)
+    out, config = torch.full_like(x, torch.nan), configs()[name.lower()]
+    return fused_moe(x, hb.prepare(w, layout).storage, ids, weights, activations="fp8", out=out, config=config, expert_offset=offset)
 
 
 def check(w: ExpertWeights, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, name: str, offset: int = 0) -> torch.Tensor:
@@ -52,15 +51,13 @@ def check(w: ExpertWeights, x: torch.Tensor, ids: torch.Tensor, weights: torch.T
 
 def check_products(w: ExpertWeights, tokens: torch.Tensor, ids: torch.Tensor, name: str) -> None:
     """h against x @ w13, and y against the h that the kernels made: both on the same quantised operands."""
-    from halfbyte.kernels.sm90 import fused_moe as layer
+    from halfbyte.kernels.sm90 import expert_rows as layer
     from halfbyte.kernels.sm90.quantize_rows import quantize_rows, quantize_tokens
 
-    config = getattr(layer, name)
-    experts = hb.prepare(w, activations="fp8").experts
-    items, h, y = layer._prefill_workspace(tokens, experts, ids, 0, config)
-    h.fill_(torch.nan)
-    y.fill_(torch.nan)
-    x, x_scale = quantize_tokens(tokens, items, ids.shape[1], padded_size(w.hidden))
+    config = configs()[name.lower()]
+    experts = hb.prepare(w, activations="fp8").storage
+    items, h, y = workspace(experts, ids, config)
+    x, x_scale = quantize_tokens(tokens, items, padded_size(w.hidden))
     layer._prefill_gemm(x, x_scale, experts.w13, h, experts, items, config, is_w13=True)
     h_codes, h_scale = quantize_rows(h)
     layer._prefill_gemm(h_codes, h_scale, experts.w2, y, experts, items, config, is_w13=False)
@@ -113,12 +110,10 @@ def test_every_activation(name: str, format: hb.BlockFormat, activation: str) ->
 @pytest.mark.parametrize("num_tokens", [0, 1, 2, 8, 9, 64, 129, 500, 2000])
 @pytest.mark.parametrize("num_experts", [1, 7, 60])
 def test_chosen_kernels_at_every_size(num_tokens: int, num_experts: int) -> None:
-    from halfbyte.kernels.sm90.fused_moe import rounds_weights
-
     w = make_experts(num_experts, 512, 256, hb.NVFP4)
     x, ids, weights = make_tokens(num_tokens, 512, num_experts, min(4, num_experts))
     prepared = hb.prepare(w, activations="fp8")
-    seen = fp8_values(w) if rounds_weights(*ids.shape, prepared.experts, "fp8") else w
+    seen = fp8_values(w) if rounds_weights(prepared, ids, "fp8") else w
     assert prepared.layout == "hopper_fp8"
     out = hb.fused_moe(x, prepared, ids, weights, activations="fp8", backend="hopper")
     assert_close_rel(out, reference(x, seen, ids, weights, activations="fp8"), **(LAYER if seen is not w else {}))
@@ -147,9 +142,8 @@ def test_the_comparison_would_notice_what_can_go_wrong() -> None:
 
 @pytest.mark.parametrize("name", FP8_CONFIGS)
 def test_every_size_of_tile(name: str) -> None:
-    from halfbyte.kernels.sm90 import fused_moe as layer
 
-    sizes = getattr(layer, name).sizes
+    sizes = configs()[name.lower()].sizes
     ids = rows_at_the_edges(sizes)
     x, _, _ = make_tokens(len(ids), 256, 1, 1)
     check_products(make_experts(3 * len(sizes), 256, 128, hb.NVFP4), x, ids, name)  # one expert a token: no others even out what rounding h does
@@ -196,7 +190,7 @@ def test_rows_whose_scales_span_more_than_e4m3_holds() -> None:
 
 @pytest.mark.parametrize("hidden", [64, 2880, 7168])
 def test_quantising_kernels_agree_with_the_format_bit_for_bit(hidden: int) -> None:
-    from halfbyte.kernels.shared.sort import permute
+    from halfbyte.kernels.shared.sort import run as sort
     from halfbyte.kernels.sm90.quantize_rows import quantize_rows, quantize_tokens
 
     def in_order(codes: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
@@ -207,7 +201,7 @@ def test_quantising_kernels_agree_with_the_format_bit_for_bit(hidden: int) -> No
     x *= torch.logspace(-20, 20, 70, device="cuda").unsqueeze(1)
     x = x.bfloat16()
     x[3], x[4, 1], x[5, 2], x[6, ::3] = 0, torch.inf, torch.nan, -0.0
-    rows = permute(ids, 0, 7, 16)
+    rows = sort(ids, 0, 7, 16)
     held = rows.token_of_row[: int((ids < 7).sum())].long()
     q = quantize_fp8(x)
     codes, scales = q.codes, q.scales
@@ -215,7 +209,7 @@ def test_quantising_kernels_agree_with_the_format_bit_for_bit(hidden: int) -> No
     expected = in_order(codes.view(torch.uint8), FRAGMENT_COLUMN_FP8)[held]
     h = in_order(x.view(torch.int16), FRAGMENT_COLUMN_BF16).view(torch.bfloat16)[held].contiguous()
     h = torch.nn.functional.pad(h, (0, 0, 0, ids.numel() - len(held)))
-    for actual, actual_scales in (quantize_tokens(x, rows, 3, expected.shape[1]), quantize_rows(h)):
+    for actual, actual_scales in (quantize_tokens(x, rows, expected.shape[1]), quantize_rows(h)):
         actual, actual_scales = actual[: len(held)], actual_scales[: len(held)]
         assert_equal_bits(actual.view(torch.uint8)[finite], expected[finite])
         assert_equal_bits(actual_scales[finite], scales[held, 0][finite])
@@ -224,10 +218,8 @@ def test_quantising_kernels_agree_with_the_format_bit_for_bit(hidden: int) -> No
 
 @pytest.mark.parametrize("num_tokens", [1, 32, 700, 1500, 4000])
 def test_a_graph_follows_its_routing_and_repeats_bit_for_bit(num_tokens: int) -> None:
-    from halfbyte.kernels.sm90.fused_moe import rounds_weights
-
     w = make_experts(32, 512, 256, hb.NVFP4)
-    if rounds_weights(num_tokens, 4, hb.prepare(w, activations="fp8").experts, "fp8"):
+    if rounds_weights(hb.prepare(w, activations="fp8"), torch.empty(num_tokens, 4), "fp8"):
         check_graph(w, num_tokens, "fp8", fp8_values(w), **LAYER)
     else:
         check_graph(w, num_tokens, "fp8")

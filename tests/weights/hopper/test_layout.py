@@ -165,6 +165,6 @@ def test_codes_at_any_address_are_packed(offset: int) -> None:
     w = make_experts(2, 64, 64, hb.NVFP4)
     buffer = torch.zeros(w.w13.codes.numel() + offset, dtype=torch.uint8)
     codes = buffer[offset:].view(w.w13.codes.shape).copy_(w.w13.codes)
-    moved = hb.prepare(w.with_tensors({**w.tensors, "w13.codes": codes}), "hopper").experts
-    assert_equal_bits(moved.w13.words, hb.prepare(w, "hopper").experts.w13.words)
+    moved = hb.prepare(w.with_tensors({**w.tensors, "w13.codes": codes}), "hopper").storage
+    assert_equal_bits(moved.w13.words, hb.prepare(w, "hopper").storage.w13.words)
     assert_equal_bits(codes, w.w13.codes)

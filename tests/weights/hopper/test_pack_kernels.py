@@ -41,7 +41,7 @@ def assert_same_experts(actual: layout.HopperExperts, expected: layout.HopperExp
 
 
 def packed_on_cpu(w: ExpertWeights, layout: str = "hopper") -> layout.HopperExperts:
-    return hb.prepare(copy_of(w), layout).experts
+    return hb.prepare(copy_of(w), layout).storage
 
 
 def test_interpreted_kernels_write_the_bytes_of_the_torch_code() -> None:
@@ -131,8 +131,8 @@ def test_in_place(hidden: int, intermediate: int, reused: int, format: hb.BlockF
     expected, consumed = packed_on_cpu(w, layout), copy_of(w, device)
     before = {name: tensor.data_ptr() for name, tensor in consumed.tensors.items()}
     prepared = hb.prepare(consumed, layout, in_place=True)
-    assert_same_experts(prepared.experts, expected)
-    assert sum(tensor.data_ptr() in before.values() for tensor in prepared.experts.tensors.values()) == reused
+    assert_same_experts(prepared.storage, expected)
+    assert sum(tensor.data_ptr() in before.values() for tensor in prepared.storage.tensors.values()) == reused
     for name, tensor in prepared.unprepare().tensors.items():
         assert_equal_bits(tensor.cpu(), w.tensors[name])
 
@@ -153,7 +153,7 @@ def test_in_place_in_inference_mode() -> None:
     with torch.inference_mode():
         w = make_experts(2, 64, 64, hb.NVFP4)
         expected = packed_on_cpu(w)
-        assert_same_experts(hb.prepare(w, "hopper", in_place=True).experts, expected)
+        assert_same_experts(hb.prepare(w, "hopper", in_place=True).storage, expected)
 
 
 def test_views_that_are_not_contiguous_are_left_alone() -> None:
@@ -162,7 +162,7 @@ def test_views_that_are_not_contiguous_are_left_alone() -> None:
     wide[:, :, :32] = w.w13.codes
     strided = w.with_tensors({**copy_of(w).tensors, "w13.codes": wide[:, :, :32]})
     prepared = hb.prepare(strided, "hopper", in_place=True)
-    assert_same_experts(prepared.experts, packed_on_cpu(w))
+    assert_same_experts(prepared.storage, packed_on_cpu(w))
     assert_equal_bits(wide[:, :, :32].contiguous(), w.w13.codes)
 
 
@@ -174,8 +174,8 @@ def test_nothing_happens_in_place_on_another_device() -> None:
 
 def test_device_of_the_result() -> None:
     w = make_experts(1, 64, 64, hb.NVFP4)
-    assert hb.prepare(w, "canonical", device="cpu").experts.w13.codes.data_ptr() == w.w13.codes.data_ptr()
-    assert_same_experts(hb.prepare(w, "hopper", device="cpu").experts, packed_on_cpu(w))
+    assert hb.prepare(w, "canonical", device="cpu").storage.w13.codes.data_ptr() == w.w13.codes.data_ptr()
+    assert_same_experts(hb.prepare(w, "hopper", device="cpu").storage, packed_on_cpu(w))
 
 
 class TestOnAGPU:
@@ -193,7 +193,7 @@ class TestOnAGPU:
         expected = packed_on_cpu(w, layout)
         there = copy_of(w, "cuda")
         prepared = hb.prepare(there, layout)
-        assert_same_experts(prepared.experts, expected)
+        assert_same_experts(prepared.storage, expected)
         back, expected_back = prepared.unprepare(), unpack(expected)
         for name, tensor in expected_back.tensors.items():
             assert_equal_bits(back.tensors[name].cpu(), tensor)
@@ -210,7 +210,7 @@ class TestOnAGPU:
                 moved[name] = buffer[4:].view(tensor.dtype).view(tensor.shape)
                 moved[name].copy_(tensor)
         for in_place in (False, True):
-            assert_same_experts(hb.prepare(w.with_tensors(moved), "hopper", in_place=in_place).experts, packed_on_cpu(w))
+            assert_same_experts(hb.prepare(w.with_tensors(moved), "hopper", in_place=in_place).storage, packed_on_cpu(w))
 
     @pytest.mark.parametrize("programs", [1, 4])
     @pytest.mark.parametrize("format", [hb.NVFP4, hb.MXFP4], ids=repr)
@@ -225,7 +225,7 @@ class TestOnAGPU:
         monkeypatch.setattr(pack_in_place, "PROGRAMS_OF_A_MULTIPROCESSOR", programs)
         expected = packed_on_cpu(w)
         for _ in range(20):
-            assert_same_experts(hb.prepare(copy_of(w, "cuda"), "hopper", in_place=True).experts, expected)
+            assert_same_experts(hb.prepare(copy_of(w, "cuda"), "hopper", in_place=True).storage, expected)
 
     def test_scales_that_are_not_contiguous_take_the_way_through_a_buffer(self) -> None:
         w = make_experts(3, 256, 256, hb.NVFP4)
@@ -233,7 +233,7 @@ class TestOnAGPU:
         wide = torch.zeros((*there.w13.scales.shape[:2], 32), dtype=torch.uint8, device="cuda")
         wide[:, :, :16] = there.w13.scales.view(torch.uint8)
         strided = there.with_tensors({**there.tensors, "w13.scales": wide[:, :, :16].view(torch.float8_e4m3fn)})
-        assert_same_experts(hb.prepare(strided, "hopper", in_place=True).experts, packed_on_cpu(w))
+        assert_same_experts(hb.prepare(strided, "hopper", in_place=True).storage, packed_on_cpu(w))
 
     @pytest.mark.parametrize("pinned", [False, True])
     def test_from_the_host(self, pinned: bool) -> None:
@@ -243,7 +243,7 @@ class TestOnAGPU:
         for tensor in source.tensors.values():
             tensor.zero_()  # the caller's again
         assert prepared.device.type == "cuda" and prepared.target.arch != "cpu"
-        assert_same_experts(prepared.experts, packed_on_cpu(w))
+        assert_same_experts(prepared.storage, packed_on_cpu(w))
 
     @pytest.mark.parametrize("source", ["cpu", "cuda", "in place"])
     def test_peak_memory(self, source: str) -> None:

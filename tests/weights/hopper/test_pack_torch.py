@@ -16,7 +16,7 @@ from halfbyte.weights.hopper import pack_torch
 
 def test_threads_of_the_packer_have_one_thread_each_and_leave_torch_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     w = make_experts(5, 256, 192, hb.NVFP4)
-    expected = hb.prepare(w, "hopper").experts.tensors
+    expected = hb.prepare(w, "hopper").storage.tensors
     before, seen, pack = torch.get_num_threads(), set(), pack_torch._pack_row_tiles
 
     def watched(*tensors: torch.Tensor) -> None:
@@ -26,7 +26,7 @@ def test_threads_of_the_packer_have_one_thread_each_and_leave_torch_as_it_was(mo
     monkeypatch.setattr(pack_torch, "_pack_row_tiles", watched)
     torch.set_num_threads(3)
     try:
-        packed = hb.prepare(w, "hopper").experts.tensors
+        packed = hb.prepare(w, "hopper").storage.tensors
         assert torch.get_num_threads() == 3
         with ThreadPoolExecutor(1) as pool:
             assert pool.submit(torch.get_num_threads).result() == 3

@@ -35,8 +35,9 @@ try:
 except ImportError as error:
     raise UnsupportedError(f"this needs transformers 5.17 or newer: {error}", where=__name__, next_step="run: pip install 'halfbyte[hf]'") from error
 
-from halfbyte.formats.activation_formats import ACTIVATION_FORMATS, ActivationFormat
-from halfbyte.integrations.transformers.modules import ExpertsState, experts_forward, restore_canonical
+from halfbyte.formats.activation_formats import ActivationFormat, check_activations
+from halfbyte.integrations.packing import is_attached, restore_canonical
+from halfbyte.integrations.transformers.modules import experts_forward
 from halfbyte.integrations.transformers.plan import GPT_OSS, MODELOPT
 from halfbyte.integrations.transformers.quantizers import IMPLEMENTATION, FP4Config, FP4Quantizer, compressed_scheme
 
@@ -118,9 +119,8 @@ def set_activations(model: Any, activations: ActivationFormat) -> None:
     Raises:
         InputError: no such format, or no packed experts that could see it.
     """
-    if activations not in ACTIVATION_FORMATS:
-        raise InputError("unknown activation format", where="set_activations", given=repr(activations), needed=" or ".join(ACTIVATION_FORMATS))
-    states = [module.halfbyte for module in model.modules() if isinstance(getattr(module, "halfbyte", None), ExpertsState)]
+    check_activations(activations, "set_activations")
+    states = [module.halfbyte for module in model.modules() if is_attached(module)]
     if activations != "bf16" and not states:
         raise InputError(
             "the model has no packed experts, which alone quantise activations",
@@ -145,7 +145,7 @@ def set_layout(model: Any, layout: Literal["auto", "canonical"]) -> None:
     if layout not in ("auto", "canonical"):
         raise InputError("unknown layout", where="set_layout", given=repr(layout), needed="'auto' or 'canonical'")
     for module in model.modules():
-        if isinstance(getattr(module, "halfbyte", None), ExpertsState):
+        if is_attached(module):
             module.halfbyte.layout = layout
             if layout == "canonical":
                 restore_canonical(module)

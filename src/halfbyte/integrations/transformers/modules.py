@@ -3,54 +3,29 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from halfbyte.device import Target
 from halfbyte.errors import CheckpointError, UnsupportedError
 from halfbyte.experts import GEGLU, GEGLU_TANH, RELU2, Activation, ExpertWeights
 from halfbyte.formats import BlockFormat, QuantTensor
-from halfbyte.formats.activation_formats import ActivationFormat
+from halfbyte.integrations.packing import Host, Packing, attach, circumstances, packed_tensors, prepared_experts
 from halfbyte.integrations.transformers.plan import PackedParameter
 from halfbyte.kernels.reference.activation import activate
-from halfbyte.kernels.table import Problem, obstacles
-from halfbyte.moe.functional import fused_moe
-from halfbyte.weights.prepared import PreparedExperts, hopper_layout, prepare
+from halfbyte.moe import fused_moe
 
 # A module of a class decorated with transformers' use_experts_implementation; no common base class says what that adds.
 ExpertsModule = Any
 
 # Suffix of each tensor behind the name of the projection it belongs to.
 CODES, BLOCK_SCALE, GLOBAL_SCALE, INPUT_SCALE = "", "_scale", "_scale_2", "_input_scale"
-
-
-@dataclass
-class ExpertsState:
-    """What halfbyte keeps beside the tensors of one Experts module.
-
-    Attributes:
-        layout: "auto" packs the experts in place where the kernels of the device read a layout of their own; "canonical" never does.
-        prepared: what the next call uses, as long as its tensors are at `addresses`.
-        prepared_for: the circumstances that `prepared` fits.
-        replaced: while packed in place, the dtypes of the Parameters that are gone, by name.
-    """
-
-    format: BlockFormat
-    activation: Activation
-    activations: ActivationFormat = "bf16"
-    layout: Literal["auto", "canonical"] = "auto"
-    prepared: PreparedExperts | None = None
-    addresses: tuple[int, ...] = ()
-    prepared_for: str = ""
-    replaced: dict[str, torch.dtype] = field(default_factory=dict)
 
 
 def first_projection(module: ExpertsModule) -> str:
@@ -67,7 +42,7 @@ def pack_experts(module: ExpertsModule, format: BlockFormat, packed: dict[str, P
     first = first_projection(module)
     if getattr(module, "has_post_expert_norm", False):
         raise UnsupportedError("experts with a norm behind them are not supported", where=where)
-    module.halfbyte = ExpertsState(format, find_activation(module, where))
+    weights = partial(expert_weights, format=format, activation=find_activation(module, where))
     for projection in (first, "down_proj"):
         dense = getattr(module, projection)
         experts, rows, columns = dense.shape if not module.is_transposed else (dense.shape[0], dense.shape[2], dense.shape[1])
@@ -76,8 +51,7 @@ def pack_experts(module: ExpertsModule, format: BlockFormat, packed: dict[str, P
         groups = (experts, sources) if sources > 1 else (experts,)
         delattr(module, projection)
         _register(module, projection, projection, format, (experts, rows, columns), groups, packed[projection])
-    module.register_state_dict_post_hook(_save_canonical)
-    module.register_load_state_dict_pre_hook(_load_canonical)
+    attach(module, Packing(Host(weights, _replaceable, _keeps_storage), format))
 
 
 def _check_complete(parameter: PackedParameter | None, tensors: int, where: str) -> None:
@@ -132,7 +106,7 @@ class QuantLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, format={self.format!r}"
 
 
-def packed_tensors(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+def packed_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
     """Every packed Parameter of the model: its module, its full name, itself."""
     for module_name, module in model.named_modules():
         for name in getattr(module, "packed_names", ()):
@@ -150,21 +124,27 @@ def _tensor(module: nn.Module, name: str) -> torch.Tensor | None:
     return None if parameter is None else parameter.detach()
 
 
-def expert_weights(module: ExpertsModule) -> ExpertWeights:
+def expert_weights(module: ExpertsModule, format: BlockFormat, activation: Activation) -> ExpertWeights:
     """The experts of a packed module in canonical form, sharing its storage (biases that alternate gate and up are copied)."""
-    state, first = module.halfbyte, first_projection(module)
+    first = first_projection(module)
     w13_bias = _tensor(module, f"{first}_bias")
     if w13_bias is not None and not module.is_concatenated:
         w13_bias = halves_from_alternating(w13_bias, dim=1)
     return ExpertWeights(
-        quant_tensor(module, first, state.format),
-        quant_tensor(module, "down_proj", state.format),
-        activation=state.activation,
+        quant_tensor(module, first, format),
+        quant_tensor(module, "down_proj", format),
+        activation=activation,
         w13_bias=w13_bias,
         w2_bias=_tensor(module, "down_proj_bias"),
         w13_input_scale=_tensor(module, first + INPUT_SCALE),
         w2_input_scale=_tensor(module, "down_proj" + INPUT_SCALE),
     )
+
+
+def _replaceable(module: ExpertsModule) -> dict[str, str]:
+    """The Parameters that packing replaces, by the names of their canonical tensors."""
+    sides = {"w13": first_projection(module), "w2": "down_proj"}
+    return {f"{side}.{part}": name + suffix for side, name in sides.items() for part, suffix in (("codes", CODES), ("scales", BLOCK_SCALE))}
 
 
 def experts_forward(self: ExpertsModule, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
@@ -181,20 +161,22 @@ def experts_forward(self: ExpertsModule, hidden_states: torch.Tensor, top_k_inde
         raise UnsupportedError(f"{type(self).__name__}: packed experts have no backward pass", next_step="run under torch.no_grad()")
     if torch.compiler.is_compiling():
         return _compiled_forward(self, hidden_states, top_k_index, top_k_weights)
-    prepared = _prepared(self)
-    return fused_moe(hidden_states, prepared, top_k_index, top_k_weights, activations=self.halfbyte.activations)
+    return fused_moe(hidden_states, prepared_experts(self), top_k_index, top_k_weights, activations=self.halfbyte.activations)
 
 
-def _compiled_forward(module: ExpertsModule, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def _compiled_forward(module: ExpertsModule, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
     """What torch.compile traces: the op that `fused_moe` is then, on the module's own tensors, so that a graph follows them when they move."""
-    state = module.halfbyte
+    packing = module.halfbyte
     # Nothing may look at the tensors of the module yet: torch.compile would go on with those that packing replaces.
-    if state.prepared_for == _circumstances(module, hidden.device):
-        description, layout = state.prepared.description, state.prepared.layout
+    if packing.prepared_for == circumstances(module, hidden.device):
+        description, layout = packing.prepared.description, packing.prepared.layout
     else:
         description, layout = _prepare_while_tracing(id(module))
-    tensors = expert_weights(module).tensors if layout == "canonical" else _packed_tensors(module)
-    return torch.ops.halfbyte.fused_moe(hidden, list(tensors.values()), description, layout, ids, weights, state.activations, 0, None, False)
+    tensors = packing.host.weights(module).tensors if layout == "canonical" else packed_tensors(module)
+    held = (0, None, None)  # all experts
+    return torch.ops.halfbyte.fused_moe(
+        hidden, list(tensors.values()), description, layout, topk_ids, topk_weights, packing.activations, *held, None, False
+    )
 
 
 @torch.compiler.assume_constant_result
@@ -204,118 +186,14 @@ def _prepare_while_tracing(address: int) -> tuple[str, str]:
     The id stands for the module, which is alive and which torch 2.11 cannot pass to a function that it runs while tracing.
     """
     module = ctypes.cast(address, ctypes.py_object).value
-    prepared = _prepared(module)
+    prepared = prepared_experts(module)
     return prepared.description, prepared.layout
 
 
-def _circumstances(module: ExpertsModule, device: torch.device) -> str:
-    """What decides how experts are prepared; a string, because torch.compile guards that it stays the same."""
-    return f"{module.halfbyte.layout} layout, activations {module.halfbyte.activations}, {device.type} {device.index}"
-
-
-def _prepared(module: ExpertsModule) -> PreparedExperts:
-    """Prepare the experts at the first call, and again when a tensor has moved (`model.to(device)`, offloading, a reload)."""
-    state = module.halfbyte
-    in_place = state.layout == "auto" and _hopper_kernels_run(_device(module), state.format, state.activations) and not _is_offloaded(module)
-    is_as_wanted = in_place and state.prepared is not None and state.prepared.layout == hopper_layout(state.activations)
-    if state.replaced and not is_as_wanted:
-        restore_canonical(module)
-    if in_place and not state.replaced:
-        pack_in_place(module)
-    addresses = tuple(tensor.data_ptr() for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
-    if state.prepared is None or state.addresses != addresses:
-        state.prepared = _packed(module) if state.replaced else prepare(expert_weights(module), "canonical")
-        state.addresses = addresses
-    state.prepared_for = _circumstances(module, _device(module))
-    return state.prepared
-
-
-def pack_in_place(module: ExpertsModule) -> None:
-    """Arrange the experts for the Hopper kernels in the memory of their Parameters, and put buffers, which state_dict does not see, in their place.
-
-    `state_dict()` still holds the canonical tensors (in new memory, codes under a zero scale as zeros), `load_state_dict` fills them, and when the
-    module is moved to a device without such kernels, or calls for activations that they do not take, they come back. For fp8 activations, and back,
-    experts are packed anew.
-    """
-    state = module.halfbyte
-    state.prepared = prepare(expert_weights(module), hopper_layout(state.activations), in_place=True)
-    for name in (projection + suffix for projection in (first_projection(module), "down_proj") for suffix in (CODES, BLOCK_SCALE)):
-        state.replaced[name] = module.get_parameter(name).dtype
-        delattr(module, name)
-    for name, tensor in state.prepared.experts.tensors.items():
-        module.register_buffer(_buffer_name(name), tensor, persistent=False)
-
-
-def restore_canonical(module: ExpertsModule) -> None:
-    """Undo `pack_in_place`; nothing to do where the module is not packed."""
-    state = module.halfbyte
-    if not state.replaced:
-        return
-    packed = _packed(module)
-    for name, tensor in _canonical_parameters(module, packed).items():
-        module.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-    for name in packed.experts.tensors:
-        delattr(module, _buffer_name(name))
-    state.prepared, state.prepared_for, state.replaced = None, "", {}
-
-
-def _packed(module: ExpertsModule) -> PreparedExperts:
-    """The packed experts, in the module's buffers as they are now; errors as `_packed_tensors`."""
-    prepared = module.halfbyte.prepared
-    return replace(prepared, experts=prepared.experts.with_tensors(_packed_tensors(module)), target=Target.of(_device(module)))
-
-
-def _packed_tensors(module: ExpertsModule) -> dict[str, torch.Tensor]:
-    """The buffers that hold the packed experts, by the names of the layout.
-
-    Raises:
-        UnsupportedError: the module was cast to another dtype, which packed weights do not survive.
-    """
-    experts = module.halfbyte.prepared.experts
-    tensors = {name: module.get_buffer(_buffer_name(name)) for name in experts.tensors}
-    for name, tensor in experts.tensors.items():
-        if tensors[name].dtype != tensor.dtype:
-            raise UnsupportedError("packed experts cannot be cast", where=f"{type(module).__name__}.{name}", given=tensors[name].dtype)
-    return tensors
-
-
-def _canonical_parameters(module: ExpertsModule, packed: PreparedExperts) -> dict[str, torch.Tensor]:
-    """The tensors that `pack_in_place` replaced, by the names of their Parameters."""
-    canonical, dtypes = packed.unprepare(), module.halfbyte.replaced
-    tensors: dict[str, torch.Tensor] = {}
-    for projection, weight in ((first_projection(module), canonical.w13), ("down_proj", canonical.w2)):
-        assert isinstance(weight, QuantTensor)
-        tensors |= {projection + CODES: weight.codes, projection + BLOCK_SCALE: weight.scales}
-    return {name: tensor.view(dtypes[name]) for name, tensor in tensors.items()}
-
-
-def _save_canonical(module: ExpertsModule, state_dict: dict[str, torch.Tensor], prefix: str, _: object) -> None:
-    if module.halfbyte.replaced:
-        state_dict.update({prefix + name: tensor for name, tensor in _canonical_parameters(module, _packed(module)).items()})
-
-
-def _load_canonical(module: ExpertsModule, *_: object) -> None:
-    restore_canonical(module)
-
-
-def _buffer_name(name: str) -> str:
-    return f"packed_{name.replace('.', '_')}"
-
-
-def _device(module: ExpertsModule) -> torch.device:
-    return next(itertools.chain(module.buffers(recurse=False), module.parameters(recurse=False))).device
-
-
-@functools.cache
-def _hopper_kernels_run(device: torch.device, format: BlockFormat, activations: ActivationFormat) -> bool:
-    problem = Problem("fused_moe", Target.of(device), format, "hopper", activations)
-    return any(obstacle is None for _, obstacle in obstacles(problem))
-
-
-def _is_offloaded(module: ExpertsModule) -> bool:
-    """Whether accelerate brings other copies of the tensors to the device at every call: what is packed then would be gone at the next."""
+def _keeps_storage(module: ExpertsModule) -> bool:
+    """Not where accelerate brings other copies of the tensors to the device at every call: what is packed then would be gone at the next."""
     hook = getattr(module, "_hf_hook", None)
-    return hook is not None and getattr(hook, "offload", True)
+    return hook is None or not getattr(hook, "offload", True)
 
 
 def halves_from_alternating(x: torch.Tensor, dim: int) -> torch.Tensor:

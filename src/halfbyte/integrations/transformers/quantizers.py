@@ -21,7 +21,7 @@ from halfbyte.integrations.transformers.modules import (
     first_projection,
     halves_from_alternating,
     pack_experts,
-    packed_tensors,
+    packed_parameters,
 )
 from halfbyte.integrations.transformers.plan import GPT_OSS, MXFP4_PACK, NVFP4_PACK, PackedParameter, Scheme, find_packed
 
@@ -124,7 +124,7 @@ class FP4Quantizer(HfQuantizer):
         return ours + weight_conversions
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        for _, name, tensor in packed_tensors(model):
+        for _, name, tensor in packed_parameters(model):
             if tensor.is_meta:  # offloaded to disk
                 continue
             if not getattr(tensor, "_is_hf_initialized", False):
@@ -134,7 +134,7 @@ class FP4Quantizer(HfQuantizer):
             if tensor.dtype == torch.float32 and not (tensor.isfinite().all() and (tensor > 0).all()):
                 raise CheckpointError("a scale is not a positive finite number", where=name, given=tensor.tolist())
         # transformers 5.17 leaves tensors that it renamed in the dtype of the file when the checkpoint is quantised; 5.23 does not.
-        packed = {name for _, name, _ in packed_tensors(model)}
+        packed = {name for _, name, _ in packed_parameters(model)}
         for name, tensor in model.state_dict(keep_vars=True).items():
             if name not in packed and tensor.dtype != self.dtypes.get(name, tensor.dtype):
                 tensor.data = tensor.to(self.dtypes[name])

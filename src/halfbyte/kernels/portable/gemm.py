@@ -35,22 +35,34 @@ import triton.language as tl
 
 from halfbyte.experts import Activation
 from halfbyte.formats import NVFP4, BlockFormat, QuantTensor
+from halfbyte.kernels.problem import Problem, Size
 
 TWO_POW_126 = tl.constexpr(2.0**126)
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 TWICE_SQRT_TWO_OVER_PI = tl.constexpr(1.5957691216057308)
-INVARIANT_ROWS = 64  # rows an expert whose tile serves any number of rows: half as fast as the best at either end, by arithmetic
+INVARIANT_ROWS = 64  # rows per expert whose tile serves any number of rows: half as fast as the best at either end, by arithmetic
 TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 class Config(NamedTuple):
-    """Tile sizes and launch options."""
+    """Tile sizes and launch options; the columns of a gated w13 come in tiles of `gated_block_n`."""
 
     block_m: int
     block_n: int
+    gated_block_n: int
     block_k: int
     num_warps: int
     num_stages: int
+
+    @property
+    def max_rows(self) -> int:
+        """Of an item of the work list."""
+        return self.block_m
+
+
+# Each fits the 99 KiB of shared memory of sm_86 and sm_89, and none spills on sm_80, sm_90 and sm_100.
+_TILES = (Config(16, 64, 64, 64, 4, 4), Config(64, 64, 64, 64, 4, 3), Config(128, 128, 64, 64, 8, 3))
+_TILES_FP32 = (Config(16, 64, 64, 32, 4, 2), Config(32, 64, 64, 32, 4, 2))
 
 
 @triton.jit
@@ -238,12 +250,12 @@ def grouped_gemm_w4a16(
     activation: Activation | None = None,
     slot_of_row: torch.Tensor | None = None,
     top_k: int = 1,
-    batch_invariant: bool = False,
     x_scale: torch.Tensor | None = None,
+    config: Config | None = None,
 ) -> torch.Tensor:
     """Fill out [R, N] from x [S, K] and weight [E, W, K] as the module says; rows from row_start[E] on keep what they held.
 
-    `batch_invariant`: one tile for any number of rows. A row of a tile never mixes with another, so its bits then depend on nothing else.
+    `config`: by default that for so many rows.
 
     Launches one kernel, allocates nothing when x and the weights are contiguous, and never waits for the device.
     """
@@ -254,9 +266,9 @@ def grouped_gemm_w4a16(
     weight = weight.with_scale_layout("linear")
     scale = weight.global_scale
     compute = compute_dtype(x.dtype, weight.format, interpreted=triton.knobs.runtime.interpret)
-    tiled_rows = INVARIANT_ROWS * num_experts if batch_invariant else num_rows
-    config = choose_config(tiled_rows, num_experts, gated=activation is not None and activation.gated, compute=compute)
-    grid = (row_block_bound(num_rows, num_experts, config.block_m) * triton.cdiv(columns, config.block_n),)
+    config = tiles(num_rows, num_experts, compute) if config is None else config
+    block_n = config.gated_block_n if activation is not None and activation.gated else config.block_n
+    grid = (row_block_bound(num_rows, num_experts, config.block_m) * triton.cdiv(columns, block_n),)
     with torch.cuda.device_of(out):  # Triton launches on the current device
         grouped_gemm_w4a16_kernel[grid](
             x.contiguous(),
@@ -282,7 +294,7 @@ def grouped_gemm_w4a16(
             COMPUTE=TRITON_DTYPES[compute],
             PRECISION="tf32x3" if x.dtype == torch.float32 else "tf32",
             BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
+            BLOCK_N=block_n,
             BLOCK_K=config.block_k,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
@@ -312,19 +324,30 @@ def compute_dtype(dtype: torch.dtype, format: BlockFormat, *, interpreted: bool 
     return torch.float32 if interpreted else dtype
 
 
-def choose_config(num_rows: int, num_experts: int, *, gated: bool, compute: torch.dtype) -> Config:
+def configs(problem: Problem) -> tuple[Config, ...]:
+    return _TILES_FP32 if _compute_of(problem) == torch.float32 else _TILES
+
+
+def choose_config(problem: Problem, size: Size) -> Config:
+    """The tiles for so many rows per expert on average; one for any number of rows where the problem is batch invariant."""
+    num_rows = INVARIANT_ROWS * problem.num_experts if problem.batch_invariant else size.num_rows
+    return tiles(num_rows, problem.num_experts, _compute_of(problem))
+
+
+def tiles(num_rows: int, num_experts: int, compute: torch.dtype) -> Config:
     """Row blocks about as high as an expert has rows on average: three kernels at most, whatever the number of tokens.
 
-    Each fits the 99 KiB of shared memory of sm_86 and sm_89, and none spills on sm_80, sm_90 and sm_100.
-
-    >>> choose_config(8, 256, gated=True, compute=torch.bfloat16)
-    Config(block_m=16, block_n=64, block_k=64, num_warps=4, num_stages=4)
+    >>> tiles(8, 256, torch.bfloat16)
+    Config(block_m=16, block_n=64, gated_block_n=64, block_k=64, num_warps=4, num_stages=4)
     """
-    rows = num_rows / num_experts
-    if compute == torch.float32:
-        return Config(16 if rows <= 16 else 32, 64, 32, 4, 2)
-    if rows <= 16:
-        return Config(16, 64, 64, 4, 4)
-    if rows <= 128:
-        return Config(64, 64, 64, 4, 3)
-    return Config(128, 64 if gated else 128, 64, 8, 3)
+    few, *others = _TILES_FP32 if compute == torch.float32 else _TILES
+    if num_rows <= 16 * num_experts:
+        return few
+    return others[0] if num_rows <= 128 * num_experts else others[-1]
+
+
+def _compute_of(problem: Problem) -> torch.dtype:
+    is_encoded = problem.activations != "bf16" or problem.quantized is not None
+    dtype = torch.bfloat16 if is_encoded or problem.dtype is None else problem.dtype
+    assert problem.format is not None
+    return compute_dtype(dtype, problem.format, interpreted=triton.knobs.runtime.interpret)

@@ -1,7 +1,7 @@
 """Activations to FP4 in one pass: bf16 or fp16 [rows, K] to codes, block scales in the layout that their reader wants, and nothing else written.
 
     x        [matrices, rows, K] bf16 or fp16, K contiguous
-    global   fp32 decode multipliers (NVFP4): one a matrix, one a group of rows, or one an expert
+    global   fp32 decode multipliers (NVFP4): one per matrix, or one per group of rows
     codes    uint8 [matrices, rows, K / 2]
     scales   e4m3 or e8m0 bytes, "linear", "128x4" or "8x4"; the padding of the tiles is written as zero
 
@@ -12,11 +12,6 @@ Compiled for sm_90 by Triton 3.6: 490 instructions for 32 elements of ordinary b
 A thread owns whole blocks (16 columns, 32 for MXFP4), loads them 16 bytes at a time, a step before it needs them, the first of a chunk while the last
 one is computed, and needs no other thread: nothing goes through shared memory but "linear" scales. The programs of a matrix, all of them together as
 many as the GPU can hold at once, take turns at chunks of its rows (`quantize_chunk.py`).
-
-**Experts.** Rows are sorted by expert. The rows of every expert are cut into chunks, so that a chunk belongs to one expert, and what is looked up
-(expert, first row, global scale) is looked up once a chunk, a chunk ahead; the last one of an expert also zeroes the rest of its tile of scales. By
-comparing with all experts at once, in registers (SCAN), or by bisection in memory, after a one-program kernel that adds the sizes up. Rows that no
-expert covers are never touched.
 """
 
 from __future__ import annotations
@@ -34,23 +29,11 @@ from halfbyte.device import Target
 from halfbyte.experts import Activation
 from halfbyte.formats import NVFP4, BlockFormat, QuantTensor
 from halfbyte.formats.quantizer import decode_scale_of
-from halfbyte.formats.scale_layout import ScaleLayout, max_padded_rows, padded_shape, tile_rows
+from halfbyte.formats.scale_layout import ScaleLayout, padded_shape, tile_rows
+from halfbyte.kernels.problem import Problem, Size, Support, takes_16_bits
 from halfbyte.kernels.quantizers.chunk import load_rows, quantize_chunk
 
 INTERPRETED = triton.knobs.runtime.interpret
-MAX_SCANNED_EXPERTS = 256
-
-_FROM_FIRST_LANE = tl.constexpr("shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;")
-
-
-@triton.jit
-def _uniform(x, ASM: tl.constexpr):
-    """x as int32, which all threads have: told so, the compiler keeps it, and what follows from it, in registers that a warp shares. What a loop
-    carries it has to be told again: the kernel of experts would not do with its registers else."""
-    x = x.to(tl.int32)
-    if ASM:
-        x = tl.inline_asm_elementwise(_FROM_FIRST_LANE, "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
-    return x
 
 
 @triton.jit(do_not_specialize=["matrices", "num_rows", "padded_rows"])
@@ -94,116 +77,6 @@ def inverse_rms_kernel(x_ptr, factor_ptr, width, eps, BLOCK: tl.constexpr):
     tl.store(factor_ptr + row, 1.0 / tl.sqrt(tl.sum(total) / width + eps))
 
 
-@triton.jit
-def _sizes(offsets_ptr, expert, num_rows, NUM_EXPERTS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr):
-    """Chunks of experts in the high half of an int64, rows in whole tiles in the low one; 0 beyond the last expert."""
-    first = tl.load(offsets_ptr + expert, mask=expert < NUM_EXPERTS, other=0)
-    end = tl.load(offsets_ptr + expert + 1, mask=expert < NUM_EXPERTS, other=0)
-    rows = tl.maximum(tl.minimum(end, num_rows) - tl.maximum(first, 0), 0).to(tl.int64)
-    return ((rows + (ROWS - 1)) // ROWS << 32) + (rows + (TILE - 1)) // TILE * TILE
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def expert_ends_kernel(
-    offsets_ptr, ends_ptr, scale_offsets_ptr, num_rows,
-    LAYOUT: tl.constexpr, NUM_EXPERTS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """ends[e] = `_sizes` of the experts before e, added up; scale_offsets[e] = its rows. One program."""
-    total = tl.zeros((), tl.int64)
-    tl.store(ends_ptr, total)
-    for first in range(0, NUM_EXPERTS, BLOCK):
-        expert = first + tl.arange(0, BLOCK)
-        ends = total + tl.cumsum(_sizes(offsets_ptr, expert, num_rows, NUM_EXPERTS, ROWS, TILE))
-        tl.store(ends_ptr + 1 + expert, ends, mask=expert < NUM_EXPERTS)
-        if LAYOUT != "linear":
-            _store_scale_offsets(scale_offsets_ptr, expert, ends, NUM_EXPERTS)
-        total = tl.max(ends)
-
-
-@triton.jit
-def _store_scale_offsets(scale_offsets_ptr, expert, ends, NUM_EXPERTS: tl.constexpr):
-    """scale_offsets[0] = 0 and, for each expert, where the scales of the next one start: the low half of its `ends`."""
-    tl.store(scale_offsets_ptr, 0)
-    tl.store(scale_offsets_ptr + 1 + expert, ends.to(tl.int32), mask=expert < NUM_EXPERTS)
-
-
-@triton.jit
-def _sum_and_last(count, chunks, rows, other_count, other_chunks, other_rows):
-    return count + other_count, tl.maximum(chunks, other_chunks), tl.maximum(rows, other_rows)
-
-
-@triton.jit
-def _chunk_of_expert(
-    chunk, ends, offsets_ptr, ends_ptr, num_rows,
-    LAYOUT: tl.constexpr, TILE: tl.constexpr, NUM_EXPERTS: tl.constexpr, SCAN: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr,
-    ASM: tl.constexpr,
-):  # fmt: skip
-    """Of a chunk, int32: its expert, its first row in x and in the scales, its rows, and those with the padding of its tile."""
-    if SCAN:
-        is_before = (ends >> 32) <= chunk
-        before = tl.where(is_before, ends, 0)
-        expert, chunks_before, rows_before = tl.reduce((is_before.to(tl.int32), (before >> 32).to(tl.int32), before.to(tl.int32)), 0, _sum_and_last)
-    else:  # bisect: the number of experts that end at or before this chunk
-        expert = 0
-        end = NUM_EXPERTS
-        for _ in range(STEPS):
-            middle = (expert + end) // 2
-            is_before = (middle < NUM_EXPERTS) & ((tl.load(ends_ptr + 1 + tl.minimum(middle, NUM_EXPERTS - 1)) >> 32) <= chunk)
-            expert = tl.where(is_before, middle + 1, expert)
-            end = tl.where(is_before, end, middle)
-        before = tl.load(ends_ptr + expert)
-        chunks_before, rows_before = before >> 32, before
-    expert = _uniform(expert, ASM)
-    first = _uniform(tl.maximum(tl.load(offsets_ptr + expert), 0), ASM)
-    count = _uniform(tl.minimum(tl.load(offsets_ptr + expert + 1), num_rows) - first, ASM)
-    row = (chunk - _uniform(chunks_before, ASM)) * ROWS
-    written = tl.where(row + ROWS < count, ROWS, (count + (TILE - 1)) // TILE * TILE - row)
-    scale_row = first + row if LAYOUT == "linear" else _uniform(rows_before, ASM) + row
-    return expert, first + row, scale_row, tl.minimum(count - row, ROWS), written
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def quantize_experts_kernel(
-    x_ptr, codes_ptr, scales_ptr, global_ptr, offsets_ptr, ends_ptr, scale_offsets_ptr, num_rows, row_blocks, num_columns, scale_columns,
-    NVFP4: tl.constexpr, BF16: tl.constexpr, RULE: tl.constexpr, LAYOUT: tl.constexpr, TILE: tl.constexpr, NUM_EXPERTS: tl.constexpr,
-    SCAN: tl.constexpr, EXPERTS_PADDED: tl.constexpr, STEPS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, NATIVE: tl.constexpr, ASM: tl.constexpr,
-    SOURCE: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr,
-):  # fmt: skip
-    if SCAN:
-        experts = tl.arange(0, EXPERTS_PADDED)
-        ends = tl.cumsum(_sizes(offsets_ptr, experts, num_rows, NUM_EXPERTS, ROWS, TILE))
-        total = tl.max(ends)
-        if LAYOUT != "linear":  # noqa: SIM102 - decided when compiling
-            if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
-                _store_scale_offsets(scale_offsets_ptr, experts, ends, NUM_EXPERTS)
-    else:
-        ends = 0
-        total = tl.load(ends_ptr + NUM_EXPERTS)
-    num_chunks = (total >> 32).to(tl.int32)
-    first_column = tl.program_id(1) * BLOCK_COLUMNS
-    if tl.program_id(0) >= num_chunks:
-        return
-    expert, x_row, scale_row, present, written = _chunk_of_expert(
-        tl.program_id(0), ends, offsets_ptr, ends_ptr, num_rows, LAYOUT, TILE, NUM_EXPERTS, SCAN, STEPS, ROWS, ASM
-    )
-    words = load_rows(x_ptr, x_row.to(tl.int64), present, first_column, row_blocks, num_columns, NVFP4, BLOCK_ROWS, BLOCK_COLUMNS, SOURCE)
-    for chunk in range(tl.program_id(0), num_chunks, tl.num_programs(0)):
-        following = chunk + tl.num_programs(0)
-        next_expert, next_x_row, next_scale_row, next_present, next_written = _chunk_of_expert(
-            tl.minimum(following, num_chunks - 1), ends, offsets_ptr, ends_ptr, num_rows, LAYOUT, TILE, NUM_EXPERTS, SCAN, STEPS, ROWS, ASM
-        )
-        next_present = tl.where(following < num_chunks, next_present, 0)
-        words = quantize_chunk(
-            words, x_ptr, x_ptr, x_ptr, codes_ptr, scales_ptr, global_ptr + _uniform(expert, ASM),
-            _uniform(x_row, ASM).to(tl.int64), _uniform(scale_row, ASM).to(tl.int64), _uniform(present, ASM), _uniform(written, ASM),
-            _uniform(next_x_row, ASM).to(tl.int64), _uniform(next_present, ASM), first_column, row_blocks, num_columns, scale_columns, 1,
-            NVFP4, BF16, RULE, False, LAYOUT, False, BLOCK_ROWS, BLOCK_COLUMNS, NATIVE, ASM,
-            SOURCE, ALPHA, BETA, LIMIT,
-        )  # fmt: skip
-        expert, x_row, scale_row, present, written = next_expert, next_x_row, next_scale_row, next_present, next_written
-
-
 @dataclass(frozen=True)
 class Config:
     """A program takes `rows` rows at a time, `block_rows` at once, of `block_columns` blocks; `rows` divides a tile of the scale layout.
@@ -216,13 +89,13 @@ class Config:
     max_registers: int | None = None
 
 
-def choose_config(num_rows: int, num_columns: int, block: int, layout: ScaleLayout, num_sms: int, *, plain: bool = True) -> Config:
+def tiles_for(num_rows: int, num_columns: int, block: int, layout: ScaleLayout, num_sms: int, *, plain: bool = True) -> Config:
     """Blocks of a program for `num_rows` rows of `num_columns` blocks of `block` elements: 32 elements a thread, four warps.
 
     Longer chunks are for many rows, where they save what is done once a chunk. `plain`: nothing is fused in front, whose values would need the
     registers.
 
-    >>> choose_config(64, 448, 16, "128x4", 132)
+    >>> tiles_for(64, 448, 16, "128x4", 132)
     Config(rows=4, block_rows=4, block_columns=64, num_warps=4, max_registers=96)
     """
     blocks_of_thread = 2 if block == 16 and plain else 1
@@ -236,7 +109,17 @@ def choose_config(num_rows: int, num_columns: int, block: int, layout: ScaleLayo
     return Config(rows, block_rows, block_columns, num_warps, 96 if blocks_of_thread == 2 else 64 if plain else None)
 
 
-def quantize(
+def supports(problem: Problem) -> Support:
+    return takes_16_bits(problem)
+
+
+def choose_config(problem: Problem, size: Size) -> Config:
+    assert problem.format is not None and problem.layout is not None
+    num_columns, plain = problem.hidden // problem.format.block, problem.fused is None
+    return tiles_for(size.num_tokens, num_columns, problem.format.block, problem.layout, problem.target.num_sms, plain=plain)
+
+
+def run(
     x: torch.Tensor,
     format: BlockFormat,
     global_scale: torch.Tensor | float | None = None,
@@ -246,6 +129,7 @@ def quantize(
     four_over_six: bool = False,
     scale_rule: str = "ceil",
     scale_layout: ScaleLayout = "linear",
+    config: Config | None = None,
 ) -> QuantTensor:
     """As `kernels.reference.quantize`, of bf16 and fp16. A global scale that is not given costs passes over x of its own."""
     *batch, num_rows, width = x.shape
@@ -260,57 +144,19 @@ def quantize(
         return result
     matrices = math.prod(batch)
     rows_per_global = 1 if decode_scale is None else matrices * num_rows // decode_scale.numel()
-    plain = activation is None and norm is None and not four_over_six
-    config = choose_config(matrices * num_rows, num_columns, format.block, scale_layout, Target.of(x.device).num_sms, plain=plain)
-    words, row_blocks = _words(x, format.block)
+    if config is None:
+        plain = activation is None and norm is None and not four_over_six
+        config = tiles_for(matrices * num_rows, num_columns, format.block, scale_layout, Target.of(x.device).num_sms, plain=plain)
+    words, row_blocks = words_of(x, format.block)
     arguments = (
-        words, *((words, words) if norm is None else (_words(norm[0][None], format.block)[0], _inverse_rms(x, norm[1]))),
+        words, *((words, words) if norm is None else (words_of(norm[0][None], format.block)[0], _inverse_rms(x, norm[1]))),
         codes.view(torch.int32), scales, words if decode_scale is None else decode_scale.contiguous(),
         matrices, num_rows, padded[0], row_blocks, num_columns, padded[1], rows_per_global,
     )  # fmt: skip
-    constants = _constants(x, format, scale_rule, scale_layout, config, activation, norm)
+    constants = constants_of(x, format, scale_rule, scale_layout, config, activation, norm)
     constants |= {"FOUR_OVER_SIX": four_over_six, "GLOBAL_ROWS": rows_per_global != num_rows and format.has_global_scale}
-    _launch(quantize_kernel, arguments, constants, config, triton.cdiv(padded[0], config.rows), x.device, matrices)
+    launch(quantize_kernel, arguments, constants, config, num_columns, triton.cdiv(padded[0], config.rows), x.device, matrices)
     return result
-
-
-def quantize_experts(
-    x: torch.Tensor,
-    expert_offsets: torch.Tensor,
-    global_scales: torch.Tensor | None,
-    format: BlockFormat,
-    scale_layout: ScaleLayout,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    scale_offsets: torch.Tensor,
-    *,
-    activation: Activation | None = None,
-    scan: bool | None = None,
-) -> None:
-    """Quantise rows sorted by expert into `codes`, `scales` and `scale_offsets`, which `kernels.quantize` allocates and describes.
-
-    `scan` chooses how a chunk finds its expert; by default, by the number of experts.
-    """
-    num_rows = x.shape[0]
-    num_experts, num_columns = expert_offsets.numel() - 1, codes.shape[1] * 2 // format.block
-    scan = num_experts <= MAX_SCANNED_EXPERTS if scan is None else scan
-    config = choose_config(num_rows, num_columns, format.block, scale_layout, Target.of(x.device).num_sms, plain=activation is None)
-    tile = config.rows if scale_layout == "linear" else tile_rows(scale_layout)
-    words, row_blocks = _words(x, format.block)
-    ends = expert_offsets if scan else torch.empty(num_experts + 1, dtype=torch.int64, device=x.device)
-    if not scan:
-        block = min(1024, triton.next_power_of_2(num_experts))
-        with torch.cuda.device_of(x):
-            expert_ends_kernel[(1,)](expert_offsets, ends, scale_offsets, num_rows, scale_layout, num_experts, config.rows, tile, block, num_warps=4)
-    arguments = (
-        words, codes.view(torch.int32), scales.view(torch.uint8), words if global_scales is None else global_scales, expert_offsets, ends,
-        scale_offsets, num_rows, row_blocks, num_columns, padded_shape(scale_layout, 0, num_columns)[1],
-    )  # fmt: skip
-    constants = _constants(x, format, "ceil", scale_layout, config, activation)
-    constants |= {"TILE": tile, "NUM_EXPERTS": num_experts, "SCAN": scan, "STEPS": 0 if scan else num_experts.bit_length()}
-    constants |= {"EXPERTS_PADDED": triton.next_power_of_2(num_experts) if scan else 1}
-    most_chunks = max_padded_rows(num_rows, num_experts, config.rows) // config.rows
-    _launch(quantize_experts_kernel, arguments, constants, config, most_chunks, x.device)
 
 
 def _inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
@@ -323,7 +169,7 @@ def _inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
     return factor
 
 
-def _words(x: torch.Tensor, block: int) -> tuple[torch.Tensor, int]:
+def words_of(x: torch.Tensor, block: int) -> tuple[torch.Tensor, int]:
     """x as int32 words, and the blocks from one row to the next; a copy where rows do not lie evenly, or start off 16 bytes."""
     rows = x.reshape(-1, x.shape[-1])
     if rows.stride(1) != 1 or rows.stride(0) % block or rows.data_ptr() % 16:
@@ -331,7 +177,7 @@ def _words(x: torch.Tensor, block: int) -> tuple[torch.Tensor, int]:
     return rows.view(torch.int32), rows.stride(0) // block if rows.shape[0] > 1 else rows.shape[1] // block
 
 
-def _constants(
+def constants_of(
     x: torch.Tensor,
     format: BlockFormat,
     scale_rule: str,
@@ -358,13 +204,20 @@ def _constants(
     }
 
 
-def _launch(
-    kernel: Any, arguments: tuple, constants: dict[str, Any], config: Config, num_chunks: int, device: torch.device, matrices: int = 1
+def launch(
+    kernel: Any,
+    arguments: tuple,
+    constants: dict[str, Any],
+    config: Config,
+    num_columns: int,
+    num_chunks: int,
+    device: torch.device,
+    matrices: int = 1,
 ) -> None:
     """Start as many programs as there are chunks in each matrix, or as the GPU holds at once."""
     # Without fusion: the codec rounds every product.
     options = {} if INTERPRETED else {"num_warps": config.num_warps, "maxnreg": config.max_registers, "enable_fp_fusion": False}
-    columns = triton.cdiv(arguments[-2 if kernel is quantize_experts_kernel else -3], config.block_columns)
+    columns = triton.cdiv(num_columns, config.block_columns)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         most = _programs_per_sm(kernel, arguments, {**constants, **options}) * Target.of(device).num_sms
         kernel[(matrices * min(num_chunks, max(1, most // (columns * matrices))), columns)](*arguments, **constants, **options)

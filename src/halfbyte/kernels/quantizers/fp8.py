@@ -18,6 +18,7 @@ import triton.language as tl
 
 from halfbyte.formats.fp8_tensor import BLOCKS, Fp8Scaling, Fp8Tensor
 from halfbyte.formats.scale_layout import ScaleLayout, padded_shape
+from halfbyte.kernels.problem import Problem, Support, takes_16_bits
 from halfbyte.kernels.quantizers.blocks import e4m3_of, quotient, range_factor, reciprocal
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -108,7 +109,11 @@ def quantize_fp8_kernel(
     tl.store(scales_ptr + offset, scale, mask=(row < scale_rows) & (group < scale_columns))
 
 
-def quantize_fp8(x: torch.Tensor, scaling: Fp8Scaling = "token", *, scale_layout: ScaleLayout = "linear") -> Fp8Tensor:
+def supports(problem: Problem) -> Support:
+    return takes_16_bits(problem)
+
+
+def run(x: torch.Tensor, scaling: Fp8Scaling = "token", *, scale_layout: ScaleLayout = "linear") -> Fp8Tensor:
     """As `formats.fp8_tensor.quantize_fp8`, of bf16 and fp16."""
     *batch, num_rows, width = x.shape
     groups = width // BLOCKS[scaling] if scaling in BLOCKS else 1

@@ -28,6 +28,8 @@ from dataclasses import dataclass
 
 import torch
 
+from halfbyte.kernels.problem import Problem, Support
+
 Map = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -77,7 +79,11 @@ METHODS: dict[str, Method] = {
 }
 
 
-def route(
+def supports(problem: Problem) -> Support:
+    return Support.slow("plain torch runs instead")
+
+
+def run(
     logits: torch.Tensor,
     top_k: int,
     method: str,

@@ -23,6 +23,8 @@ import torch
 import triton
 import triton.language as tl
 
+from halfbyte.kernels.problem import Problem, Size, Support, needs_capability
+
 # Method -> score of a logit, and how the k scores become weights. The meaning of each is in `kernels.reference.routing.METHODS`.
 RULES: dict[str, tuple[str, str]] = {
     "default": ("softmax", "same"),
@@ -208,13 +210,20 @@ class Config:
     num_warps: int
 
 
-def choose_config(num_experts: int, top_k: int, num_groups: int = 1) -> Config:
-    """Return the blocks for E experts: one warp up to 1024 (nothing crosses warps then), and several tokens a program below 128.
+def supports(problem: Problem) -> Support:
+    return needs_capability(problem.target, 80) or Support.yes("Triton, one launch")
 
-    >>> from halfbyte.kernels.shared.route import choose_config
-    >>> choose_config(256, 8, num_groups=8)
+
+def choose_config(problem: Problem, size: Size) -> Config:
+    """Return the blocks for E experts: one warp up to 1024 (nothing crosses warps then), and several tokens per program below 128.
+
+    >>> choose_config(Problem("route", halfbyte.Target.of("cpu"), num_experts=256, num_groups=8), Size(1, 8))
     Config(block_tokens=1, padded_groups=8, padded_size=32, padded_top_k=8, num_warps=1)
     """
+    return _blocks(problem.num_experts, size.top_k, problem.num_groups)
+
+
+def _blocks(num_experts: int, top_k: int, num_groups: int) -> Config:
     padded_groups = triton.next_power_of_2(num_groups)
     padded_size = triton.next_power_of_2(num_experts // num_groups)
     width = padded_groups * padded_size
@@ -227,7 +236,7 @@ def choose_config(num_experts: int, top_k: int, num_groups: int = 1) -> Config:
     )
 
 
-def route(
+def run(
     logits: torch.Tensor,
     top_k: int,
     method: str,
@@ -236,6 +245,7 @@ def route(
     num_groups: int = 1,
     top_k_groups: int = 1,
     scale: float = 1.0,
+    config: Config | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ids int32 [T, k] and weights fp32 [T, k] for logits [T, E]; `moe.routing.route` checks the arguments."""
     score, weigh = RULES[method]
@@ -248,7 +258,7 @@ def route(
         logits = logits.contiguous()
     if bias is not None:
         bias = (bias.float() if bias.element_size() == 1 else bias).contiguous()  # Triton cannot read fp8 on every GPU
-    config = choose_config(num_experts, top_k, num_groups)
+    config = _blocks(num_experts, top_k, num_groups) if config is None else config
     with torch.cuda.device_of(logits):  # Triton launches on the current device
         route_kernel[(triton.cdiv(num_tokens, config.block_tokens),)](
             logits,

@@ -1,10 +1,7 @@
 """Rows sorted by expert, and the work list of the grouped GEMMs, without host synchronisation.
 
-    ids            [T * k] int32: expert of each slot; outside expert_offset .. expert_offset + E: not held here
-    token_of_row   [T * k] int32: slot // k of the slots sorted by expert, ascending inside an expert (so the result is the same in every run)
-    row_of_slot    [T * k] int32: the row of each slot; -1 where the expert is not held here
-    items          [max_items, 4] int32: expert, first row, number of rows, 0; `max_rows` rows at most
-    num_items      [1] int32
+    topk_ids       [T * k] int32: expert of each slot; outside expert_offset .. expert_offset + E: not held here
+    `WorkList`     what comes out, equal to that of `kernels.reference.sort` and so the same in every run
 
 Few slots take one launch, in which every program reads all of them: one for each expert, and one that lays out the items. Many take three: `_count`
 finds the rank of every slot among those of its expert in a chunk of slots, `_sum_before` adds up the chunks, and `_place` adds the two. No atomics,
@@ -14,37 +11,22 @@ first: what the persistent GEMMs do last is then small.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc
 
+from halfbyte.kernels.problem import Problem, Support, needs_capability
+from halfbyte.kernels.work_list import WorkList, max_entries
+
 ITEM_ALIGNMENT = 16  # cut experts at multiples of this many rows
 MAX_SINGLE_SLOTS = 8192
-MAX_REGISTERS = 128  # of a thread of `_permute`: two programs a multiprocessor, so that 256 experts need not take turns
+MAX_REGISTERS = 128  # per thread of `_sort`: two programs a multiprocessor, so that 256 experts need not take turns
 CHUNK = 256  # slots that are ranked among one another
 EXPERTS_SUMMED, CHUNKS_SUMMED = 16, 128  # by a program of `_sum_before` at a time
 MAX_ORDERED_ITEMS = 65535  # of each of the four sizes that items are ordered by: their counts share a word of 64 bits
-
-
-class Items(NamedTuple):
-    """The outputs of `permute`; see the module's docstring."""
-
-    token_of_row: torch.Tensor
-    row_of_slot: torch.Tensor
-    items: torch.Tensor
-    num_items: torch.Tensor
-
-
-def max_items(num_slots: int, num_experts: int, max_rows: int) -> int:
-    """How long the work list can become: one short item an expert, and full ones.
-
-    >>> max_items(128, 256, 8), max_items(4096, 8, 64)
-    (128, 72)
-    """
-    return min(num_slots, num_experts + num_slots // max_rows)
 
 
 def variant(num_slots: int, num_experts: int, max_rows: int) -> tuple[bool, bool, int]:
@@ -53,7 +35,7 @@ def variant(num_slots: int, num_experts: int, max_rows: int) -> tuple[bool, bool
     >>> variant(8, 256, 8), variant(65536, 256, 192)
     ((False, True, 256), (True, False, 256))
     """
-    ordered = max_rows > ITEM_ALIGNMENT and max_items(num_slots, num_experts, max_rows) <= MAX_ORDERED_ITEMS
+    ordered = max_rows > ITEM_ALIGNMENT and max_entries(num_slots, num_experts, max_rows) <= MAX_ORDERED_ITEMS
     single = num_slots <= MAX_SINGLE_SLOTS
     return ordered, single, max(256, triton.next_power_of_2(num_slots)) if single else CHUNK
 
@@ -100,9 +82,15 @@ def _store_items(
         tl.store(entry + 2, tl.minimum(size, counts - piece * size), mask=is_item)
 
 
+@triton.jit
+def _store_row_start(row_start_ptr, experts, ends, NUM_EXPERTS: tl.constexpr):
+    tl.store(row_start_ptr, 0)
+    tl.store(row_start_ptr + 1 + experts, ends, mask=experts < NUM_EXPERTS)
+
+
 @triton.jit(do_not_specialize=["num_slots", "expert_offset"])
-def _permute(
-    ids_ptr, token_of_row_ptr, row_of_slot_ptr, items_ptr, num_items_ptr, num_slots, expert_offset,
+def _sort(
+    ids_ptr, token_of_row_ptr, row_of_slot_ptr, items_ptr, num_items_ptr, row_start_ptr, num_slots, expert_offset,
     NUM_EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr, TOP_K: tl.constexpr, MAX_ROWS: tl.constexpr, ALIGNMENT: tl.constexpr,
     ORDERED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -118,6 +106,8 @@ def _permute(
         counts = tl.histogram(local, EXPERTS_PADDED, mask=held)
         start = tl.cumsum(counts) - counts
         _store_items(items_ptr, num_items_ptr, tl.arange(0, EXPERTS_PADDED), counts, start, MAX_ROWS, ALIGNMENT, ORDERED)
+        if row_start_ptr is not None:
+            _store_row_start(row_start_ptr, tl.arange(0, EXPERTS_PADDED), start + counts, NUM_EXPERTS)
         tl.store(row_of_slot_ptr + slot, tl.full((BLOCK,), -1, tl.int32), mask=(slot < num_slots) & ~held)
     else:
         first_row = tl.sum(((local >= 0) & (local < expert)).to(tl.int32))
@@ -168,7 +158,7 @@ def _sum_before(counts_ptr, totals_ptr, num_chunks, EXPERTS_PADDED: tl.constexpr
 
 @triton.jit(do_not_specialize=["num_slots", "expert_offset"])
 def _place(
-    ids_ptr, counts_before_ptr, totals_ptr, token_of_row_ptr, row_of_slot_ptr, items_ptr, num_items_ptr, num_slots, expert_offset,
+    ids_ptr, counts_before_ptr, totals_ptr, token_of_row_ptr, row_of_slot_ptr, items_ptr, num_items_ptr, row_start_ptr, num_slots, expert_offset,
     NUM_EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr, TOP_K: tl.constexpr, MAX_ROWS: tl.constexpr, ALIGNMENT: tl.constexpr,
     ORDERED: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -190,39 +180,49 @@ def _place(
     tl.store(token_of_row_ptr + row, slot // TOP_K, mask=held)
     if chunk == 0:
         _store_items(items_ptr, num_items_ptr, experts, counts, start, MAX_ROWS, ALIGNMENT, ORDERED)
+        if row_start_ptr is not None:
+            _store_row_start(row_start_ptr, experts, start + counts, NUM_EXPERTS)
 
 
-def permute(ids: torch.Tensor, expert_offset: int, num_experts: int, max_rows: int, *, launch_early: bool = False) -> Items:
-    """Sort the slots of ids [T, k] by expert.
+def supports(problem: Problem) -> Support:
+    return needs_capability(problem.target, 80) or Support.yes("Triton, one launch or three")
+
+
+def run(
+    topk_ids: torch.Tensor, expert_offset: int, num_experts: int, max_rows: int, *, row_start: bool = False, launch_early: bool = False
+) -> WorkList:
+    """Sort the slots of topk_ids [T, k] by expert.
 
     Args:
-        ids: [T, k] int32 or int64, contiguous, T > 0.
+        topk_ids: [T, k] int32 or int64, contiguous, T > 0.
         expert_offset, num_experts: the experts held here.
         max_rows: rows an item has at most.
+        row_start: whether the work list gets one.
         launch_early: programmatic dependent launch (compute capability 9.0).
     """
-    num_slots, device = ids.numel(), ids.device
+    num_slots, device = topk_ids.numel(), topk_ids.device
     ordered, single, block = variant(num_slots, num_experts, max_rows)
     aligned_slots = -(-num_slots // 4) * 4  # 16 bytes: Triton compiles anew for other pointers
     sizes = [aligned_slots, aligned_slots, 4]
-    token_of_row, row_of_slot, num_items = torch.empty(sum(sizes), dtype=torch.int32, device=device).split(sizes)
-    items = torch.empty((max_items(num_slots, num_experts, max_rows), 4), dtype=torch.int32, device=device)
+    token_of_row, row_of_slot, num_entries = torch.empty(sum(sizes), dtype=torch.int32, device=device).split(sizes)
+    entries = torch.empty((max_entries(num_slots, num_experts, max_rows), 4), dtype=torch.int32, device=device)
+    starts = torch.empty(num_experts + 1, dtype=torch.int32, device=device) if row_start else None
     padded = max(32, triton.next_power_of_2(num_experts))
-    layout = (ids.shape[1], max_rows, ITEM_ALIGNMENT, ordered)
+    layout = (topk_ids.shape[1], max_rows, ITEM_ALIGNMENT, ordered)
     pdl: dict[str, Any] = {"launch_pdl": True} if launch_early else {}
     if single:
-        _permute[(1 + num_experts,)](
-            ids, token_of_row, row_of_slot, items, num_items, num_slots, expert_offset, num_experts, padded, *layout, block, launch_early,
-            num_warps=4 if block <= 2048 else 8, maxnreg=MAX_REGISTERS, **pdl,
+        _sort[(1 + num_experts,)](
+            topk_ids, token_of_row, row_of_slot, entries, num_entries, starts, num_slots, expert_offset, num_experts, padded, *layout, block,
+            launch_early, num_warps=4 if block <= 2048 else 8, maxnreg=MAX_REGISTERS, **pdl,
         )  # fmt: skip
     else:
         chunks = triton.cdiv(num_slots, block)
         counts = torch.empty((chunks + 1, padded), dtype=torch.int32, device=device)
         totals = counts[chunks]
-        _count[(chunks,)](ids, row_of_slot, counts, num_slots, expert_offset, num_experts, padded, block, launch_early, num_warps=8, **pdl)
+        _count[(chunks,)](topk_ids, row_of_slot, counts, num_slots, expert_offset, num_experts, padded, block, launch_early, num_warps=8, **pdl)
         _sum_before[(padded // EXPERTS_SUMMED,)](counts, totals, chunks, padded, EXPERTS_SUMMED, CHUNKS_SUMMED, launch_early, num_warps=4, **pdl)
         _place[(chunks,)](
-            ids, counts, totals, token_of_row, row_of_slot, items, num_items, num_slots, expert_offset, num_experts, padded, *layout, block,
-            launch_early, num_warps=4, **pdl,
+            topk_ids, counts, totals, token_of_row, row_of_slot, entries, num_entries, starts, num_slots, expert_offset, num_experts, padded,
+            *layout, block, launch_early, num_warps=4, **pdl,
         )  # fmt: skip
-    return Items(token_of_row[:num_slots], row_of_slot[:num_slots], items, num_items[:1])
+    return WorkList(token_of_row[:num_slots], row_of_slot[:num_slots], entries, num_entries[:1], starts)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc
 
-from halfbyte.kernels.shared.sort import Items
+from halfbyte.kernels.work_list import WorkList
 from halfbyte.weights.hopper.fragment_order import pair_at
 
 
@@ -40,19 +40,20 @@ def _gather(
 
 
 def gather(
-    hidden: torch.Tensor, rows: Items, top_k: int, padded: int, scales: torch.Tensor | None = None, *, launch_early: bool = False
+    hidden: torch.Tensor, work: WorkList, padded: int, scales: torch.Tensor | None = None, *, launch_early: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """hidden [T, H] (16-bit, contiguous, H even) to [T * k, padded]: columns in bf16 fragment order (`weights.hopper.layout`), zeros beyond H.
 
     `scales` fp32 [T], if given, go with their tokens: fp32 [T * k].
     """
     num_tokens = hidden.shape[0]
+    top_k = work.row_of_slot.shape[0] // num_tokens
     out = torch.empty((num_tokens * top_k, padded), dtype=hidden.dtype, device=hidden.device)
     out_scales = None if scales is None else torch.empty(num_tokens * top_k, dtype=torch.float32, device=hidden.device)
     pairs = padded // 2
     block = min(1024, triton.next_power_of_2(pairs))
     _gather[(num_tokens, triton.cdiv(pairs, block))](
-        hidden.view(torch.int32), hidden if scales is None else scales, rows.row_of_slot, out.view(torch.int32),
+        hidden.view(torch.int32), hidden if scales is None else scales, work.row_of_slot, out.view(torch.int32),
         hidden if out_scales is None else out_scales, top_k, hidden.shape[1] // 2, pairs, scales is not None, block, launch_early,
         num_warps=4, **({"launch_pdl": True} if launch_early else {}),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Grouped GEMM for few tokens an expert: y[row] = x[row] @ w[expert of row]^T, FP4 weights, bf16 activations, fp32 accumulation.
+"""Grouped GEMM for few tokens per expert: y[row] = x[row] @ w[expert of row]^T, FP4 weights, bf16 activations, fp32 accumulation.
 
     x        [rows, K] bf16, columns in natural order; SCALED: multiplied by one fp32 a row, `x_scale` (fp8 codes, which are exact in bf16)
     w        `HopperMatrix` [E, N, K]
@@ -20,12 +20,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.language.extra.cuda import gdc
 
+from halfbyte.kernels.sm90.configs import DECODE_ROWS
 from halfbyte.kernels.sm90.epilogue import RELU2, activate, split_halves
 from halfbyte.weights.hopper.dequant_bf16 import dequantize, exponent_bias, scale_offsets, split_scales, stored_tile, word_offsets
 from halfbyte.weights.hopper.fragment_order import column_at
 
 NUM_WARPS = 4
-ROWS = gl.constexpr(8)  # of x a program
+ROWS = gl.constexpr(DECODE_ROWS)  # of x per program
 X_AHEAD = gl.constexpr(2)  # blocks of 64 columns of x on their way
 
 
@@ -101,8 +102,8 @@ def _tile(
     LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr, SCALED: gl.constexpr, DIRECT: gl.constexpr, PARTS: gl.constexpr, PDL: gl.constexpr,
     MMA: gl.constexpr,
 ):  # fmt: skip
-    TILES: gl.constexpr = (K + 63) // 64
-    RUNS: gl.constexpr = (TILES + 3) // 4
+    COLUMN_TILES: gl.constexpr = (K + 63) // 64
+    RUNS: gl.constexpr = (COLUMN_TILES + 3) // 4
     PART_RUNS: gl.constexpr = (RUNS + PARTS - 1) // PARTS
     K_MASK: gl.constexpr = PART_RUNS * PARTS * 256 != K
     SCALES: gl.constexpr = 128 if NVFP4 else 64
@@ -112,14 +113,14 @@ def _tile(
 
     bias = exponent_bias(0 if NVFP4 else gl.load(shift_ptr + expert))
     matrix_tile = expert * ROW_TILES + stored_tile(row_tile, ROW_TILES, IS_W13 and KIND != RELU2)
-    word_pointers = words_ptr + matrix_tile.to(gl.int64) * (TILES * 512) + word_offsets()
+    word_pointers = words_ptr + matrix_tile.to(gl.int64) * (COLUMN_TILES * 512) + word_offsets()
     scale_pointers = scales_ptr + matrix_tile.to(gl.int64) * (RUNS * SCALES) + scale_offsets(NVFP4)
     part = 0 if PARTS == 1 else gl.program_id(1)
     first_run = part * PART_RUNS
     # Four tiles of words and one run of scales are always on their way.
     queue = ()
     for c in gl.static_range(4):
-        queue = queue + (gl.load(word_pointers + gl.minimum(first_run * 4 + c, TILES - 1) * 512, eviction_policy="evict_first"),)
+        queue = queue + (gl.load(word_pointers + gl.minimum(first_run * 4 + c, COLUMN_TILES - 1) * 512, eviction_policy="evict_first"),)
     next_scales = gl.load(scale_pointers + first_run * SCALES, eviction_policy="evict_first")
 
     # What the sums will be multiplied by and where they go is read here, so that nothing waits for it after the last product.
@@ -165,8 +166,8 @@ def _tile(
             x_queue = x_queue[1:] + (_load_x(x_pointers + step * 64, x_mask, column + step * 64, MMA, K, K_MASK),)
             w = dequantize(queue[0], scales_low if c < 2 else scales_high, bias, gl.DotOperandLayout(0, MMA, 2), c % 2 == 1, NVFP4, WORDS_FOR)
             tile = upcoming * 4 + c
-            if TILES % 4 != 0:
-                tile = gl.minimum(tile, TILES - 1)  # past the end x is masked to zero
+            if COLUMN_TILES % 4 != 0:
+                tile = gl.minimum(tile, COLUMN_TILES - 1)  # past the end x is masked to zero
             queue = queue[1:] + (gl.load(word_pointers + tile * 512, eviction_policy="evict_first"),)
             accumulator = mma_v2(w, x, accumulator)
 

@@ -1,4 +1,4 @@
-"""Grouped GEMM for many tokens an expert: y[row] = x[row] @ w[expert of row]^T, FP4 weights, bf16 or fp8 activations, fp32 accumulation.
+"""Grouped GEMM for many tokens per expert: y[row] = x[row] @ w[expert of row]^T, FP4 weights, bf16 or fp8 activations, fp32 accumulation.
 
     x        [rows, K padded to 64] bf16 (W4A16) or e4m3 (W4A8), sorted by expert, columns in the fragment order of the kind (`weights.hopper.layout`)
     x_scale  [rows] fp32, SCALED only, as W4A8 always is: what a row of x is multiplied by
@@ -6,11 +6,11 @@
     y        [rows, I padded to 64] bf16, columns in bf16 fragment order = activation(x @ w^T * scales + bias) where the matrix is w13,
              or [rows, N] bf16
 
-A persistent program a multiprocessor, its warps specialised: two warps copy x and the weights to shared memory by TMA, each through a ring of its own
-and across the ends of tiles, so that weights keep streaming while a tile is finished; each of CONSUMERS warpgroups multiplies EACH tiles of 64 weight
-rows of its own. The operands are swapped: dequantised weights are the register operand of wgmma (64 rows), tokens its N dimension, so a tile has as
-many tokens as the expert has to give. `SIZES` lists the token counts a tile can have, each as one or two accumulators a row tile (a wgmma's N is a
-power of two in Gluon): (128, 32) is 160 tokens whose weights are dequantised once.
+One persistent program per multiprocessor, its warps specialised: two warps copy x and the weights to shared memory by TMA, each through a ring of
+its own and across the ends of tiles, so that weights keep streaming while a tile is finished; each of CONSUMERS warpgroups multiplies row tiles of
+its own, of 64 weight rows each. The operands are swapped: dequantised weights are the register operand of wgmma (64 rows), tokens its N dimension, so
+a tile has as many tokens as the expert has to give. `SIZES` lists the token counts a tile can have, each as one or two accumulators per row tile (a
+wgmma's N is a power of two in Gluon): (128, 32) is 160 tokens whose weights are dequantised once.
 
 wgmma reads its register operand asynchronously: one product stays in flight while the next weights are dequantised into other registers, and none
 across the loop's back edge (a group in flight there makes ptxas serialise, or overwrites live operands).
@@ -71,13 +71,13 @@ def _produce_x(
 @gluon.jit
 def _produce_w(
     words_desc, scales_desc, words, scales, full, empty, items_ptr, num_tiles, GROUPS: gl.constexpr, GROUP_TILES: gl.constexpr,
-    ROW_TILES: gl.constexpr, TILES: gl.constexpr, IS_GATED: gl.constexpr,
+    ROW_TILES: gl.constexpr, COLUMN_TILES: gl.constexpr, IS_GATED: gl.constexpr,
 ):  # fmt: skip
     """Copy the weights of GROUP_TILES row tiles, four tiles of columns at a time; in the last run only as many as there are."""
-    RUNS: gl.constexpr = (TILES + RUN - 1) // RUN
+    RUNS: gl.constexpr = (COLUMN_TILES + RUN - 1) // RUN
     BOX: gl.constexpr = words_desc.block_type.shape[0] // 16  # tiles a copy: 16 rows of 128 bytes each
     PIECES: gl.constexpr = RUN // BOX
-    LAST_PIECES: gl.constexpr = (TILES - (RUNS - 1) * RUN) // BOX
+    LAST_PIECES: gl.constexpr = (COLUMN_TILES - (RUNS - 1) * RUN) // BOX
     SCALE_ROWS: gl.constexpr = scales_desc.block_type.shape[0]
     STAGES: gl.constexpr = full.shape[0]
     it = 0
@@ -96,7 +96,7 @@ def _produce_w(
                 matrix_tile = matrix + stored_tile(gl.minimum(first_row_tile + t, ROW_TILES - 1), ROW_TILES, IS_GATED)
                 destination = words.index(t * STAGES + stage)
                 for piece in gl.static_range(PIECES):
-                    row = (matrix_tile * TILES + run * RUN + piece * BOX) * 16
+                    row = (matrix_tile * COLUMN_TILES + run * RUN + piece * BOX) * 16
                     part = destination if PIECES == 1 else destination.slice(piece * BOX * 16, BOX * 16, dim=0)
                     tma_load(words_desc, [row, 0], full.index(stage), part, pred=whole | (piece < LAST_PIECES))
                 tma_load(scales_desc, [(matrix_tile * RUNS + run) * SCALE_ROWS, 0], full.index(stage), scales.index(t * STAGES + stage))
@@ -155,26 +155,26 @@ def _decode(
 
 @gluon.jit
 def _multiply(
-    rings, x_it, w_it, decodings, CONSUMER: gl.constexpr, TILES: gl.constexpr, NVFP4: gl.constexpr, WORDS_FOR: gl.constexpr, FP8: gl.constexpr,
+    rings, x_it, w_it, decodings, CONSUMER: gl.constexpr, COLUMN_TILES: gl.constexpr, NVFP4: gl.constexpr, WORDS_FOR: gl.constexpr, FP8: gl.constexpr,
     SIZE0: gl.constexpr, SIZE1: gl.constexpr,
 ):  # fmt: skip
     """The row tiles of a consumer, 64 weight rows each, times SIZE0 + SIZE1 tokens, over all of K: the accumulators of the first tile, then those of
     the second, and the advanced stage counters."""
-    EACH: gl.constexpr = len(decodings)
+    ROW_TILES_PER_CONSUMER: gl.constexpr = len(decodings)
     ELEMENTS: gl.constexpr = 4 if FP8 else 2
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, _accumulator_layout(SIZE0, ELEMENTS), ELEMENTS)
     accumulators = ()
-    for _ in gl.static_range(EACH):
+    for _ in gl.static_range(ROW_TILES_PER_CONSUMER):
         accumulators = accumulators + (gl.zeros((64, SIZE0), gl.float32, layout=_accumulator_layout(SIZE0, ELEMENTS)),)
         if SIZE1 > 0:
             accumulators = accumulators + (gl.zeros((64, SIZE1), gl.float32, layout=_accumulator_layout(SIZE1, ELEMENTS)),)
-    for _ in range(TILES // RUN):
+    for _ in range(COLUMN_TILES // RUN):
         accumulators, x_it, w_it = _multiply_run(
             rings, accumulators, x_it, w_it, decodings, CONSUMER, RUN, NVFP4, WORDS_FOR, FP8, OPERAND, SIZE0, SIZE1
         )
-    if TILES % RUN != 0:
+    if COLUMN_TILES % RUN != 0:
         accumulators, x_it, w_it = _multiply_run(
-            rings, accumulators, x_it, w_it, decodings, CONSUMER, TILES % RUN, NVFP4, WORDS_FOR, FP8, OPERAND, SIZE0, SIZE1
+            rings, accumulators, x_it, w_it, decodings, CONSUMER, COLUMN_TILES % RUN, NVFP4, WORDS_FOR, FP8, OPERAND, SIZE0, SIZE1
         )
     return accumulators, x_it, w_it
 
@@ -186,7 +186,7 @@ def _multiply_run(
 ):  # fmt: skip
     """The first COUNT tiles of a run."""
     low, high, x_full, x_empty, words, scales, w_full, w_empty = rings
-    EACH: gl.constexpr = len(decodings)
+    ROW_TILES_PER_CONSUMER: gl.constexpr = len(decodings)
     STEP_K: gl.constexpr = low.shape[2]
     W_STAGES: gl.constexpr = w_full.shape[0]
     PARTS: gl.constexpr = 2 if SIZE1 > 0 else 1
@@ -194,20 +194,20 @@ def _multiply_run(
     mbarrier.wait(w_full.index(w_stage), w_phase)
     for c in gl.static_range(COUNT):
         x_stage, x_phase = _stage_and_phase(x_it, x_full)
-        for t in gl.static_range(EACH):
-            place = (CONSUMER * EACH + t) * W_STAGES + w_stage
+        for t in gl.static_range(ROW_TILES_PER_CONSUMER):
+            place = (CONSUMER * ROW_TILES_PER_CONSUMER + t) * W_STAGES + w_stage
             tile_words = words.index(place).slice(c * 16, 16, dim=0).load(WORD_LAYOUT)
             tile_scales = load_scales(scales.index(place), NVFP4)[c // 2]
-            if c * EACH + t == COUNT * EACH - 1:
+            if c * ROW_TILES_PER_CONSUMER + t == COUNT * ROW_TILES_PER_CONSUMER - 1:
                 mbarrier.arrive(w_empty.index(w_stage), count=1)
             w = _decode(tile_words, tile_scales, decodings[t], OPERAND, c % 2 == 1, NVFP4, WORDS_FOR, FP8)
             if c * 64 % STEP_K == 0 and t == 0:
                 mbarrier.wait(x_full.index(x_stage), x_phase)
             accumulators = _step(w, accumulators, low, high, x_stage, t * PARTS, c * 64 % STEP_K, SIZE0, SIZE1)
             # One step stays in flight while the next is dequantised, but none across the loop's back edge.
-            if c * EACH + t == COUNT * EACH - 1:
+            if c * ROW_TILES_PER_CONSUMER + t == COUNT * ROW_TILES_PER_CONSUMER - 1:
                 accumulators = _wait(accumulators, 0)
-            elif c * EACH + t > 0:
+            elif c * ROW_TILES_PER_CONSUMER + t > 0:
                 accumulators = _wait(accumulators, PARTS)
             if c > 0 and t == 0 and c * 64 % STEP_K == 0:
                 mbarrier.arrive(x_empty.index(_stage_and_phase(x_it - 1, x_empty)[0]), count=1)
@@ -269,12 +269,12 @@ def _store(
 @gluon.jit
 def _multiply_and_store(
     rings, x_it, w_it, decodings, multiplier0, multiplier1, exponents_ptr, x_scale_ptr, bias_ptr, y_ptr, expert, row_start, num_rows, first_row_tile,
-    CONSUMER: gl.constexpr, ROW_TILES: gl.constexpr, TILES: gl.constexpr, N: gl.constexpr, Y_STRIDE: gl.constexpr, NVFP4: gl.constexpr,
+    CONSUMER: gl.constexpr, ROW_TILES: gl.constexpr, COLUMN_TILES: gl.constexpr, N: gl.constexpr, Y_STRIDE: gl.constexpr, NVFP4: gl.constexpr,
     WORDS_FOR: gl.constexpr, FP8: gl.constexpr, SCALED: gl.constexpr, IS_W13: gl.constexpr, KIND: gl.constexpr, ALPHA: gl.constexpr,
     BETA: gl.constexpr, LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr, SIZE0: gl.constexpr, SIZE1: gl.constexpr,
 ):  # fmt: skip
     PARTS: gl.constexpr = 2 if SIZE1 > 0 else 1
-    accumulators, x_it, w_it = _multiply(rings, x_it, w_it, decodings, CONSUMER, TILES, NVFP4, WORDS_FOR, FP8, SIZE0, SIZE1)
+    accumulators, x_it, w_it = _multiply(rings, x_it, w_it, decodings, CONSUMER, COLUMN_TILES, NVFP4, WORDS_FOR, FP8, SIZE0, SIZE1)
     for t in gl.static_range(len(decodings)):
         row_tile = first_row_tile + t
         tile_rows = _first_row(expert, row_tile, ROW_TILES, IS_W13 and KIND != RELU2)
@@ -296,13 +296,14 @@ def _first_row(expert, row_tile, ROW_TILES: gl.constexpr, IS_GATED: gl.constexpr
 
 @gluon.jit
 def _consume(
-    tensors, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, EACH: gl.constexpr, ROW_TILES: gl.constexpr, TILES: gl.constexpr, N: gl.constexpr,
+    tensors, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, ROW_TILES_PER_CONSUMER: gl.constexpr, ROW_TILES: gl.constexpr,
+    COLUMN_TILES: gl.constexpr, N: gl.constexpr,
     Y_STRIDE: gl.constexpr, NVFP4: gl.constexpr, WORDS_FOR: gl.constexpr, SCALED: gl.constexpr, IS_W13: gl.constexpr, KIND: gl.constexpr,
     ALPHA: gl.constexpr, BETA: gl.constexpr, LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr, SIZES: gl.constexpr,
 ):  # fmt: skip
     rings, shift_ptr, multiplier_ptr, exponents_ptr, x_scale_ptr, bias_ptr, y_ptr, items_ptr, num_tiles = tensors
     FP8: gl.constexpr = rings[0].dtype == gl.float8e4nv
-    GROUPS: gl.constexpr = (ROW_TILES + CONSUMERS * EACH - 1) // (CONSUMERS * EACH)
+    GROUPS: gl.constexpr = (ROW_TILES + CONSUMERS * ROW_TILES_PER_CONSUMER - 1) // (CONSUMERS * ROW_TILES_PER_CONSUMER)
     x_it = 0
     w_it = 0
     item = items_ptr + gl.program_id(0) // GROUPS * 4
@@ -314,11 +315,11 @@ def _consume(
         if tile + gl.num_programs(0) < num_tiles:  # read a tile ahead, so that no consumer waits for it
             item = items_ptr + (tile + gl.num_programs(0)) // GROUPS * 4
             next_expert, next_row_start, next_num_rows = gl.load(item), gl.load(item + 1), gl.load(item + 2)
-        first_row_tile = (tile % GROUPS * CONSUMERS + CONSUMER) * EACH
+        first_row_tile = (tile % GROUPS * CONSUMERS + CONSUMER) * ROW_TILES_PER_CONSUMER
         multiplier0 = gl.load(multiplier_ptr + expert * 2)
         multiplier1 = gl.load(multiplier_ptr + expert * 2 + 1)
         decodings = ()
-        for t in gl.static_range(EACH):
+        for t in gl.static_range(ROW_TILES_PER_CONSUMER):
             if FP8:
                 tile_rows = _first_row(expert, first_row_tile + t, ROW_TILES, IS_W13 and KIND != RELU2)
                 decodings = decodings + (scale_limits(exponents_ptr + tile_rows, NVFP4),)
@@ -328,7 +329,7 @@ def _consume(
             if (num_rows > (0 if s == 0 else SIZES[s - 1][0] + SIZES[s - 1][1])) & (num_rows <= SIZES[s][0] + SIZES[s][1]):
                 x_it, w_it = _multiply_and_store(
                     rings, x_it, w_it, decodings, multiplier0, multiplier1, exponents_ptr, x_scale_ptr, bias_ptr, y_ptr, expert, row_start, num_rows,
-                    first_row_tile, CONSUMER, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, WORDS_FOR, FP8, SCALED, IS_W13, KIND, ALPHA, BETA,
+                    first_row_tile, CONSUMER, ROW_TILES, COLUMN_TILES, N, Y_STRIDE, NVFP4, WORDS_FOR, FP8, SCALED, IS_W13, KIND, ALPHA, BETA,
                     LIMIT, HAS_BIAS, SIZES[s][0], SIZES[s][1],
                 )  # fmt: skip
 
@@ -343,17 +344,18 @@ def _rows_of_stages(max_tokens: int) -> tuple[int, int]:
 @gluon.jit
 def grouped_gemm_prefill(
     x_desc, words_desc, scales_desc, shift_ptr, multiplier_ptr, exponents_ptr, x_scale_ptr, bias_ptr, y_ptr, items_ptr, num_items_ptr,
-    ROW_TILES: gl.constexpr, TILES: gl.constexpr, N: gl.constexpr, Y_STRIDE: gl.constexpr,
+    ROW_TILES: gl.constexpr, COLUMN_TILES: gl.constexpr, N: gl.constexpr, Y_STRIDE: gl.constexpr,
     NVFP4: gl.constexpr, WORDS_FOR: gl.constexpr, SCALED: gl.constexpr, IS_W13: gl.constexpr, KIND: gl.constexpr, ALPHA: gl.constexpr,
-    BETA: gl.constexpr, LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr, SIZES: gl.constexpr, CONSUMERS: gl.constexpr, EACH: gl.constexpr,
+    BETA: gl.constexpr, LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr, SIZES: gl.constexpr, CONSUMERS: gl.constexpr,
+    ROW_TILES_PER_CONSUMER: gl.constexpr,
     X_STAGES: gl.constexpr, W_STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    GROUP_TILES: gl.constexpr = CONSUMERS * EACH
+    GROUP_TILES: gl.constexpr = CONSUMERS * ROW_TILES_PER_CONSUMER
     GROUPS: gl.constexpr = (ROW_TILES + GROUP_TILES - 1) // GROUP_TILES
     MAX_TOKENS: gl.constexpr = SIZES[len(SIZES) - 1][0] + SIZES[len(SIZES) - 1][1]
     ROWS: gl.constexpr = _rows_of_stages(MAX_TOKENS)
     STEP_K: gl.constexpr = x_desc.block_type.shape[1]
-    STEPS: gl.constexpr = TILES // RUN * (RUN * 64 // STEP_K) + (TILES % RUN * 64 + STEP_K - 1) // STEP_K
+    STEPS: gl.constexpr = COLUMN_TILES // RUN * (RUN * 64 // STEP_K) + (COLUMN_TILES % RUN * 64 + STEP_K - 1) // STEP_K
     num_tiles = gl.load(num_items_ptr) * GROUPS
     low = gl.allocate_shared_memory(x_desc.dtype, [X_STAGES, ROWS[0], STEP_K], x_desc.layout)
     high = gl.allocate_shared_memory(x_desc.dtype, [X_STAGES if ROWS[0] < MAX_TOKENS else 1, ROWS[1], STEP_K], x_desc.layout)
@@ -373,16 +375,16 @@ def grouped_gemm_prefill(
     tensors = (rings, shift_ptr, multiplier_ptr, exponents_ptr, x_scale_ptr, bias_ptr, y_ptr, items_ptr, num_tiles)
     partitions: gl.constexpr = 4 - CONSUMERS  # how many of the following are left out
     gl.warp_specialize([
-        (_consume, (tensors, 3, CONSUMERS, EACH, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, WORDS_FOR, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS,
-                    SIZES)),
-        (_consume, (tensors, 2, CONSUMERS, EACH, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, WORDS_FOR, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS,
-                    SIZES)),
-        (_consume, (tensors, 1, CONSUMERS, EACH, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, WORDS_FOR, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS,
-                    SIZES)),
-        (_consume, (tensors, 0, CONSUMERS, EACH, ROW_TILES, TILES, N, Y_STRIDE, NVFP4, WORDS_FOR, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS,
-                    SIZES)),
+        (_consume, (tensors, 3, CONSUMERS, ROW_TILES_PER_CONSUMER, ROW_TILES, COLUMN_TILES, N, Y_STRIDE, NVFP4, WORDS_FOR, SCALED, IS_W13, KIND,
+                    ALPHA, BETA, LIMIT, HAS_BIAS, SIZES)),
+        (_consume, (tensors, 2, CONSUMERS, ROW_TILES_PER_CONSUMER, ROW_TILES, COLUMN_TILES, N, Y_STRIDE, NVFP4, WORDS_FOR, SCALED, IS_W13, KIND,
+                    ALPHA, BETA, LIMIT, HAS_BIAS, SIZES)),
+        (_consume, (tensors, 1, CONSUMERS, ROW_TILES_PER_CONSUMER, ROW_TILES, COLUMN_TILES, N, Y_STRIDE, NVFP4, WORDS_FOR, SCALED, IS_W13, KIND,
+                    ALPHA, BETA, LIMIT, HAS_BIAS, SIZES)),
+        (_consume, (tensors, 0, CONSUMERS, ROW_TILES_PER_CONSUMER, ROW_TILES, COLUMN_TILES, N, Y_STRIDE, NVFP4, WORDS_FOR, SCALED, IS_W13, KIND,
+                    ALPHA, BETA, LIMIT, HAS_BIAS, SIZES)),
         (_produce_x, (x_desc, low, high, x_full, x_empty, items_ptr, num_tiles, GROUPS, STEPS, SIZES)),
-        (_produce_w, (words_desc, scales_desc, words, scales, w_full, w_empty, items_ptr, num_tiles, GROUPS, GROUP_TILES, ROW_TILES, TILES,
+        (_produce_w, (words_desc, scales_desc, words, scales, w_full, w_empty, items_ptr, num_tiles, GROUPS, GROUP_TILES, ROW_TILES, COLUMN_TILES,
                       IS_W13 and KIND != RELU2)),
     ][partitions:], _worker_warps(CONSUMERS), _worker_registers(CONSUMERS, CONSUMER_REGISTERS))  # fmt: skip
 

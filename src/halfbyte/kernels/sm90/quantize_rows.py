@@ -2,6 +2,7 @@
 `formats.activation_formats.quantize_fp8` defines them.
 
     quantize_tokens    hidden [T, H] bf16          to x [R, H padded] e4m3: the row of every slot of a token, which is read once
+    gather_codes       hidden [T, H] e4m3          the same of hidden states that arrive in e4m3 with one scale per token
     quantize_rows      h [R, I padded] bf16        to x [R, I padded] e4m3
 
 e4m3 codes are in fp8 fragment order (`weights.hopper.layout`), h comes in the bf16 fragment order in which the first GEMM
@@ -15,8 +16,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc
 
+from halfbyte.formats.fp8_tensor import Fp8Tensor
 from halfbyte.kernels.quantizers.fp8 import divide, e4m3_bytes, fp32_scale, prepare_division
-from halfbyte.kernels.shared.sort import Items
+from halfbyte.kernels.work_list import WorkList
 from halfbyte.weights.hopper.fragment_order import pair_of_fp8_word
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -84,6 +86,26 @@ def _quantize_tokens(
             tl.store(scales_ptr + row, scale)
 
 
+@triton.jit
+def _gather_codes(
+    x_ptr, x_scale_ptr, row_of_slot_ptr, codes_ptr, scales_ptr,
+    WORDS_OF_X: tl.constexpr, PADDED_WORDS: tl.constexpr, TOP_K: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """Program t writes the rows of token t. Word 4 s + t of a block has four neighbouring columns, which are one word of x."""
+    token = tl.program_id(0)
+    word = tl.arange(0, WORDS)
+    source = pair_of_fp8_word(word) // 2
+    x = tl.load(x_ptr + token.to(tl.int64) * WORDS_OF_X + source, mask=(source < WORDS_OF_X) & (word < PADDED_WORDS), other=0)
+    codes = (x & -16776961) | (x >> 8 & 0xFF00) | (x << 8 & 0xFF0000)  # bytes 0, 2, 1, 3; -16776961 is 0xFF0000FF
+    codes = tl.where(word // 4 % 2 == 1, codes << 16 | (codes >> 16 & 0xFFFF), codes)
+    scale = tl.load(x_scale_ptr + token)
+    for j in tl.static_range(TOP_K):
+        row = tl.load(row_of_slot_ptr + token * TOP_K + j)
+        if row >= 0:
+            tl.store(codes_ptr + row.to(tl.int64) * PADDED_WORDS + word, codes, mask=word < PADDED_WORDS)
+            tl.store(scales_ptr + row, scale)
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _quantize_rows(h_ptr, codes_ptr, scales_ptr, num_rows, EIGHTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ASM: tl.constexpr):
     """Each program ROWS rows of EIGHTS times eight pairs, in bf16 fragment order: of an s, first those with p = 0."""
@@ -100,14 +122,26 @@ def _quantize_rows(h_ptr, codes_ptr, scales_ptr, num_rows, EIGHTS: tl.constexpr,
     tl.store(scales_ptr + rows, scale, mask=rows < num_rows)
 
 
-def quantize_tokens(hidden: torch.Tensor, rows: Items, top_k: int, padded: int, *, launch_early: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """hidden [T, H] bf16 (contiguous, H even) to codes e4m3 [T * k, padded] and scales fp32 [T * k], by the rows of `permute`; zeros beyond H."""
-    codes, scales = _allocate(hidden.shape[0] * top_k, padded, hidden.device)
+def quantize_tokens(hidden: torch.Tensor, work: WorkList, padded: int, *, launch_early: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """hidden [T, H] bf16 (contiguous, H even) to codes e4m3 [T * k, padded] and scales fp32 [T * k], in the rows of `work`; zeros beyond H."""
+    codes, scales = _allocate(work.row_of_slot.shape[0], padded, hidden.device)
     words = padded // 4
     _quantize_tokens[(hidden.shape[0],)](
-        hidden.view(torch.int32), rows.row_of_slot, codes.view(torch.int32), scales,
-        hidden.shape[1] // 2, words, top_k, triton.next_power_of_2(words), launch_early, not INTERPRETED,
+        hidden.view(torch.int32), work.row_of_slot, codes.view(torch.int32), scales,
+        hidden.shape[1] // 2, words, work.row_of_slot.shape[0] // hidden.shape[0], triton.next_power_of_2(words), launch_early, not INTERPRETED,
         num_warps=4 if words <= 1024 else 8, **({"launch_pdl": True} if launch_early else {}),
+    )  # fmt: skip
+    return codes, scales
+
+
+def gather_codes(hidden: Fp8Tensor, work: WorkList, padded: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of hidden states [T, H] that are e4m3 with one scale per token already (H a multiple of 4): their bits, moved."""
+    codes, scales = _allocate(work.row_of_slot.shape[0], padded, hidden.codes.device)
+    num_tokens, width = hidden.codes.shape
+    words = padded // 4
+    _gather_codes[(num_tokens,)](
+        hidden.codes.contiguous().view(torch.int32), hidden.scales.contiguous(), work.row_of_slot, codes.view(torch.int32), scales,
+        width // 4, words, work.row_of_slot.shape[0] // num_tokens, triton.next_power_of_2(words), num_warps=4 if words <= 1024 else 8,
     )  # fmt: skip
     return codes, scales
 

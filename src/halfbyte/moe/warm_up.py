@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 import torch
 
+from halfbyte.device import current
 from halfbyte.errors import HalfbyteError, InputError
 from halfbyte.formats.activation_formats import ActivationFormat
-from halfbyte.kernels.table import Problem, choose
+from halfbyte.kernels.problem import Problem, Size, layer_problem
+from halfbyte.kernels.table import KernelChoice, choose
 from halfbyte.moe.functional import check
 from halfbyte.weights import PreparedExperts
 
@@ -44,11 +45,11 @@ def warm_up(
 
     Args:
         experts: any layer of the kind.
-        top_k: experts a token.
+        top_k: experts per token.
         activations, batch_invariant: as the calls will have them.
         max_tokens: the most tokens in a call.
-        dtype, ids_dtype, weights_dtype: of hidden, ids and weights; by default what `route` returns. All at addresses that are multiples of 16, as
-            torch allocates them: Triton compiles others apart.
+        dtype, ids_dtype, weights_dtype: of hidden, topk_ids and topk_weights; by default what `route` returns. All at addresses that are multiples of
+            16, as torch allocates them: Triton compiles others apart.
         threads: by default the number of cores that this process may use.
         progress: called with (calls done, calls in all).
 
@@ -70,26 +71,24 @@ def warm_up(
         """The arguments of a call in which no token chose an expert."""
         hidden = torch.zeros((num_tokens, experts.hidden), dtype=dtype, device=experts.device)
         ids = torch.full((num_tokens, top_k), -1, dtype=ids_dtype, device=experts.device)
-        return hidden, experts.experts, ids, torch.zeros((num_tokens, top_k), dtype=weights_dtype, device=experts.device)
+        return hidden, experts.storage, ids, torch.zeros((num_tokens, top_k), dtype=weights_dtype, device=experts.device)
 
-    hidden, _, ids, weights = tensors(1)
-    check(hidden, experts.experts, ids, weights, activations, None)
-    kernel = choose(Problem("fused_moe", experts.target, experts.format, experts.layout, activations, dtype))
-    if kernel.warm_up_calls is None:
-        return
-    calls = kernel.warm_up_calls(experts.experts, top_k, max_tokens, activations, batch_invariant)
-    arguments = {"activations": activations, "expert_offset": experts.experts.first_expert, "batch_invariant": batch_invariant}
+    hidden, storage, ids, weights = tensors(1)
+    check(hidden, storage, ids, weights, activations, None)
+    problem = layer_problem("fused_moe", storage, experts.target, experts.layout, activations, hidden, batch_invariant=batch_invariant)
+    kernel = choose(problem)
+    calls = _calls(kernel, problem, top_k, max_tokens)
+    arguments = {"activations": activations, "expert_offset": storage.first_expert, "batch_invariant": batch_invariant}
 
-    def run(numbers: list[int], options: dict[str, Any]) -> None:
-        is_cuda = experts.device.type == "cuda"
-        with torch.cuda.device(experts.device) if is_cuda else contextlib.nullcontext(), torch.no_grad():  # every thread has its own
+    def run(config: Hashable, numbers: list[int]) -> None:
+        with current(experts.device), torch.no_grad():  # every thread has its own
             for num_tokens in numbers:
-                kernel.function(*tensors(num_tokens), **arguments, **options)
+                kernel.run(*tensors(num_tokens), config=config, **arguments)
 
     # Triton's compiler changes the warning filters for a moment, and threads would put them back in any order.
     with warnings.catch_warnings(), ThreadPoolExecutor(threads or _available_cores()) as pool:
         # Those for many tokens take longest to compile.
-        futures = [pool.submit(run, numbers, options) for numbers, options in reversed(calls)]
+        futures = [pool.submit(run, *call) for call in reversed(calls.items())]
         try:
             for done, future in enumerate(as_completed(futures), 1):
                 # Python 3.11's parser can fail in threads (CPython issue 106905): the call below compiles what is missing then.
@@ -102,10 +101,25 @@ def warm_up(
             raise
     # Threads that met a kernel at the same moment may have left Triton with only one thread's: the others are taken from its cache on disk. What no
     # thread could compile is compiled here, or its error raised.
-    for numbers, options in calls:
-        run(numbers, options)
+    for call in calls.items():
+        run(*call)
     if experts.device.type == "cuda":
         torch.cuda.synchronize(experts.device)
+
+
+def _calls(kernel: KernelChoice, problem: Problem, top_k: int, max_tokens: int) -> dict[Hashable, list[int]]:
+    """For each configuration that calls of up to `max_tokens` tokens take the numbers of tokens, as small as possible, that need all its variants."""
+    if not kernel.configs(problem):
+        return {}
+    calls: dict[Hashable, list[int]] = {}
+    seen: set[Hashable] = set()
+    for num_tokens in range(1, max_tokens + 1):
+        config = kernel.choose_config(problem, Size(num_tokens, top_k))
+        numbers = calls.setdefault(config, [])
+        for variant in kernel.variants(problem, Size(num_tokens, top_k), config) - seen:
+            seen.add(variant)
+            numbers.append(next(n for n in range(1, num_tokens + 1) if variant in kernel.variants(problem, Size(n, top_k), config)))
+    return {config: sorted(set(numbers)) or [1] for config, numbers in calls.items()}
 
 
 def _available_cores() -> int:

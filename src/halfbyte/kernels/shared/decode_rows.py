@@ -1,0 +1,93 @@
+"""Hidden states that arrive in 8 or 4 bits to bf16, which holds them exactly but for one scale per row: what W4A16 kernels multiply.
+
+    codes    e4m3 [rows, K], or two e2m1 per byte [rows, K/2]
+    scales   e4m3 [rows, K/16] (NVFP4) or e8m0 [rows, K/32] (MXFP4, MXFP8), layout "linear"
+    out      [rows, K] bf16; out[r] * row_scale[r] is the value
+    row_scale    [rows] fp32: the global scale of the row (NVFP4), or its scale (fp8)
+
+| hidden | out | row_scale |
+|---|---|---|
+| NVFP4 | e2m1 code * e4m3 block scale | the global scale |
+| MXFP4 | e2m1 code * 2^(byte - 127) | none |
+| fp8, one scale per token | e4m3 code | the scale |
+| MXFP8 | e4m3 code * 2^(byte - 127) | none |
+
+Target: any GPU of compute capability 8.0 or newer. Not measured yet.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from halfbyte.formats import QuantTensor
+from halfbyte.formats.fp8_tensor import Fp8Tensor
+from halfbyte.kernels.quantizers.blocks import e2m1_value, pack
+
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+@triton.jit
+def _e4m3_value(byte):
+    """e4m3 (int32) to fp32: its bits moved, subnormals included."""
+    value = ((byte & 0x7F) << 20).to(tl.float32, bitcast=True) * 2.0**120
+    value = tl.where((byte & 0x7F) == 0x7F, float("nan"), value)
+    return (value.to(tl.int32, bitcast=True) | ((byte & 0x80) << 24)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _block_scale(scales_ptr, index, mask, E8M0: tl.constexpr):
+    byte = tl.load(scales_ptr + index, mask=mask, other=0).to(tl.int32)
+    if E8M0:
+        scale = tl.where(byte == 0, 0x400000, byte << 23).to(tl.float32, bitcast=True)
+        scale = tl.where(byte == 255, float("nan"), scale)
+    else:
+        scale = _e4m3_value(byte)
+    return scale
+
+
+@triton.jit(do_not_specialize=["rows_per_scale"])
+def _decode(
+    codes_ptr, scales_ptr, given_scale_ptr, out_ptr, row_scale_ptr, rows_per_scale,
+    PAIRS: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, E8M0: tl.constexpr, SCALED: tl.constexpr, PADDED: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Program r decodes row r, in pairs of columns. BLOCK: columns per scale, 0 where there are none; SCALED: there is a scale per row."""
+    row = tl.program_id(0)
+    pair = tl.arange(0, PADDED)
+    mask = pair < PAIRS
+    if BITS == 4:
+        byte = tl.load(codes_ptr + row.to(tl.int64) * PAIRS + pair, mask=mask, other=0).to(tl.int32)
+        low, high = e2m1_value(byte), e2m1_value(byte >> 4)
+    else:
+        both = tl.load(codes_ptr + row.to(tl.int64) * PAIRS + pair, mask=mask, other=0).to(tl.int32)
+        low, high = _e4m3_value(both & 0xFF), _e4m3_value(both >> 8 & 0xFF)
+    if BLOCK > 0:
+        scale = _block_scale(scales_ptr + row.to(tl.int64) * (2 * PAIRS // BLOCK), 2 * pair // BLOCK, mask, E8M0)
+        low, high = low * scale, high * scale
+    tl.store(out_ptr + row.to(tl.int64) * PAIRS + pair, pack(low, high, True, ASM), mask=mask)
+    if SCALED:
+        tl.store(row_scale_ptr + row, tl.load(given_scale_ptr + row // rows_per_scale))
+
+
+def decode_rows(hidden: QuantTensor | Fp8Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """hidden [rows, K] in scale layout "linear" to `out` bf16 [rows, K] and `row_scale` fp32 [rows] or None, as the module says."""
+    num_rows, is_fp4 = hidden.codes.shape[0], isinstance(hidden, QuantTensor)
+    codes, scales = hidden.codes.contiguous(), hidden.scales.contiguous()
+    pairs = codes.shape[1] if is_fp4 else codes.shape[1] // 2
+    if is_fp4:
+        given, block = hidden.global_scale, hidden.format.block
+    else:
+        given, block = (scales, 0) if hidden.scaling == "token" else (None, 32)
+    out = torch.empty((num_rows, 2 * pairs), dtype=torch.bfloat16, device=codes.device)
+    row_scale = None if given is None else torch.empty(num_rows, dtype=torch.float32, device=codes.device)
+    if num_rows == 0:
+        return out, row_scale
+    padded = triton.next_power_of_2(pairs)
+    _decode[(num_rows,)](
+        codes if is_fp4 else codes.view(torch.int16), scales if given is scales else scales.view(torch.uint8), scales if given is None else given,
+        out.view(torch.int32), out if row_scale is None else row_scale, num_rows if given is None else num_rows // given.numel(),
+        pairs, 4 if is_fp4 else 8, block, not is_fp4 or not hidden.format.has_global_scale, given is not None, padded, not INTERPRETED,
+        **({} if INTERPRETED else {"num_warps": min(8, max(1, padded // 256))}),
+    )  # fmt: skip
+    return out, row_scale

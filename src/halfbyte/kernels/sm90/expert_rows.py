@@ -1,0 +1,178 @@
+"""Both products of the layer on Hopper, up to and without the weighted sum: rows [T * k, H] bf16 in the order of a work list.
+
+    few tokens per expert    GEMM1, GEMM2 (decode)
+    many                     gather, GEMM1, GEMM2 (prefill)
+    many, fp8                quantise tokens, GEMM1, quantise rows, GEMM2 (prefill on fp8 tensor cores)
+
+Activations "mxfp8" and "nvfp4", and "fp8" where memory limits and fp8 tensor cores gain nothing (`configs.MIN_FP8_ROWS`): the W4A16 kernels on
+quantised activations, which bf16 holds exactly, and exact weights. Two more launches, `encode_rows` before each GEMM, which move 4 T H and 4 R I
+bytes. That is never faster than "bf16": it is for the numbers that a Blackwell GPU would give. On fp8 tensor cores weights are rounded to e4m3 too
+(`weights.hopper.rounding_fp8`): `rounds_weights`. Hidden states that arrive quantised are decoded into bf16, which holds them exactly but for one
+scale per row, or, in one-scale fp8, go to fp8 tensor cores as they are.
+
+h gets one scale per row, which needs the largest value of the whole row and so a pass of its own. It moves 3 R I bytes where GEMM2 computes 2 R H I
+operations: at 3 TB/s and 1.3 Pflop/s 650 / H of GEMM2's time, 3 % of a DeepSeek-R1 layer and 10 % of a Qwen3-30B one. A scale for every 64 columns
+would save 2 of the 3 bytes and cost GEMM2 a multiply-add on every accumulator at every step: at 128 tokens 64 of them per thread, twice the decoding.
+
+Workspace, from torch's allocator: with R = T * k rows, 2 R I bytes, 2 R H bytes, and for prefill 2 R H more (fp8: R H and R I).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from halfbyte.device import Target
+from halfbyte.formats import NVFP4
+from halfbyte.formats.activation_formats import ActivationFormat
+from halfbyte.formats.fp8_tensor import Fp8Tensor
+from halfbyte.gluon_compat import fix_cache_keys, tma_descriptor
+from halfbyte.kernels.problem import Hidden, Problem, Size, Support, layer_problem
+from halfbyte.kernels.shared.decode_rows import decode_rows
+from halfbyte.kernels.shared.encode_rows import encode_rows
+from halfbyte.kernels.sm90.configs import Config, PrefillConfig, choose_config, configs, rounds_weights
+from halfbyte.kernels.sm90.epilogue import KINDS
+from halfbyte.kernels.sm90.gather import gather
+from halfbyte.kernels.sm90.gemm_decode import NUM_WARPS, grouped_gemm_w4a16_decode
+from halfbyte.kernels.sm90.gemm_prefill import grouped_gemm_prefill
+from halfbyte.kernels.sm90.quantize_rows import gather_codes, quantize_rows, quantize_tokens
+from halfbyte.kernels.work_list import WorkList
+from halfbyte.weights.hopper.layout import HopperExperts, HopperMatrix, padded_size
+
+__all__ = ["choose_config", "configs", "layout", "rounds_weights", "run", "supports"]  # what the table reads
+
+fix_cache_keys(grouped_gemm_w4a16_decode, grouped_gemm_prefill)
+
+# Per thread. With 64 a multiprocessor holds eight programs: two tokens of DeepSeek-R1, whose w13 has 7.8 for each, take 101 us, with 66 (seven
+# programs) 116. Those of the direct w2 start while w13 is at work: with 64 one token takes 61.8 us, with 72 (seven) 60.0 (H200, 2026-11-27).
+DECODE_REGISTERS = 64
+WIDE_REGISTERS = 72  # of the direct w2, and of the direct w13 with quantised activations, which would keep some in memory
+
+
+def supports(problem: Problem) -> Support:
+    if problem.layout not in ("hopper", "hopper_fp8"):
+        return Support.no(f"reads layouts 'hopper' and 'hopper_fp8', the weights are in {problem.layout!r}")
+    if problem.format is None:
+        return Support.no("reads NVFP4 and MXFP4 weights, these are dense")
+    if problem.target.arch != "sm_90":
+        return Support.no(f"needs compute capability 9.0, this is {problem.target.arch}")
+    if problem.quantized is None and problem.dtype not in (None, torch.bfloat16):
+        return Support.no(f"multiplies bf16, hidden is {problem.dtype}: pass hidden.bfloat16()")
+    return Support.yes("FP4 experts in register fragments, on Hopper's tensor cores")
+
+
+def layout(problem: Problem) -> str:
+    return "hopper_fp8" if problem.activations == "fp8" else "hopper"
+
+
+def problem_of(op: str, hidden: Hidden, experts: HopperExperts, activations: ActivationFormat, batch_invariant: bool = False) -> Problem:
+    layout = "hopper_fp8" if experts.words_for == "fp8" else "hopper"
+    return layer_problem(op, experts, Target.of(experts.device), layout, activations, hidden, batch_invariant=batch_invariant)
+
+
+def run(
+    hidden: Hidden, experts: HopperExperts, work: WorkList, *, activations: ActivationFormat = "bf16", config: Config | None = None
+) -> torch.Tensor:
+    """hidden [T, H] bf16 or quantised to rows [T * k, H] bf16; `work` has items of at most `config.max_rows` rows."""
+    num_rows, device = work.row_of_slot.shape[0], experts.device
+    if config is None:
+        config = choose_config(problem_of("expert_rows", hidden, experts, activations), Size(num_rows))
+    h = torch.empty((num_rows, padded_size(experts.intermediate)), dtype=torch.bfloat16, device=device)
+    rows = torch.empty((num_rows, experts.hidden), dtype=torch.bfloat16, device=device)
+    if not isinstance(config, PrefillConfig):
+        decode(hidden, experts, work, h, rows, activations)
+    elif config.fp8:
+        _prefill_fp8(hidden, experts, work, h, rows, config)
+    else:
+        _prefill(hidden, experts, work, h, rows, activations, config)
+    return rows
+
+
+def decode(
+    hidden: Hidden, experts: HopperExperts, work: WorkList | torch.Tensor, h: torch.Tensor, rows: torch.Tensor, activations: ActivationFormat,
+    expert_offset: int = 0,
+) -> None:  # fmt: skip
+    """Both products by the decode kernel. `work`: a work list, or the expert ids [T, k] themselves (direct)."""
+    x, x_scale = _encoded(hidden, activations, experts)
+    _decode_gemm(x, x_scale, experts.w13, h, experts, work, expert_offset, is_w13=True)
+    _, h_scale = encode_rows(h, activations, experts.w2_input_scale, out=h, launch_early=True)
+    _decode_gemm(h, h_scale, experts.w2, rows, experts, work, expert_offset, is_w13=False)
+
+
+def _encoded(hidden: Hidden, activations: ActivationFormat, experts: HopperExperts) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Hidden states as the W4A16 kernels take them: bf16, and a scale per row or none."""
+    if isinstance(hidden, torch.Tensor):
+        return encode_rows(hidden, activations, experts.w13_input_scale, launch_early=True)
+    return decode_rows(hidden)
+
+
+def _decode_gemm(
+    x: torch.Tensor, x_scale: torch.Tensor | None, matrix: HopperMatrix, y: torch.Tensor, experts: HopperExperts, work: WorkList | torch.Tensor,
+    expert_offset: int, *, is_w13: bool,
+) -> None:  # fmt: skip
+    is_direct = isinstance(work, torch.Tensor)
+    num_rows = work.numel() if is_direct else work.row_of_slot.shape[0]
+    num_items = num_rows if is_direct else work.entries.shape[0]
+    ids, entries, num_entries, token_of_row = (work,) * 4 if is_direct else (work.row_of_slot, work.entries, work.num_entries, work.token_of_row)
+    num_tokens, top_k = work.shape if is_direct else (1, 1)
+    parts = y.shape[0] // num_rows
+    is_wide = is_direct and (x_scale is not None or not is_w13)
+    grouped_gemm_w4a16_decode[(num_items * matrix.row_tiles, parts)](
+        x, x if x_scale is None else x_scale, matrix.words, matrix.scales, *_optional(matrix), y, ids, entries, num_entries, token_of_row,
+        num_tokens, expert_offset, experts.num_experts,
+        top_k, experts.hidden if is_w13 else experts.intermediate, x.stride(0), matrix.row_tiles, y.shape[1], y.shape[1],
+        experts.format == NVFP4, experts.words_for, is_w13, *_activation(experts), matrix.bias is not None, x_scale is not None, is_direct, parts,
+        True, num_warps=NUM_WARPS, launch_pdl=True, maxnreg=WIDE_REGISTERS if is_wide else DECODE_REGISTERS,
+    )  # fmt: skip
+
+
+def _prefill(
+    hidden: Hidden, experts: HopperExperts, work: WorkList, h: torch.Tensor, rows: torch.Tensor, activations: ActivationFormat, config: PrefillConfig
+) -> None:
+    codes, scales = _encoded(hidden, activations, experts)
+    x, x_scale = gather(codes, work, padded_size(experts.hidden), scales, launch_early=True)
+    _prefill_gemm(x, x_scale, experts.w13, h, experts, work, config, is_w13=True)
+    _, h_scale = encode_rows(h, activations, experts.w2_input_scale, in_fragment_order=True, out=h)
+    _prefill_gemm(h, h_scale, experts.w2, rows, experts, work, config, is_w13=False)
+
+
+def _prefill_fp8(hidden: Hidden, experts: HopperExperts, work: WorkList, h: torch.Tensor, rows: torch.Tensor, config: PrefillConfig) -> None:
+    padded = padded_size(experts.hidden)
+    if isinstance(hidden, Fp8Tensor):
+        x, x_scale = gather_codes(hidden, work, padded)
+    else:
+        assert isinstance(hidden, torch.Tensor), "configs.takes_fp8 lets nothing else through"
+        x, x_scale = quantize_tokens(hidden, work, padded, launch_early=True)
+    _prefill_gemm(x, x_scale, experts.w13, h, experts, work, config, is_w13=True)
+    h_codes, h_scale = quantize_rows(h)
+    _prefill_gemm(h_codes, h_scale, experts.w2, rows, experts, work, config, is_w13=False)
+
+
+def _prefill_gemm(
+    x: torch.Tensor, x_scale: torch.Tensor | None, matrix: HopperMatrix, y: torch.Tensor, experts: HopperExperts, work: WorkList,
+    config: PrefillConfig, *, is_w13: bool,
+) -> None:  # fmt: skip
+    """Multiply x, bf16 or (with a `config` for it) e4m3; rows times `x_scale` where there is one."""
+    whole_runs = matrix.column_tiles % 4 == 0
+    shift, multiplier, bias = _optional(matrix)
+    grouped_gemm_prefill[(Target.of(x.device).num_sms,)](
+        tma_descriptor(x, config.box, config.step_k), tma_descriptor(matrix.words.view(-1, 32), 64 if whole_runs else 16, 32),
+        tma_descriptor(matrix.scales.view(torch.int32).view(-1, matrix.scales.shape[-1] // 4), 8, matrix.scales.shape[-1] // 4),
+        shift, multiplier, matrix.row_exponent, multiplier if x_scale is None else x_scale, bias, y, work.entries, work.num_entries,
+        matrix.row_tiles, matrix.column_tiles, y.shape[1], y.shape[1], experts.format == NVFP4, experts.words_for, x_scale is not None,
+        is_w13, *_activation(experts), matrix.bias is not None, config.sizes, config.consumers, config.row_tiles_per_consumer, config.x_stages,
+        config.w_stages, config.consumer_registers,
+        num_warps=4, maxnreg=config.launch_registers,
+    )  # fmt: skip
+
+
+def _optional(matrix: HopperMatrix) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Shift, multiplier and bias; what the matrix does not have is never read and stands in as the multiplier."""
+    multiplier = matrix.multiplier
+    return multiplier if matrix.shift is None else matrix.shift, multiplier, multiplier if matrix.bias is None else matrix.bias
+
+
+def _activation(experts: HopperExperts) -> tuple[Any, ...]:
+    activation = experts.activation
+    return KINDS[activation.kind], activation.alpha, activation.beta, activation.limit or 0.0

@@ -1,0 +1,89 @@
+"""The arrangements in which expert weights can lie, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+
+from halfbyte.errors import InputError
+from halfbyte.experts import ExpertWeights
+from halfbyte.weights.engines.common import EngineExperts
+from halfbyte.weights.engines.cutlass import CUTLASS
+from halfbyte.weights.engines.trtllm_gen import TRTLLM_GEN
+from halfbyte.weights.hopper.layout import REUSED, HopperExperts, allocate
+from halfbyte.weights.hopper.pack import pack, unpack
+
+Storage: TypeAlias = ExpertWeights | HopperExperts | EngineExperts
+
+
+@dataclass(frozen=True)
+class Layout:
+    """An arrangement of experts in storage of its own, a dataclass with `tensors` and `with_tensors`.
+
+    Attributes:
+        purpose: what it is, and who reads it.
+        storage: the class of what holds it.
+        allocate: (w, device) to uninitialised storage for the experts of w.
+        pack: (w, storage, first) arranges the experts of w, one at a time, as experts `first` and following of the storage.
+        unpack: storage to canonical experts.
+        reused: canonical tensor in whose storage each tensor may lie while `pack` runs, where the sizes are the same.
+        foreign: no kernel of halfbyte reads it, only the engine it is named after.
+    """
+
+    purpose: str
+    storage: type
+    allocate: Callable[[ExpertWeights, torch.device | str], Any]
+    pack: Callable[[ExpertWeights, Any, int], None]
+    unpack: Callable[[Any], ExpertWeights]
+    reused: Mapping[str, str] = field(default_factory=dict)
+    foreign: bool = False
+
+
+# What is built here. "canonical" is the checkpoint's own arrangement, which needs no building; "triton" names the kernels that read it.
+CANONICAL = "the checkpoint's own arrangement, read by the portable kernels on any device"
+LAYOUTS = {
+    "hopper": Layout("register fragments in 64 x 64 tiles, read by the sm_90 kernels", HopperExperts, allocate, pack, unpack, REUSED),
+    "hopper_fp8": Layout(
+        "hopper with codes arranged for fp8 tensor cores, for layers called with activations='fp8'",
+        HopperExperts,
+        partial(allocate, words_for="fp8"),
+        pack,
+        unpack,
+        REUSED,
+    ),
+    "trtllm_gen": Layout(
+        "shuffled rows and 128x4 scales, for the trtllm-gen kernels of Blackwell engines",
+        EngineExperts,
+        TRTLLM_GEN.allocate,
+        TRTLLM_GEN.pack,
+        TRTLLM_GEN.unpack,
+        foreign=True,
+    ),
+    "cutlass": Layout(
+        "rows in order and 128x4 scales, for the CUTLASS kernels of Blackwell engines",
+        EngineExperts,
+        CUTLASS.allocate,
+        CUTLASS.pack,
+        CUTLASS.unpack,
+        foreign=True,
+    ),
+}
+POLICIES = {"packed": "weights stay in 4 bits"}
+
+
+def check_names(layout: str, policy: str) -> str:
+    """Return the layout by its own name ("triton", the kernels that read it, is "canonical"); "auto" stays.
+
+    Raises:
+        InputError: no such layout or policy.
+    """
+    if policy not in POLICIES:
+        raise InputError("unknown residency policy", where="prepare", given=repr(policy), needed=" or ".join(map(repr, POLICIES)))
+    if layout not in ("auto", "canonical", "triton", *LAYOUTS):
+        available = ", ".join([f"'canonical' ({CANONICAL})", *(f"{name!r} ({known.purpose})" for name, known in LAYOUTS.items())])
+        raise InputError("unknown layout", where="prepare", given=repr(layout), needed=f"'auto' or {available}")
+    return "canonical" if layout == "triton" else layout
