@@ -11,7 +11,7 @@ import halfbyte
 from halfbyte.bench import quantize
 from halfbyte.bench.ceilings import Ceilings
 from halfbyte.bench.quantize import QuantizeCase, bench_quantize
-from halfbyte.bench.results import read
+from halfbyte.bench.records import read
 from halfbyte.cli.main import main
 from halfbyte.errors import InputError
 

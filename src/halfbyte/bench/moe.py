@@ -17,7 +17,7 @@ from halfbyte.bench.ceilings import Ceilings
 from halfbyte.bench.gate import FP8_GLOBAL_LIMIT, FP8_TOKEN_LIMIT, GLOBAL_LIMIT, TOKEN_LIMIT, expected_output, judge, poison_free_memory
 from halfbyte.bench.inputs import Call, RoutingKind, random_call
 from halfbyte.bench.peers import Build, Layer, Peer
-from halfbyte.bench.results import Row
+from halfbyte.bench.records import Row
 from halfbyte.bench.shapes import MoEShape, floor_of
 from halfbyte.bench.timing import calls_of, time_calls, weight_sets_of
 from halfbyte.device import Target

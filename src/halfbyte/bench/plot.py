@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from halfbyte.bench.results import Record, Row, title
+from halfbyte.bench.records import Record, Row, title
 from halfbyte.errors import UnsupportedError
 
 try:

@@ -13,7 +13,7 @@ import torch
 
 import halfbyte
 from halfbyte.bench.prepare_peers import naive_hopper, torch_hopper
-from halfbyte.bench.results import Status
+from halfbyte.bench.records import Status
 from halfbyte.experts import ExpertWeights
 
 

@@ -12,7 +12,7 @@ import torch
 
 import halfbyte
 from halfbyte.bench.ceilings import Ceilings
-from halfbyte.bench.results import Status
+from halfbyte.bench.records import Status
 from halfbyte.bench.timing import calls_of, time_calls, weight_sets_of
 from halfbyte.device import Target
 from halfbyte.errors import HalfbyteError, UnsupportedError

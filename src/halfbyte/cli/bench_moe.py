@@ -15,7 +15,7 @@ from halfbyte.bench.gate import GLOBAL_LIMIT
 from halfbyte.bench.inputs import ROUTING_KINDS, model_experts, random_experts
 from halfbyte.bench.moe import LayerSource, Options, bench_moe
 from halfbyte.bench.peers import Peer, find_peer
-from halfbyte.bench.results import Record, render, tables
+from halfbyte.bench.records import Record, render, tables
 from halfbyte.bench.shapes import NAMED_SHAPES, MoEShape
 from halfbyte.cli import bench_options as shared
 from halfbyte.cli.bench import BENCHMARKS

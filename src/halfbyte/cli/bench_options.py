@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from halfbyte.bench.results import append, environment
+from halfbyte.bench.records import append, environment
 from halfbyte.bench.shapes import NAMED_SHAPES, MoEShape
 from halfbyte.cli.terminal import comma_list, one_of, usable_device
 from halfbyte.errors import InputError
@@ -21,7 +21,7 @@ from halfbyte.formats import FORMATS
 if TYPE_CHECKING:
     from halfbyte.bench.prepare import PrepareRecord
     from halfbyte.bench.quantize import QuantizeRecord
-    from halfbyte.bench.results import Record
+    from halfbyte.bench.records import Record
 
 _Row = TypeVar("_Row")
 _Record = TypeVar("_Record", bound="Record | PrepareRecord | QuantizeRecord")

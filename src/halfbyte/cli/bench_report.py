@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
         InputError: a file is not there or holds something else.
         UnsupportedError: matplotlib is not installed.
     """
-    from halfbyte.bench.results import latest, read, render, tables
+    from halfbyte.bench.records import latest, read, render, tables
     from halfbyte.errors import InputError
 
     groups = tables(record for file in args.files for record in read(file))

@@ -7,7 +7,7 @@ import torch
 
 from halfbyte.bench.ceilings import Ceilings
 from halfbyte.bench.plot import plot_fractions
-from halfbyte.bench.results import Record, Row, append, environment, latest, read, render, tables
+from halfbyte.bench.records import Record, Row, append, environment, latest, read, render, tables
 from halfbyte.errors import InputError
 
 CEILINGS = Ceilings(4600.0, 4000.0, 787.0, 1425.0)
