@@ -1,92 +1,107 @@
-"""What a measurement leaves: rows, the environment they were taken in, the file that collects them, and the table."""
+"""A line of a results file, whatever benchmark wrote it; the file that collects lines; the tables that show them.
+
+A benchmark brings a dataclass that is a `Row`, and in its module `row_of(fields)`, which makes one of what a file kept. Nothing here knows more.
+"""
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import json
 import platform
 import shlex
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 
 import halfbyte
-from halfbyte.bench.ceilings import Ceilings
-from halfbyte.bench.gate import GLOBAL_LIMIT
 from halfbyte.errors import InputError
-
-if TYPE_CHECKING:
-    from halfbyte.bench.prepare import PrepareRecord
-    from halfbyte.bench.quantize import QuantizeRecord
 
 Status = Literal["ok", "refused", "skipped"]
 
+# Benchmark -> the module of its rows, imported when a file has some.
+ROW_MODULES = {"moe": "halfbyte.bench.moe", "prepare": "halfbyte.bench.prepare", "quantize": "halfbyte.bench.quantize"}
+
 
 @dataclass(frozen=True)
-class Row:
-    """One system on one layer with one number of tokens.
+class Column:
+    """A column of a table: its head, which attribute of a row it shows, in what format, divided by what.
 
-    Attributes:
-        status: "ok"; "refused", its result is wrong, so it has no time; "skipped", it could not run. `reason` says why for the last two.
-        kernel: what ran, as far as the system says.
-        experts_touched: distinct experts of a call, mean over the calls.
-        floor_us, bound: the shortest possible time, and whether "memory" or "compute" sets it.
-        median_us, spread, samples, timer: as `timing.Timing`; fraction: floor_us / median_us.
-        calls, weight_sets: calls with different routings in a sample, and copies of the weights that they take in turn.
-        token_error, global_error: relative L2 against the fp32 reference; None where the result is not finite or there is none;
-            global_limit: what the gate allowed of the second.
-        peak_extra_bytes: memory of one call beside weights and inputs, its result included; None on a CPU.
+    >>> Column("extra MiB", "nbytes", ".1f", 2**20).cell(torch.zeros(2**19))
+    '2.0'
     """
 
-    shape: str
-    format: str
-    activations: str
-    routing: str
-    num_tokens: int
-    system: str
-    status: Status
-    experts_touched: float
-    floor_us: float
-    bound: str
-    global_limit: float
-    calls: int
-    weight_sets: int
-    reason: str = ""
-    kernel: str = ""
-    median_us: float | None = None
-    spread: float | None = None
-    samples: int | None = None
-    timer: str | None = None
-    fraction: float | None = None
-    token_error: float | None = None
-    global_error: float | None = None
-    peak_extra_bytes: int | None = None
+    head: str
+    attribute: str
+    format: str = ""
+    divisor: int = 1
 
-    def __str__(self) -> str:
-        subject = f"{self.shape} {self.format}, {self.num_tokens} tokens, {self.system}"
-        if self.median_us is None or self.fraction is None:
-            return f"{subject}: {self.status}: {self.reason}"
-        return f"{subject}: {self.median_us:.1f} us, {100 * self.fraction:.1f} % of the {self.bound} floor"
+    def cell(self, row: object) -> str:
+        """The text; "-" where the row has none."""
+        value = getattr(row, self.attribute)
+        if value is None or value == "":
+            return "-"
+        return format(value if self.divisor == 1 else value / self.divisor, self.format)
+
+
+class Row(Protocol):
+    """One system on one subject at one size: a frozen dataclass, whose fields are what a file keeps.
+
+    Attributes:
+        columns: what tables show beside size and system. The first is the time; a row without one says its status there.
+        unit: what sizes are counted in, a plural: "tokens".
+        status: "ok"; "refused", its result is wrong, so it has no time; "skipped", it could not run.
+        reason: why it was refused or skipped; else "".
+        system: what is measured, and compared with the other systems of a table.
+        size: how much it was given.
+        subject: what systems and sizes are compared on: the heading of a table, which has all rows of one subject.
+        result: the numbers of an "ok" row in a few words.
+        remark: what a reader must know beside the numbers, to follow "SYSTEM was"; else "".
+    """
+
+    columns: ClassVar[tuple[Column, ...]]
+    unit: ClassVar[str]
+
+    @property
+    def status(self) -> Status: ...
+    @property
+    def reason(self) -> str: ...
+    @property
+    def system(self) -> str: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def subject(self) -> str: ...
+    @property
+    def result(self) -> str: ...
+    @property
+    def remark(self) -> str: ...
 
 
 @dataclass(frozen=True)
 class Record:
-    """A row with the environment and the ceilings of its run: one line of a results file."""
+    """One line of a results file.
 
-    environment: dict[str, Any]
-    ceilings: Ceilings
+    Attributes:
+        benchmark: a key of `ROW_MODULES`.
+        environment: as the function of that name.
+        ceilings: what the machine can do at most, as measured in the same run; fields of `Ceilings`, not always all.
+    """
+
+    benchmark: str
+    environment: Mapping[str, Any]
+    ceilings: Mapping[str, float | None]
     row: Row
 
-    @property
-    def table_key(self) -> tuple[str, ...]:
-        """The rows that may stand in one table: same device, layer, formats and routing."""
+    def __str__(self) -> str:
         row = self.row
-        return self.environment["device"], row.shape, row.format, row.activations, row.routing
+        outcome = row.result if row.status == "ok" else f"{row.status}: {row.reason}"
+        return f"{row.subject}, {_counted([row.size], row.unit)}, {row.system}: {outcome}"
 
 
 def environment(device: torch.device, command: Sequence[str]) -> dict[str, Any]:
@@ -105,43 +120,56 @@ def environment(device: torch.device, command: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def append(file: Path, record: Record | PrepareRecord | QuantizeRecord, benchmark: str = "moe") -> None:
+def append(file: Path, record: Record) -> None:
     """Add one line to a results file; what is there stays."""
-    document = {"benchmark": benchmark, **asdict(record)}
     with file.open("a") as stream:
-        stream.write(json.dumps(document, allow_nan=False) + "\n")
+        stream.write(json.dumps(asdict(record), allow_nan=False) + "\n")
 
 
 def read(file: Path) -> list[Record]:
-    """Read a results file back, in the order it was written.
+    """Read a results file back, in the order it was written; it may hold lines of several benchmarks.
 
     Raises:
-        InputError: no such file, or a line that is no row of this benchmark.
+        InputError: no such file, or a line that no benchmark wrote.
     """
     if not file.is_file():
         raise InputError("no such results file", given=file)
-    records = []
-    for number, line in enumerate(file.read_text().splitlines(), start=1):
-        try:
-            document = json.loads(line)
-            records.append(Record(document["environment"], Ceilings(**document["ceilings"]), Row(**document["row"])))
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError("not a row of halfbyte bench moe", where=f"{file}:{number}", given=repr(line[:60])) from error
-    return records
+    return [_record(line, f"{file}:{number}") for number, line in enumerate(file.read_text().splitlines(), start=1)]
+
+
+def _record(line: str, where: str) -> Record:
+    try:
+        document: Any = json.loads(line)
+        benchmark = str(document["benchmark"])
+    except (ValueError, KeyError, TypeError) as error:
+        needed = "JSON with benchmark, environment, ceilings and row"
+        raise InputError("not a line of halfbyte bench", where=where, given=repr(line[:60]), needed=needed) from error
+    if benchmark not in ROW_MODULES:
+        advice = "leave this file out: another program wrote it"
+        raise InputError("not a benchmark of halfbyte bench", where=where, given=repr(benchmark), needed=" or ".join(ROW_MODULES), next_step=advice)
+    row_of = importlib.import_module(ROW_MODULES[benchmark]).row_of
+    try:
+        environment = document["environment"] | {name: document["environment"][name] for name in _SHOWN}
+        # Until 2026-11-29 `bench prepare` wrote its one ceiling beside the row.
+        ceilings = document["ceilings"] if "copy_gbps" not in document else {"copy_gbps": document["copy_gbps"]}
+        return Record(benchmark, environment, dict(ceilings), row_of(document["row"]))
+    except (ValueError, KeyError, TypeError) as error:
+        given = f"{type(error).__name__}: {error}"
+        raise InputError(f"not a row of halfbyte bench {benchmark}", where=where, given=given, needed="a line as --out writes it") from error
 
 
 def tables(records: Iterable[Record]) -> list[list[Record]]:
-    """The records of one table each: same `table_key` and same run, in the order of the runs."""
+    """The records of one table each: same run, device and subject, in the order of the runs."""
     groups: dict[tuple[str, ...], list[Record]] = {}
     for record in records:
         run = (record.environment["date"], record.environment["command"])
-        groups.setdefault((*run, *record.table_key), []).append(record)
+        groups.setdefault((*run, *_compared(record)), []).append(record)
     return list(groups.values())
 
 
 def latest(groups: Iterable[list[Record]]) -> list[list[Record]]:
     """Of tables that differ only in their run, the last one."""
-    return list({group[0].table_key: group for group in groups}.values())
+    return list({_compared(group[0]): group for group in groups}.values())
 
 
 def render(groups: Iterable[list[Record]]) -> str:
@@ -149,65 +177,57 @@ def render(groups: Iterable[list[Record]]) -> str:
     return "\n\n".join(_render_table(group) for group in groups)
 
 
-def title(group: list[Record]) -> str:
-    """What a table is about, its device left out."""
-    row = group[0].row
-    return f"{row.shape} {row.format.upper()}, {row.activations} activations, {row.routing} routing"
-
-
-_COLUMNS = ("tokens", "system", "us", "spread", "floor us", "of floor", "bound", "error", "experts", "extra MiB", "kernel")
+def _compared(record: Record) -> tuple[str, ...]:
+    """The records that agree in this may stand in one table."""
+    return record.benchmark, record.environment["device"], record.row.subject
 
 
 def _render_table(group: list[Record]) -> str:
-    rows = sorted((record.row for record in group), key=lambda row: row.num_tokens)  # stable: systems stay in their order
-    lines = [f"### {title(group)}", "", _run_line(group[0]), "", f"| {' | '.join(_COLUMNS)} |", "|" + "---|" * len(_COLUMNS)]
-    lines += [f"| {' | '.join(_cells(row))} |" for row in rows]
+    rows = sorted((record.row for record in group), key=lambda row: row.size)  # stable: systems stay in their order
+    columns = rows[0].columns
+    heads = (rows[0].unit, "system", *(column.head for column in columns))
+    lines = [f"### {rows[0].subject}", "", _run_line(group[0]), "", _line(heads), "|" + "---|" * len(heads)]
+    for row in rows:
+        time, *rest = (column.cell(row) for column in columns)
+        lines.append(_line([str(row.size), row.system, time if row.status == "ok" else row.status, *rest]))
     notes = _notes(rows)
     return "\n".join([*lines, "", *notes] if notes else lines)
 
 
-def _notes(rows: list[Row]) -> list[str]:
-    """What was refused or skipped, with its reason, and who passed a gate that is not the standard one."""
-    tokens_of: dict[tuple[str, str, str], list[int]] = {}
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _notes(rows: Sequence[Row]) -> list[str]:
+    """What was refused or skipped, with its reason, and the remarks; each once, whatever its number of sizes."""
+    sizes_of: dict[tuple[str, str, str], list[int]] = {}
     for row in rows:
         if row.status != "ok":
-            tokens_of.setdefault((row.system, row.status, row.reason), []).append(row.num_tokens)
-    notes = [f"- {system} at {_listed(tokens)} tokens {status}: {reason}" for (system, status, reason), tokens in tokens_of.items()]
-    looser = dict.fromkeys((row.system, row.global_limit) for row in rows if row.global_limit > GLOBAL_LIMIT)
-    return notes + [f"- {system} was allowed an error of {limit:.0e}; the standard is {GLOBAL_LIMIT:.0e}" for system, limit in looser]
+            sizes_of.setdefault((row.system, row.status, row.reason), []).append(row.size)
+    notes = [f"- {system} at {_counted(sizes, rows[0].unit)} {status}: {reason}" for (system, status, reason), sizes in sizes_of.items()]
+    return notes + [f"- {system} was {remark}" for system, remark in dict.fromkeys((row.system, row.remark) for row in rows if row.remark)]
 
 
-def _listed(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers))
+def _counted(sizes: Sequence[int], unit: str) -> str:
+    """The sizes and their unit, as in "1 token" and "1, 4 tokens"."""
+    return f"{', '.join(map(str, sizes))} {unit.removesuffix('s') if list(sizes) == [1] else unit}"
+
+
+# What a table says of its run: parts of the environment, and ceilings where they were measured.
+_SHOWN = ("date", "command", "device", "torch", "triton", "halfbyte", "commit")
+_CEILINGS = {
+    "read_gbps": "read {:.0f} GB/s",
+    "copy_gbps": "copy {:.0f} GB/s",
+    "bf16_tflops": "bf16 {:.3g} TFLOP/s",
+    "fp8_tflops": "fp8 {:.0f} TFLOP/s",
+}
 
 
 def _run_line(record: Record) -> str:
     env, ceilings = record.environment, record.ceilings
-    fp8 = f", fp8 {ceilings.fp8_tflops:.0f} TFLOP/s" if ceilings.fp8_tflops is not None else ""
+    measured = ", ".join(text.format(ceilings[name]) for name, text in _CEILINGS.items() if ceilings.get(name) is not None)
     software = f"torch {env['torch']}, triton {env['triton']}, halfbyte {env['halfbyte']} ({env['commit'] or 'commit unknown'})"
-    return (
-        f"{env['device']}, {env['date'][:10]}, {software}; measured ceilings: read {ceilings.read_gbps:.0f} GB/s, "
-        f"copy {ceilings.copy_gbps:.0f} GB/s, bf16 {ceilings.bf16_tflops:.3g} TFLOP/s{fp8}"
-    )
-
-
-def _cells(row: Row) -> list[str]:
-    def cell(value: float | None, text: str) -> str:
-        return "-" if value is None else text.format(value)
-
-    return [
-        str(row.num_tokens),
-        row.system,
-        cell(row.median_us, "{:.1f}") if row.status == "ok" else row.status,
-        cell(row.spread, "{:.1%}"),
-        f"{row.floor_us:.1f}",
-        cell(row.fraction, "{:.1%}"),
-        row.bound,
-        cell(row.global_error, "{:.1e}"),
-        f"{row.experts_touched:.4g}",
-        cell(None if row.peak_extra_bytes is None else row.peak_extra_bytes / 2**20, "{:.1f}"),
-        row.kernel or "-",
-    ]
+    return f"{env['device']}, {env['date'][:10]}, {software}; measured ceilings: {measured}"
 
 
 def _version(package: str) -> str | None:
