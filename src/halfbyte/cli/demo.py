@@ -23,12 +23,14 @@ def run(args: argparse.Namespace) -> int:
         InputError, CheckpointError: the output directory is taken or cannot be written.
         UnsupportedError: transformers or matplotlib is not installed.
     """
-    from halfbyte.cli.terminal import progress_bar, quieten_transformers
+    from halfbyte.cli.progress import Bar
+    from halfbyte.cli.terminal import quieten_transformers
     from halfbyte.demo.run import run_demo
 
     start = time.perf_counter()
     quieten_transformers()
-    result = run_demo(args.output, full=args.full, say=_silence if args.json else _say, stream=not args.json, progress_bar=progress_bar)
+    say = _silence if args.json else _say
+    result = run_demo(args.output, full=args.full, say=say, stream=not args.json, progress_bar=lambda total, label: Bar(label, total))
     if args.json:
         print(json.dumps(result))
         return 0

@@ -60,8 +60,8 @@ def run(args: argparse.Namespace) -> int:
     except InputError as error:  # options that contradict each other: wrong usage, as argparse reports it
         print(f"halfbyte quantize: error: {error}", file=sys.stderr)
         return 2
-    with Bar("quantize") as bar:
-        report = quantize_model(args.source, args.destination, options, dry_run=args.dry_run, progress=bar.update)
+    with Bar("quantize", unit="B") as bar:
+        report = quantize_model(args.source, args.destination, options, dry_run=args.dry_run, progress=bar.reach)
     print(json.dumps(report.as_dict(), indent=2) if args.json else report)
     return 0
 
