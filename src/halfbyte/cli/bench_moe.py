@@ -18,7 +18,6 @@ from halfbyte.bench.peers import Peer, find_peer
 from halfbyte.bench.records import tables
 from halfbyte.bench.shapes import NAMED_SHAPES, MoEShape
 from halfbyte.cli import bench_options as shared
-from halfbyte.cli.bench import BENCHMARKS
 from halfbyte.cli.terminal import comma_list, positive_int
 from halfbyte.errors import InputError
 from halfbyte.experts import ExpertWeights
@@ -26,7 +25,6 @@ from halfbyte.formats import BlockFormat
 from halfbyte.formats.activation_formats import ACTIVATION_FORMATS
 from halfbyte.kernels.table import CANDIDATES
 
-HELP = BENCHMARKS["moe"]
 _GPU_TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
 _CPU_TOKENS = (1, 4, 16)
 _GPU_SHAPE = "qwen3-30b"

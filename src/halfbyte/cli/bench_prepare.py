@@ -9,10 +9,8 @@ from halfbyte.bench.inputs import model_experts, random_experts
 from halfbyte.bench.prepare import PEERS, bench_prepare
 from halfbyte.bench.shapes import NAMED_SHAPES, MoEShape
 from halfbyte.cli import bench_options as shared
-from halfbyte.cli.bench import BENCHMARKS
 from halfbyte.cli.terminal import positive_int
 
-HELP = BENCHMARKS["prepare"]
 _CPU_SHAPE = "256,128,16"  # that of the embedded demo model
 
 

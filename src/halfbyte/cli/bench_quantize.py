@@ -9,11 +9,9 @@ from dataclasses import asdict
 from halfbyte.bench import ceilings
 from halfbyte.bench.quantize import SYSTEMS, QuantizeCase, bench_quantize
 from halfbyte.cli import bench_options as shared
-from halfbyte.cli.bench import BENCHMARKS
 from halfbyte.cli.terminal import comma_list, one_of, positive_int
 from halfbyte.formats.scale_layout import LAYOUTS
 
-HELP = BENCHMARKS["quantize"]
 _GPU_ROWS, _CPU_ROWS = (64, 1024, 32768, 65536), (64,)
 _GPU_WIDTHS, _CPU_WIDTHS = (4096, 7168), (1024,)
 

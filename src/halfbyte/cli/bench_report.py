@@ -9,11 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.bench.records import ROW_MODULES, Record, latest, read, render, tables
-from halfbyte.cli.bench import BENCHMARKS
 from halfbyte.cli.bench_options import file_to_write
 from halfbyte.errors import InputError
-
-HELP = BENCHMARKS["report"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,8 +7,6 @@ import json
 import time
 from pathlib import Path
 
-HELP = "quantise the embedded model, measure it against bf16 and solve word problems, on a CPU"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--full", action="store_true", help="measure on all 1,200 questions and all of the text")

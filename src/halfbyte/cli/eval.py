@@ -12,8 +12,6 @@ from halfbyte.errors import InputError
 if TYPE_CHECKING:
     from halfbyte.formats.activation_formats import ActivationFormat
 
-HELP = "measure exact match, answer likelihood, perplexity and KL divergence of a model"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from halfbyte.cli.terminal import percent, positive_int

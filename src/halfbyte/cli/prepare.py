@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
     from halfbyte.checkpoint import Checkpoint
 
-HELP = "arrange a model's experts for this machine's kernels once, so that later starts only read them"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from halfbyte.formats.activation_formats import ACTIVATION_FORMATS

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from halfbyte.errors import InputError
 
-HELP = "quantise a Mixture-of-Experts checkpoint to NVFP4 or MXFP4"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
