@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -53,13 +54,18 @@ def test_wrong_bytes_have_no_time(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert main(["bench", "prepare", "--device", "cpu", "--shape", "64,64,4", "--json"]) == 1
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [row["status"] for row in rows] == ["refused", "ok", "ok", "ok"] and rows[0]["ms"] is None and rows[2]["speedup"] is None
+    assert rows[0]["reason"] == "its bytes differ from those of the other ways"
 
 
 def test_the_command(tmp_path, capsys: pytest.CaptureFixture) -> None:
     file = tmp_path / "rows.jsonl"
     command = ["bench", "prepare", "--device", "cpu", "--shape", "64,96,4", "--format", "mxfp4", "--naive-experts", "1", "--out", str(file)]
     assert main(command) == 0
-    assert "| halfbyte, in place | 4 | 1 |" in capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert re.search(r"\| 1 \| halfbyte, in place \| [\d.]+ \| 4 \|", captured.out)
+    assert "64,96,4 MXFP4, layout hopper, 1 layer, naive: " in captured.err
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [line["row"]["method"] for line in lines] == ["naive", "torch", "halfbyte", "halfbyte, in place"]
-    assert all(line["benchmark"] == "prepare" and line["copy_gbps"] > 0 and line["row"]["format"] == "mxfp4" for line in lines)
+    assert all(line["benchmark"] == "prepare" and line["ceilings"]["copy_gbps"] > 0 and line["row"]["format"] == "mxfp4" for line in lines)
+    assert main(["bench", "report", str(file)]) == 0
+    assert captured.out in capsys.readouterr().out

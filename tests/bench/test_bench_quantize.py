@@ -11,9 +11,7 @@ import halfbyte
 from halfbyte.bench import quantize
 from halfbyte.bench.ceilings import Ceilings
 from halfbyte.bench.quantize import QuantizeCase, bench_quantize
-from halfbyte.bench.results import read
 from halfbyte.cli.main import main
-from halfbyte.errors import InputError
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(30.0, 30.0, 0.2, None)
@@ -58,11 +56,12 @@ def test_command(quick, capsys, tmp_path):
     assert len(document["rows"]) == 8 + 8 and {row["status"] for row in document["rows"] if row["system"] == "halfbyte"} == {"ok"}
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["row"] for line in lines] == document["rows"] and {line["benchmark"] for line in lines} == {"quantize"}
-    with pytest.raises(InputError, match="not a row of halfbyte bench moe"):
-        read(out)
+    assert main(["bench", "report", str(out), "--json"]) == 0
+    assert [row for table in json.loads(capsys.readouterr().out)["tables"] for row in table["rows"]] == document["rows"]
     assert main(command) == 0
     printed = capsys.readouterr().out
-    assert "| 130 | 64 | mxfp4 | 128x4 | 2 | halfbyte |" in printed and "naive: skipped: " in printed
+    assert "### K 64 to MXFP4, scales 128x4, 2 experts\n" in printed and "| 130 | halfbyte |" in printed
+    assert "- naive at 3, 130 rows skipped: " in printed
 
 
 def test_nothing_timed_is_exit_3(quick, capsys):

@@ -1,6 +1,5 @@
 """Exit codes, streams and start-up of the command line. What a command computes is tested with its package."""
 
-import importlib
 import json
 import subprocess
 import sys
@@ -21,7 +20,7 @@ def raising(error):
     def run(args):
         raise error
 
-    return SimpleNamespace(HELP="", add_arguments=lambda parser: None, run=run)
+    return SimpleNamespace(add_arguments=lambda parser: None, run=run)
 
 
 def test_alone_it_lists_every_command():
@@ -37,10 +36,10 @@ def test_the_list_does_not_wait_for_torch():
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_of_a_command(name, capsys):
-    assert COMMANDS[name] == importlib.import_module(f"halfbyte.cli.{name}").HELP
     with pytest.raises(SystemExit, match=r"^0$"):
         main([name, "--help"])
-    assert capsys.readouterr().out.startswith(f"usage: halfbyte {name}")
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"usage: halfbyte {name}") and COMMANDS[name] in " ".join(printed.split())
 
 
 def test_version():

@@ -8,17 +8,12 @@ from pathlib import Path
 import checkpoint_files as cf
 import pytest
 
-from halfbyte.cli.main import COMMANDS, main
-from halfbyte.cli.quantize import HELP
+from halfbyte.cli.main import main
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> str:
     return str(cf.dense().write(tmp_path / "in"))
-
-
-def test_help_is_what_the_list_of_commands_says() -> None:
-    assert COMMANDS["quantize"] == HELP
 
 
 def test_report_as_json_and_as_text(source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

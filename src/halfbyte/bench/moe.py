@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 
@@ -17,7 +18,7 @@ from halfbyte.bench.ceilings import Ceilings
 from halfbyte.bench.gate import FP8_GLOBAL_LIMIT, FP8_TOKEN_LIMIT, GLOBAL_LIMIT, TOKEN_LIMIT, expected_output, judge, poison_free_memory
 from halfbyte.bench.inputs import Call, RoutingKind, random_call
 from halfbyte.bench.peers import Build, Layer, Peer
-from halfbyte.bench.results import Row
+from halfbyte.bench.records import Column, Status
 from halfbyte.bench.shapes import MoEShape, floor_of
 from halfbyte.bench.timing import calls_of, time_calls, weight_sets_of
 from halfbyte.device import Target
@@ -30,6 +31,82 @@ from halfbyte.kernels.table import choose
 
 # Makes the experts of one layer on a device; called only when it is that layer's turn.
 LayerSource = Callable[[torch.device], tuple[MoEShape, ExpertWeights]]
+
+
+@dataclass(frozen=True)
+class MoERow:
+    """One system on one layer with one number of tokens: a `records.Row`.
+
+    Attributes:
+        kernel: what ran, as far as the system says.
+        experts_touched: distinct experts of a call, mean over the calls.
+        floor_us, bound: the shortest possible time, and whether "memory" or "compute" sets it.
+        median_us, spread, samples, timer: as `timing.Timing`; fraction: floor_us / median_us.
+        calls, weight_sets: calls with different routings in a sample, and copies of the weights that they take in turn.
+        token_error, global_error: relative L2 against the fp32 reference; None where the result is not finite or there is none;
+            global_limit: what the gate allowed of the second.
+        peak_extra_bytes: memory of one call beside weights and inputs, its result included; None on a CPU.
+    """
+
+    shape: str
+    format: str
+    activations: str
+    routing: str
+    num_tokens: int
+    system: str
+    status: Status
+    experts_touched: float
+    floor_us: float
+    bound: str
+    global_limit: float
+    calls: int
+    weight_sets: int
+    reason: str = ""
+    kernel: str = ""
+    median_us: float | None = None
+    spread: float | None = None
+    samples: int | None = None
+    timer: str | None = None
+    fraction: float | None = None
+    token_error: float | None = None
+    global_error: float | None = None
+    peak_extra_bytes: int | None = None
+
+    unit: ClassVar[str] = "tokens"
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("us", "median_us", ".1f"),
+        Column("spread", "spread", ".1%"),
+        Column("floor us", "floor_us", ".1f"),
+        Column("of floor", "fraction", ".1%"),
+        Column("bound", "bound"),
+        Column("error", "global_error", ".1e"),
+        Column("experts", "experts_touched", ".4g"),
+        Column("extra MiB", "peak_extra_bytes", ".1f", 2**20),
+        Column("kernel", "kernel"),
+    )
+
+    @property
+    def size(self) -> int:
+        return self.num_tokens
+
+    @property
+    def subject(self) -> str:
+        return f"{self.shape} {self.format.upper()}, {self.activations} activations, {self.routing} routing"
+
+    @property
+    def result(self) -> str:
+        return f"{self.median_us:.1f} us, {self.fraction:.1%} of the {self.bound} floor"
+
+    @property
+    def remark(self) -> str:
+        if self.global_limit <= GLOBAL_LIMIT:
+            return ""
+        return f"allowed an error of {self.global_limit:.0e}; the standard is {GLOBAL_LIMIT:.0e}"
+
+
+def row_of(fields: dict[str, Any]) -> MoERow:
+    """The row that a results file kept. Raises TypeError when the fields are others."""
+    return MoERow(**fields)
 
 
 @dataclass(frozen=True)
@@ -100,7 +177,7 @@ class Case:
         return Case(calls, weight_sets, statistics.mean(call.ids.unique().numel() for call in calls))
 
 
-def bench_moe(sources: Sequence[LayerSource], peers: Sequence[Peer], options: Options, device: torch.device, ceilings: Ceilings) -> Iterator[Row]:
+def bench_moe(sources: Sequence[LayerSource], peers: Sequence[Peer], options: Options, device: torch.device, ceilings: Ceilings) -> Iterator[MoERow]:
     """Measure halfbyte and `peers` on every layer with every number of tokens, yielding each row as it is ready.
 
     Memory: as many copies of a layer's weights as `weight_sets_of` asks for, once packed and once in the arrangement of the system under
@@ -129,7 +206,7 @@ def _peer_system(peer: Peer, global_limit: float) -> System:
 
 def _bench_layer(
     shape: MoEShape, weights: ExpertWeights, systems: Sequence[System], options: Options, ceilings: Ceilings, deadline: float
-) -> Iterator[Row]:
+) -> Iterator[MoERow]:
     format, device = weights.format, weights.device
     assert format is not None  # sources make FP4 experts
     cases = {num_tokens: Case.draw(shape, format, num_tokens, options, device) for num_tokens in options.tokens}
@@ -152,7 +229,7 @@ def _bench_layer(
                 obstacle = _reason(error)
         for num_tokens, case in cases.items():
             floor = floor_of(shape, format, num_tokens, case.experts_touched, ceilings, system.activations)
-            row = Row(
+            row = MoERow(
                 shape=shape.name,
                 format=format.name,
                 activations=system.activations,
@@ -180,7 +257,7 @@ def _bench_layer(
 _BUDGET_SPENT = "the time budget is spent"
 
 
-def _measure(row: Row, system: System, layers: Sequence[Layer], case: Case, expected: torch.Tensor, token_limit: float) -> Row:
+def _measure(row: MoERow, system: System, layers: Sequence[Layer], case: Case, expected: torch.Tensor, token_limit: float) -> MoERow:
     """Gate, then time; without a time the row says why."""
     layer, call = layers[0], case.calls[0]
     row = replace(row, kernel=getattr(layer, "kernel", ""))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from halfbyte.bench.results import Record, Row, title
-from halfbyte.errors import UnsupportedError
+from halfbyte.bench.moe import MoERow
+from halfbyte.bench.records import Record
+from halfbyte.errors import InputError, UnsupportedError
 
 try:
     from matplotlib.figure import Figure
@@ -20,30 +21,45 @@ _PEER_COLOURS = ("#2166ac", "#b2182b", "#762a83", "#e08214", "#4d4d4d", "#35978f
 _COLUMNS = 3
 
 
-def plot_fractions(groups: Sequence[list[Record]], file: Path) -> None:
-    """Plot floor / time of every system over tokens, one panel a table, as a PNG. Rows without a time are left out.
+class _Table(NamedTuple):
+    device: str
+    rows: list[MoERow]
 
-    The dotted line parts memory-bound from compute-bound numbers of tokens.
+
+def plot_fractions(groups: Sequence[list[Record]], file: Path) -> None:
+    """Plot floor / time of every system over tokens, one panel per table, as a PNG. Rows without a time are left out.
+
+    The dotted line parts memory-bound from compute-bound numbers of tokens. Tables of other benchmarks than the MoE layer's are left out.
+
+    Raises:
+        InputError: there is no row of the MoE layer.
     """
-    columns = min(_COLUMNS, len(groups))
-    lines = math.ceil(len(groups) / columns)
+    tables = [_Table(group[0].environment["device"], _moe_rows(group)) for group in groups if _moe_rows(group)]
+    if not tables:
+        raise InputError("nothing to plot", given="no row of the MoE layer", needed="rows of halfbyte bench moe", next_step="leave --plot out")
+    columns = min(_COLUMNS, len(tables))
+    lines = math.ceil(len(tables) / columns)
     figure = Figure(figsize=(5.2 * columns, 4.0 * lines), layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False).flatten()
-    peers = dict.fromkeys(record.row.system for group in groups for record in group if record.row.system != _OURS)
+    peers = dict.fromkeys(row.system for table in tables for row in table.rows if row.system != _OURS)
     colours = {_OURS: _OUR_COLOUR} | {peer: _PEER_COLOURS[index % len(_PEER_COLOURS)] for index, peer in enumerate(peers)}
-    for axes, group in zip(panels, groups, strict=False):
-        _panel(axes, group, colours)
-    for axes in panels[len(groups) :]:
+    for axes, table in zip(panels, tables, strict=False):
+        _panel(axes, table, colours)
+    for axes in panels[len(tables) :]:
         axes.set_axis_off()
-    figure.suptitle(f"Share of the measured floor, {groups[0][0].environment['device']}")
+    figure.suptitle("Share of the measured floor")
     lines_of = {line.get_label(): line for axes in panels for line in axes.lines if not line.get_label().startswith("_")}
     if lines_of:
         figure.legend(handles=list(lines_of.values()), loc="outside lower center", ncols=len(lines_of), frameon=False)
     figure.savefig(file, dpi=100)
 
 
-def _panel(axes: Any, group: list[Record], colours: dict[str, str]) -> None:
-    rows = sorted((record.row for record in group), key=lambda row: row.num_tokens)
+def _moe_rows(group: list[Record]) -> list[MoERow]:
+    return sorted((record.row for record in group if isinstance(record.row, MoERow)), key=lambda row: row.num_tokens)
+
+
+def _panel(axes: Any, table: _Table, colours: dict[str, str]) -> None:
+    rows = table.rows
     for system, colour in colours.items():
         points = [(row.num_tokens, 100 * row.fraction) for row in rows if row.system == system and row.fraction is not None]
         if points:
@@ -55,13 +71,13 @@ def _panel(axes: Any, group: list[Record], colours: dict[str, str]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(tokens, [str(number) for number in tokens], rotation=45)
     axes.minorticks_off()
-    axes.set(title=title(group), xlabel="tokens", ylabel="% of floor", ylim=(0, 105))
+    axes.set(title=f"{rows[0].subject}\n{table.device}", xlabel="tokens", ylabel="% of floor", ylim=(0, 105))
     axes.title.set_size("small")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _boundary(rows: Sequence[Row]) -> float | None:
+def _boundary(rows: Sequence[MoERow]) -> float | None:
     """Between the last memory-bound number of tokens and the first compute-bound one; None where all are of one kind."""
     memory = [row.num_tokens for row in rows if row.bound == "memory"]
     compute = [row.num_tokens for row in rows if row.bound == "compute"]

@@ -7,24 +7,24 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 import halfbyte
 from halfbyte.bench.prepare_peers import naive_hopper, torch_hopper
-from halfbyte.bench.results import Status
+from halfbyte.bench.records import Column, Status
 from halfbyte.experts import ExpertWeights
 
 
 @dataclass(frozen=True)
 class PrepareRow:
-    """One way to pack one layer.
+    """One way to pack one layer: a `records.Row`.
 
     Attributes:
+        method: the way, which is what is compared.
         num_experts: how many were packed: those of the layer, or the first few where a way is too slow for all.
         layers: how many such layers were packed one after another.
-        status: "ok"; "refused", its bytes are wrong, so it has no time.
         ms: median time for the experts of one layer, the host's time included.
         gbps: bytes read and bytes written together over that time; copy_fraction: this over the copy bandwidth.
         extra_bytes: peak memory beside the weights and the result, by torch's own count on a GPU; on a CPU what the process grew by, where memory
@@ -37,26 +37,46 @@ class PrepareRow:
     layout: str
     method: str
     num_experts: int
-    layers: int
     status: Status
+    layers: int = 1
+    reason: str = ""
     ms: float | None = None
     gbps: float | None = None
     copy_fraction: float | None = None
     extra_bytes: int | None = None
     speedup: float | None = None
 
-    def __str__(self) -> str:
-        time = self.status if self.ms is None else f"{self.ms:.2f} ms"
-        return f"{self.shape} {self.format}, {self.num_experts} experts, {self.method}: {time}{' a layer' if self.layers > 1 else ''}"
+    unit: ClassVar[str] = "layers"
+    remark: ClassVar[str] = ""
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("ms per layer", "ms", ".2f"),
+        Column("experts", "num_experts"),
+        Column("GB/s", "gbps", ".4g"),
+        Column("of copy", "copy_fraction", ".1%"),
+        Column("extra MiB", "extra_bytes", ".1f", 2**20),
+        Column("speed-up", "speedup", ".1f"),
+    )
+
+    @property
+    def system(self) -> str:
+        return self.method
+
+    @property
+    def size(self) -> int:
+        return self.layers
+
+    @property
+    def subject(self) -> str:
+        return f"{self.shape} {self.format.upper()}, layout {self.layout}"
+
+    @property
+    def result(self) -> str:
+        return f"{self.ms:.2f} ms per layer of {self.num_experts} experts, {self.copy_fraction:.1%} of the copy bandwidth"
 
 
-@dataclass(frozen=True)
-class PrepareRecord:
-    """A row with the environment and the copy bandwidth of its run: one line of a results file."""
-
-    environment: dict[str, Any]
-    copy_gbps: float
-    row: PrepareRow
+def row_of(fields: dict[str, Any]) -> PrepareRow:
+    """The row that a results file kept. Raises TypeError when the fields are others."""
+    return PrepareRow(**fields)
 
 
 @dataclass(frozen=True)
@@ -97,14 +117,14 @@ def bench_prepare(name: str, weights: ExpertWeights, layout: str, copy_gbps: flo
     for method in methods:
         part = _first(weights, few_experts) if method.few else weights
         count = 1 if method in PEERS[layout] else layers
-        row = PrepareRow(name, weights.format.name if weights.format else "", layout, method.name, part.num_experts, count, "refused")
+        row = PrepareRow(name, weights.format.name if weights.format else "", layout, method.name, part.num_experts, "refused", count)
         given = [_copy_of(part) if method.in_place else part for _ in range(count)]
         (result, *others) = [method.pack(w) for w in given]  # compiles, too
         del others
         if part.num_experts not in expected:
             expected[part.num_experts] = halfbyte.prepare(part, layout).storage.tensors if method.few else result.tensors
         if not _same_bytes(result.tensors, expected[part.num_experts]):
-            yield row
+            yield replace(row, reason="its bytes differ from those of the other ways")
             continue
         result_bytes = count * _bytes_outside(result.tensors, given[0].tensors)
         moved_bytes = part.nbytes + sum(tensor.nbytes for tensor in result.tensors.values())
@@ -132,31 +152,6 @@ def bench_prepare(name: str, weights: ExpertWeights, layout: str, copy_gbps: flo
             speedup=None if naive_s is None else naive_s * part.num_experts / seconds,
         )
         del given
-
-
-def render(records: Sequence[PrepareRecord]) -> str:
-    """A Markdown table under a heading about the run."""
-
-    def cell(value: float | None, text: str) -> str:
-        return "-" if value is None else text.format(value)
-
-    first = records[0]
-    layer = f"{first.row.shape} {first.row.format.upper()}, layout {first.row.layout}"
-    lines = [f"### {layer}: {first.environment['device']}, copies {first.copy_gbps:.4g} GB/s", ""]
-    lines += ["| way | experts | layers | ms a layer | GB/s | of copy | extra MiB | speed-up |", "|---|---|---|---|---|---|---|---|"]
-    for row in (record.row for record in records):
-        cells = (
-            row.method,
-            str(row.num_experts),
-            str(row.layers),
-            cell(row.ms, "{:.2f}") if row.status == "ok" else row.status,
-            cell(row.gbps, "{:.4g}"),
-            cell(row.copy_fraction, "{:.1%}"),
-            cell(None if row.extra_bytes is None else row.extra_bytes / 2**20, "{:.1f}"),
-            cell(row.speedup, "{:.1f}x"),
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
 
 
 def _first(w: ExpertWeights, count: int) -> ExpertWeights:

@@ -6,13 +6,13 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 import halfbyte
 from halfbyte.bench.ceilings import Ceilings
-from halfbyte.bench.results import Status
+from halfbyte.bench.records import Column, Status
 from halfbyte.bench.timing import calls_of, time_calls, weight_sets_of
 from halfbyte.device import Target
 from halfbyte.errors import HalfbyteError, UnsupportedError
@@ -51,7 +51,7 @@ class QuantizeCase:
 
 @dataclass(frozen=True)
 class QuantizeRow:
-    """One system on one case: "refused" has wrong bits and no time, "skipped" could not run; `reason` says why.
+    """One system on one case: a `records.Row`, refused when a bit is wrong.
 
     `gbps` counts `nbytes`; `fraction` is gbps / copy bandwidth, which counts bytes read and written too. Inputs that together exceed the L2 take
     turns.
@@ -70,22 +70,33 @@ class QuantizeRow:
     gbps: float | None = None
     fraction: float | None = None
 
-    def __str__(self) -> str:
+    unit: ClassVar[str] = "rows"
+    remark: ClassVar[str] = ""
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("us", "median_us", ".1f"),
+        Column("spread", "spread", ".1%"),
+        Column("GB/s", "gbps", ".0f"),
+        Column("of copy", "fraction", ".1%"),
+    )
+
+    @property
+    def size(self) -> int:
+        return self.case.num_rows
+
+    @property
+    def subject(self) -> str:
         case = self.case
         experts = f", {case.num_experts} experts" if case.num_experts else ""
-        subject = f"{case.num_rows} x {case.width} {case.format} {case.layout}{experts}, {self.system}"
-        if self.median_us is None or self.fraction is None:
-            return f"{subject}: {self.status}: {self.reason}"
-        return f"{subject}: {self.median_us:.1f} us, {self.gbps:.0f} GB/s, {100 * self.fraction:.1f} % of the copy bandwidth"
+        return f"K {case.width} to {case.format.upper()}, scales {case.layout}{experts}"
+
+    @property
+    def result(self) -> str:
+        return f"{self.median_us:.1f} us, {self.gbps:.0f} GB/s, {self.fraction:.1%} of the copy bandwidth"
 
 
-@dataclass(frozen=True)
-class QuantizeRecord:
-    """A row with the environment and the ceilings of its run: one line of a results file."""
-
-    environment: dict[str, Any]
-    ceilings: Ceilings
-    row: QuantizeRow
+def row_of(fields: dict[str, Any]) -> QuantizeRow:
+    """The row that a results file kept. Raises TypeError or KeyError when the fields are others."""
+    return QuantizeRow(**fields | {"case": QuantizeCase(**fields["case"])})
 
 
 Quantized = tuple[torch.Tensor, torch.Tensor]  # codes and scales
@@ -208,22 +219,3 @@ def _expected(case: QuantizeCase, x: torch.Tensor, device: torch.device, seed: i
 
 def _parts(q: QuantTensor) -> Quantized:
     return q.codes, q.scales
-
-
-def render(records: Sequence[QuantizeRecord]) -> str:
-    """A Markdown table; what was refused or skipped says why below."""
-    env, ceilings = records[0].environment, records[0].ceilings
-    lines = [f"{env['device']}, {env['date'][:10]}, torch {env['torch']}, triton {env['triton']}; measured copy {ceilings.copy_gbps:.0f} GB/s", ""]
-    columns = ("rows", "K", "format", "scales", "experts", "system", "us", "spread", "GB/s", "of copy")
-    lines += [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    rows = [record.row for record in records]
-    for row in rows:
-        case = row.case
-        cells = [str(case.num_rows), str(case.width), case.format, case.layout, str(case.num_experts or "-"), row.system]
-        if row.median_us is None:
-            cells += [row.status, "-", "-", "-"]
-        else:
-            cells += [f"{row.median_us:.1f}", f"{row.spread:.1%}", f"{row.gbps:.0f}", f"{row.fraction:.1%}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    notes = [f"- {row}" for row in rows if row.status != "ok"]
-    return "\n".join([*lines, "", *notes] if notes else lines)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib
 
-HELP = "measure speed against the floor that this machine allows"
-
-# Each is a module halfbyte.cli.bench_NAME with HELP, add_arguments and run, like a command.
+# Each is a module halfbyte.cli.bench_NAME with add_arguments and run, like a command.
 BENCHMARKS = {
     "moe": "time the fused MoE layer and its peers, each after a correctness gate",
     "prepare": "time the arranging of weights, beside the slow ways to do it",
     "quantize": "time the quantisers of activations against the copy bandwidth, each after comparing its bits",
-    "report": "print and plot what `bench moe --out` collected",
+    "report": "print what `bench ... --out` collected, and plot the MoE layer's",
 }
 
 
@@ -25,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     module = importlib.import_module(f"halfbyte.cli.bench_{args.benchmark}")
     parser = argparse.ArgumentParser(
-        prog=f"halfbyte bench {args.benchmark}", description=module.HELP, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog=f"halfbyte bench {args.benchmark}",
+        description=BENCHMARKS[args.benchmark],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     module.add_arguments(parser)
     try:

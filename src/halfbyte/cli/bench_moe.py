@@ -15,10 +15,9 @@ from halfbyte.bench.gate import GLOBAL_LIMIT
 from halfbyte.bench.inputs import ROUTING_KINDS, model_experts, random_experts
 from halfbyte.bench.moe import LayerSource, Options, bench_moe
 from halfbyte.bench.peers import Peer, find_peer
-from halfbyte.bench.results import Record, render, tables
+from halfbyte.bench.records import tables
 from halfbyte.bench.shapes import NAMED_SHAPES, MoEShape
 from halfbyte.cli import bench_options as shared
-from halfbyte.cli.bench import BENCHMARKS
 from halfbyte.cli.terminal import comma_list, positive_int
 from halfbyte.errors import InputError
 from halfbyte.experts import ExpertWeights
@@ -26,7 +25,6 @@ from halfbyte.formats import BlockFormat
 from halfbyte.formats.activation_formats import ACTIVATION_FORMATS
 from halfbyte.kernels.table import PROVIDERS
 
-HELP = BENCHMARKS["moe"]
 _GPU_TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
 _CPU_TOKENS = (1, 4, 16)
 _GPU_SHAPE = "qwen3-30b"
@@ -77,10 +75,10 @@ def run(args: argparse.Namespace) -> int:
     )
     shared.say(f"measuring the ceilings of {described['device']}")
     measured = ceilings.measure_ceilings(device)
+    about = {"benchmark": "moe", "environment": described, "ceilings": asdict(measured)}
     shared.say(", ".join(f"{name} {value:.4g}" for name, value in asdict(measured).items() if value is not None))
-    rows = bench_moe(_sources(args, device), args.peers, options, device, measured)
-    records = shared.collect(args, "moe", rows, functools.partial(Record, described, measured))
-    code = shared.finish(args, {"environment": described, "ceilings": measured}, records, lambda records: render(tables(records)))
+    records = shared.collect(args, about, bench_moe(_sources(args, device), args.peers, options, device, measured))
+    code = shared.finish(args, about, records)
     if args.plot:
         plot_fractions(tables(records), args.plot)
     return code

@@ -5,27 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import torch
 
-from halfbyte.bench.results import append, environment
+from halfbyte.bench.records import Record, Row, append, environment, render, tables
 from halfbyte.bench.shapes import NAMED_SHAPES, MoEShape
 from halfbyte.cli.terminal import comma_list, one_of, usable_device
 from halfbyte.errors import InputError
 from halfbyte.formats import FORMATS
-
-if TYPE_CHECKING:
-    from halfbyte.bench.prepare import PrepareRecord
-    from halfbyte.bench.quantize import QuantizeRecord
-    from halfbyte.bench.results import Record
-
-_Row = TypeVar("_Row")
-_Record = TypeVar("_Record", bound="Record | PrepareRecord | QuantizeRecord")
-
 
 named_shape = one_of("shape", NAMED_SHAPES, ", or give --shape")
 block_format = one_of("format", FORMATS)
@@ -95,18 +86,19 @@ def start(args: argparse.Namespace) -> tuple[torch.device, dict[str, Any]]:
     return device, environment(device, ["halfbyte", *sys.argv[1:]])
 
 
-def collect(args: argparse.Namespace, benchmark: str, rows: Iterable[_Row], record_of: Callable[[_Row], _Record]) -> list[_Record]:
-    """The record of every row; each is told, and appended to --out, as soon as it is measured."""
+def collect(args: argparse.Namespace, about: Mapping[str, Any], rows: Iterable[Row]) -> list[Record]:
+    """The record of every row of a run, which `about` says all else of; each is told, and appended to --out, as soon as it is measured."""
     records = []
     for row in rows:
-        say(row)
-        records.append(record_of(row))
+        record = Record(**about, row=row)
+        say(record)
+        records.append(record)
         if args.out:
-            append(args.out, records[-1], benchmark)
+            append(args.out, record)
     return records
 
 
-def finish(args: argparse.Namespace, about: Mapping[str, Any], records: Sequence[_Record], render: Callable[[Sequence[_Record]], str]) -> int:
+def finish(args: argparse.Namespace, about: Mapping[str, Any], records: Sequence[Record]) -> int:
     """Print the tables, or with --json what the run was `about` and its rows; the exit code.
 
     That is 0 when every result was right, 1 when one was refused, 3 when nothing could be timed.
@@ -114,6 +106,6 @@ def finish(args: argparse.Namespace, about: Mapping[str, Any], records: Sequence
     if args.json:
         print(json.dumps({**about, "rows": [record.row for record in records]}, allow_nan=False, default=asdict))
     elif records:
-        print(render(records))
+        print(render(tables(records)))
     statuses = {record.row.status for record in records}
     return 1 if "refused" in statuses else 0 if "ok" in statuses else 3

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import functools
 
 from halfbyte.bench.ceilings import measure_copy_gbps
 from halfbyte.bench.inputs import model_experts, random_experts
-from halfbyte.bench.prepare import PEERS, PrepareRecord, bench_prepare, render
+from halfbyte.bench.prepare import PEERS, bench_prepare
 from halfbyte.bench.shapes import NAMED_SHAPES, MoEShape
 from halfbyte.cli import bench_options as shared
-from halfbyte.cli.bench import BENCHMARKS
 from halfbyte.cli.terminal import positive_int
 
-HELP = BENCHMARKS["prepare"]
 _CPU_SHAPE = "256,128,16"  # that of the embedded demo model
 
 
@@ -46,8 +43,8 @@ def run(args: argparse.Namespace) -> int:
         shape = args.shape or (parse_sizes(_CPU_SHAPE) if device.type == "cpu" else NAMED_SHAPES["dsr1"])
         weights = random_experts(shape, args.format or shape.published, device, args.seed)
     rows = bench_prepare(shape.name, weights, args.layout, copy_gbps, few_experts=args.naive_experts, layers=args.layers)
-    records = shared.collect(args, "prepare", rows, functools.partial(PrepareRecord, described, copy_gbps))
-    return shared.finish(args, {"environment": described, "copy_gbps": copy_gbps}, records, render)
+    about = {"benchmark": "prepare", "environment": described, "ceilings": {"copy_gbps": copy_gbps}}
+    return shared.finish(args, about, shared.collect(args, about, rows))
 
 
 def parse_sizes(text: str) -> MoEShape:

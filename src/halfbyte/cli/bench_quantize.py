@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
+from dataclasses import asdict
 
 from halfbyte.bench import ceilings
-from halfbyte.bench.quantize import SYSTEMS, QuantizeCase, QuantizeRecord, bench_quantize, render
+from halfbyte.bench.quantize import SYSTEMS, QuantizeCase, bench_quantize
 from halfbyte.cli import bench_options as shared
-from halfbyte.cli.bench import BENCHMARKS
 from halfbyte.cli.terminal import comma_list, one_of, positive_int
 from halfbyte.formats.scale_layout import LAYOUTS
 
-HELP = BENCHMARKS["quantize"]
 _GPU_ROWS, _CPU_ROWS = (64, 1024, 32768, 65536), (64,)
 _GPU_WIDTHS, _CPU_WIDTHS = (4096, 7168), (1024,)
 
@@ -49,8 +47,8 @@ def run(args: argparse.Namespace) -> int:
     shared.say(f"measuring the ceilings of {described['device']}")
     measured = ceilings.measure_ceilings(device)
     rows = bench_quantize(cases, args.systems, device, measured, args.seed)
-    records = shared.collect(args, "quantize", rows, functools.partial(QuantizeRecord, described, measured))
-    return shared.finish(args, {"environment": described, "ceilings": measured}, records, render)
+    about = {"benchmark": "quantize", "environment": described, "ceilings": asdict(measured)}
+    return shared.finish(args, about, shared.collect(args, about, rows))
 
 
 def experts(text: str) -> int:

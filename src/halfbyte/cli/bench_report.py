@@ -3,38 +3,51 @@
 from __future__ import annotations
 
 import argparse
+import json
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from halfbyte.cli.bench import BENCHMARKS
+from halfbyte.bench.records import ROW_MODULES, Record, latest, read, render, tables
 from halfbyte.cli.bench_options import file_to_write
-
-HELP = BENCHMARKS["report"]
+from halfbyte.errors import InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE.jsonl", help="results, the oldest first")
-    parser.add_argument("--all", action="store_true", help="every run; otherwise the last one of each device, layer, format and routing")
-    parser.add_argument("--plot", type=file_to_write, metavar="FILE.png", help="plot the share of the floor over tokens")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE.jsonl", help="results of any benchmarks, the oldest first")
+    parser.add_argument("--all", action="store_true", help="every run; otherwise the last one of each benchmark, device and subject")
+    parser.add_argument("--plot", type=file_to_write, metavar="FILE.png", help="plot the MoE layer's share of the floor over tokens")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the tables in Markdown.
+    """Print the tables in Markdown, one benchmark after another.
 
     Raises:
-        InputError: a file is not there or holds something else.
+        InputError: a file is not there or holds something else; there is nothing to print, or to plot.
         UnsupportedError: matplotlib is not installed.
     """
-    from halfbyte.bench.results import latest, read, render, tables
-    from halfbyte.errors import InputError
-
     groups = tables(record for file in args.files for record in read(file))
     if not groups:
         raise InputError("no results", where=", ".join(map(str, args.files)))
     if not args.all:
         groups = latest(groups)
-    print(render(groups))
     if args.plot:
         from halfbyte.bench.plot import plot_fractions
 
         plot_fractions(groups, args.plot)
+    groups.sort(key=lambda group: list(ROW_MODULES).index(group[0].benchmark))
+    print(json.dumps({"tables": [_document(group) for group in groups]}, allow_nan=False) if args.json else _render(groups))
     return 0
+
+
+def _render(groups: list[list[Record]]) -> str:
+    parts = []
+    for benchmark in dict.fromkeys(group[0].benchmark for group in groups):
+        parts += [f"## halfbyte bench {benchmark}", render(group for group in groups if group[0].benchmark == benchmark)]
+    return "\n\n".join(parts)
+
+
+def _document(group: list[Record]) -> dict[str, Any]:
+    about = {name: getattr(group[0], name) for name in ("benchmark", "environment", "ceilings")}
+    return {"subject": group[0].row.subject, **about, "rows": [asdict(record)["row"] for record in group]}

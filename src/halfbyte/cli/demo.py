@@ -7,8 +7,6 @@ import json
 import time
 from pathlib import Path
 
-HELP = "quantise the embedded model, measure it against bf16 and solve word problems, on a CPU"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--full", action="store_true", help="measure on all 1,200 questions and all of the text")
@@ -23,12 +21,14 @@ def run(args: argparse.Namespace) -> int:
         InputError, CheckpointError: the output directory is taken or cannot be written.
         UnsupportedError: transformers or matplotlib is not installed.
     """
-    from halfbyte.cli.terminal import progress_bar, quieten_transformers
+    from halfbyte.cli.progress import Bar
+    from halfbyte.cli.terminal import quieten_transformers
     from halfbyte.demo.run import run_demo
 
     start = time.perf_counter()
     quieten_transformers()
-    result = run_demo(args.output, full=args.full, say=_silence if args.json else _say, stream=not args.json, progress_bar=progress_bar)
+    say = _silence if args.json else _say
+    result = run_demo(args.output, full=args.full, say=say, stream=not args.json, progress_bar=lambda total, label: Bar(label, total))
     if args.json:
         print(json.dumps(result))
         return 0

@@ -8,8 +8,6 @@ from dataclasses import asdict
 
 from halfbyte.doctor import render, report
 
-HELP = "describe this machine and say which kernels it can run, and why not the others"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")

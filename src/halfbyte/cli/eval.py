@@ -12,8 +12,6 @@ from halfbyte.errors import InputError
 if TYPE_CHECKING:
     from halfbyte.formats.activation_formats import ActivationFormat
 
-HELP = "measure exact match, answer likelihood, perplexity and KL divergence of a model"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from halfbyte.cli.terminal import percent, positive_int
@@ -39,7 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from halfbyte.checkpoint.source import DEMO_MODEL, demo_model_dir
-    from halfbyte.cli.terminal import load_model, progress_bar, usable_device
+    from halfbyte.cli.progress import Bar
+    from halfbyte.cli.terminal import load_model, usable_device
     from halfbyte.eval.activations import FASTEST_FIRST, choose_activations
     from halfbyte.eval.data import load_documents, load_questions
     from halfbyte.eval.evaluate import evaluate, steps
@@ -68,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     passages = text_passages(tokenizer, documents, limit=args.windows) if documents else []
     tried: dict[ActivationFormat, float] = {}
     if is_auto:
-        with progress_bar(len(FASTEST_FIRST) * len(passages), "choosing activations") as bar:
+        with Bar("choosing activations", len(FASTEST_FIRST) * len(passages)) as bar:
 
             def perplexity_of(kind: ActivationFormat) -> float:
                 set_activations(model, kind)
@@ -76,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
 
             args.activations, tried = choose_activations(perplexity_of, args.budget / 100)
         set_activations(model, args.activations)
-    with progress_bar(steps(questions, passages, reference), "evaluating") as bar:
+    with Bar("evaluating", steps(questions, passages, reference)) as bar:
         report = evaluate(
             model,
             tokenizer,

@@ -7,8 +7,6 @@ import json
 import sys
 import time
 
-HELP = "continue a prompt with a model, streaming to the terminal"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from halfbyte.cli.terminal import positive_int

@@ -9,8 +9,6 @@ import re
 from dataclasses import asdict
 from typing import Any
 
-HELP = "show format, sizes, scale statistics and problems of a checkpoint"
-
 # First match wins; the order is also that of the printed table.
 _KINDS = (
     ("shared experts", r"\.shared_experts?(_gate)?\."),

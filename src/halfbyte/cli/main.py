@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import halfbyte
 from halfbyte.errors import HalfbyteError
 
-# The help lines repeat the modules' HELP, so that the list of commands prints without importing torch.
+# Each is a module of this package. What it does is said here, so that the list of commands prints without importing torch.
 COMMANDS = {
     "demo": "quantise the embedded model, measure it against bf16 and solve word problems, on a CPU",
     "quantize": "quantise a Mixture-of-Experts checkpoint to NVFP4 or MXFP4",
@@ -80,6 +80,7 @@ def _run(parser: argparse.ArgumentParser, name: str, arguments: list[str]) -> in
         meant = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(COMMANDS)}"
         parser.error(f"unknown command {name!r}; {meant}")
     module = importlib.import_module(f"halfbyte.cli.{name}")
-    command_parser = argparse.ArgumentParser(prog=f"halfbyte {name}", description=module.HELP, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    command_parser = argparse.ArgumentParser(prog=f"halfbyte {name}", description=COMMANDS[name], formatter_class=formatter)
     module.add_arguments(command_parser)
     return module.run(command_parser.parse_args(arguments))

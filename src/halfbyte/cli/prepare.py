@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
     from halfbyte.checkpoint import Checkpoint
 
-HELP = "arrange a model's experts for this machine's kernels once, so that later starts only read them"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from halfbyte.formats.activation_formats import ACTIVATION_FORMATS
@@ -73,11 +71,11 @@ def run(args: argparse.Namespace) -> int:
     if args.compile:
         _compile(checkpoint, layers, args, device)
         compiled_s = time.perf_counter() - start
-    with Bar("prepare") as bar:
+    with Bar("prepare", unit="B") as bar:
         for index, layer in enumerate(layers):
 
             def progress(done: int, total: int, before: int = index) -> None:
-                bar.update(before * total + done, len(layers) * total)
+                bar.reach(before * total + done, len(layers) * total)
 
             rows.append(prepare_on_disk(checkpoint, layer, device=device, progress=progress, **options))
     report = {
@@ -111,10 +109,10 @@ def _compile(checkpoint: Checkpoint, layers: Sequence[int], args: argparse.Names
     dtypes = ((torch.int32, torch.float32), (torch.int64, torch.float32), (torch.int64, torch.bfloat16))
     for activations in args.compile:
         for kind in kinds_of_layers(checkpoint, layers, device=device, layout=args.layout, activations=activations, experts=args.experts):
-            with Bar(f"compile {activations}", "pass") as bar:
-                for done, (ids_dtype, weights_dtype) in enumerate(dtypes, 1):
+            with Bar(f"compile {activations}", len(dtypes), "pass") as bar:
+                for ids_dtype, weights_dtype in dtypes:
                     warm_up(kind, checkpoint.moe.top_k, activations=activations, ids_dtype=ids_dtype, weights_dtype=weights_dtype)
-                    bar.update(done, len(dtypes))
+                    bar.update(1)
 
 
 def parse_activations(text: str) -> list[str]:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from halfbyte.errors import InputError
 
-HELP = "quantise a Mixture-of-Experts checkpoint to NVFP4 or MXFP4"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -60,8 +59,8 @@ def run(args: argparse.Namespace) -> int:
     except InputError as error:  # options that contradict each other: wrong usage, as argparse reports it
         print(f"halfbyte quantize: error: {error}", file=sys.stderr)
         return 2
-    with Bar("quantize") as bar:
-        report = quantize_model(args.source, args.destination, options, dry_run=args.dry_run, progress=bar.update)
+    with Bar("quantize", unit="B") as bar:
+        report = quantize_model(args.source, args.destination, options, dry_run=args.dry_run, progress=bar.reach)
     print(json.dumps(report.as_dict(), indent=2) if args.json else report)
     return 0
 

@@ -1,4 +1,4 @@
-"""What commands share: types of arguments, progress on stderr, a quiet transformers, the choice of device."""
+"""What commands share: types of arguments, a quiet transformers, the choice of device."""
 
 from __future__ import annotations
 
@@ -49,13 +49,6 @@ def one_of(kind: str, items: Mapping[str, _Item], otherwise: str = "") -> Callab
         return items[text]
 
     return parse
-
-
-def progress_bar(total: int, label: str) -> Any:
-    """A tqdm bar on stderr, nothing when that is no terminal. Close it, or use it as a context."""
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc=label, leave=False, disable=None)
 
 
 def usable_device(name: str | None) -> torch.device:
