@@ -1,8 +1,7 @@
 """The mixture-of-experts layer on canonical FP4 weights, every GPU from sm_80 on: sort, both products (`expert_rows`), combine.
 
-Where a gradient of the routing weights is asked for, the sum is torch's. Nothing is compiled for a number of tokens but the sort and the sum, which are
-small. Memory beside the result: that of `expert_rows`, R rows of H in fp32, and 12 bytes x
-T x H for the sum; R = T * k.
+Where a gradient of the routing weights is asked for, the sum is torch's. Nothing is compiled for a number of tokens but the sort and the sum, which
+are small. Memory beside the result: that of `expert_rows`, R rows of H in fp32 and the result in fp32; R = T * k.
 """
 
 from __future__ import annotations
