@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
+from halfbyte.checkpoint.defects import describe_scatter
 from halfbyte.checkpoint.families import RoutingRule
 from halfbyte.checkpoint.layer_tensors import DOWN, GATE, UP, LayerTensors
-from halfbyte.checkpoint.problems import describe_scatter
 from halfbyte.checkpoint.source import Checkpoint
 from halfbyte.errors import CheckpointError, InputError
 from halfbyte.experts import ExpertWeights

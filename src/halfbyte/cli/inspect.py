@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
 
 def describe(model: str, layer: int | None = None, tensors: bool = False, fp8_error: bool = False) -> dict[str, Any]:
     """The report as a JSON-able dict; `layer` limits the scale statistics, fp8 errors and problems to one layer."""
-    from halfbyte.checkpoint.problems import examine_layer
+    from halfbyte.checkpoint.defects import examine_layer
     from halfbyte.checkpoint.source import Checkpoint
 
     checkpoint = Checkpoint.open(model)
@@ -60,7 +60,7 @@ def describe(model: str, layer: int | None = None, tensors: bool = False, fp8_er
         "quantization": {"kind": quantization.kind, "format": quantization.format.name if quantization.format else None},
         "sizes": _sizes(checkpoint),
         "scales": [{"layer": index, **asdict(row)} for index, (rows, _) in examined.items() for row in rows],
-        "problems": [asdict(problem) for _, problems in examined.values() for problem in problems],
+        "problems": [asdict(defect) for _, defects in examined.values() for defect in defects],
     }
     if fp8_error:
         from halfbyte.cli.fp8_error import describe_layer
