@@ -8,7 +8,8 @@ from typing import Literal, TypeVar
 
 import torch
 
-from halfbyte.checkpoint.layer_tensors import PROJECTIONS, LayerTensors
+from halfbyte.checkpoint.layer_tensors import LayerTensors
+from halfbyte.checkpoint.projections import PROJECTIONS, Projection
 from halfbyte.checkpoint.source import Checkpoint
 from halfbyte.errors import CheckpointError, UnsupportedError
 
@@ -36,7 +37,7 @@ class ScaleStatistics:
         global_scale, input_scale: smallest and largest decode multiplier, or None.
     """
 
-    projection: str
+    projection: Projection
     blocks: int
     smallest: float
     median: float
@@ -140,7 +141,7 @@ def _extent(scales: torch.Tensor | None, column: int) -> tuple[float, float] | N
 
 def _statistics(
     tensors: LayerTensors,
-    projection: str,
+    projection: Projection,
     histogram: torch.Tensor,
     global_scale: tuple[float, float] | None,
     input_scale: tuple[float, float] | None,

@@ -11,15 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
+from halfbyte.checkpoint.projections import DOWN, GATE, LEAVES, PROJECTIONS, STACKED, Projection, stacked_sizes
 from halfbyte.checkpoint.source import Checkpoint
 from halfbyte.errors import CheckpointError, UnsupportedError
 from halfbyte.formats import BlockFormat, decode_scale_from_encode, e8m0
 from halfbyte.formats.fp8_block import dequantize as dequantize_fp8_block
 from halfbyte.formats.fp8_block import scale_shape as fp8_scale_shape
 
-GATE, UP, DOWN = PROJECTIONS = ("gate", "up", "down")
-_LEAVES = ({GATE: "gate_proj", UP: "up_proj", DOWN: "down_proj"}, {GATE: "w1", UP: "w3", DOWN: "w2"})
-_STACKED = {GATE: "gate_up_proj", UP: "gate_up_proj", DOWN: "down_proj"}
 _DENSE = (torch.bfloat16, torch.float16, torch.float32)
 _BYTES = (torch.uint8, torch.int8, torch.float4_e2m1fn_x2)
 
@@ -55,8 +53,8 @@ class LayerTensors:
         """Raises CheckpointError for a layer without routed experts, UnsupportedError for a format halfbyte does not read."""
         self.checkpoint, self.moe = checkpoint, checkpoint.moe
         self.prefix = f"{self.moe.block_of(layer)}.experts"
-        uses_w = any(f"{self.prefix}.0.{leaf}.{part}" in checkpoint for leaf in _LEAVES[1].values() for part in ("weight", "weight_packed"))
-        self._leaves = _LEAVES[uses_w]
+        uses_w = any(f"{self.prefix}.0.{leaf}.{part}" in checkpoint for leaf in LEAVES[1].values() for part in ("weight", "weight_packed"))
+        self._leaves = LEAVES[uses_w]
         formats = {checkpoint.quantization.format_of(f"{self.prefix}.0.{leaf}") for leaf in self._leaves.values()}
         if len(formats) != 1:
             raise UnsupportedError("gate, up and down are stored in different formats", where=self.prefix, given=formats, needed="one format")
@@ -70,17 +68,17 @@ class LayerTensors:
             self._check_blocks(self.format)
         self._transposed = self.stacked and self.format is None and self._is_transposed()
 
-    def shape(self, projection: str) -> tuple[int, int]:
+    def shape(self, projection: Projection) -> tuple[int, int]:
         """Rows and columns of a projection: [I, H] for gate and up, [H, I] for down."""
         return (self.moe.hidden, self.moe.intermediate) if projection == DOWN else (self.moe.intermediate, self.moe.hidden)
 
-    def name(self, expert: int, projection: str, part: str) -> str:
+    def name(self, expert: int, projection: Projection, part: str) -> str:
         """Name of the tensor that holds a part of a projection (of all experts, when stacked)."""
         if self.stacked:
-            return f"{self.prefix}.{_STACKED[projection]}{part}"
+            return f"{self.prefix}.{STACKED[projection]}{part}"
         return f"{self.prefix}.{expert}.{self._leaves[projection]}.{part}"
 
-    def codes(self, expert: int, projection: str) -> torch.Tensor:
+    def codes(self, expert: int, projection: Projection) -> torch.Tensor:
         """Packed e2m1 codes, uint8 [N, K/2]."""
         assert self.format and self.parts
         rows, columns = self.shape(projection)
@@ -90,7 +88,7 @@ class LayerTensors:
         blocks = self._read(name, _BYTES, (self.moe.num_experts, self._stacked_rows(projection), columns // 32, 16))
         return self._rows_of(blocks[expert].flatten(-2), projection)
 
-    def scales(self, expert: int, projection: str) -> torch.Tensor:
+    def scales(self, expert: int, projection: Projection) -> torch.Tensor:
         """Block scales as bytes, uint8 [N, K/block]; checked to have no NaN and no sign."""
         assert self.format and self.parts
         rows, columns = self.shape(projection)
@@ -110,12 +108,12 @@ class LayerTensors:
             raise self._error("block scales are NaN or negative", name, given=f"byte {int(scales.max()):#04x}", needed=f"at most {largest:#04x}")
         return scales
 
-    def dense(self, expert: int, projection: str) -> torch.Tensor:
+    def dense(self, expert: int, projection: Projection) -> torch.Tensor:
         """An unquantised projection [N, K] in its own dtype; fp8-block is dequantised to bf16."""
         weight, scale = self.dense_parts(expert, projection)
         return weight if scale is None else dequantize_fp8_block(weight, scale)
 
-    def dense_parts(self, expert: int, projection: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def dense_parts(self, expert: int, projection: Projection) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The weight [N, K] as stored and, for fp8-block, its checked scales."""
         shape = self.shape(projection)
         if self.stacked:
@@ -142,14 +140,14 @@ class LayerTensors:
             raise self._error("wrong dtype", name, given=_names((dtype,)), needed=_names((*_DENSE, torch.float8_e4m3fn)))
         return torch.bfloat16 if dtype == torch.float8_e4m3fn else dtype
 
-    def has_bias(self, projection: str) -> bool:
+    def has_bias(self, projection: Projection) -> bool:
         return self.stacked and self.name(0, projection, "_bias") in self.checkpoint
 
-    def bias_dtype(self, projection: str) -> torch.dtype:
+    def bias_dtype(self, projection: Projection) -> torch.dtype:
         """dtype of the bias, which all experts share."""
         return self.checkpoint.info(self.name(0, projection, "_bias")).dtype
 
-    def bias(self, expert: int, projection: str) -> torch.Tensor:
+    def bias(self, expert: int, projection: Projection) -> torch.Tensor:
         """The bias [N] of a projection (stacked experts only)."""
         stacked = self._read(self.name(expert, projection, "_bias"), _DENSE, (self.moe.num_experts, self._stacked_rows(projection)))
         return self._rows_of(stacked[expert], projection)
@@ -224,14 +222,14 @@ class LayerTensors:
                 )
 
     def _is_transposed(self) -> bool:
-        """[E, H, 2I] and [E, I, H]? Both tensors are asked, because one alone is ambiguous when 2I = H or I = H."""
-        expected = (self.moe.num_experts, self.moe.hidden, 2 * self.moe.intermediate), (self.moe.num_experts, self.moe.intermediate, self.moe.hidden)
-        return tuple(self.checkpoint.info(self.name(0, projection, "")).shape for projection in (GATE, DOWN)) == expected
+        gate_up, down = (self.checkpoint.info(self.name(0, projection, "")).shape for projection in (GATE, DOWN))
+        sizes = stacked_sizes(gate_up, down)
+        return sizes is not None and sizes.transposed
 
-    def _stacked_rows(self, projection: str) -> int:
+    def _stacked_rows(self, projection: Projection) -> int:
         return self.shape(projection)[0] * (1 if projection == DOWN else 2)
 
-    def _rows_of(self, rows: torch.Tensor, projection: str) -> torch.Tensor:
+    def _rows_of(self, rows: torch.Tensor, projection: Projection) -> torch.Tensor:
         """The rows of one projection out of a stacked expert."""
         if projection == DOWN:
             return rows

@@ -11,7 +11,8 @@ import torch
 
 from halfbyte.checkpoint.defects import describe_scatter
 from halfbyte.checkpoint.families import RoutingRule
-from halfbyte.checkpoint.layer_tensors import DOWN, GATE, UP, LayerTensors
+from halfbyte.checkpoint.layer_tensors import LayerTensors
+from halfbyte.checkpoint.projections import DOWN, GATE, UP, Projection
 from halfbyte.checkpoint.source import Checkpoint
 from halfbyte.errors import CheckpointError, InputError
 from halfbyte.experts import ExpertWeights
@@ -107,7 +108,7 @@ class ExpertReader:
             scales = empty(count, rows, columns // self.format.block, dtype=self.format.scale_dtype)
             return QuantTensor(codes, scales, empty(*scale_shape) if self.format.has_global_scale else None, self.format)
 
-        def bias(projection: str, rows: int) -> torch.Tensor | None:
+        def bias(projection: Projection, rows: int) -> torch.Tensor | None:
             return empty(count, rows, dtype=tensors.bias_dtype(projection)) if tensors.has_bias(projection) else None
 
         calibrated = tensors.has_input_scales()

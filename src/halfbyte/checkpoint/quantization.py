@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
+from halfbyte.checkpoint.projections import FUSED
 from halfbyte.errors import CheckpointError, UnsupportedError
 from halfbyte.formats import FORMATS, MXFP4, NVFP4, BlockFormat
 
@@ -27,12 +28,6 @@ Kind = Literal["modelopt", "compressed-tensors", "gpt-oss", "deepseek-v4", "fp8-
 _MODELOPT = {"NVFP4": NVFP4, "NVFP4_AWQ": NVFP4, "W4A16_NVFP4": NVFP4}
 _COMPRESSED_TENSORS = {"nvfp4-pack-quantized": NVFP4, "mxfp4-pack-quantized": MXFP4}
 _METHODS = ("modelopt", "compressed-tensors", "mxfp4", "fp8")
-# A module that an engine fuses, and the checkpoint's modules it stands for.
-_FUSED = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "fused_qkv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa"),
-}
 
 
 @dataclass(frozen=True)
@@ -74,7 +69,7 @@ class Quantization:
             CheckpointError: the parts of a fused module differ.
         """
         parent, _, leaf = module.rpartition(".")
-        parts = [f"{parent}.{part}" if parent else part for part in _FUSED.get(leaf, ())]
+        parts = [f"{parent}.{part}" if parent else part for part in FUSED.get(leaf, ())]
         own = self._first_match(module)
         if not parts or (own is not None and own.pattern != "*"):
             return own.algorithm if own else None

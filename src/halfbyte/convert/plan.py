@@ -12,30 +12,17 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal
 
 import torch
 
+from halfbyte.checkpoint.projections import DOWN, GATE, LEAVES, PROJECTION_OF, STACKED, UP, Projection, fused_with, stacked_sizes
 from halfbyte.checkpoint.source import Checkpoint
 from halfbyte.errors import CheckpointError, InputError, UnsupportedError
 from halfbyte.formats import BlockFormat, fp8_block
 
-Role = Literal["gate", "up", "down"]
-
-_EXPERT = re.compile(r"^(?P<experts>.*\.experts)\.(?P<expert>\d+)\.(?P<leaf>gate_proj|up_proj|down_proj|w1|w2|w3)\.weight$")
-_STACKED = re.compile(r"^(?P<experts>.*\.experts)\.(?P<leaf>gate_up_proj|down_proj)(\.weight)?$")
-_ROLES: dict[str, Role] = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
+_EXPERT = re.compile(rf"^(?P<experts>.*\.experts)\.(?P<expert>\d+)\.(?P<leaf>{'|'.join(PROJECTION_OF)})\.weight$")
+_STACKED = re.compile(rf"^(?P<experts>.*\.experts)\.(?P<leaf>{STACKED[GATE]}|{STACKED[DOWN]})(\.weight)?$")
 _NEVER = re.compile(r"(^|\.)(lm_head|\w*embed\w*|wte|wpe|gate|router|shared_expert_gate|visual|vision\w*|score|classifier)(\.|$)")
-# Modules that engines fuse into one matrix with one global scale (vLLM and SGLang keep a single one of them): they are quantised with a common one.
-_FUSED = (
-    ("gate_proj", "up_proj"),
-    ("w1", "w3"),
-    ("q_proj", "k_proj", "v_proj"),
-    ("q_a_proj", "kv_a_proj_with_mqa"),
-    ("in_proj_qkv", "in_proj_z"),
-    ("in_proj_qkvz", "in_proj_ba"),
-    ("in_proj_b", "in_proj_a"),
-)
 _SCALE_INV = "_scale_inv"
 
 
@@ -80,7 +67,7 @@ class Matrix:
     kind: str
     experts: str | None = None
     expert: int | None = None
-    role: Role | None = None
+    role: Projection | None = None
 
 
 @dataclass(frozen=True)
@@ -183,30 +170,28 @@ def _matrices(checkpoint: Checkpoint, tensor: str, all_linear: bool) -> list[Mat
 
 
 def _expert_matrix(experts: str, expert: int, leaf: str, source: Source) -> Matrix:
-    module, role = f"{experts}.{expert}.{leaf}", _ROLES[leaf]
+    module, role = f"{experts}.{expert}.{leaf}", PROJECTION_OF[leaf]
     return Matrix(module, source, _group(module), role, experts, expert, role)
 
 
 def _stacked_matrices(checkpoint: Checkpoint, tensor: str, experts: str, leaf: str) -> list[Matrix]:
-    """gate_up_proj is [E, 2I, H] beside down_proj [E, H, I], or both are transposed; the two cannot be confused, since 2I = I has no solution."""
+    """The matrices in one of the two stacked tensors of a layer's experts."""
     suffix = ".weight" if tensor.endswith(".weight") else ""
-    if f"{experts}.gate_up_proj_bias" in checkpoint:
+    if f"{experts}.{STACKED[GATE]}_bias" in checkpoint:
         raise UnsupportedError(
             "stacked experts with biases (gpt-oss) interleave gate and up rows", where=tensor, next_step="use the model's own MXFP4 checkpoint"
         )
-    num_experts, *gate_up = checkpoint.info(f"{experts}.gate_up_proj{suffix}").shape
-    down = list(checkpoint.info(f"{experts}.down_proj{suffix}").shape[1:])
-    transposed = gate_up[0] != 2 * down[1]
-    if transposed:
-        gate_up, down = gate_up[::-1], down[::-1]
-    (hidden, intermediate) = down
-    if gate_up != [2 * intermediate, hidden]:
+    gate_up, down = (checkpoint.info(f"{experts}.{STACKED[projection]}{suffix}").shape for projection in (GATE, DOWN))
+    sizes = stacked_sizes(gate_up, down)
+    if sizes is None:
         raise CheckpointError(
             "stacked experts do not belong together", where=tensor, given=f"gate_up {gate_up}, down {down}", needed="[E, 2I, H] and [E, H, I]"
         )
-    parts = [("down_proj", 0, hidden, intermediate)]
-    if leaf == "gate_up_proj":
-        parts = [("gate_proj", 0, intermediate, hidden), ("up_proj", intermediate, intermediate, hidden)]
+    num_experts, hidden, intermediate, transposed = sizes
+    leaves = LEAVES[0]  # what engines expect, beside stacked names
+    parts = [(leaves[DOWN], 0, hidden, intermediate)]
+    if leaf == STACKED[GATE]:
+        parts = [(leaves[GATE], 0, intermediate, hidden), (leaves[UP], intermediate, intermediate, hidden)]
     return [
         _expert_matrix(experts, expert, part, Source(tensor, rows, columns, expert, transposed, first_row))
         for expert in range(num_experts)
@@ -215,9 +200,9 @@ def _stacked_matrices(checkpoint: Checkpoint, tensor: str, experts: str, leaf: s
 
 
 def _group(module: str) -> str:
+    """Matrices that engines may fuse are quantised with one global scale."""
     parent, _, leaf = module.rpartition(".")
-    fused = next((members for members in _FUSED if leaf in members), (leaf,))
-    return f"{parent}.{'+'.join(fused)}"
+    return f"{parent}.{'+'.join(fused_with(leaf))}"
 
 
 def _copied_bytes(checkpoint: Checkpoint, tensor: str) -> int:
