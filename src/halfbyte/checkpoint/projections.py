@@ -8,8 +8,10 @@ A name here is that of a module. What follows it says how the matrix is encoded:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Literal, NamedTuple
+
+from halfbyte.checkpoint.dialects import DIALECTS
 
 Projection = Literal["gate", "up", "down"]
 GATE: Projection = "gate"
@@ -43,6 +45,19 @@ def fused_with(leaf: str) -> tuple[str, ...]:
     (('q_proj', 'k_proj', 'v_proj'), ('o_proj',))
     """
     return next((parts for parts in FUSED.values() if leaf in parts), (leaf,))
+
+
+def find_leaves(names: Container[str], experts: str) -> dict[Projection, str]:
+    """What the projections are called in the module `experts` of a checkpoint, where they lie one by one; the usual names where they do not.
+
+    >>> find_leaves({"mlp.experts.0.w2.weight"}, "mlp.experts")["gate"]
+    'w1'
+    """
+    suffixes = {dialect.codes for dialect in DIALECTS if not dialect.stacked}
+    for leaves in LEAVES:
+        if any(f"{experts}.0.{leaf}{suffix}" in names for leaf in leaves.values() for suffix in suffixes):
+            return leaves
+    return LEAVES[0]
 
 
 class StackedSizes(NamedTuple):

@@ -22,8 +22,6 @@ _KINDS = (
     ("norms", r"norm"),
     ("other", ""),
 )
-_SCALE = re.compile(r"(scale|scale_2|scale_inv|_scales)$")
-_PACKED = re.compile(r"(weight|weight_packed|_blocks)$")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,11 +76,13 @@ def describe(model: str, layer: int | None = None, tensors: bool = False, fp8_er
 
 def _sizes(checkpoint: Any) -> list[dict[str, Any]]:
     """Tensors, bytes and weights by kind. Packed codes count two weights a byte, scales none, so that bits per weight include the scales."""
+    from halfbyte.checkpoint.dialects import is_scale, may_be_codes
+
     rows = {kind: [0, 0, 0] for kind, _ in (*_KINDS, ("total", ""))}
     for name in checkpoint.names:
         dtype, shape, nbytes = checkpoint.info(name)
-        packed = (not dtype.is_floating_point and _PACKED.search(name)) or "float4" in str(dtype)
-        weights = 0 if _SCALE.search(name) else math.prod(shape) * (2 if packed else 1)
+        packed = (not dtype.is_floating_point and may_be_codes(name)) or "float4" in str(dtype)
+        weights = 0 if is_scale(name) else math.prod(shape) * (2 if packed else 1)
         for kind in (next(kind for kind, pattern in _KINDS if re.search(pattern, name)), "total"):
             rows[kind] = [old + new for old, new in zip(rows[kind], (1, nbytes, weights), strict=True)]
     return [

@@ -15,6 +15,7 @@ from fnmatch import fnmatchcase
 
 import torch
 
+from halfbyte.checkpoint.dialects import GPT_OSS, fp8_scales_of
 from halfbyte.checkpoint.projections import DOWN, GATE, LEAVES, PROJECTION_OF, STACKED, UP, Projection, fused_with, stacked_sizes
 from halfbyte.checkpoint.source import Checkpoint
 from halfbyte.errors import CheckpointError, InputError, UnsupportedError
@@ -23,7 +24,6 @@ from halfbyte.formats import BlockFormat, fp8_block
 _EXPERT = re.compile(rf"^(?P<experts>.*\.experts)\.(?P<expert>\d+)\.(?P<leaf>{'|'.join(PROJECTION_OF)})\.weight$")
 _STACKED = re.compile(rf"^(?P<experts>.*\.experts)\.(?P<leaf>{STACKED[GATE]}|{STACKED[DOWN]})(\.weight)?$")
 _NEVER = re.compile(r"(^|\.)(lm_head|\w*embed\w*|wte|wpe|gate|router|shared_expert_gate|visual|vision\w*|score|classifier)(\.|$)")
-_SCALE_INV = "_scale_inv"
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,9 @@ class Source:
     def read(self, checkpoint: Checkpoint) -> torch.Tensor:
         """The matrix, a view of the mapped file except for fp8-block, which is decoded to fp32."""
         matrix = checkpoint.read(self.tensor)
-        if self.tensor + _SCALE_INV in checkpoint:
-            return fp8_block.dequantize(matrix, checkpoint.read(self.tensor + _SCALE_INV), torch.float32)
+        scales = fp8_scales_of(self.tensor)
+        if scales in checkpoint:
+            return fp8_block.dequantize(matrix, checkpoint.read(scales), torch.float32)
         if self.expert is not None:
             matrix = matrix[self.expert]
         if self.transposed:
@@ -79,8 +80,9 @@ class Copied:
 
     def read(self, checkpoint: Checkpoint) -> torch.Tensor:
         tensor = checkpoint.read(self.tensor)
-        if self.tensor + _SCALE_INV in checkpoint:
-            return fp8_block.dequantize(tensor, checkpoint.read(self.tensor + _SCALE_INV), torch.bfloat16)
+        scales = fp8_scales_of(self.tensor)
+        if scales in checkpoint:
+            return fp8_block.dequantize(tensor, checkpoint.read(scales), torch.bfloat16)
         return tensor
 
 
@@ -111,7 +113,7 @@ def plan_conversion(checkpoint: Checkpoint, format: BlockFormat, *, all_linear: 
         CheckpointError: nothing to quantise, or a row that does not divide into blocks.
         InputError: a skip pattern that matches nothing, or only a part of a layer's experts or of a fused group.
     """
-    if checkpoint.quantization.kind not in ("dense", "fp8-block"):
+    if checkpoint.quantization.dialects:
         raise UnsupportedError(
             "the source is already quantised",
             where=str(checkpoint.path),
@@ -121,8 +123,9 @@ def plan_conversion(checkpoint: Checkpoint, format: BlockFormat, *, all_linear: 
         )
     skipping = _Skip(skip)
     items: list[Matrix | Copied] = []
+    fp8_scales = {fp8_scales_of(tensor) for tensor in checkpoint.names}
     for tensor in checkpoint.names:
-        if tensor.endswith(_SCALE_INV) and tensor.removesuffix(_SCALE_INV) in checkpoint:
+        if tensor in fp8_scales:
             continue
         matrices = _matrices(checkpoint, tensor, all_linear)
         kept = [matrix for matrix in matrices if not skipping.matches(matrix)]
@@ -177,7 +180,7 @@ def _expert_matrix(experts: str, expert: int, leaf: str, source: Source) -> Matr
 def _stacked_matrices(checkpoint: Checkpoint, tensor: str, experts: str, leaf: str) -> list[Matrix]:
     """The matrices in one of the two stacked tensors of a layer's experts."""
     suffix = ".weight" if tensor.endswith(".weight") else ""
-    if f"{experts}.{STACKED[GATE]}_bias" in checkpoint:
+    if f"{experts}.{STACKED[GATE]}{GPT_OSS.bias}" in checkpoint:
         raise UnsupportedError(
             "stacked experts with biases (gpt-oss) interleave gate and up rows", where=tensor, next_step="use the model's own MXFP4 checkpoint"
         )
@@ -207,7 +210,7 @@ def _group(module: str) -> str:
 
 def _copied_bytes(checkpoint: Checkpoint, tensor: str) -> int:
     info = checkpoint.info(tensor)
-    return 2 * info.nbytes if tensor + _SCALE_INV in checkpoint else info.nbytes
+    return 2 * info.nbytes if fp8_scales_of(tensor) in checkpoint else info.nbytes
 
 
 def _check_matrices(checkpoint: Checkpoint, matrices: Sequence[Matrix], format: BlockFormat, skipping: _Skip) -> None:
