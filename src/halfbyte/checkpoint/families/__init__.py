@@ -1,48 +1,31 @@
-"""Model families: from config.json and tensor names to one `MoEConfig`.
-
-| family (model_type) | MoE layers | router | notes |
-|---|---|---|---|
-| qwen3_moe, qwen3_next, qwen2_moe | decoder_sparse_step, mlp_only_layers | softmax, renormalised when norm_topk_prob | |
-| mixtral | all | softmax over the top k | `block_sparse_moe.experts.E.w1/w3/w2` or `mlp.experts` |
-| deepseek_v3, glm4_moe | from first_k_dense_replace | sigmoid + correction bias, groups, scale | shared experts are not MoE weights |
-| gpt_oss | all | biased logits, softmax over the top k | stacked, gate and up alternate, biases, clamped SwiGLU |
-| deepseek_v4 | all | sqrt(softplus) + correction bias; the first layers look token ids up in a table | `ffn.experts.E.w1/w3/w2`, clamped SwiGLU |
-"""
+"""Model families: from config.json and tensor names to one `MoEConfig`. Each family is one file of this folder, listed in `_FAMILIES`."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
+from halfbyte.checkpoint.families import deepseek_v3, deepseek_v4, gpt_oss, mixtral, qwen
+from halfbyte.checkpoint.families.description import ACTIVATIONS, Config, Family, RoutingRule, TensorNames
 from halfbyte.errors import CheckpointError, UnsupportedError
-from halfbyte.experts import GEGLU, GEGLU_TANH, SWIGLU, Activation
+from halfbyte.experts import Activation
 
-_FAMILY_OF_MODEL_TYPE = {
-    "qwen2_moe": "qwen",
-    "qwen3_moe": "qwen",
-    "qwen3_next": "qwen",
-    "mixtral": "mixtral",
-    "deepseek_v3": "deepseek_v3",
-    "kimi_k2": "deepseek_v3",
-    "glm4_moe": "deepseek_v3",
-    "gpt_oss": "gpt_oss",
-    "deepseek_v4": "deepseek_v4",
-}
-_ACTIVATIONS = {"silu": SWIGLU, "swish": SWIGLU, "gelu": GEGLU, "gelu_pytorch_tanh": GEGLU_TANH, "gelu_new": GEGLU_TANH}
-_EXPERTS = re.compile(r"^((?:.*\.)?layers)\.\d+\.(mlp|block_sparse_moe|ffn)\.experts\.")
+__all__ = ["KNOWN_MODEL_TYPES", "MoEConfig", "RoutingRule", "describe_moe", "find_blocks", "format_range", "only_block", "tensor_names"]
 
 
-@dataclass(frozen=True)
-class RoutingRule:
-    """How logits become experts and weights: the arguments of `halfbyte.route`. `method` "deepseek_v4" scores with sqrt(softplus(logit))."""
+class _FamilyModule(Protocol):
+    @property
+    def MODEL_TYPES(self) -> Mapping[str, TensorNames]: ...  # noqa: N802
 
-    method: str
-    top_k: int
-    num_groups: int = 1
-    top_k_groups: int = 1
-    scale: float = 1.0
+    def describe(self, config: Config, /) -> Family: ...
+
+
+_FAMILIES: tuple[_FamilyModule, ...] = (qwen, mixtral, deepseek_v3, gpt_oss, deepseek_v4)
+_FAMILY_OF = {model_type: family for family in _FAMILIES for model_type in family.MODEL_TYPES}
+KNOWN_MODEL_TYPES = tuple(_FAMILY_OF)
+_EXPERTS = re.compile(r"^((?:.*\.)?layers)\.\d+((?:\.\w+)*?)\.experts\.")
 
 
 @dataclass(frozen=True)
@@ -53,7 +36,7 @@ class MoEConfig:
         family: model_type of config.json.
         num_layers: decoder layers; moe_layers: indices of those with routed experts.
         num_experts, hidden, intermediate: E, H and the I of one routed expert.
-        routing, activation: what `route` and the experts compute.
+        routing, activation: what `route` and the experts compute; None where only a family that halfbyte does not know could tell.
         block: name of a layer's MoE module, `{layer}` left open: "model.layers.{layer}.mlp".
         interleaved: stacked gate and up rows alternate (gpt-oss).
     """
@@ -64,14 +47,46 @@ class MoEConfig:
     num_experts: int
     hidden: int
     intermediate: int
-    routing: RoutingRule
-    activation: Activation
+    routing: RoutingRule | None
+    activation: Activation | None
     block: str
     interleaved: bool = False
 
     @property
     def top_k(self) -> int:
-        return self.routing.top_k
+        """Experts of a token; errors as `known_routing`."""
+        return self.known_routing().top_k
+
+    def known_routing(self, where: str = "config.json") -> RoutingRule:
+        """The routing.
+
+        Raises:
+            UnsupportedError: it is unknown, as the family is.
+        """
+        if self.routing is None:
+            raise UnsupportedError(
+                "routing unknown: this model family is not one halfbyte knows",
+                where=where,
+                given=f"model_type {self.family!r}",
+                needed=", ".join(KNOWN_MODEL_TYPES),
+                next_step="load the experts alone with halfbyte.load_prepared, and route outside halfbyte",
+            )
+        return self.routing
+
+    def known_activation(self, where: str = "config.json") -> Activation:
+        """The activation.
+
+        Raises:
+            UnsupportedError: it is unknown, as the family is, and the configuration does not tell.
+        """
+        if self.activation is None:
+            raise UnsupportedError(
+                "activation unknown: this model family is not one halfbyte knows, and hidden_act does not tell",
+                where=where,
+                given=f"model_type {self.family!r}",
+                needed=f"hidden_act {', '.join(ACTIVATIONS)} and no swiglu constants; or a known model_type: {', '.join(KNOWN_MODEL_TYPES)}",
+            )
+        return self.activation
 
     def block_of(self, layer: int) -> str:
         """The module name of one MoE layer.
@@ -86,46 +101,59 @@ class MoEConfig:
 
 
 def describe_moe(config: Mapping[str, Any], names: Iterable[str], *, where: str = "config.json") -> MoEConfig:
-    """Read the MoE geometry and routing from a config.json and find the experts among the tensor `names`.
+    """Read the MoE geometry and routing from the config.json of a known family, and find the experts among the tensor `names`.
 
     Raises:
         UnsupportedError: an unknown model_type, activation or scoring function.
         CheckpointError: a missing configuration value, or no expert tensors.
     """
-    config = {**config, **config.get("text_config", {})}
-    model_type = config.get("model_type")
-    family = _FAMILY_OF_MODEL_TYPE.get(str(model_type))
-    if family is None:
-        raise UnsupportedError("unknown model family", where=where, given=f"model_type {model_type!r}", needed=", ".join(_FAMILY_OF_MODEL_TYPE))
-
-    def value(*keys: str, default: Any = None) -> Any:
-        for key in keys:
-            if config.get(key) is not None:
-                return config[key]
-        if default is None:
-            raise CheckpointError("missing value", where=where, needed=" or ".join(keys))
-        return default
-
-    num_layers = value("num_hidden_layers")
-    activation = _ACTIVATIONS.get(value("hidden_act", default="silu"))
-    if activation is None:
-        raise UnsupportedError("unknown activation", where=where, given=f"hidden_act {config['hidden_act']!r}", needed=", ".join(_ACTIVATIONS))
-    if family == "gpt_oss":
-        activation = Activation("swiglu", alpha=value("swiglu_alpha", default=1.702), beta=1.0, limit=value("swiglu_limit", default=7.0))
-    elif family == "deepseek_v4":
-        activation = replace(activation, limit=value("swiglu_limit", default=10.0))
+    values = Config(config, where)
+    family = _family_of(values.model_type, where).describe(values)
+    layers = range(values.num_layers)
+    moe_layers = tuple(layers) if family.moe_layers is None else family.moe_layers
+    if kinds := values.get("mlp_layer_types"):
+        moe_layers = tuple(layer for layer in layers if kinds[layer] != "dense")
     return MoEConfig(
-        family=str(model_type),
-        num_layers=num_layers,
-        moe_layers=tuple(layer for layer in range(num_layers) if _has_experts(config, family, layer)),
-        num_experts=value("num_experts", "num_local_experts", "n_routed_experts"),
-        hidden=value("hidden_size"),
-        intermediate=value("moe_intermediate_size", "intermediate_size"),
-        routing=_routing(config, family, value("num_experts_per_tok", "experts_per_token"), where),
-        activation=activation,
-        block=_find_block(names, where),
-        interleaved=family == "gpt_oss",
+        family=values.model_type,
+        num_layers=values.num_layers,
+        moe_layers=moe_layers,
+        num_experts=values.value("num_experts", "num_local_experts", "n_routed_experts"),
+        hidden=values.value("hidden_size"),
+        intermediate=values.value("moe_intermediate_size", "intermediate_size"),
+        routing=family.routing,
+        activation=family.activation or values.activation,
+        block=only_block(find_blocks(names), where),
+        interleaved=family.interleaved,
     )
+
+
+def tensor_names(model_type: str) -> TensorNames:
+    """What a known family calls its tensors; UnsupportedError for another."""
+    return _family_of(model_type, "config.json").MODEL_TYPES[model_type]
+
+
+def _family_of(model_type: str, where: str) -> _FamilyModule:
+    if model_type not in _FAMILY_OF:
+        raise UnsupportedError("unknown model family", where=where, given=f"model_type {model_type!r}", needed=", ".join(KNOWN_MODEL_TYPES))
+    return _FAMILY_OF[model_type]
+
+
+def find_blocks(names: Iterable[str]) -> list[str]:
+    """The places where layers have experts, `{layer}` left open. A multi-token-prediction head (mtp.layers.0...) is no layer of the model.
+
+    >>> find_blocks(["model.layers.3.mlp.experts.0.up_proj.weight", "mtp.layers.0.mlp.experts.0.up_proj.weight"])
+    ['model.layers.{layer}.mlp']
+    """
+    found = {match.groups() for name in names if not name.startswith("mtp.") and (match := _EXPERTS.match(name))}
+    return sorted(f"{layers}.{{layer}}{block}" for layers, block in found)
+
+
+def only_block(blocks: list[str], where: str) -> str:
+    """The only one, or CheckpointError."""
+    if len(blocks) != 1:
+        given = ", ".join(block.format(layer="N") for block in blocks) or "none"
+        raise CheckpointError("no single place of expert tensors", where=where, given=given, needed="tensors layers.N.*.experts.* in one place")
+    return blocks[0]
 
 
 def format_range(numbers: Iterable[int]) -> str:
@@ -141,44 +169,3 @@ def format_range(numbers: Iterable[int]) -> str:
         else:
             runs.append([number, number])
     return ", ".join(str(first) if first == last else f"{first}..{last}" for first, last in runs) or "(none)"
-
-
-def _has_experts(config: Mapping[str, Any], family: str, layer: int) -> bool:
-    if config.get("mlp_layer_types"):
-        return config["mlp_layer_types"][layer] != "dense"
-    if family == "qwen":
-        return layer not in (config.get("mlp_only_layers") or ()) and (layer + 1) % (config.get("decoder_sparse_step") or 1) == 0
-    if family == "deepseek_v3":
-        return layer >= (config.get("first_k_dense_replace") or 0) and layer % (config.get("moe_layer_freq") or 1) == 0
-    return True
-
-
-def _routing(config: Mapping[str, Any], family: str, top_k: int, where: str) -> RoutingRule:
-    if family == "qwen":
-        return RoutingRule("renormalize" if config.get("norm_topk_prob", False) else "default", top_k)
-    if family in ("mixtral", "gpt_oss"):
-        return RoutingRule("renormalize", top_k)
-    scoring = "sigmoid" if family == "deepseek_v3" else "sqrtsoftplus"
-    if config.get("scoring_func", scoring) != scoring or not config.get("norm_topk_prob", True):
-        raise UnsupportedError(
-            "unknown router",
-            where=where,
-            given=f"scoring_func {config.get('scoring_func')!r}, norm_topk_prob {config.get('norm_topk_prob')}",
-            needed=f"scoring_func {scoring!r}, norm_topk_prob true",
-        )
-    scale = float(config.get("routed_scaling_factor") or 1.0)
-    if family == "deepseek_v4":
-        return RoutingRule("deepseek_v4", top_k, scale=scale)
-    return RoutingRule("deepseek_v3", top_k, config.get("n_group") or 1, config.get("topk_group") or 1, scale)
-
-
-def _find_block(names: Iterable[str], where: str) -> str:
-    # A multi-token-prediction head (mtp.layers.0...) has experts of its own, which are not layers of the model.
-    found = {match.groups() for name in names if not name.startswith("mtp.") and (match := _EXPERTS.match(name))}
-    if len(found) != 1:
-        given = ", ".join(sorted(f"{layers}.N.{block}" for layers, block in found)) or "none"
-        raise CheckpointError(
-            "no single place of expert tensors", where=where, given=given, needed="layers.N.(mlp|block_sparse_moe|ffn).experts tensors"
-        )
-    layers, block = found.pop()
-    return f"{layers}.{{layer}}.{block}"
