@@ -20,6 +20,7 @@ DeepSeek-V4.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -72,6 +73,14 @@ class Dialect:
         if self.format is None:
             return (columns,)
         return (columns // self.format.block, self.format.block // 2) if self.blocked else (columns // 2,)
+
+    def columns(self, *codes_shape: int) -> int:
+        """The elements of a row whose codes have this shape.
+
+        >>> GPT_OSS.columns(2, 16), MODELOPT.columns(32), DENSE.columns(64)
+        (64, 64, 64)
+        """
+        return math.prod(codes_shape) * (1 if self.format is None else 2)
 
     def decode_scalar(self, stored: torch.Tensor) -> torch.Tensor:
         """The fp32 decode multiplier that a stored scalar means."""
@@ -138,6 +147,7 @@ OUTPUTS: dict[OutputName, tuple[Dialect, ...]] = {"modelopt": (MODELOPT,), "comp
 
 _SCALES = tuple(suffix for dialect in DIALECTS for suffix in (*dialect.scales, dialect.global_scale, dialect.input_scale) if suffix)
 _CODES = tuple(dialect.codes for dialect in DIALECTS if dialect.codes)
+MATRIX_SUFFIXES = frozenset((*_CODES, *_SCALES))
 # Tensors that only a quantised module has, here or (zero points) in integer formats, which halfbyte does not read.
 QUANTIZED_ONLY = (*dict.fromkeys(suffix for suffix in _SCALES if suffix.startswith(".weight_")), ".weight_zero_point")
 

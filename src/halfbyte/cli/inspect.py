@@ -96,12 +96,17 @@ def _render(report: dict[str, Any]) -> str:
     from halfbyte.checkpoint.families import format_range
 
     moe, quantization = report["moe"], report["quantization"]
+    routing, activation = moe["routing"], moe["activation"]
+    routed = f"routing unknown (model_type {moe['family']!r} is not one halfbyte knows)"
+    if routing:
+        routed = f"top {routing['top_k']} by {routing['method']}"
+    computed = activation["kind"] if activation else "activation unknown"
     stored = quantization["kind"] + (f" {quantization['format'].upper()}" if quantization["format"] else "")
     lines = [
         report["model"],
         f"  {moe['family']}, {stored}",
-        f"  {moe['num_layers']} layers, MoE in {format_range(moe['moe_layers'])}; {moe['num_experts']} experts, top {moe['routing']['top_k']} "
-        f"by {moe['routing']['method']}; hidden {moe['hidden']}, expert intermediate {moe['intermediate']}, {moe['activation']['kind']}",
+        f"  {moe['num_layers']} layers, MoE in {format_range(moe['moe_layers'])}; {moe['num_experts']} experts, {routed}; "
+        f"hidden {moe['hidden']}, expert intermediate {moe['intermediate']}, {computed}",
         "",
         *_table(
             ("kind", "tensors", "MiB", "weights", "bits/weight"),

@@ -12,7 +12,7 @@ from halfbyte.checkpoint.families.description import ACTIVATIONS, Config, Family
 from halfbyte.errors import CheckpointError, UnsupportedError
 from halfbyte.experts import Activation
 
-__all__ = ["KNOWN_MODEL_TYPES", "MoEConfig", "RoutingRule", "describe_moe", "find_blocks", "format_range", "only_block", "tensor_names"]
+__all__ = ["KNOWN_MODEL_TYPES", "MoEConfig", "RoutingRule", "describe_moe", "find_blocks", "format_range", "is_known", "only_block", "tensor_names"]
 
 
 class _FamilyModule(Protocol):
@@ -125,6 +125,11 @@ def describe_moe(config: Mapping[str, Any], names: Iterable[str], *, where: str 
         block=only_block(find_blocks(names), where),
         interleaved=family.interleaved,
     )
+
+
+def is_known(config: Mapping[str, Any]) -> bool:
+    """Whether `describe_moe` knows the family of a config.json."""
+    return Config(config, "config.json").model_type in _FAMILY_OF
 
 
 def tensor_names(model_type: str) -> TensorNames:

@@ -92,6 +92,10 @@ class Config:
             raise CheckpointError("missing value", where=self.where, needed=" or ".join(keys))
         return value
 
+    def mentions(self, word: str) -> bool:
+        """Whether a key with `word` in it has a value."""
+        return any(word in key and value is not None for key, value in self._values.items())
+
     @property
     def model_type(self) -> str:
         return str(self.get("model_type"))
