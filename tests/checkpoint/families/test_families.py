@@ -9,7 +9,7 @@ from pathlib import Path
 import checkpoint_files as cf
 import pytest
 
-from halfbyte.checkpoint.families import KNOWN_MODEL_TYPES, RoutingRule, describe_moe, find_blocks, format_range, tensor_names
+from halfbyte.checkpoint.families import FAMILIES, KNOWN_MODEL_TYPES, RoutingRule, describe_moe, find_blocks, format_range, tensor_names
 from halfbyte.errors import CheckpointError, UnsupportedError
 from halfbyte.experts import GEGLU_TANH
 
@@ -18,7 +18,12 @@ FIXTURES = {file.stem: file for file in (Path(__file__).parent / "fixtures").glo
 
 
 def test_every_known_model_type_has_a_fixture() -> None:
-    assert set(KNOWN_MODEL_TYPES) == set(FIXTURES) and len(KNOWN_MODEL_TYPES) == len(set(KNOWN_MODEL_TYPES))
+    assert set(KNOWN_MODEL_TYPES) == set(FIXTURES)
+
+
+def test_no_model_type_belongs_to_two_families() -> None:
+    claimed = [model_type for family in FAMILIES for model_type in family.MODEL_TYPES]
+    assert sorted(claimed) == sorted(KNOWN_MODEL_TYPES)
 
 
 @pytest.mark.parametrize("model_type", FIXTURES)

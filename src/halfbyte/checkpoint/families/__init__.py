@@ -1,4 +1,4 @@
-"""Model families: from config.json and tensor names to one `MoEConfig`. Each family is one file of this folder, listed in `_FAMILIES`."""
+"""Model families: from config.json and tensor names to one `MoEConfig`. Each family is one file of this folder, listed in `FAMILIES`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,18 @@ from halfbyte.checkpoint.families.description import ACTIVATIONS, Config, Family
 from halfbyte.errors import CheckpointError, UnsupportedError
 from halfbyte.experts import Activation
 
-__all__ = ["KNOWN_MODEL_TYPES", "MoEConfig", "RoutingRule", "describe_moe", "find_blocks", "format_range", "is_known", "only_block", "tensor_names"]
+__all__ = [
+    "FAMILIES",
+    "KNOWN_MODEL_TYPES",
+    "MoEConfig",
+    "RoutingRule",
+    "describe_moe",
+    "find_blocks",
+    "format_range",
+    "is_known",
+    "only_block",
+    "tensor_names",
+]
 
 
 class _FamilyModule(Protocol):
@@ -22,8 +33,8 @@ class _FamilyModule(Protocol):
     def describe(self, config: Config, /) -> Family: ...
 
 
-_FAMILIES: tuple[_FamilyModule, ...] = (qwen, mixtral, deepseek_v3, gpt_oss, deepseek_v4)
-_FAMILY_OF = {model_type: family for family in _FAMILIES for model_type in family.MODEL_TYPES}
+FAMILIES: tuple[_FamilyModule, ...] = (qwen, mixtral, deepseek_v3, gpt_oss, deepseek_v4)
+_FAMILY_OF = {model_type: family for family in FAMILIES for model_type in family.MODEL_TYPES}
 KNOWN_MODEL_TYPES = tuple(_FAMILY_OF)
 _EXPERTS = re.compile(r"^((?:.*\.)?layers)\.\d+((?:\.\w+)*?)\.experts\.")
 
