@@ -58,16 +58,16 @@ def test_modelopt(algorithm: str, key: str) -> None:
     said = {"quant_algo": algorithm, key: ["lm_head"]}
     for quantization in (describe_quantization({}, {"quantization": said}), describe_quantization({"quantization_config": said})):
         assert (quantization.kind, quantization.format) == ("modelopt", NVFP4)
-        assert quantization.format_of(GATE) is NVFP4 and quantization.excluded("lm_head")
+        assert quantization.dialect_of(GATE).format is NVFP4 and quantization.excluded("lm_head")
 
 
 def test_mixed_precision_is_per_layer() -> None:
     layers = {GATE: {"quant_algo": "NVFP4", "group_size": 16}, "model.layers.0.self_attn.q_proj": {"quant_algo": "FP8"}}
     quantization = describe_quantization({}, {"quantization": {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}})
-    assert quantization.format_of(GATE) is NVFP4 and quantization.format is NVFP4
+    assert quantization.dialect_of(GATE).format is NVFP4 and quantization.format is NVFP4
     assert quantization.excluded("model.layers.1.mlp.experts.1.gate_proj")
     with pytest.raises(UnsupportedError, match=r"q_proj is quantised in a way .*given FP8; needed NVFP4"):
-        quantization.format_of("model.layers.0.self_attn.q_proj")
+        quantization.dialect_of("model.layers.0.self_attn.q_proj")
 
 
 def test_compressed_tensors() -> None:
@@ -77,9 +77,9 @@ def test_compressed_tensors() -> None:
     }
     said = {"quant_method": "compressed-tensors", "format": "mixed-precision", "config_groups": groups, "ignore": ["lm_head", "re:.*mlp.gate$"]}
     quantization = describe_quantization({"quantization_config": said})
-    assert quantization.format_of(GATE) is NVFP4 and quantization.excluded("model.layers.1.mlp.gate") and quantization.excluded("lm_head")
+    assert quantization.dialect_of(GATE).format is NVFP4 and quantization.excluded("model.layers.1.mlp.gate") and quantization.excluded("lm_head")
     with pytest.raises(UnsupportedError, match="float-quantized"):
-        quantization.format_of("model.layers.1.self_attn.q_proj")
+        quantization.dialect_of("model.layers.1.self_attn.q_proj")
 
 
 def test_other_kinds() -> None:
@@ -92,7 +92,7 @@ def test_other_kinds() -> None:
     for kind, config in kinds.items():
         quantization = describe_quantization(config)
         assert quantization.kind == kind
-        assert quantization.format_of(GATE) is (MXFP4 if kind in ("gpt-oss", "deepseek-v4") else None)
+        assert quantization.dialect_of(GATE).format is (MXFP4 if kind in ("gpt-oss", "deepseek-v4") else None)
         assert quantization.excluded("model.layers.1.self_attn.q_proj")
     assert describe_quantization({"text_config": kinds["gpt-oss"]}).kind == "gpt-oss"
     kept = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.0.mlp.experts"]}

@@ -79,6 +79,22 @@ def test_layer_out_of_range_or_dense(tmp_path: Path) -> None:
         run(path, "--layer", "0")
 
 
+def test_unknown_family(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Everything but the routing is told, and the activation where hidden_act tells it."""
+    files = cf.nvfp4("modelopt")
+    files.config = {"model_type": "novel_moe", "hidden_act": "silu"}
+    path = str(files.write(tmp_path))
+    assert run(path) == 0
+    unknown = "3 experts, routing unknown (model_type 'novel_moe' is not one halfbyte knows); hidden 64, expert intermediate 32, swiglu"
+    assert unknown in capsys.readouterr().out
+    assert run(path, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["moe"]["routing"] is None and report["moe"]["moe_layers"] == [1] and len(report["scales"]) == 3
+    del files.config["hidden_act"]
+    assert run(str(files.write(tmp_path))) == 0
+    assert "expert intermediate 32, activation unknown" in capsys.readouterr().out
+
+
 def test_sizes_by_kind() -> None:
     kinds = {row["kind"]: row for row in inspect.describe(DEMO)["sizes"]}
     assert sum(row["bytes"] for kind, row in kinds.items() if kind != "total") == kinds["total"]["bytes"]

@@ -132,6 +132,18 @@ def test_compile_asks_for_every_kind_of_layer_before_anything_is_written(
     assert {call[3:] for call in calls} == {(name, dtype) for name in ("bf16", "fp8") for dtype in (torch.int32, torch.int64)}
 
 
+def test_unknown_family(tmp_path: Path, cache_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Experts are prepared and used; compiling needs the number of experts of a token, which belongs to the routing."""
+    files = cf.nvfp4("modelopt")
+    files.config = {"model_type": "novel_moe", "hidden_act": "silu"}
+    model = str(files.write(tmp_path / "novel"))
+    assert main(["prepare", model, "--device", "cpu", "--compile", "bf16"]) == 3
+    assert "routing unknown" in capsys.readouterr().err and not cache_dir.exists()
+    (layer,) = report(capsys, model)["layers"]
+    assert layer["layer"] == 1 and Path(layer["file"]).exists()
+    assert torch.equal(hb.load_prepared(model, 1).experts.w2.codes, hb.load_experts(model, 1).w2.codes)
+
+
 def test_compile_is_refused_where_no_kernel_runs_the_layer_and_does_nothing_for_torch(
     model: str, cache_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

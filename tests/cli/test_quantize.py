@@ -7,7 +7,10 @@ from pathlib import Path
 
 import checkpoint_files as cf
 import pytest
+import torch
+from helpers import assert_equal_bits
 
+import halfbyte as hb
 from halfbyte.cli.main import main
 
 
@@ -43,6 +46,17 @@ def test_exit_codes(source: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main(["quantize", source, str(tmp_path / "a"), *arguments]) == code
     assert message in capsys.readouterr().err
     assert not (tmp_path / "a").exists()
+
+
+def test_unknown_family(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Read back as what plain quantisation makes of each matrix."""
+    files = cf.dense()
+    files.config = {"model_type": "novel_moe", "hidden_act": "silu"}
+    assert main(["quantize", str(files.write(tmp_path / "in")), str(tmp_path / "out"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["matrices"] == 9
+    weights = hb.load_experts(tmp_path / "out", 1)
+    assert_equal_bits(weights.dequantize().w13, torch.stack([hb.quantize(w13, hb.NVFP4).dequantize() for w13 in files.w13]))
+    assert_equal_bits(weights.dequantize().w2, torch.stack([hb.quantize(w2, hb.NVFP4).dequantize() for w2 in files.w2]))
 
 
 def test_unsupported_source_is_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -77,7 +77,7 @@ def model_experts(model: str, layer: int, device: torch.device) -> tuple[MoEShap
     name = f"{checkpoint.path.name}:{layer}"
     if experts.format is None:
         raise InputError("these experts are not in FP4", where=name, needed="NVFP4 or MXFP4", next_step="run: halfbyte quantize")
-    sizes = (experts.hidden, experts.intermediate, experts.num_experts, checkpoint.moe.routing.top_k)
+    sizes = (experts.hidden, experts.intermediate, experts.num_experts, checkpoint.moe.top_k)
     return MoEShape(name, *sizes, experts.activation, experts.w13_bias is not None, experts.format), experts
 
 

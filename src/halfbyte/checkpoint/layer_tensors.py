@@ -1,140 +1,104 @@
-"""`LayerTensors`: where the experts of one layer lie in a checkpoint, one table for all families and formats.
+"""`LayerTensors`: where the experts of one layer lie in a checkpoint, whatever its family and dialect; every tensor is checked as it is read.
 
-Experts are stored one by one,   {block}.experts.{expert}.{gate_proj|w1}.{part}   with rows of one projection,
-or stacked,                      {block}.experts.{gate_up_proj|down_proj}{part}   [E, 2I, H] or, transposed, [E, H, 2I].
+Names come from `checkpoint.projections` (which matrix) and `checkpoint.dialects` (which part of it).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 
+from halfbyte.checkpoint.dialects import CODE_DTYPES, FP8_BLOCK, STACKED_DENSE
+from halfbyte.checkpoint.projections import DOWN, GATE, PROJECTIONS, STACKED, Projection, find_leaves, stacked_sizes
 from halfbyte.checkpoint.source import Checkpoint
 from halfbyte.errors import CheckpointError, UnsupportedError
-from halfbyte.formats import BlockFormat, decode_scale_from_encode, e8m0
+from halfbyte.formats import BlockFormat
 from halfbyte.formats.fp8_block import dequantize as dequantize_fp8_block
 from halfbyte.formats.fp8_block import scale_shape as fp8_scale_shape
 
-GATE, UP, DOWN = PROJECTIONS = ("gate", "up", "down")
-_LEAVES = ({GATE: "gate_proj", UP: "up_proj", DOWN: "down_proj"}, {GATE: "w1", UP: "w3", DOWN: "w2"})
-_STACKED = {GATE: "gate_up_proj", UP: "gate_up_proj", DOWN: "down_proj"}
 _DENSE = (torch.bfloat16, torch.float16, torch.float32)
-_BYTES = (torch.uint8, torch.int8, torch.float4_e2m1fn_x2)
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Names of the tensors that make one quantised projection; `scales` lists alternatives. `encode`: the scalars are encode multipliers."""
-
-    codes: str
-    scales: tuple[str, ...]
-    global_scale: str = ""
-    input_scale: str = ""
-    encode: bool = False
-
-
-_PARTS = {
-    "modelopt": Parts("weight", ("weight_scale",), "weight_scale_2", "input_scale"),
-    "compressed-tensors": Parts("weight_packed", ("weight_scale",), "weight_global_scale", "input_global_scale", encode=True),
-    "gpt-oss": Parts("_blocks", ("_scales",)),
-    "deepseek-v4": Parts("weight", ("scale", "weight_scale_inv")),
-}
 
 
 class LayerTensors:
     """The experts of one MoE layer of a checkpoint: each method finds, checks and returns one projection of one expert.
 
     Attributes:
+        dialect: how their matrices are stored; `DENSE` for fp8-block too.
         format: block format of the experts, None when dense (bf16, fp16, fp32 or fp8-block).
-        stacked: one 3-D tensor for all experts.
     """
 
     def __init__(self, checkpoint: Checkpoint, layer: int):
         """Raises CheckpointError for a layer without routed experts, UnsupportedError for a format halfbyte does not read."""
         self.checkpoint, self.moe = checkpoint, checkpoint.moe
         self.prefix = f"{self.moe.block_of(layer)}.experts"
-        uses_w = any(f"{self.prefix}.0.{leaf}.{part}" in checkpoint for leaf in _LEAVES[1].values() for part in ("weight", "weight_packed"))
-        self._leaves = _LEAVES[uses_w]
-        formats = {checkpoint.quantization.format_of(f"{self.prefix}.0.{leaf}") for leaf in self._leaves.values()}
-        if len(formats) != 1:
-            raise UnsupportedError("gate, up and down are stored in different formats", where=self.prefix, given=formats, needed="one format")
-        self.format: BlockFormat | None = formats.pop()
-        kind = checkpoint.quantization.kind
-        self.parts = _PARTS.get(kind)
-        self.stacked = f"{self.prefix}.gate_up_proj" in checkpoint or (kind == "gpt-oss" and self.format is not None)
-        if self.stacked and self.format is not None and kind != "gpt-oss":
-            raise UnsupportedError("stacked quantised experts", where=self.prefix, given=kind, needed="one tensor an expert, or gpt-oss MXFP4")
+        self._leaves = find_leaves(checkpoint, self.prefix)
+        dialects = {checkpoint.quantization.dialect_of(f"{self.prefix}.0.{leaf}") for leaf in self._leaves.values()}
+        if len(dialects) != 1:
+            given = ", ".join(sorted(dialect.name for dialect in dialects))
+            raise UnsupportedError("gate, up and down are stored in different formats", where=self.prefix, given=given, needed="one format")
+        self.dialect = dialects.pop()
+        self.format: BlockFormat | None = self.dialect.format
+        if f"{self.prefix}.{STACKED[GATE]}" in checkpoint and not self.dialect.stacked:
+            if self.format is not None:
+                kind = checkpoint.quantization.kind
+                raise UnsupportedError("stacked quantised experts", where=self.prefix, given=kind, needed="one tensor per expert, or gpt-oss MXFP4")
+            self.dialect = STACKED_DENSE
         if self.format is not None:
             self._check_blocks(self.format)
-        self._transposed = self.stacked and self.format is None and self._is_transposed()
+        self._transposed = self.dialect is STACKED_DENSE and self._is_transposed()
 
-    def shape(self, projection: str) -> tuple[int, int]:
+    def shape(self, projection: Projection) -> tuple[int, int]:
         """Rows and columns of a projection: [I, H] for gate and up, [H, I] for down."""
         return (self.moe.hidden, self.moe.intermediate) if projection == DOWN else (self.moe.intermediate, self.moe.hidden)
 
-    def name(self, expert: int, projection: str, part: str) -> str:
+    def name(self, expert: int, projection: Projection, suffix: str) -> str:
         """Name of the tensor that holds a part of a projection (of all experts, when stacked)."""
-        if self.stacked:
-            return f"{self.prefix}.{_STACKED[projection]}{part}"
-        return f"{self.prefix}.{expert}.{self._leaves[projection]}.{part}"
+        matrix = STACKED[projection] if self.dialect.stacked else f"{expert}.{self._leaves[projection]}"
+        return f"{self.prefix}.{matrix}{suffix}"
 
-    def codes(self, expert: int, projection: str) -> torch.Tensor:
+    def codes(self, expert: int, projection: Projection) -> torch.Tensor:
         """Packed e2m1 codes, uint8 [N, K/2]."""
-        assert self.format and self.parts
-        rows, columns = self.shape(projection)
-        name = self.name(expert, projection, self.parts.codes)
-        if not self.stacked:
-            return self._read(name, _BYTES, (rows, columns // 2)).view(torch.uint8)
-        blocks = self._read(name, _BYTES, (self.moe.num_experts, self._stacked_rows(projection), columns // 32, 16))
-        return self._rows_of(blocks[expert].flatten(-2), projection)
+        shape = self.dialect.codes_shape(self.shape(projection)[1])
+        codes = self._part(expert, projection, self.name(expert, projection, self.dialect.codes), CODE_DTYPES, shape)
+        return codes.view(torch.uint8).flatten(1)
 
-    def scales(self, expert: int, projection: str) -> torch.Tensor:
+    def scales(self, expert: int, projection: Projection) -> torch.Tensor:
         """Block scales as bytes, uint8 [N, K/block]; checked to have no NaN and no sign."""
-        assert self.format and self.parts
-        rows, columns = self.shape(projection)
-        names = [self.name(expert, projection, part) for part in self.parts.scales]
+        assert self.format
+        names = [self.name(expert, projection, suffix) for suffix in self.dialect.scales]
         name = next((name for name in names if name in self.checkpoint), names[0])
-        blocks = columns // self.format.block
-        if self.stacked:
-            stacked = self._read(name, (torch.uint8, torch.float8_e8m0fnu), (self.moe.num_experts, self._stacked_rows(projection), blocks))
-            scales = self._rows_of(e8m0.as_bytes(stacked[expert]), projection)
-        elif self.format.has_global_scale:
-            scales = self._read(name, (torch.float8_e4m3fn, torch.uint8), (rows, blocks)).view(torch.uint8)
-        else:
-            stored = self._read(name, (torch.uint8, torch.float8_e8m0fnu, torch.float32), (rows, blocks))
-            scales = self._powers_of_two(name, stored) if stored.dtype == torch.float32 else e8m0.as_bytes(stored)
+        stored = self._part(expert, projection, name, self.dialect.scale_dtypes, (self.shape(projection)[1] // self.format.block,))
+        scales = self._powers_of_two(name, stored) if stored.dtype == torch.float32 else stored.view(torch.uint8)
         largest = 0x7E if self.format.has_global_scale else 0xFE  # above: NaN, and for e4m3 the negative half
         if scales.numel() and int(scales.max()) > largest:
             raise self._error("block scales are NaN or negative", name, given=f"byte {int(scales.max()):#04x}", needed=f"at most {largest:#04x}")
         return scales
 
-    def dense(self, expert: int, projection: str) -> torch.Tensor:
+    def dense(self, expert: int, projection: Projection) -> torch.Tensor:
         """An unquantised projection [N, K] in its own dtype; fp8-block is dequantised to bf16."""
         weight, scale = self.dense_parts(expert, projection)
         return weight if scale is None else dequantize_fp8_block(weight, scale)
 
-    def dense_parts(self, expert: int, projection: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def dense_parts(self, expert: int, projection: Projection) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The weight [N, K] as stored and, for fp8-block, its checked scales."""
-        shape = self.shape(projection)
-        if self.stacked:
-            rows, columns = self._stacked_rows(projection), shape[1]
-            stacked_shape = (columns, rows) if self._transposed else (rows, columns)
-            matrix = self._read(self.name(expert, projection, ""), (self.dense_dtype(),), (self.moe.num_experts, *stacked_shape))[expert]
-            return self._rows_of(matrix.T if self._transposed else matrix, projection), None
-        weight = self._read(self.name(expert, projection, "weight"), (self.dense_dtype(), torch.float8_e4m3fn), shape)
+        shape, name = self.shape(projection), self.name(expert, projection, self.dialect.codes)
+        if self._transposed:
+            matrix = self._read(name, (self.dense_dtype(),), (self.moe.num_experts, shape[1], self._stacked_rows(projection)))[expert]
+            return self._rows_of(matrix.T, projection), None
+        fp8 = () if self.dialect.stacked else (torch.float8_e4m3fn,)
+        weight = self._part(expert, projection, name, (self.dense_dtype(), *fp8), shape[1:])
         if weight.dtype != torch.float8_e4m3fn:
             return weight, None
-        name = self.name(expert, projection, "weight_scale_inv")
-        scale = self._read(name, (torch.float32,), fp8_scale_shape(*shape))
+        name = self.name(expert, projection, FP8_BLOCK.scales[0])
+        scale = self._read(name, FP8_BLOCK.scale_dtypes, fp8_scale_shape(*shape))
         if not bool(((scale > 0) & scale.isfinite()).all()):
             raise self._error("fp8 block scales are not positive finite numbers", name, given=f"smallest {scale.min().item()}")
         return weight, scale
 
     def dense_dtype(self) -> torch.dtype:
         """dtype that `dense` returns: that of the first expert's gate, which all share; bf16 for fp8-block."""
-        name = self.name(0, GATE, "" if self.stacked else "weight")
+        name = self.name(0, GATE, self.dialect.codes)
         if name not in self.checkpoint:
             raise self._error("missing tensor", name, needed=_names(_DENSE))
         dtype = self.checkpoint.info(name).dtype
@@ -142,24 +106,22 @@ class LayerTensors:
             raise self._error("wrong dtype", name, given=_names((dtype,)), needed=_names((*_DENSE, torch.float8_e4m3fn)))
         return torch.bfloat16 if dtype == torch.float8_e4m3fn else dtype
 
-    def has_bias(self, projection: str) -> bool:
-        return self.stacked and self.name(0, projection, "_bias") in self.checkpoint
+    def has_bias(self, projection: Projection) -> bool:
+        return bool(self.dialect.bias) and self.name(0, projection, self.dialect.bias) in self.checkpoint
 
-    def bias_dtype(self, projection: str) -> torch.dtype:
+    def bias_dtype(self, projection: Projection) -> torch.dtype:
         """dtype of the bias, which all experts share."""
-        return self.checkpoint.info(self.name(0, projection, "_bias")).dtype
+        return self.checkpoint.info(self.name(0, projection, self.dialect.bias)).dtype
 
-    def bias(self, expert: int, projection: str) -> torch.Tensor:
-        """The bias [N] of a projection (stacked experts only)."""
-        stacked = self._read(self.name(expert, projection, "_bias"), _DENSE, (self.moe.num_experts, self._stacked_rows(projection)))
-        return self._rows_of(stacked[expert], projection)
+    def bias(self, expert: int, projection: Projection) -> torch.Tensor:
+        """The bias [N] of a projection."""
+        return self._part(expert, projection, self.name(expert, projection, self.dialect.bias), _DENSE, ())
 
     def global_scales(self, experts: Iterable[int]) -> torch.Tensor | None:
         """Decode multipliers fp32 [len(experts), 3] of gate, up, down; None for a format without."""
         if self.format is None or not self.format.has_global_scale:
             return None
-        assert self.parts
-        return self._scalars([self.name(e, p, self.parts.global_scale) for e in experts for p in PROJECTIONS])
+        return self._scalars([self.name(e, p, self.dialect.global_scale) for e in experts for p in PROJECTIONS])
 
     def input_scales(self) -> torch.Tensor | None:
         """Decode multipliers fp32 [E, 3] of the calibrated activations of *all* experts; None where no expert has one.
@@ -174,9 +136,9 @@ class LayerTensors:
         return any(name in self.checkpoint for name in self._input_scale_names())
 
     def _input_scale_names(self) -> list[str]:
-        if self.format is None or self.parts is None or not self.parts.input_scale:
+        if not self.dialect.input_scale:
             return []
-        return [self.name(e, p, self.parts.input_scale) for e in range(self.moe.num_experts) for p in PROJECTIONS]
+        return [self.name(e, p, self.dialect.input_scale) for e in range(self.moe.num_experts) for p in PROJECTIONS]
 
     def _scalars(self, names: list[str]) -> torch.Tensor:
         values = torch.empty(len(names))
@@ -186,11 +148,17 @@ class LayerTensors:
             tensor = self.checkpoint.read(name)
             if tensor.numel() != 1 or not tensor.is_floating_point():
                 raise self._error("not a scalar", name, given=f"{tensor.dtype} {tuple(tensor.shape)}", needed="one fp32 number")
-            stored = tensor.float().reshape(())
-            values[index] = decode_scale_from_encode(stored) if self.parts and self.parts.encode else stored
+            values[index] = self.dialect.decode_scalar(tensor.reshape(()))
             if not 0 < values[index] < torch.inf:
-                raise self._error("scale is not a positive finite number", name, given=stored.item(), needed="a positive finite number")
+                raise self._error("scale is not a positive finite number", name, given=tensor.item(), needed="a positive finite number")
         return values.view(len(names) // 3, 3)
+
+    def _part(self, expert: int, projection: Projection, name: str, dtypes: tuple[torch.dtype, ...], columns: tuple[int, ...]) -> torch.Tensor:
+        """The rows of one projection of one expert, [N, *columns], from a tensor of the layer."""
+        if not self.dialect.stacked:
+            return self._read(name, dtypes, (self.shape(projection)[0], *columns))
+        stacked = self._read(name, dtypes, (self.moe.num_experts, self._stacked_rows(projection), *columns))
+        return self._rows_of(stacked[expert], projection)
 
     def _read(self, name: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> torch.Tensor:
         if name not in self.checkpoint:
@@ -224,14 +192,14 @@ class LayerTensors:
                 )
 
     def _is_transposed(self) -> bool:
-        """[E, H, 2I] and [E, I, H]? Both tensors are asked, because one alone is ambiguous when 2I = H or I = H."""
-        expected = (self.moe.num_experts, self.moe.hidden, 2 * self.moe.intermediate), (self.moe.num_experts, self.moe.intermediate, self.moe.hidden)
-        return tuple(self.checkpoint.info(self.name(0, projection, "")).shape for projection in (GATE, DOWN)) == expected
+        gate_up, down = (self.checkpoint.info(self.name(0, projection, self.dialect.codes)).shape for projection in (GATE, DOWN))
+        sizes = stacked_sizes(gate_up, down)
+        return sizes is not None and sizes.transposed
 
-    def _stacked_rows(self, projection: str) -> int:
+    def _stacked_rows(self, projection: Projection) -> int:
         return self.shape(projection)[0] * (1 if projection == DOWN else 2)
 
-    def _rows_of(self, rows: torch.Tensor, projection: str) -> torch.Tensor:
+    def _rows_of(self, rows: torch.Tensor, projection: Projection) -> torch.Tensor:
         """The rows of one projection out of a stacked expert."""
         if projection == DOWN:
             return rows

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
-from halfbyte.checkpoint.families import RoutingRule
-from halfbyte.checkpoint.layer_tensors import DOWN, GATE, UP, LayerTensors
-from halfbyte.checkpoint.problems import describe_scatter
+from halfbyte.checkpoint.defects import describe_scatter
+from halfbyte.checkpoint.families import RoutingRule, tensor_names
+from halfbyte.checkpoint.layer_tensors import LayerTensors
+from halfbyte.checkpoint.projections import DOWN, GATE, UP, Projection
 from halfbyte.checkpoint.source import Checkpoint
 from halfbyte.errors import CheckpointError, InputError
 from halfbyte.experts import ExpertWeights
@@ -52,7 +53,8 @@ def load_experts(model: str | Path | Checkpoint, layer: int, device: torch.devic
 
     Raises:
         CheckpointError: a damaged or inconsistent checkpoint, a missing, NaN or non-positive scale, no experts in this layer.
-        UnsupportedError: a family, quantisation or dtype halfbyte does not read.
+        UnsupportedError: a quantisation or dtype halfbyte does not read; a family it does not know, and names and shapes do not tell (see
+            docs/checkpoints.md).
         InputError: `experts` is not a contiguous slice of the layer's experts.
 
     >>> from pathlib import Path
@@ -87,6 +89,7 @@ class ExpertReader:
         """Look the layer's tensors up; no data is read. `experts` and errors as in `load_experts`."""
         self._tensors = LayerTensors(checkpoint, layer)
         self._layer, moe = layer, checkpoint.moe
+        self._activation = moe.known_activation(str(checkpoint.path / "config.json"))
         self.experts = range(moe.num_experts) if experts is None else experts
         if self.experts.step != 1 or not 0 <= self.experts.start <= self.experts.stop <= moe.num_experts:
             raise InputError("experts must be a contiguous slice of the layer's experts", given=experts, needed=f"within range(0, {moe.num_experts})")
@@ -107,14 +110,14 @@ class ExpertReader:
             scales = empty(count, rows, columns // self.format.block, dtype=self.format.scale_dtype)
             return QuantTensor(codes, scales, empty(*scale_shape) if self.format.has_global_scale else None, self.format)
 
-        def bias(projection: str, rows: int) -> torch.Tensor | None:
+        def bias(projection: Projection, rows: int) -> torch.Tensor | None:
             return empty(count, rows, dtype=tensors.bias_dtype(projection)) if tensors.has_bias(projection) else None
 
         calibrated = tensors.has_input_scales()
         return ExpertWeights(
             weight(2 * moe.intermediate, moe.hidden, count, 2),
             weight(moe.hidden, moe.intermediate, count),
-            moe.activation,
+            self._activation,
             bias(GATE, 2 * moe.intermediate),
             bias(DOWN, moe.hidden),
             empty(total, 2) if calibrated else None,
@@ -165,6 +168,7 @@ def load_router(model: str | Path | Checkpoint, layer: int, device: torch.device
 
     Raises:
         CheckpointError: no router, a wrong shape, or no MoE layer.
+        UnsupportedError: a model family that halfbyte does not know.
 
     >>> from pathlib import Path
     >>> router = load_router(Path(halfbyte.__file__).parent / "demo_model", 0)
@@ -173,11 +177,12 @@ def load_router(model: str | Path | Checkpoint, layer: int, device: torch.device
     """
     checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.open(model)
     moe = checkpoint.moe
+    rule, names = moe.known_routing(str(checkpoint.path / "config.json")), tensor_names(moe.family)
     block = moe.block_of(layer)
-    gate = next((name for name in (f"{block}.gate", f"{block}.router") if f"{name}.weight" in checkpoint), f"{block}.gate")
 
-    def read(name: str, *shape: int) -> torch.Tensor | None:
-        if name not in checkpoint:
+    def read(leaf: str, *shape: int) -> torch.Tensor | None:
+        name = f"{block}.{leaf}"
+        if not leaf or name not in checkpoint:
             return None
         dtype, given = checkpoint.dtype_shape(name)
         if given[: len(shape)] != shape or dtype.itemsize < 2:
@@ -186,11 +191,9 @@ def load_router(model: str | Path | Checkpoint, layer: int, device: torch.device
             )
         return checkpoint.read(name).to(device, copy=True)
 
-    weight = read(f"{gate}.weight", moe.num_experts, moe.hidden)
+    weight = read(names.router, moe.num_experts, moe.hidden)
     if weight is None:
-        raise CheckpointError("no router", where=str(checkpoint.path), needed=f"{gate}.weight or {block}.router.weight")
-    correction, bias = read(f"{gate}.e_score_correction_bias", moe.num_experts), read(f"{gate}.bias", moe.num_experts)
-    if moe.routing.method == "deepseek_v4" and correction is None:
-        correction, bias = bias, None  # its own files call the correction bias gate.bias
-    correction = None if correction is None else correction.float()
-    return RouterWeights(weight, moe.routing, bias, correction, read(f"{gate}.tid2eid"))
+        raise CheckpointError("no router", where=str(checkpoint.path), needed=f"{block}.{names.router}")
+    corrections = (read(name, moe.num_experts) for name in names.correction_bias)
+    correction = next((bias.float() for bias in corrections if bias is not None), None)
+    return RouterWeights(weight, rule, read(names.logit_bias, moe.num_experts), correction, read(names.token_experts))

@@ -1,13 +1,15 @@
 """How a checkpoint says it is quantised: config.json and hf_quant_config.json to one `Quantization`.
 
-| kind | said by | tensors of a projection |
-|---|---|---|
-| modelopt | hf_quant_config.json, or quant_method "modelopt" | weight, weight_scale, weight_scale_2, (input_scale): decode |
-| compressed-tensors | quant_method "compressed-tensors" | weight_packed, weight_scale, (weight_global_scale, input_global_scale): encode |
-| gpt-oss | quant_method "mxfp4" | stacked gate_up_proj_blocks, gate_up_proj_scales, gate_up_proj_bias; gate and up rows alternate |
-| deepseek-v4 | expert_dtype "fp4" | weight (int8 pairs), scale or weight_scale_inv (a power of two per 32) |
-| fp8-block | quant_method "fp8" | weight e4m3, weight_scale_inv fp32 per 128x128 |
-| dense | nothing | weight |
+| kind | said by |
+|---|---|
+| modelopt | hf_quant_config.json, or quant_method "modelopt" |
+| compressed-tensors | quant_method "compressed-tensors" |
+| gpt-oss | quant_method "mxfp4" |
+| deepseek-v4 | expert_dtype "fp4" |
+| fp8-block | quant_method "fp8" |
+| dense | nothing |
+
+What each calls its tensors: `checkpoint.dialects`.
 """
 
 from __future__ import annotations
@@ -18,21 +20,17 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
+from halfbyte.checkpoint.dialects import DEEPSEEK_V4, DENSE, GPT_OSS, MODELOPT, OUTPUTS, Dialect
+from halfbyte.checkpoint.projections import FUSED
 from halfbyte.errors import CheckpointError, UnsupportedError
-from halfbyte.formats import FORMATS, MXFP4, NVFP4, BlockFormat
+from halfbyte.formats import FORMATS, NVFP4, BlockFormat
 
 Kind = Literal["modelopt", "compressed-tensors", "gpt-oss", "deepseek-v4", "fp8-block", "dense"]
 
-# What each algorithm stores. W4A16 says that activations are never quantised, which shows as absent input scales.
-_MODELOPT = {"NVFP4": NVFP4, "NVFP4_AWQ": NVFP4, "W4A16_NVFP4": NVFP4}
-_COMPRESSED_TENSORS = {"nvfp4-pack-quantized": NVFP4, "mxfp4-pack-quantized": MXFP4}
+# How each algorithm stores a module. W4A16 says that activations are never quantised, which shows as absent input scales.
+_MODELOPT = dict.fromkeys(("NVFP4", "NVFP4_AWQ", "W4A16_NVFP4"), MODELOPT)
+_COMPRESSED_TENSORS = {dialect.name: dialect for dialect in OUTPUTS["compressed-tensors"]}
 _METHODS = ("modelopt", "compressed-tensors", "mxfp4", "fp8")
-# A module that an engine fuses, and the checkpoint's modules it stands for.
-_FUSED = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "fused_qkv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa"),
-}
 
 
 @dataclass(frozen=True)
@@ -48,21 +46,21 @@ class Quantization:
     """What a checkpoint says of its own quantisation.
 
     Attributes:
-        kind: whose conventions name the tensors.
-        algorithms: algorithm name to block format, for this kind.
+        kind: who says so.
+        dialects: how modules are stored, by the checkpoint's own word for it.
         rules: first match wins; no match means not quantised.
         where: file the description came from.
     """
 
     kind: Kind
-    algorithms: Mapping[str, BlockFormat]
+    dialects: Mapping[str, Dialect]
     rules: tuple[Rule, ...] = ()
     where: str = "config.json"
 
     @property
     def format(self) -> BlockFormat | None:
         """The block format of the quantised modules; None when there is none, or more than one."""
-        formats = {self.algorithms[rule.algorithm] for rule in self.rules if rule.algorithm and rule.algorithm in self.algorithms}
+        formats = {self.dialects[rule.algorithm].format for rule in self.rules if rule.algorithm and rule.algorithm in self.dialects}
         return formats.pop() if len(formats) == 1 else None
 
     def algorithm_of(self, module: str) -> str | None:
@@ -74,7 +72,7 @@ class Quantization:
             CheckpointError: the parts of a fused module differ.
         """
         parent, _, leaf = module.rpartition(".")
-        parts = [f"{parent}.{part}" if parent else part for part in _FUSED.get(leaf, ())]
+        parts = [f"{parent}.{part}" if parent else part for part in FUSED.get(leaf, ())]
         own = self._first_match(module)
         if not parts or (own is not None and own.pattern != "*"):
             return own.algorithm if own else None
@@ -92,20 +90,20 @@ class Quantization:
         """
         return self.algorithm_of(module) is None
 
-    def format_of(self, module: str) -> BlockFormat | None:
-        """The block format `module` is stored in, None when it is not quantised.
+    def dialect_of(self, module: str) -> Dialect:
+        """How `module` is stored; `DENSE` when it is not quantised, fp8-block included.
 
         Raises:
             UnsupportedError: it is stored in a format halfbyte does not read.
         """
         algorithm = self.algorithm_of(module)
         if algorithm is None:
-            return None
-        if algorithm not in self.algorithms:
+            return DENSE
+        if algorithm not in self.dialects:
             raise UnsupportedError(
-                f"{module} is quantised in a way halfbyte does not read", where=self.where, given=algorithm, needed=", ".join(self.algorithms)
+                f"{module} is quantised in a way halfbyte does not read", where=self.where, given=algorithm, needed=", ".join(self.dialects)
             )
-        return self.algorithms[algorithm]
+        return self.dialects[algorithm]
 
     def _first_match(self, module: str) -> Rule | None:
         return next((rule for rule in self.rules if matches(rule.pattern, module)), None)
@@ -146,7 +144,7 @@ def describe_quantization(config: Mapping[str, Any], hf_quant_config: Mapping[st
         return _modelopt(hf_quant_config.get("quantization", hf_quant_config), where=f"{where}/hf_quant_config.json")
     method = inner.get("quant_method") or ("modelopt" if "quant_algo" in inner else None)
     if "fp4" in (config.get("expert_dtype"), inner.get("expert_dtype")):
-        return Quantization("deepseek-v4", {"fp4": MXFP4}, (Rule("*.experts.*", "fp4"),), where)
+        return Quantization("deepseek-v4", {"fp4": DEEPSEEK_V4}, (Rule("*.experts.*", "fp4"),), where)
     if method is None and not inner:
         return Quantization("dense", {}, (), where)
     if method in ("modelopt", "modelopt_fp4"):
@@ -155,7 +153,7 @@ def describe_quantization(config: Mapping[str, Any], hf_quant_config: Mapping[st
         return _compressed_tensors(inner, where)
     if method == "mxfp4":
         kept = tuple(Rule(pattern, None) for pattern in inner.get("modules_to_not_convert") or ())
-        return Quantization("gpt-oss", {"mxfp4": MXFP4}, (*kept, Rule("*.experts*", "mxfp4")), where)
+        return Quantization("gpt-oss", {"mxfp4": GPT_OSS}, (*kept, Rule("*.experts*", "mxfp4")), where)
     if method == "fp8":
         block = inner.get("weight_block_size")
         if block != [128, 128]:
@@ -197,7 +195,7 @@ def _compressed_tensors(quantization: Mapping[str, Any], where: str) -> Quantiza
     for name, group in (quantization.get("config_groups") or {}).items():
         algorithm = str(group.get("format") or quantization.get("format"))
         if algorithm in _COMPRESSED_TENSORS:
-            _check_block_size((group.get("weights") or {}).get("group_size"), _COMPRESSED_TENSORS[algorithm], f"{where}, {name}")
+            _check_block_size((group.get("weights") or {}).get("group_size"), _COMPRESSED_TENSORS[algorithm].format, f"{where}, {name}")
         # A bare class name ("Linear") means every module of that class.
         targets = group.get("targets") or ["Linear"]
         rules += [Rule("*" if target.isidentifier() and target[0].isupper() else target, algorithm) for target in targets]
@@ -207,8 +205,8 @@ def _compressed_tensors(quantization: Mapping[str, Any], where: str) -> Quantiza
     return Quantization("compressed-tensors", _COMPRESSED_TENSORS, tuple(rules), where)
 
 
-def _check_block_size(size: object, format: BlockFormat, where: str) -> None:
-    if size not in (None, format.block):
+def _check_block_size(size: object, format: BlockFormat | None, where: str) -> None:
+    if format is not None and size not in (None, format.block):
         raise CheckpointError(
             f"wrong block size for {format!r}",
             where=where,

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from halfbyte.checkpoint.families import MoEConfig, describe_moe
+from halfbyte.checkpoint.families import MoEConfig, describe_moe, is_known
+from halfbyte.checkpoint.families.unknown import describe_unknown
 from halfbyte.checkpoint.fingerprint import fingerprint
 from halfbyte.checkpoint.quantization import Quantization, describe_quantization
 from halfbyte.errors import CheckpointError, UnsupportedError
@@ -183,7 +184,10 @@ class Checkpoint:
 
     @cached_property
     def moe(self) -> MoEConfig:
-        return describe_moe(self.config, self.names, where=str(self.path / "config.json"))
+        where = str(self.path / "config.json")
+        if is_known(self.config):
+            return describe_moe(self.config, self.names, where=where)
+        return describe_unknown(self.config, {name: info.shape for name, info in self._tensors.items()}, self.quantization, where=where)
 
     @cached_property
     def quantization(self) -> Quantization:

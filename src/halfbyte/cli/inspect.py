@@ -20,8 +20,6 @@ _KINDS = (
     ("norms", r"norm"),
     ("other", ""),
 )
-_SCALE = re.compile(r"(scale|scale_2|scale_inv|_scales)$")
-_PACKED = re.compile(r"(weight|weight_packed|_blocks)$")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
 def describe(model: str, layer: int | None = None, tensors: bool = False, fp8_error: bool = False) -> dict[str, Any]:
     """The report as a JSON-able dict; `layer` limits the scale statistics, fp8 errors and problems to one layer."""
-    from halfbyte.checkpoint.problems import examine_layer
+    from halfbyte.checkpoint.defects import examine_layer
     from halfbyte.checkpoint.source import Checkpoint
 
     checkpoint = Checkpoint.open(model)
@@ -58,7 +56,7 @@ def describe(model: str, layer: int | None = None, tensors: bool = False, fp8_er
         "quantization": {"kind": quantization.kind, "format": quantization.format.name if quantization.format else None},
         "sizes": _sizes(checkpoint),
         "scales": [{"layer": index, **asdict(row)} for index, (rows, _) in examined.items() for row in rows],
-        "problems": [asdict(problem) for _, problems in examined.values() for problem in problems],
+        "problems": [asdict(defect) for _, defects in examined.values() for defect in defects],
     }
     if fp8_error:
         from halfbyte.cli.fp8_error import describe_layer
@@ -76,11 +74,13 @@ def describe(model: str, layer: int | None = None, tensors: bool = False, fp8_er
 
 def _sizes(checkpoint: Any) -> list[dict[str, Any]]:
     """Tensors, bytes and weights by kind. Packed codes count two weights a byte, scales none, so that bits per weight include the scales."""
+    from halfbyte.checkpoint.dialects import is_scale, may_be_codes
+
     rows = {kind: [0, 0, 0] for kind, _ in (*_KINDS, ("total", ""))}
     for name in checkpoint.names:
         dtype, shape, nbytes = checkpoint.info(name)
-        packed = (not dtype.is_floating_point and _PACKED.search(name)) or "float4" in str(dtype)
-        weights = 0 if _SCALE.search(name) else math.prod(shape) * (2 if packed else 1)
+        packed = (not dtype.is_floating_point and may_be_codes(name)) or "float4" in str(dtype)
+        weights = 0 if is_scale(name) else math.prod(shape) * (2 if packed else 1)
         for kind in (next(kind for kind, pattern in _KINDS if re.search(pattern, name)), "total"):
             rows[kind] = [old + new for old, new in zip(rows[kind], (1, nbytes, weights), strict=True)]
     return [
@@ -94,12 +94,17 @@ def _render(report: dict[str, Any]) -> str:
     from halfbyte.checkpoint.families import format_range
 
     moe, quantization = report["moe"], report["quantization"]
+    routing, activation = moe["routing"], moe["activation"]
+    routed = f"routing unknown (model_type {moe['family']!r} is not one halfbyte knows)"
+    if routing:
+        routed = f"top {routing['top_k']} by {routing['method']}"
+    computed = activation["kind"] if activation else "activation unknown"
     stored = quantization["kind"] + (f" {quantization['format'].upper()}" if quantization["format"] else "")
     lines = [
         report["model"],
         f"  {moe['family']}, {stored}",
-        f"  {moe['num_layers']} layers, MoE in {format_range(moe['moe_layers'])}; {moe['num_experts']} experts, top {moe['routing']['top_k']} "
-        f"by {moe['routing']['method']}; hidden {moe['hidden']}, expert intermediate {moe['intermediate']}, {moe['activation']['kind']}",
+        f"  {moe['num_layers']} layers, MoE in {format_range(moe['moe_layers'])}; {moe['num_experts']} experts, {routed}; "
+        f"hidden {moe['hidden']}, expert intermediate {moe['intermediate']}, {computed}",
         "",
         *_table(
             ("kind", "tensors", "MiB", "weights", "bits/weight"),

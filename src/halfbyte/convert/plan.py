@@ -12,31 +12,18 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal
 
 import torch
 
+from halfbyte.checkpoint.dialects import GPT_OSS, fp8_scales_of
+from halfbyte.checkpoint.projections import DOWN, GATE, LEAVES, PROJECTION_OF, STACKED, UP, Projection, fused_with, stacked_sizes
 from halfbyte.checkpoint.source import Checkpoint
 from halfbyte.errors import CheckpointError, InputError, UnsupportedError
 from halfbyte.formats import BlockFormat, fp8_block
 
-Role = Literal["gate", "up", "down"]
-
-_EXPERT = re.compile(r"^(?P<experts>.*\.experts)\.(?P<expert>\d+)\.(?P<leaf>gate_proj|up_proj|down_proj|w1|w2|w3)\.weight$")
-_STACKED = re.compile(r"^(?P<experts>.*\.experts)\.(?P<leaf>gate_up_proj|down_proj)(\.weight)?$")
-_ROLES: dict[str, Role] = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
+_EXPERT = re.compile(rf"^(?P<experts>.*\.experts)\.(?P<expert>\d+)\.(?P<leaf>{'|'.join(PROJECTION_OF)})\.weight$")
+_STACKED = re.compile(rf"^(?P<experts>.*\.experts)\.(?P<leaf>{STACKED[GATE]}|{STACKED[DOWN]})(\.weight)?$")
 _NEVER = re.compile(r"(^|\.)(lm_head|\w*embed\w*|wte|wpe|gate|router|shared_expert_gate|visual|vision\w*|score|classifier)(\.|$)")
-# Modules that engines fuse into one matrix with one global scale (vLLM and SGLang keep a single one of them): they are quantised with a common one.
-_FUSED = (
-    ("gate_proj", "up_proj"),
-    ("w1", "w3"),
-    ("q_proj", "k_proj", "v_proj"),
-    ("q_a_proj", "kv_a_proj_with_mqa"),
-    ("in_proj_qkv", "in_proj_z"),
-    ("in_proj_qkvz", "in_proj_ba"),
-    ("in_proj_b", "in_proj_a"),
-)
-_SCALE_INV = "_scale_inv"
 
 
 @dataclass(frozen=True)
@@ -53,8 +40,9 @@ class Source:
     def read(self, checkpoint: Checkpoint) -> torch.Tensor:
         """The matrix, a view of the mapped file except for fp8-block, which is decoded to fp32."""
         matrix = checkpoint.read(self.tensor)
-        if self.tensor + _SCALE_INV in checkpoint:
-            return fp8_block.dequantize(matrix, checkpoint.read(self.tensor + _SCALE_INV), torch.float32)
+        scales = fp8_scales_of(self.tensor)
+        if scales in checkpoint:
+            return fp8_block.dequantize(matrix, checkpoint.read(scales), torch.float32)
         if self.expert is not None:
             matrix = matrix[self.expert]
         if self.transposed:
@@ -80,7 +68,7 @@ class Matrix:
     kind: str
     experts: str | None = None
     expert: int | None = None
-    role: Role | None = None
+    role: Projection | None = None
 
 
 @dataclass(frozen=True)
@@ -92,8 +80,9 @@ class Copied:
 
     def read(self, checkpoint: Checkpoint) -> torch.Tensor:
         tensor = checkpoint.read(self.tensor)
-        if self.tensor + _SCALE_INV in checkpoint:
-            return fp8_block.dequantize(tensor, checkpoint.read(self.tensor + _SCALE_INV), torch.bfloat16)
+        scales = fp8_scales_of(self.tensor)
+        if scales in checkpoint:
+            return fp8_block.dequantize(tensor, checkpoint.read(scales), torch.bfloat16)
         return tensor
 
 
@@ -124,7 +113,7 @@ def plan_conversion(checkpoint: Checkpoint, format: BlockFormat, *, all_linear: 
         CheckpointError: nothing to quantise, or a row that does not divide into blocks.
         InputError: a skip pattern that matches nothing, or only a part of a layer's experts or of a fused group.
     """
-    if checkpoint.quantization.kind not in ("dense", "fp8-block"):
+    if checkpoint.quantization.dialects:
         raise UnsupportedError(
             "the source is already quantised",
             where=str(checkpoint.path),
@@ -134,8 +123,9 @@ def plan_conversion(checkpoint: Checkpoint, format: BlockFormat, *, all_linear: 
         )
     skipping = _Skip(skip)
     items: list[Matrix | Copied] = []
+    fp8_scales = {fp8_scales_of(tensor) for tensor in checkpoint.names}
     for tensor in checkpoint.names:
-        if tensor.endswith(_SCALE_INV) and tensor.removesuffix(_SCALE_INV) in checkpoint:
+        if tensor in fp8_scales:
             continue
         matrices = _matrices(checkpoint, tensor, all_linear)
         kept = [matrix for matrix in matrices if not skipping.matches(matrix)]
@@ -183,30 +173,28 @@ def _matrices(checkpoint: Checkpoint, tensor: str, all_linear: bool) -> list[Mat
 
 
 def _expert_matrix(experts: str, expert: int, leaf: str, source: Source) -> Matrix:
-    module, role = f"{experts}.{expert}.{leaf}", _ROLES[leaf]
+    module, role = f"{experts}.{expert}.{leaf}", PROJECTION_OF[leaf]
     return Matrix(module, source, _group(module), role, experts, expert, role)
 
 
 def _stacked_matrices(checkpoint: Checkpoint, tensor: str, experts: str, leaf: str) -> list[Matrix]:
-    """gate_up_proj is [E, 2I, H] beside down_proj [E, H, I], or both are transposed; the two cannot be confused, since 2I = I has no solution."""
+    """The matrices in one of the two stacked tensors of a layer's experts."""
     suffix = ".weight" if tensor.endswith(".weight") else ""
-    if f"{experts}.gate_up_proj_bias" in checkpoint:
+    if f"{experts}.{STACKED[GATE]}{GPT_OSS.bias}" in checkpoint:
         raise UnsupportedError(
             "stacked experts with biases (gpt-oss) interleave gate and up rows", where=tensor, next_step="use the model's own MXFP4 checkpoint"
         )
-    num_experts, *gate_up = checkpoint.info(f"{experts}.gate_up_proj{suffix}").shape
-    down = list(checkpoint.info(f"{experts}.down_proj{suffix}").shape[1:])
-    transposed = gate_up[0] != 2 * down[1]
-    if transposed:
-        gate_up, down = gate_up[::-1], down[::-1]
-    (hidden, intermediate) = down
-    if gate_up != [2 * intermediate, hidden]:
+    gate_up, down = (checkpoint.info(f"{experts}.{STACKED[projection]}{suffix}").shape for projection in (GATE, DOWN))
+    sizes = stacked_sizes(gate_up, down)
+    if sizes is None:
         raise CheckpointError(
             "stacked experts do not belong together", where=tensor, given=f"gate_up {gate_up}, down {down}", needed="[E, 2I, H] and [E, H, I]"
         )
-    parts = [("down_proj", 0, hidden, intermediate)]
-    if leaf == "gate_up_proj":
-        parts = [("gate_proj", 0, intermediate, hidden), ("up_proj", intermediate, intermediate, hidden)]
+    num_experts, hidden, intermediate, transposed = sizes
+    leaves = LEAVES[0]  # what engines expect, beside stacked names
+    parts = [(leaves[DOWN], 0, hidden, intermediate)]
+    if leaf == STACKED[GATE]:
+        parts = [(leaves[GATE], 0, intermediate, hidden), (leaves[UP], intermediate, intermediate, hidden)]
     return [
         _expert_matrix(experts, expert, part, Source(tensor, rows, columns, expert, transposed, first_row))
         for expert in range(num_experts)
@@ -215,14 +203,14 @@ def _stacked_matrices(checkpoint: Checkpoint, tensor: str, experts: str, leaf: s
 
 
 def _group(module: str) -> str:
+    """Matrices that engines may fuse are quantised with one global scale."""
     parent, _, leaf = module.rpartition(".")
-    fused = next((members for members in _FUSED if leaf in members), (leaf,))
-    return f"{parent}.{'+'.join(fused)}"
+    return f"{parent}.{'+'.join(fused_with(leaf))}"
 
 
 def _copied_bytes(checkpoint: Checkpoint, tensor: str) -> int:
     info = checkpoint.info(tensor)
-    return 2 * info.nbytes if tensor + _SCALE_INV in checkpoint else info.nbytes
+    return 2 * info.nbytes if fp8_scales_of(tensor) in checkpoint else info.nbytes
 
 
 def _check_matrices(checkpoint: Checkpoint, matrices: Sequence[Matrix], format: BlockFormat, skipping: _Skip) -> None:

@@ -21,16 +21,10 @@ from typing import Any, Literal
 import torch
 
 from halfbyte import __version__
-from halfbyte.checkpoint.output_formats import (
-    OutputName,
-    check_output,
-    hf_quant_config,
-    pack,
-    quantization_config,
-    storable_global_scale,
-)
+from halfbyte.checkpoint.dialects import MODELOPT, Dialect, OutputName, fp8_scales_of, output_dialect
 from halfbyte.checkpoint.source import Checkpoint
 from halfbyte.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, check_destination, plan_shards, shard_name
+from halfbyte.checkpoint.written_config import hf_quant_config, quantization_config
 from halfbyte.convert.calibration import Calibration, calibrate
 from halfbyte.convert.plan import Copied, Matrix, Plan, plan_conversion
 from halfbyte.convert.report import QuantizeReport, Sqnr, sqnr_db
@@ -68,7 +62,7 @@ class QuantizeOptions:
             raise InputError("unknown format", given=repr(self.format), needed=" or ".join(FORMATS))
         if self.output is None:
             object.__setattr__(self, "output", "modelopt" if self.format == "nvfp4" else "compressed-tensors")
-        check_output(str(self.output), self.block_format)
+        output_dialect(str(self.output), self.block_format)
         if self.format == "mxfp4" and (self.four_over_six or self.calibrate):
             raise InputError("four-over-six and calibrated input scales belong to nvfp4", given=self.format, needed="nvfp4")
         if self.format == "nvfp4" and self.scale_rule != "ceil":
@@ -79,6 +73,11 @@ class QuantizeOptions:
     @property
     def block_format(self) -> BlockFormat:
         return FORMATS[self.format]
+
+    @property
+    def dialect(self) -> Dialect:
+        """How the quantised modules are written."""
+        return output_dialect(str(self.output), self.block_format)
 
 
 def quantize_model(
@@ -158,7 +157,7 @@ def quantize_model(
         report.add_sqnr(writer.record_of(name))
     _write_other_files(checkpoint, plan, options, writer)
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
-    block = quantization_config(_output(options), options.block_format, plan.excluded, calibrated=calibration is not None)
+    block = quantization_config(options.dialect, plan.excluded, calibrated=calibration is not None)
     writer.finish(weight_map, report.output_bytes, config | {"quantization_config": block})
     return report
 
@@ -182,7 +181,7 @@ class _Converter:
         global_scale = self.group_scale(item.group)
         q = quantize(weight, options.block_format, global_scale, four_over_six=options.four_over_six, scale_rule=options.scale_rule)
         sqnr.setdefault(item.kind, Sqnr()).add(item.module, sqnr_db(weight, q))
-        return pack(item.module, q.to("cpu"), _output(options), self._input_scale(item))
+        return options.dialect.pack(item.module, q.to("cpu"), self._input_scale(item))
 
     def _group_scale(self, group: str) -> torch.Tensor | None:
         """The common global scale of the group's matrices (None for MXFP4), after checking that they are finite."""
@@ -200,7 +199,7 @@ class _Converter:
             amax = torch.maximum(amax, matrix_amax(weight))
         if not self.options.block_format.has_global_scale:
             return None
-        return storable_global_scale(nvfp4_decode_scale(amax, four_over_six=self.options.four_over_six), _output(self.options))
+        return self.options.dialect.storable_global_scale(nvfp4_decode_scale(amax, four_over_six=self.options.four_over_six))
 
     def _input_scale(self, matrix: Matrix) -> torch.Tensor | None:
         if self.calibration is None:
@@ -224,7 +223,7 @@ def _write_other_files(checkpoint: Checkpoint, plan: Plan, options: QuantizeOpti
     """Copy tokenizer, generation settings, licence, model code ...: every visible file that is neither weights nor replaced."""
     for file, name in _other_files(checkpoint.path):
         writer.copy_file(file, name)
-    if options.output == "modelopt":
+    if options.dialect is MODELOPT:
         writer.write_json("hf_quant_config.json", hf_quant_config(plan.excluded, calibrated=options.calibrate is not None))
 
 
@@ -257,10 +256,6 @@ def _digest(file: Path) -> str:
         raise CheckpointError("cannot read the calibration file", where=str(file), given=error) from error
 
 
-def _output(options: QuantizeOptions) -> OutputName:
-    return options.output or "modelopt"
-
-
 def _source_bytes(checkpoint: Checkpoint, item: Matrix | Copied) -> int:
     """Bytes of an item in the source, fp8-block scales included."""
     if isinstance(item, Matrix):
@@ -270,23 +265,25 @@ def _source_bytes(checkpoint: Checkpoint, item: Matrix | Copied) -> int:
     else:
         tensor = item.tensor
         own = checkpoint.info(tensor).nbytes
-    scale = tensor + "_scale_inv"
-    return own + (checkpoint.info(scale).nbytes if scale in checkpoint else 0)
+    scales = fp8_scales_of(tensor)
+    return own + (checkpoint.info(scales).nbytes if scales in checkpoint else 0)
 
 
 def _output_bytes(item: Matrix | Copied, options: QuantizeOptions) -> dict[str, int]:
     """Names and sizes of the tensors that an item becomes."""
     if isinstance(item, Copied):
         return {item.tensor: item.nbytes}
-    sizes = _packed_bytes(item.source.rows, item.source.columns, options.block_format, _output(options), options.calibrate is not None)
+    sizes = _packed_bytes(item.source.rows, item.source.columns, options.dialect, options.calibrate is not None)
     return {item.module + suffix: nbytes for suffix, nbytes in sizes.items()}
 
 
 @cache
-def _packed_bytes(rows: int, columns: int, format: BlockFormat, output: OutputName, calibrated: bool) -> dict[str, int]:
-    """The sizes, by suffix, of what `pack` makes of a [rows, columns] matrix, without making it."""
+def _packed_bytes(rows: int, columns: int, dialect: Dialect, calibrated: bool) -> dict[str, int]:
+    """The sizes, by suffix, of what `Dialect.pack` makes of a [rows, columns] matrix, without making it."""
+    format = dialect.format
+    assert format
     scalar = torch.empty((), device="meta")
     codes = torch.empty(rows, columns // 2, dtype=torch.uint8, device="meta")
     scales = torch.empty(rows, columns // format.block, dtype=format.scale_dtype, device="meta")
     q = QuantTensor(codes, scales, scalar if format.has_global_scale else None, format)
-    return {suffix: tensor.nbytes for suffix, tensor in pack("", q, output, scalar if calibrated else None).items()}
+    return {suffix: tensor.nbytes for suffix, tensor in dialect.pack("", q, scalar if calibrated else None).items()}

@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 import torch
 
+from halfbyte.checkpoint.dialects import GPT_OSS, MODELOPT
 from halfbyte.checkpoint.source import read_json, resolve_model
 from halfbyte.errors import InputError, UnsupportedError
 
@@ -38,8 +39,7 @@ except ImportError as error:
 from halfbyte.formats.activation_formats import ActivationFormat, check_activations
 from halfbyte.integrations.packing import is_attached, restore_canonical
 from halfbyte.integrations.transformers.modules import experts_forward
-from halfbyte.integrations.transformers.plan import GPT_OSS, MODELOPT
-from halfbyte.integrations.transformers.quantizers import IMPLEMENTATION, FP4Config, FP4Quantizer, compressed_scheme
+from halfbyte.integrations.transformers.quantizers import IMPLEMENTATION, FP4Config, FP4Quantizer, compressed_dialect
 
 __all__ = ["load", "register", "set_activations", "set_layout"]
 
@@ -56,12 +56,12 @@ def register() -> None:
 
         @classmethod
         def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-            home = FP4Config if compressed_scheme(config_dict) else stock_config
+            home = FP4Config if compressed_dialect(config_dict) else stock_config
             return home.from_dict(config_dict, *args, **kwargs)
 
     def compressed_quantizer(config: Any, **kwargs: Any) -> Any:
-        scheme = compressed_scheme(config.to_dict()) if isinstance(config, FP4Config) else None
-        return FP4Quantizer(config, scheme, **kwargs) if scheme else stock_compressed(config, **kwargs)
+        dialect = compressed_dialect(config.to_dict()) if isinstance(config, FP4Config) else None
+        return FP4Quantizer(config, dialect, **kwargs) if dialect else stock_compressed(config, **kwargs)
 
     def mxfp4_quantizer(config: Any, *, pre_quantized: bool = True, **kwargs: Any) -> Any:
         if pre_quantized and not config.dequantize:
@@ -71,7 +71,7 @@ def register() -> None:
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
     AUTO_QUANTIZATION_CONFIG_MAPPING.update({"modelopt": FP4Config, "compressed-tensors": CompressedTensorsConfig})
     AUTO_QUANTIZER_MAPPING.update(
-        {"modelopt": partial(FP4Quantizer, scheme=MODELOPT), "compressed-tensors": compressed_quantizer, "mxfp4": mxfp4_quantizer}
+        {"modelopt": partial(FP4Quantizer, dialect=MODELOPT), "compressed-tensors": compressed_quantizer, "mxfp4": mxfp4_quantizer}
     )
 
 

@@ -15,37 +15,13 @@ import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
+from halfbyte.checkpoint.dialects import CODE_DTYPES, QUANTIZED_ONLY, Dialect
 from halfbyte.checkpoint.source import TensorInfo
 from halfbyte.errors import CheckpointError, UnsupportedError
-from halfbyte.formats import MXFP4, NVFP4, BlockFormat
+from halfbyte.formats import NVFP4
 
-_CODE_DTYPES = (torch.uint8, torch.int8, torch.float4_e2m1fn_x2)
+# What the packed parameters of `modules` can hold as they come from the file.
 _BYTE_SCALES = (torch.uint8, torch.float8_e8m0fnu)
-# Tensors that only a quantised layer has. Beside a weight that is not packed they mean another format (FP8, INT4), which must not load as plain.
-_SCALE_SUFFIXES = (".weight_scale", ".weight_scale_2", ".weight_scale_inv", ".weight_global_scale", ".weight_zero_point")
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """How a family of checkpoints names what belongs to one packed matrix: suffixes behind a common stem.
-
-    `dense` is the suffix of the dense weight that the codes stand for; `encode`: the file holds encode multipliers (1 / decode).
-    """
-
-    name: str
-    format: BlockFormat
-    codes: str
-    block_scale: str
-    global_scale: str | None = None
-    input_scale: str | None = None
-    dense: str = ".weight"
-    encode: bool = False
-
-
-MODELOPT = Scheme("modelopt", NVFP4, ".weight", ".weight_scale", ".weight_scale_2", ".input_scale")
-NVFP4_PACK = Scheme("nvfp4-pack-quantized", NVFP4, ".weight_packed", ".weight_scale", ".weight_global_scale", ".input_global_scale", encode=True)
-MXFP4_PACK = Scheme("mxfp4-pack-quantized", MXFP4, ".weight_packed", ".weight_scale")
-GPT_OSS = Scheme("mxfp4", MXFP4, "_blocks", "_scales", dense="")
 
 
 @dataclass
@@ -58,7 +34,7 @@ class PackedParameter:
     has_input_scale: bool = False
 
 
-def find_packed(model: Any, tensors: Mapping[str, TensorInfo], scheme: Scheme) -> dict[str, PackedParameter]:
+def find_packed(model: Any, tensors: Mapping[str, TensorInfo], dialect: Dialect) -> dict[str, PackedParameter]:
     """Return the packed parameters of a dense (meta) `model` by name, for a checkpoint whose headers are `tensors`.
 
     Raises:
@@ -73,11 +49,11 @@ def find_packed(model: Any, tensors: Mapping[str, TensorInfo], scheme: Scheme) -
     packed: dict[str, PackedParameter] = {}
     stems = set()
     for name in sorted(tensors, key=dot_natural_key):
-        stem = name.removesuffix(scheme.codes)
-        if stem == name or tensors[name].dtype not in _CODE_DTYPES:
+        stem = name.removesuffix(dialect.codes)
+        if stem == name or tensors[name].dtype not in CODE_DTYPES:
             continue
         stems.add(stem)
-        target, pattern = rename_source_key(stem + scheme.dense, renamings, converters, model.base_model_prefix, dense)
+        target, pattern = rename_source_key(stem + dialect.dense, renamings, converters, model.base_model_prefix, dense)
         if ignored.search(target):
             continue
         if target not in dense:
@@ -89,25 +65,28 @@ def find_packed(model: Any, tensors: Mapping[str, TensorInfo], scheme: Scheme) -
         converter = next((entry for entry in converters if pattern in entry.source_patterns), None)
         packed.setdefault(target, PackedParameter(converter)).stems.append(stem)
     for name in tensors:
-        stem = name.removesuffix(next(filter(name.endswith, (*_SCALE_SUFFIXES, scheme.block_scale)), ""))
+        stem = name.removesuffix(next(filter(name.endswith, (*QUANTIZED_ONLY, dialect.scales[0])), ""))
         if stem != name and stem not in stems and not ignored.search(name):
             raise UnsupportedError(
-                "this layer is quantised in another format", where=name, given=_dtype(tensors, stem + scheme.codes), needed=f"{scheme.name} or dense"
+                "this layer is quantised in another format",
+                where=name,
+                given=_dtype(tensors, stem + dialect.codes),
+                needed=f"{dialect.name} or dense",
             )
     for parameter in packed.values():
-        _check_companions(parameter, tensors, scheme)
+        _check_companions(parameter, tensors, dialect)
     return packed
 
 
-def _check_companions(parameter: PackedParameter, tensors: Mapping[str, TensorInfo], scheme: Scheme) -> None:
-    scale_dtypes = (torch.float8_e4m3fn,) if scheme.format is NVFP4 else _BYTE_SCALES
+def _check_companions(parameter: PackedParameter, tensors: Mapping[str, TensorInfo], dialect: Dialect) -> None:
+    scale_dtypes = (torch.float8_e4m3fn,) if dialect.format is NVFP4 else _BYTE_SCALES
     for stem in parameter.stems:
-        _check_dtype(tensors, stem + scheme.block_scale, scale_dtypes)
-        if scheme.global_scale is not None:
-            _check_dtype(tensors, stem + scheme.global_scale, (torch.float32,))
-    parameter.scale_dtype = tensors[parameter.stems[0] + scheme.block_scale].dtype
-    if scheme.input_scale is not None:
-        names = [stem + scheme.input_scale for stem in parameter.stems]
+        _check_dtype(tensors, stem + dialect.scales[0], scale_dtypes)
+        if dialect.global_scale:
+            _check_dtype(tensors, stem + dialect.global_scale, (torch.float32,))
+    parameter.scale_dtype = tensors[parameter.stems[0] + dialect.scales[0]].dtype
+    if dialect.input_scale:
+        names = [stem + dialect.input_scale for stem in parameter.stems]
         parameter.has_input_scale = any(name in tensors for name in names)
         if parameter.has_input_scale:
             for name in names:

@@ -13,20 +13,26 @@ from transformers.core_model_loading import Concatenate, ConversionOps, MergeMod
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from halfbyte.checkpoint.dialects import GPT_OSS, OUTPUTS, Dialect
+from halfbyte.checkpoint.projections import STACKED
 from halfbyte.checkpoint.quantization import describe_quantization
 from halfbyte.checkpoint.source import read_header
 from halfbyte.errors import CheckpointError, UnsupportedError
 from halfbyte.integrations.transformers.modules import (
+    BLOCK_SCALE,
+    CODES,
+    GLOBAL_SCALE,
+    INPUT_SCALE,
     QuantLinear,
     first_projection,
     halves_from_alternating,
     pack_experts,
     packed_parameters,
 )
-from halfbyte.integrations.transformers.plan import GPT_OSS, MXFP4_PACK, NVFP4_PACK, PackedParameter, Scheme, find_packed
+from halfbyte.integrations.transformers.plan import PackedParameter, find_packed
 
 IMPLEMENTATION = "halfbyte"
-COMPRESSED_SCHEMES = {scheme.name: scheme for scheme in (NVFP4_PACK, MXFP4_PACK)}
+_COMPRESSED = {dialect.name: dialect for dialect in OUTPUTS["compressed-tensors"]}
 
 
 class FP4Config(QuantizationConfigMixin):
@@ -39,12 +45,12 @@ class FP4Config(QuantizationConfigMixin):
         return dict(self.__dict__)
 
 
-def compressed_scheme(config: dict[str, Any]) -> Scheme | None:
-    """The FP4 scheme of a compressed-tensors config, or None when it is another format (or a mixture), which stays with transformers."""
+def compressed_dialect(config: dict[str, Any]) -> Dialect | None:
+    """The FP4 dialect of a compressed-tensors config, or None when it is another format (or a mixture), which stays with transformers."""
     groups = config.get("config_groups")
     group_formats = [group.get("format") for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
     formats = {format or config.get("format") for format in group_formats or [None]}
-    return COMPRESSED_SCHEMES.get(formats.pop() or "") if len(formats) == 1 else None
+    return _COMPRESSED.get(formats.pop() or "") if len(formats) == 1 else None
 
 
 class FP4Quantizer(HfQuantizer):
@@ -53,15 +59,15 @@ class FP4Quantizer(HfQuantizer):
     requires_calibration = True  # transformers' word for "the checkpoint must already be quantised"
     is_trainable = False
 
-    def __init__(self, config: Any, scheme: Scheme, **kwargs: Any):
+    def __init__(self, config: Any, dialect: Dialect, **kwargs: Any):
         super().__init__(config, **kwargs)
-        self.scheme = scheme
         fields = config.to_dict()
         description = describe_quantization(
             {"quantization_config": fields}, fields if "quantization" in fields else None, where="quantization_config"
         )
-        if description.format is not scheme.format:
-            raise UnsupportedError("unexpected FP4 format", where="quantization_config", given=description.format, needed=scheme.format)
+        if description.format is None or description.format is not dialect.format:
+            raise UnsupportedError("unexpected FP4 format", where="quantization_config", given=description.format, needed=dialect.format)
+        self.dialect, self.format = dialect, description.format
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return False
@@ -76,13 +82,13 @@ class FP4Quantizer(HfQuantizer):
         self.dtypes = {name: _planned(plan, name, tensor.dtype) for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
         tensors = {name: info for file in checkpoint_files for name, info in read_header(Path(file)).items()}
         experts: dict[str, dict[str, PackedParameter]] = defaultdict(dict)
-        for parameter_name, parameter in find_packed(model, tensors, self.scheme).items():
+        for parameter_name, parameter in find_packed(model, tensors, self.dialect).items():
             module_name, _, name = parameter_name.rpartition(".")
             module = model.get_submodule(module_name)
             if hasattr(module, "_apply_gate") and name in (first_projection(module), "down_proj") and _merges_experts(parameter.converter):
                 experts[module_name][name] = parameter
             elif isinstance(module, nn.Linear) and name == "weight" and parameter.converter is None:
-                model.set_submodule(module_name, QuantLinear(module, self.scheme.format, parameter))
+                model.set_submodule(module_name, QuantLinear(module, self.format, parameter))
             else:
                 raise UnsupportedError(
                     f"{type(module).__name__} cannot hold packed weights",
@@ -90,37 +96,39 @@ class FP4Quantizer(HfQuantizer):
                     needed="experts decorated with use_experts_implementation, or nn.Linear",
                 )
         for module_name, packed in experts.items():
-            pack_experts(model.get_submodule(module_name), self.scheme.format, packed, module_name)
+            pack_experts(model.get_submodule(module_name), self.format, packed, module_name)
         if experts:
             model.set_experts_implementation(IMPLEMENTATION)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """Put ours first: transformers 5.17 matches a pattern anywhere, so that its `weight` would also take `weight_scale`."""
-        scheme = self.scheme
+        dialect = self.dialect
         ours: list[Any] = []
-        if scheme is GPT_OSS:
-            for name in ("gate_up_proj", "down_proj"):
-                ours.append(WeightConverter(rf"\.{name}{scheme.codes}$", f".{name}", [JoinBlocks()]))
-                ours.append(WeightConverter(rf"\.{name}{scheme.block_scale}$", f".{name}_scale", [JoinBlocks()]))
+        if dialect is GPT_OSS:
+            for name in dict.fromkeys(STACKED.values()):
+                for suffix, target in ((dialect.codes, CODES), (dialect.scales[0], BLOCK_SCALE)):
+                    ours.append(WeightConverter(rf"\.{name}{suffix}$", f".{name}{target}", [JoinBlocks()]))
             return ours + weight_conversions
-        if scheme.codes != scheme.dense:
-            ours.append(WeightRenaming(rf"\{scheme.codes}$", scheme.dense))
+        if dialect.codes != dialect.dense:
+            ours.append(WeightRenaming(re.escape(dialect.codes) + "$", dialect.dense))
         for converter in weight_conversions:
             if not (isinstance(converter, WeightConverter) and _merges_experts(converter)):
                 continue
             for suffix, target, operations in (
-                (scheme.block_scale, "_scale", converter.operations),
-                (scheme.global_scale, "_scale_2", [DecodeScales(scheme.encode)]),
-                (scheme.input_scale, "_input_scale", [DecodeScales(scheme.encode)]),
+                (dialect.scales[0], BLOCK_SCALE, converter.operations),
+                (dialect.global_scale, GLOBAL_SCALE, [DecodeScales(dialect)]),
+                (dialect.input_scale, INPUT_SCALE, [DecodeScales(dialect)]),
             ):
-                if suffix is not None:
-                    sources = [pattern.removesuffix("$").removesuffix(scheme.dense) + rf"\{suffix}$" for pattern in converter.source_patterns]
-                    added = WeightConverter(sources, [converter.target_patterns[0] + target], list(operations))
+                if suffix:
+                    stems = [pattern.removesuffix("$").removesuffix(dialect.dense) for pattern in converter.source_patterns]
+                    added = WeightConverter(
+                        [stem + re.escape(suffix) + "$" for stem in stems], [converter.target_patterns[0] + target], list(operations)
+                    )
                     added.scope_prefix, added.base_model_prefix = converter.scope_prefix, converter.base_model_prefix
                     ours.append(added)
-        for suffix, target in ((scheme.global_scale, ".weight_scale_2"), (scheme.input_scale, ".input_scale")):
-            if suffix is not None:
-                ours.append(WeightConverter(rf"\{suffix}$", target, [DecodeScales(scheme.encode)]))
+        for suffix, target in ((dialect.global_scale, f"weight{GLOBAL_SCALE}"), (dialect.input_scale, INPUT_SCALE.lstrip("_"))):
+            if suffix:
+                ours.append(WeightConverter(re.escape(suffix) + "$", f".{target}", [DecodeScales(dialect)]))
         return ours + weight_conversions
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -147,16 +155,16 @@ class DecodeScales(MergeModulelist):
     Subclasses MergeModulelist because that is how transformers knows that the tensors of a list are experts.
     """
 
-    def __init__(self, encode: bool):
+    def __init__(self, dialect: Dialect):
         super().__init__()
-        self.encode = encode
+        self.dialect = dialect
 
     def convert(self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any) -> dict[str, torch.Tensor]:
         columns = [torch.stack([scale.reshape(()) for scale in input_dict[pattern]]) for pattern in source_patterns]
         scales = torch.stack(columns, dim=-1) if len(columns) > 1 else columns[0]
         if isinstance(kwargs["model"].get_submodule(kwargs["full_layer_name"].rpartition(".")[0]), QuantLinear):
             scales = scales.reshape(())
-        return {target_patterns[0]: 1.0 / scales if self.encode else scales}
+        return {target_patterns[0]: self.dialect.decode_scalar(scales)}
 
 
 class JoinBlocks(ConversionOps):

@@ -8,7 +8,8 @@ from typing import Literal, TypeVar
 
 import torch
 
-from halfbyte.checkpoint.layer_tensors import PROJECTIONS, LayerTensors
+from halfbyte.checkpoint.layer_tensors import LayerTensors
+from halfbyte.checkpoint.projections import PROJECTIONS, Projection
 from halfbyte.checkpoint.source import Checkpoint
 from halfbyte.errors import CheckpointError, UnsupportedError
 
@@ -18,7 +19,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Problem:
+class Defect:
     """An `error` keeps a layer from loading; a `warning` loads, but deserves a look."""
 
     severity: Literal["error", "warning"]
@@ -36,7 +37,7 @@ class ScaleStatistics:
         global_scale, input_scale: smallest and largest decode multiplier, or None.
     """
 
-    projection: str
+    projection: Projection
     blocks: int
     smallest: float
     median: float
@@ -47,18 +48,18 @@ class ScaleStatistics:
     input_scale: tuple[float, float] | None
 
 
-def find_problems(checkpoint: Checkpoint) -> list[Problem]:
+def find_defects(checkpoint: Checkpoint) -> list[Defect]:
     """Examine every MoE layer: missing or misshapen tensors, NaN, zero and wildly scattered scales. Reads all scales, no codes.
 
     >>> from pathlib import Path
-    >>> find_problems(Checkpoint.open(Path(halfbyte.__file__).parent / "demo_model"))
+    >>> find_defects(Checkpoint.open(Path(halfbyte.__file__).parent / "demo_model"))
     []
     """
-    return [problem for layer in checkpoint.moe.moe_layers for problem in examine_layer(checkpoint, layer)[1]]
+    return [defect for layer in checkpoint.moe.moe_layers for defect in examine_layer(checkpoint, layer)[1]]
 
 
-def examine_layer(checkpoint: Checkpoint, layer: int) -> tuple[list[ScaleStatistics], list[Problem]]:
-    """Statistics of the scales of one layer (none for dense experts) and its problems; errors of a kind are counted, the first is told.
+def examine_layer(checkpoint: Checkpoint, layer: int) -> tuple[list[ScaleStatistics], list[Defect]]:
+    """Statistics of the scales of one layer (none for dense experts) and its defects; errors of a kind are counted, the first is told.
 
     Raises:
         CheckpointError: there is no such layer, or it has no routed experts.
@@ -98,11 +99,11 @@ def examine_layer(checkpoint: Checkpoint, layer: int) -> tuple[list[ScaleStatist
         for projection in PROJECTIONS:
             if tensors.has_bias(projection):
                 attempt(tensors.bias, 0, projection)
-    problems = [Problem("warning", layer, message) for message in warnings]
+    defects = [Defect("warning", layer, message) for message in warnings]
     if failures:
         more = f" (and {len(failures) - 1} more errors in this layer)" if len(failures) > 1 else ""
-        problems.insert(0, Problem("error", layer, failures[0] + more))
-    return statistics, problems
+        defects.insert(0, Defect("error", layer, failures[0] + more))
+    return statistics, defects
 
 
 def describe_scatter(input_scales: torch.Tensor) -> list[str]:
@@ -140,7 +141,7 @@ def _extent(scales: torch.Tensor | None, column: int) -> tuple[float, float] | N
 
 def _statistics(
     tensors: LayerTensors,
-    projection: str,
+    projection: Projection,
     histogram: torch.Tensor,
     global_scale: tuple[float, float] | None,
     input_scale: tuple[float, float] | None,

@@ -1,4 +1,4 @@
-"""Scale statistics against plain sorting, and every problem that is to be reported."""
+"""Scale statistics against plain sorting, and every defect that is to be reported."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import checkpoint_files as cf
 import pytest
 import torch
 
-from halfbyte.checkpoint import Checkpoint, Problem, find_problems
-from halfbyte.checkpoint.problems import examine_layer
+from halfbyte.checkpoint import Checkpoint, Defect, find_defects
+from halfbyte.checkpoint.defects import examine_layer
 from halfbyte.errors import CheckpointError
 
 PREFIX = "model.layers.1.mlp.experts"
@@ -21,8 +21,8 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-def problems(files: cf.Files, path: Path) -> list[Problem]:
-    return find_problems(Checkpoint.open(files.write(path)))
+def defects(files: cf.Files, path: Path) -> list[Defect]:
+    return find_defects(Checkpoint.open(files.write(path)))
 
 
 def same_gate_up(files: cf.Files) -> cf.Files:
@@ -54,28 +54,28 @@ def test_statistics_of_mxfp4(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("files", [cf.dense(), cf.dense(stacked="rows"), cf.compressed_tensors_mxfp4()], ids=["dense", "stacked", "mxfp4"])
-def test_sound_checkpoints_have_no_problems(files: cf.Files, tmp_path: Path) -> None:
-    assert problems(files, tmp_path) == []
+def test_sound_checkpoints_have_no_defects(files: cf.Files, tmp_path: Path) -> None:
+    assert defects(files, tmp_path) == []
 
 
 def test_different_gate_and_up_scales(tmp_path: Path) -> None:
-    (problem,) = problems(cf.nvfp4("compressed-tensors"), tmp_path)
-    assert problem.severity == "warning" and "different global scales in 3 of 3 experts, by up to 2 times" in problem.message
+    (defect,) = defects(cf.nvfp4("compressed-tensors"), tmp_path)
+    assert defect.severity == "warning" and "different global scales in 3 of 3 experts, by up to 2 times" in defect.message
 
 
 def test_scattered_input_scales(tmp_path: Path) -> None:
     files = same_gate_up(cf.nvfp4("modelopt"))
     files.tensors[f"{PREFIX}.1.gate_proj.input_scale"] = torch.tensor(1e-9)
-    (problem,) = problems(files, tmp_path)
-    assert problem.severity == "warning" and "1 of 3 experts are over 1000 times off" in problem.message and "of expert 1" in problem.message
+    (defect,) = defects(files, tmp_path)
+    assert defect.severity == "warning" and "1 of 3 experts are over 1000 times off" in defect.message and "of expert 1" in defect.message
 
 
 def test_all_zero_scales(tmp_path: Path) -> None:
     files = same_gate_up(cf.nvfp4("modelopt"))
     for expert in range(cf.E):
         files.tensors[f"{PREFIX}.{expert}.up_proj.weight_scale"].zero_()
-    (problem,) = problems(files, tmp_path)
-    assert problem == Problem("warning", 1, "all up blocks have scale 0: these experts are zero")
+    (defect,) = defects(files, tmp_path)
+    assert defect == Defect("warning", 1, "all up blocks have scale 0: these experts are zero")
 
 
 def test_errors_are_told_once_and_counted(tmp_path: Path) -> None:
@@ -83,18 +83,18 @@ def test_errors_are_told_once_and_counted(tmp_path: Path) -> None:
     for expert in range(cf.E):
         del files.tensors[f"{PREFIX}.{expert}.down_proj.weight_scale"]
     files.tensors[f"{PREFIX}.0.gate_proj.input_scale"] = torch.tensor(torch.nan)
-    (problem,) = problems(files, tmp_path)
-    assert problem.severity == "error" and problem.layer == 1
-    assert "gate_proj.input_scale (given nan" in problem.message and problem.message.endswith("(and 3 more errors in this layer)")
+    (defect,) = defects(files, tmp_path)
+    assert defect.severity == "error" and defect.layer == 1
+    assert "gate_proj.input_scale (given nan" in defect.message and defect.message.endswith("(and 3 more errors in this layer)")
 
 
 def test_missing_and_misshapen_weights(tmp_path: Path) -> None:
     files = cf.dense()
     del files.tensors[f"{PREFIX}.2.up_proj.weight"]
-    assert "missing tensor: model.layers.1.mlp.experts.2.up_proj.weight" in problems(files, tmp_path / "a")[0].message
+    assert "missing tensor: model.layers.1.mlp.experts.2.up_proj.weight" in defects(files, tmp_path / "a")[0].message
     files = same_gate_up(cf.nvfp4("modelopt"))
     files.tensors[f"{PREFIX}.1.up_proj.weight"] = torch.zeros(cf.I, cf.H, dtype=torch.bfloat16)
-    assert "wrong dtype" in problems(files, tmp_path / "b")[0].message
+    assert "wrong dtype" in defects(files, tmp_path / "b")[0].message
     files, _, _ = cf.gpt_oss()
     files.tensors[f"{PREFIX}.gate_up_proj_bias"] = torch.zeros(cf.E, cf.I)
     assert "wrong shape" in examine_layer(Checkpoint.open(files.write(tmp_path / "c")), 1)[1][0].message

@@ -1,0 +1,18 @@
+"""gpt-oss: softmax over the top k of biased logits, clamped SwiGLU, biases; stacked experts whose gate and up rows alternate."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from halfbyte.checkpoint.families.description import Config, Family, RoutingRule, TensorNames
+
+MODEL_TYPES = {"gpt_oss": TensorNames(router="router.weight", logit_bias="router.bias", correction_bias=())}
+
+
+def describe(config: Config) -> Family:
+    """Experts in every layer."""
+    return Family(
+        RoutingRule("renormalize", config.top_k),
+        activation=replace(config.activation, alpha=config.get("swiglu_alpha", 1.702), beta=1.0, limit=config.get("swiglu_limit", 7.0)),
+        interleaved=True,
+    )

@@ -1,0 +1,107 @@
+"""config.json of each family to one MoEConfig. A family is known when `fixtures/<model_type>.json` says what a published model of it comes to."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import astuple
+from pathlib import Path
+
+import checkpoint_files as cf
+import pytest
+
+from halfbyte.checkpoint.families import FAMILIES, KNOWN_MODEL_TYPES, RoutingRule, describe_moe, find_blocks, format_range, tensor_names
+from halfbyte.errors import CheckpointError, UnsupportedError
+from halfbyte.experts import GEGLU_TANH
+
+NAMES = ["model.embed_tokens.weight", "model.layers.1.mlp.experts.0.gate_proj.weight"]
+FIXTURES = {file.stem: file for file in (Path(__file__).parent / "fixtures").glob("*.json")}
+
+
+def test_every_known_model_type_has_a_fixture() -> None:
+    assert set(KNOWN_MODEL_TYPES) == set(FIXTURES)
+
+
+def test_no_model_type_belongs_to_two_families() -> None:
+    claimed = [model_type for family in FAMILIES for model_type in family.MODEL_TYPES]
+    assert sorted(claimed) == sorted(KNOWN_MODEL_TYPES)
+
+
+@pytest.mark.parametrize("model_type", FIXTURES)
+def test_a_published_model(model_type: str) -> None:
+    """Sizes, routing, activation and place; and which of the tensors beside the experts are taken for the router's."""
+    fixture = json.loads(FIXTURES[model_type].read_text())
+    expected = fixture["expected"]
+    assert fixture["config"]["model_type"] == model_type
+    moe = describe_moe(fixture["config"], fixture["tensors"])
+    assert moe.family == model_type and moe.num_layers == fixture["config"]["num_hidden_layers"]
+    assert (format_range(moe.moe_layers), moe.block, moe.interleaved) == (expected["moe_layers"], expected["block"], expected["interleaved"])
+    assert [moe.num_experts, moe.hidden, moe.intermediate] == expected["sizes"]
+    assert moe.routing is not None and moe.activation is not None and moe.top_k == expected["routing"][1]
+    assert [list(astuple(moe.routing)), list(astuple(moe.activation))] == [expected["routing"], expected["activation"]]
+    names = tensor_names(model_type)
+    router = {names.router, names.logit_bias, *names.correction_bias, names.token_experts}
+    block = moe.block_of(moe.moe_layers[0])
+    assert [name for name in sorted(router) if f"{block}.{name}" in fixture["tensors"]] == expected["router"]
+
+
+def test_which_layers_are_moe() -> None:
+    def layers(config: dict, **changes: object) -> tuple[int, ...]:
+        return describe_moe({**config, "num_hidden_layers": 6, **changes}, NAMES).moe_layers
+
+    assert layers(cf.QWEN, mlp_only_layers=[]) == layers(cf.QWEN, mlp_only_layers=None, decoder_sparse_step=None) == (0, 1, 2, 3, 4, 5)
+    assert layers(cf.QWEN, mlp_only_layers=[3], decoder_sparse_step=2) == (1, 5)
+    assert layers(cf.QWEN, mlp_only_layers=list(range(6))) == ()
+    assert layers(cf.DEEPSEEK_V3, first_k_dense_replace=3) == (3, 4, 5)
+    assert layers(cf.DEEPSEEK_V3, first_k_dense_replace=0, moe_layer_freq=2) == (0, 2, 4)
+    assert layers(cf.MIXTRAL) == layers(cf.GPT_OSS) == layers(cf.DEEPSEEK_V4) == (0, 1, 2, 3, 4, 5)
+    assert layers(cf.DEEPSEEK_V4, mlp_layer_types=["dense", "hash_moe", "moe", "dense", "moe", "moe"]) == (1, 2, 4, 5)
+
+
+def test_a_language_model_inside_another() -> None:
+    wrapped = describe_moe({"model_type": "a_vision_model", "text_config": cf.QWEN}, ["model.language_model.layers.1.mlp.experts.0.up_proj.weight"])
+    assert wrapped.family == "qwen3_moe" and wrapped.block_of(1) == "model.language_model.layers.1.mlp"
+
+
+def test_routing_and_activation_that_the_configuration_changes() -> None:
+    def rule(config: dict, **changes: object) -> RoutingRule | None:
+        return describe_moe({**config, **changes}, NAMES).routing
+
+    assert rule(cf.QWEN) == RoutingRule("renormalize", 2)
+    assert rule(cf.QWEN, norm_topk_prob=False) == RoutingRule("default", 2)
+    assert rule(cf.MIXTRAL) == rule(cf.GPT_OSS) == RoutingRule("renormalize", 2)
+    assert rule(cf.DEEPSEEK_V3, n_group=8, topk_group=4) == RoutingRule("deepseek_v3", 2, 8, 4, 2.5)
+    assert rule(cf.DEEPSEEK_V4) == RoutingRule("deepseek_v4", 2, scale=1.5)
+    assert describe_moe({**cf.QWEN, "hidden_act": "gelu_pytorch_tanh"}, NAMES).activation == GEGLU_TANH
+    for config in (cf.DEEPSEEK_V3, cf.DEEPSEEK_V4):
+        for changes in ({"scoring_func": "softmax"}, {"norm_topk_prob": False}):
+            with pytest.raises(UnsupportedError, match="unknown router"):
+                rule(config, **changes)
+
+
+def test_what_cannot_be_described() -> None:
+    with pytest.raises(UnsupportedError, match=r"model_type 'llama'; needed qwen2_moe, .*deepseek_v4"):
+        describe_moe({"model_type": "llama"}, NAMES)
+    with pytest.raises(UnsupportedError, match="hidden_act 'tanh'"):
+        describe_moe({**cf.QWEN, "hidden_act": "tanh"}, NAMES)
+    with pytest.raises(CheckpointError, match=r"missing value .needed hidden_size"):
+        describe_moe({key: value for key, value in cf.QWEN.items() if key != "hidden_size"}, NAMES)
+    with pytest.raises(CheckpointError, match=r"no single place of expert tensors .given none"):
+        describe_moe(cf.QWEN, ["model.layers.0.mlp.gate_proj.weight", "mtp.layers.0.mlp.experts.0.up_proj.weight"])
+    with pytest.raises(CheckpointError, match=r"given a\.layers\.N\.mlp, b\.layers\.N\.ffn"):
+        describe_moe(cf.QWEN, ["b.layers.0.ffn.experts.0.w1.weight", "a.layers.0.mlp.experts.0.w1.weight"])
+
+
+def test_find_blocks() -> None:
+    """Whatever lies between layer and experts, nothing included; shared experts are none."""
+    places = {
+        "model.layers.{layer}.mlp": "model.layers.12.mlp.experts.0.gate_proj.weight_packed",
+        "layers.{layer}.feed_forward": "layers.0.feed_forward.experts.gate_up_proj",
+        "layers.{layer}.moe.inner": "layers.0.moe.inner.experts.3.w2.scale",
+        "model.layers.{layer}": "model.layers.7.experts.down_proj_blocks",
+    }
+    assert [find_blocks([name]) for name in places.values()] == [[place] for place in places]
+    assert find_blocks(["model.layers.0.mlp.shared_experts.up_proj.weight", "experts.0.w1.weight", "mtp.layers.0.mlp.experts.0.w1"]) == []
+
+
+def test_format_range() -> None:
+    assert [format_range(numbers) for numbers in ([], [4], [0, 1], [1, 3, 4, 5, 9])] == ["(none)", "4", "0..1", "1, 3..5, 9"]
