@@ -141,7 +141,7 @@ def test_unknown_family(tmp_path: Path, cache_dir: Path, capsys: pytest.CaptureF
     assert "routing unknown" in capsys.readouterr().err and not cache_dir.exists()
     (layer,) = report(capsys, model)["layers"]
     assert layer["layer"] == 1 and Path(layer["file"]).exists()
-    assert torch.equal(hb.load_prepared(model, 1).experts.w2.codes, hb.load_experts(model, 1).w2.codes)
+    assert torch.equal(hb.load_prepared(model, 1).storage.w2.codes, hb.load_experts(model, 1).w2.codes)
 
 
 def test_compile_is_refused_where_no_kernel_runs_the_layer_and_does_nothing_for_torch(

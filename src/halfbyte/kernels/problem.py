@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
@@ -16,8 +15,7 @@ from halfbyte.formats.fp8_tensor import Fp8Tensor
 Hidden: TypeAlias = torch.Tensor | QuantTensor | Fp8Tensor  # hidden states: floats, or what a dispatch or a fused norm has quantised
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """One op on one device, without the number of tokens. What an op has no use for stays at its default.
 
     Attributes:
@@ -178,6 +176,11 @@ class Provider(Protocol):
     def rounds_weights(problem: Problem, size: Size) -> bool:
         """Whether it multiplies by weights rounded to e4m3 (`weights.hopper.rounding_fp8`) instead of by the FP4 values."""
         return False
+
+
+def plain_torch(problem: Problem) -> Support:
+    """What the reference says where nothing keeps it from running."""
+    return Support.yes("plain torch, the definition") if problem.target.is_cpu else Support.slow("plain torch runs instead")
 
 
 def takes_16_bits(problem: Problem) -> Support:

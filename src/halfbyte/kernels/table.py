@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import logging
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 from halfbyte.device import Target
@@ -91,7 +91,7 @@ def wanted_layout(format: BlockFormat | None, target: Target, activations: str) 
         if not _is_loadable(module, target):
             continue
         layout = _choice(name, module, "").layout(problem)
-        if _load(module).supports(replace(problem, layout=layout)).runs:
+        if _load(module).supports(problem._replace(layout=layout)).runs:
             what = f"{repr(format) if format else 'dense'} experts with {activations} activations on {target.arch}"
             return layout, f"read by kernel {name!r}, the first that runs {what}"
     raise AssertionError("the reference runs everything")

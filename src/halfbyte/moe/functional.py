@@ -6,7 +6,7 @@ Under torch.compile it is one op, `halfbyte::fused_moe` of `moe.ops`, which the 
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -24,9 +24,8 @@ _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _BLOCK_OF_ACTIVATIONS = {"nvfp4": 16, "mxfp8": 32}
 
 
-@dataclass(frozen=True)
-class Call:
-    """What a call of a layer is asked for beside its tensors; hashable but for a placed `expert_map`.
+class Call(NamedTuple):
+    """What a call of a layer is asked for beside its tensors.
 
     Attributes:
         layout, target: of the prepared experts.
@@ -40,7 +39,7 @@ class Call:
     batch_invariant: bool = False
     backend: str | None = None
     config: Hashable | None = None
-    expert_map: ExpertMap = field(default_factory=ExpertMap)
+    expert_map: ExpertMap = ExpertMap()
 
 
 def fused_moe(

@@ -51,7 +51,7 @@ def test_every_activation(name: str, format: hb.BlockFormat, activation: str) ->
 @pytest.mark.parametrize("format", [hb.NVFP4, hb.MXFP4], ids=repr)
 @pytest.mark.parametrize("intermediate", [2880, 3072, 3392])  # a tail, four equal parts, unequal ones with a tail
 def test_direct_kernel_with_the_columns_of_w2_in_parts(intermediate: int, format: hb.BlockFormat, activation: str) -> None:
-    from halfbyte.kernels.sm90.fused_moe import MIN_COLUMNS_OF_PARTS
+    from halfbyte.kernels.sm90.expert_rows import MIN_COLUMNS_OF_PARTS
 
     assert intermediate >= MIN_COLUMNS_OF_PARTS
     w = make_experts(4, 320, intermediate, format, ACTIVATIONS[activation])

@@ -18,7 +18,7 @@ import torch
 from halfbyte.experts import ExpertWeights
 from halfbyte.formats import QuantTensor
 from halfbyte.formats.activation_formats import ActivationFormat, round_trip
-from halfbyte.kernels.problem import Hidden, Problem, Support
+from halfbyte.kernels.problem import Hidden, Problem, Support, plain_torch
 from halfbyte.kernels.reference.activation import activate
 from halfbyte.kernels.work_list import WorkList
 
@@ -30,7 +30,7 @@ BLOCK_ELEMENTS = 1 << 22
 def supports(problem: Problem) -> Support:
     if problem.layout != "canonical":
         return Support.no(f"reads layout 'canonical', the weights are in {problem.layout!r}")
-    return Support.yes("plain torch, the definition") if problem.target.is_cpu else Support.slow("plain torch runs instead")
+    return plain_torch(problem)
 
 
 def run(

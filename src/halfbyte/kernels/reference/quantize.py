@@ -9,7 +9,7 @@ from halfbyte.formats import BlockFormat, QuantTensor
 from halfbyte.formats import quantize as codec
 from halfbyte.formats.e8m0 import ScaleRule
 from halfbyte.formats.scale_layout import ScaleLayout
-from halfbyte.kernels.problem import Problem, Support
+from halfbyte.kernels.problem import Problem, Support, plain_torch
 from halfbyte.kernels.reference.activation import activate
 
 
@@ -28,7 +28,7 @@ def normed(x: torch.Tensor, norm: tuple[torch.Tensor, float] | None) -> torch.Te
 
 
 def supports(problem: Problem) -> Support:
-    return Support.slow("plain torch runs instead")
+    return plain_torch(problem)
 
 
 def run(

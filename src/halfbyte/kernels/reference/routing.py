@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 import torch
 
-from halfbyte.kernels.problem import Problem, Support
+from halfbyte.kernels.problem import Problem, Support, plain_torch
 
 Map = Callable[[torch.Tensor], torch.Tensor]
 
@@ -80,7 +80,7 @@ METHODS: dict[str, Method] = {
 
 
 def supports(problem: Problem) -> Support:
-    return Support.slow("plain torch runs instead")
+    return plain_torch(problem)
 
 
 def run(

@@ -122,7 +122,7 @@ def choose_config(problem: Problem, size: Size) -> Config:
     >>> problem = Problem("fused_moe", halfbyte.Target.of("cpu"), halfbyte.NVFP4, "hopper", "bf16", num_experts=256, hidden=7168, intermediate=2048)
     >>> [choose_config(problem, Size(num_tokens, 8)).max_rows for num_tokens in (1, 64, 1024, 4096)]
     [8, 8, 64, 160]
-    >>> problem = replace(problem, activations="fp8")
+    >>> problem = problem._replace(activations="fp8")
     >>> choose_config(problem, Size(512, 8)).fp8, choose_config(problem, Size(1024, 8)).fp8
     (False, True)
     """

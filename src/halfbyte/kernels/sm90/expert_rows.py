@@ -1,6 +1,6 @@
 """Both products of the layer on Hopper, up to and without the weighted sum: rows [T * k, H] bf16 in the order of a work list.
 
-    few tokens per expert    GEMM1, GEMM2 (decode)
+    few tokens per expert    GEMM1, GEMM2 (decode; direct: without a work list)
     many                     gather, GEMM1, GEMM2 (prefill)
     many, fp8                quantise tokens, GEMM1, quantise rows, GEMM2 (prefill on fp8 tensor cores)
 
@@ -14,7 +14,8 @@ h gets one scale per row, which needs the largest value of the whole row and so 
 operations: at 3 TB/s and 1.3 Pflop/s 650 / H of GEMM2's time, 3 % of a DeepSeek-R1 layer and 10 % of a Qwen3-30B one. A scale for every 64 columns
 would save 2 of the 3 bytes and cost GEMM2 a multiply-add on every accumulator at every step: at 128 tokens 64 of them per thread, twice the decoding.
 
-Workspace, from torch's allocator: with R = T * k rows, 2 R I bytes, 2 R H bytes, and for prefill 2 R H more (fp8: R H and R I).
+Workspace, from torch's allocator: with R = T * k rows, 2 R I bytes, 2 R H bytes (direct: 4 R H per part), and for prefill 2 R H more (fp8: R H and
+R I).
 """
 
 from __future__ import annotations
@@ -44,6 +45,11 @@ __all__ = ["choose_config", "configs", "layout", "rounds_weights", "run", "suppo
 
 fix_cache_keys(grouped_gemm_w4a16_decode, grouped_gemm_prefill)
 
+# The direct kernel divides the columns of w2 among this many programs where there are that many columns. One token takes 22 to 27 % less with
+# Mixtral's 14,336 and 10 % less with gpt-oss' 2,880, but 6 % more with DeepSeek-R1's 2,048 (H100 and H200, 2026-11-26).
+W2_PARTS = 4
+MIN_COLUMNS_OF_PARTS = 2816
+
 # Per thread. With 64 a multiprocessor holds eight programs: two tokens of DeepSeek-R1, whose w13 has 7.8 for each, take 101 us, with 66 (seven
 # programs) 116. Those of the direct w2 start while w13 is at work: with 64 one token takes 61.8 us, with 72 (seven) 60.0 (H200, 2026-11-27).
 DECODE_REGISTERS = 64
@@ -72,32 +78,38 @@ def problem_of(op: str, hidden: Hidden, experts: HopperExperts, activations: Act
 
 
 def run(
-    hidden: Hidden, experts: HopperExperts, work: WorkList, *, activations: ActivationFormat = "bf16", config: Config | None = None
+    hidden: Hidden,
+    experts: HopperExperts,
+    work: WorkList | torch.Tensor,
+    *,
+    activations: ActivationFormat = "bf16",
+    expert_offset: int = 0,
+    config: Config | None = None,
 ) -> torch.Tensor:
-    """hidden [T, H] bf16 or quantised to rows [T * k, H] bf16; `work` has items of at most `config.max_rows` rows."""
-    num_rows, device = work.row_of_slot.shape[0], experts.device
+    """hidden [T, H] bf16 or quantised to rows [T * k, H] bf16; `work` has items of at most `config.max_rows` rows.
+
+    With `configs.DIRECT`, which `fused_moe` takes: `work` is the expert ids [T, k] themselves, the row of slot s is at s, the first slot of its token
+    that names the expert, and rows are fp32 [parts * T * k, H], the parts to be added up.
+    """
+    num_rows, device = work.numel() if isinstance(work, torch.Tensor) else work.row_of_slot.shape[0], experts.device
     if config is None:
         config = choose_config(problem_of("expert_rows", hidden, experts, activations), Size(num_rows))
     h = torch.empty((num_rows, padded_size(experts.intermediate)), dtype=torch.bfloat16, device=device)
-    rows = torch.empty((num_rows, experts.hidden), dtype=torch.bfloat16, device=device)
     if not isinstance(config, PrefillConfig):
-        decode(hidden, experts, work, h, rows, activations)
-    elif config.fp8:
+        parts = W2_PARTS if config.direct and experts.intermediate >= MIN_COLUMNS_OF_PARTS else 1
+        rows = torch.empty((parts * num_rows, experts.hidden), dtype=torch.float32 if config.direct else torch.bfloat16, device=device)
+        x, x_scale = _encoded(hidden, activations, experts)
+        _decode_gemm(x, x_scale, experts.w13, h, experts, work, expert_offset, is_w13=True)
+        _, h_scale = encode_rows(h, activations, experts.w2_input_scale, out=h, launch_early=True)
+        _decode_gemm(h, h_scale, experts.w2, rows, experts, work, expert_offset, is_w13=False)
+        return rows
+    assert not isinstance(work, torch.Tensor), "only the direct kernel finds its rows in the ids"
+    rows = torch.empty((num_rows, experts.hidden), dtype=torch.bfloat16, device=device)
+    if config.fp8:
         _prefill_fp8(hidden, experts, work, h, rows, config)
     else:
         _prefill(hidden, experts, work, h, rows, activations, config)
     return rows
-
-
-def decode(
-    hidden: Hidden, experts: HopperExperts, work: WorkList | torch.Tensor, h: torch.Tensor, rows: torch.Tensor, activations: ActivationFormat,
-    expert_offset: int = 0,
-) -> None:  # fmt: skip
-    """Both products by the decode kernel. `work`: a work list, or the expert ids [T, k] themselves (direct)."""
-    x, x_scale = _encoded(hidden, activations, experts)
-    _decode_gemm(x, x_scale, experts.w13, h, experts, work, expert_offset, is_w13=True)
-    _, h_scale = encode_rows(h, activations, experts.w2_input_scale, out=h, launch_early=True)
-    _decode_gemm(h, h_scale, experts.w2, rows, experts, work, expert_offset, is_w13=False)
 
 
 def _encoded(hidden: Hidden, activations: ActivationFormat, experts: HopperExperts) -> tuple[torch.Tensor, torch.Tensor | None]:
