@@ -2,7 +2,7 @@
 
     python benchmarks/folded.py        # one sm_90 GPU
 
-Each line is GEMM1 of a layer with so many rows an expert: TFLOP/s of `torch._scaled_grouped_mm` (CUTLASS, scales of rows) and of the kernel that
+Each line is GEMM1 of a layer with so many rows per expert: TFLOP/s of `torch._scaled_grouped_mm` (CUTLASS, scales of rows) and of the kernel that
 `fused_moe(activations="fp8")` chooses. See docs/weights.md, "Residency".
 """
 
@@ -16,8 +16,9 @@ import halfbyte as hb
 from halfbyte.bench.inputs import random_experts
 from halfbyte.bench.shapes import NAMED_SHAPES
 from halfbyte.bench.timing import time_calls
-from halfbyte.kernels.shared.sort import permute
-from halfbyte.kernels.sm90 import fused_moe as layer
+from halfbyte.kernels.problem import Size
+from halfbyte.kernels.shared.sort import run as sort
+from halfbyte.kernels.sm90 import expert_rows
 from halfbyte.kernels.sm90.quantize_rows import quantize_tokens
 from halfbyte.weights.hopper.layout import padded_size
 
@@ -42,11 +43,11 @@ def measure(name: str, rows: int) -> tuple[float, float]:
     experts = hb.prepare(random_experts(shape, hb.NVFP4, DEVICE, seed=0), "hopper").storage
     hidden = torch.randn(count, columns, device=DEVICE).bfloat16()
     ids = torch.arange(count, device=DEVICE, dtype=torch.int32).remainder(shape.num_experts).unsqueeze(1)
-    config = layer.choose_config(count, 1, shape.num_experts, "fp8")
-    items = permute(ids, 0, shape.num_experts, config.max_rows)
-    codes, scales = quantize_tokens(hidden, items, 1, padded_size(columns))
+    config = expert_rows.choose_config(expert_rows.problem_of("expert_rows", hidden, experts, "fp8"), Size(count))
+    work = sort(ids, 0, shape.num_experts, config.max_rows)
+    codes, scales = quantize_tokens(hidden, work, padded_size(columns))
     h = torch.empty((count, padded_size(shape.intermediate)), dtype=torch.bfloat16, device=DEVICE)
-    ours_us = time_calls([lambda: layer._prefill_gemm(codes, scales, experts.w13, h, experts, items, config, is_w13=True)], DEVICE).median_us
+    ours_us = time_calls([lambda: expert_rows._prefill_gemm(codes, scales, experts.w13, h, experts, work, config, is_w13=True)], DEVICE).median_us
     return flops / torch_us / 1e6, flops / ours_us / 1e6
 
 
@@ -56,5 +57,5 @@ if __name__ == "__main__":
     for name, sizes in ROWS.items():
         for rows in sizes:
             theirs, ours = measure(name, rows)
-            print(f"{name}, {rows} rows an expert: torch, folded weights {theirs:.0f} TFLOP/s, halfbyte, packed weights {ours:.0f}", flush=True)
+            print(f"{name}, {rows} rows per expert: torch, folded weights {theirs:.0f} TFLOP/s, halfbyte, packed weights {ours:.0f}", flush=True)
             torch.cuda.empty_cache()

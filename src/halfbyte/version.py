@@ -1,3 +1,3 @@
 """The version, where every part of the package can read it."""
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"

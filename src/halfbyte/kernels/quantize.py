@@ -191,7 +191,7 @@ def quantize_experts(
     x: torch.Tensor,
     expert_offsets: torch.Tensor,
     global_scales: torch.Tensor | None,
-    fmt: BlockFormat = NVFP4,
+    format: BlockFormat = NVFP4,
     *,
     scale_layout: ScaleLayout = "128x4",
     activation: Activation | None = None,
@@ -208,7 +208,7 @@ def quantize_experts(
         x: fp32, bf16 or fp16 [M, K], K a multiple of the block.
         expert_offsets: int32 [E + 1], rising, within 0 .. M.
         global_scales: NVFP4 only: fp32 [E], decode multipliers, > 0.
-        fmt: NVFP4 or MXFP4.
+        format: NVFP4 or MXFP4.
         scale_layout: "128x4", "8x4" or "linear".
         activation: x is [M, 2K], gate columns then up columns, and this is applied first, as in `silu_mul_quantize`.
         out: the result of an earlier call with the same sizes, to write into.
@@ -224,30 +224,30 @@ def quantize_experts(
     """
     if activation is not None:
         _check_activation(x, activation, "quantize_experts")
-    _check_experts(x, expert_offsets, global_scales, fmt, halves=1 if activation is None else 2)
+    _check_experts(x, expert_offsets, global_scales, format, halves=1 if activation is None else 2)
     width = x.shape[1] if activation is None else x.shape[1] // 2
     if out is None:
-        out = allocate_experts(x[:, :width], expert_offsets, fmt, scale_layout)
+        out = allocate_experts(x[:, :width], expert_offsets, format, scale_layout)
     else:
-        given, needed = _description(out), _description(allocate_experts(x[:, :width].to("meta"), expert_offsets, fmt, scale_layout))
+        given, needed = _description(out), _description(allocate_experts(x[:, :width].to("meta"), expert_offsets, format, scale_layout))
         if given != needed or out.codes.device != x.device:
             raise InputError("out does not fit", where="quantize_experts", given=given, needed=f"{needed} on {x.device}")
     if x.numel() == 0:
         if scale_layout != "linear":
             out.scale_offsets.zero_()
         return out
-    kernel = choose(Problem("quantize_experts", Target.of(x.device), fmt, dtype=x.dtype), backend)
-    kernel.run(x, expert_offsets, global_scales, fmt, scale_layout, *out, activation=activation)
+    kernel = choose(Problem("quantize_experts", Target.of(x.device), format, dtype=x.dtype), backend)
+    kernel.run(x, expert_offsets, global_scales, format, scale_layout, *out, activation=activation)
     return out
 
 
-def allocate_experts(x: torch.Tensor, expert_offsets: torch.Tensor, fmt: BlockFormat, layout: ScaleLayout) -> QuantizedExperts:
+def allocate_experts(x: torch.Tensor, expert_offsets: torch.Tensor, format: BlockFormat, layout: ScaleLayout) -> QuantizedExperts:
     """What `quantize_experts` fills for x [M, K], uninitialised."""
     num_rows, width = x.shape
-    columns = padded_shape(layout, 0, width // fmt.block)[1]
+    columns = padded_shape(layout, 0, width // format.block)[1]
     scale_rows = max_padded_rows(num_rows, expert_offsets.numel() - 1, tile_rows(layout))
     codes = torch.empty((num_rows, width // 2), dtype=torch.uint8, device=x.device)
-    scales = torch.empty((scale_rows, columns), dtype=fmt.scale_dtype, device=x.device)
+    scales = torch.empty((scale_rows, columns), dtype=format.scale_dtype, device=x.device)
     return QuantizedExperts(codes, scales, expert_offsets if layout == "linear" else torch.empty_like(expert_offsets))
 
 
@@ -255,19 +255,19 @@ def _description(parts: QuantizedExperts) -> str:
     return ", ".join(f"{part.dtype} {tuple(part.shape)}{'' if part.is_contiguous() else ' not contiguous'}" for part in parts)
 
 
-def _check_experts(x: torch.Tensor, expert_offsets: torch.Tensor, global_scales: torch.Tensor | None, fmt: BlockFormat, halves: int) -> None:
+def _check_experts(x: torch.Tensor, expert_offsets: torch.Tensor, global_scales: torch.Tensor | None, format: BlockFormat, halves: int) -> None:
     where = "quantize_experts"
     if x.ndim != 2 or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         given = f"{x.dtype} {tuple(x.shape)}"
         raise InputError("cannot quantise these rows", where=where, given=given, needed="float32, bfloat16 or float16 [M, K]")
-    check_blocks(x.shape[1] // halves, fmt, where)
+    check_blocks(x.shape[1] // halves, format, where)
     if expert_offsets.dtype != torch.int32 or expert_offsets.ndim != 1 or expert_offsets.numel() < 2 or not expert_offsets.is_contiguous():
         given = f"{expert_offsets.dtype} {tuple(expert_offsets.shape)}"
         raise InputError("expert_offsets do not fit", where=where, given=given, needed="contiguous int32 [E + 1], E >= 1")
     num_experts = expert_offsets.numel() - 1
-    if not fmt.has_global_scale:
+    if not format.has_global_scale:
         if global_scales is not None:
-            raise InputError(f"{fmt!r} has no global scales", where=where, given=tuple(global_scales.shape), needed=None)
+            raise InputError(f"{format!r} has no global scales", where=where, given=tuple(global_scales.shape), needed=None)
     elif global_scales is None or global_scales.dtype != torch.float32 or global_scales.shape != (num_experts,) or not global_scales.is_contiguous():
         scales = None if global_scales is None else f"{global_scales.dtype} {tuple(global_scales.shape)}"
         raise InputError("global_scales do not fit", where=where, given=scales, needed=f"contiguous float32 ({num_experts},)")

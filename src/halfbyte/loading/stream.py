@@ -70,9 +70,9 @@ class _Route(Protocol):
 
     buffers: tuple[ExpertWeights, ...]
 
-    def wait_until_free(self, slot: int) -> None: ...
+    def wait_until_free(self, stage: int) -> None: ...
 
-    def place(self, slot: int, chunk: ExpertWeights, first: int) -> None: ...
+    def place(self, stage: int, chunk: ExpertWeights, first: int) -> None: ...
 
 
 def _pipeline(reader: ExpertReader, chunks: list[range], route: _Route, report: Callable[[range], None]) -> None:
@@ -98,10 +98,10 @@ class _HostRoute:
         self.buffers = tuple(reader.allocate("cpu", step) for _ in range(2))
         self._storage, self._pack = storage, pack
 
-    def wait_until_free(self, slot: int) -> None:
+    def wait_until_free(self, stage: int) -> None:
         """A chunk is packed before `place` returns."""
 
-    def place(self, slot: int, chunk: ExpertWeights, first: int) -> None:
+    def place(self, stage: int, chunk: ExpertWeights, first: int) -> None:
         self._pack(chunk, self._storage, first)
 
 
@@ -115,21 +115,21 @@ class _CudaRoute:
         self._copies.wait_stream(self._current)  # the memory may have been another tensor's a moment ago
         self._copied, self._packed = (tuple(torch.cuda.Event() for _ in range(2)) for _ in range(2))
 
-    def wait_until_free(self, slot: int) -> None:
-        self._copied[slot].synchronize()
+    def wait_until_free(self, stage: int) -> None:
+        self._copied[stage].synchronize()
 
-    def place(self, slot: int, chunk: ExpertWeights, first: int) -> None:
+    def place(self, stage: int, chunk: ExpertWeights, first: int) -> None:
         count = chunk.num_experts
-        arrived = replace(self._arrived[slot][:count], first_expert=chunk.first_expert) if self._pack else self._storage[first : first + count]
+        arrived = replace(self._arrived[stage][:count], first_expert=chunk.first_expert) if self._pack else self._storage[first : first + count]
         with torch.cuda.stream(self._copies):
-            self._copies.wait_event(self._packed[slot])
+            self._copies.wait_event(self._packed[stage])
             for name, tensor in arrived.tensors.items():
                 tensor.copy_(chunk.tensors[name], non_blocking=True)
-            self._copied[slot].record()
+            self._copied[stage].record()
         if self._pack:
-            self._current.wait_event(self._copied[slot])
+            self._current.wait_event(self._copied[stage])
             self._pack(arrived, self._storage, first)
-            self._packed[slot].record(self._current)
+            self._packed[stage].record(self._current)
 
     def finish(self) -> None:
         """Whatever comes next on the current stream finds the storage filled, and no copy on its way to memory that has gone to somebody else."""

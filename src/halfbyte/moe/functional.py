@@ -140,23 +140,24 @@ def check_prepared(experts: object, where: str) -> None:
 
 def check(hidden: Hidden, experts: Storage, topk_ids: torch.Tensor, topk_weights: torch.Tensor, activations: str, out: torch.Tensor | None) -> None:
     """Raise what `fused_moe` raises for arguments that do not fit `experts`."""
+    device, num_columns = experts.device, experts.hidden
     num_tokens = check_hidden(hidden, experts)
-    _check_tensor("topk_ids", topk_ids, (torch.int32, torch.int64), (num_tokens, None), experts.device)
-    _check_tensor("topk_weights", topk_weights, _FLOATS, (num_tokens, topk_ids.shape[1]), experts.device)
+    _check_tensor("topk_ids", topk_ids, (torch.int32, torch.int64), num_tokens, None, device)
+    _check_tensor("topk_weights", topk_weights, _FLOATS, num_tokens, topk_ids.shape[1], device)
     if out is not None:
         dtype = hidden.dtype if isinstance(hidden, torch.Tensor) else torch.bfloat16
-        _check_tensor("out", out, (dtype, torch.float32), (num_tokens, experts.hidden), experts.device)
+        _check_tensor("out", out, (dtype, torch.float32), num_tokens, num_columns, device)
     check_activations(activations, "fused_moe")
     block = _BLOCK_OF_ACTIVATIONS.get(activations, 1)
-    if experts.hidden % block or experts.intermediate % block:
-        given = f"hidden {experts.hidden}, intermediate {experts.intermediate}"
+    if num_columns % block or experts.intermediate % block:
+        given = f"hidden {num_columns}, intermediate {experts.intermediate}"
         raise InputError(f"activations do not divide into {activations} blocks", where="fused_moe", given=given, needed=f"multiples of {block}")
 
 
 def check_hidden(hidden: Hidden, experts: Storage) -> int:
     """The number of tokens of hidden states that fit the experts."""
     if isinstance(hidden, torch.Tensor):
-        _check_tensor("hidden", hidden, _FLOATS, (None, experts.hidden), experts.device)
+        _check_tensor("hidden", hidden, _FLOATS, None, experts.hidden, experts.device)
         return hidden.shape[0]
     quantized_format(hidden)
     num_columns = hidden.codes.shape[-1] * (2 if isinstance(hidden, QuantTensor) else 1)
@@ -167,15 +168,16 @@ def check_hidden(hidden: Hidden, experts: Storage) -> int:
 
 
 def _check_tensor(
-    name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int | None, int | None], device: torch.device
+    name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], num_rows: int | None, num_columns: int | None, device: torch.device
 ) -> None:
-    fits = tensor.ndim == 2 and all(size in (None, actual) for size, actual in zip(shape, tensor.shape, strict=True))
+    shape = tensor.shape
+    fits = len(shape) == 2 and num_rows in (None, shape[0]) and num_columns in (None, shape[1])
     if fits and tensor.dtype in dtypes and tensor.device == device:
         return
-    sizes = ", ".join("any" if size is None else str(size) for size in shape)
+    sizes = ", ".join("any" if size is None else str(size) for size in (num_rows, num_columns))
     raise InputError(
         f"{name} does not fit",
         where="fused_moe",
-        given=f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}",
+        given=f"{tensor.dtype} {tuple(shape)} on {tensor.device}",
         needed=f"{' or '.join(map(str, dict.fromkeys(dtypes)))} [{sizes}] on {device}",
     )

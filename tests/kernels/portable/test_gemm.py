@@ -394,4 +394,4 @@ def test_one_kernel_for_any_number_of_tokens():
         for num_tokens in (1, 2, 15, 16, 17, 32):
             hidden, ids, weights = [part.cpu() for part in make_tokens(w, num_tokens, BF16)]
             fused_moe(hidden, w, ids, weights)
-    assert sorted(kernel.name for kernel in launched) == ["_sort", *2 * ["grouped_gemm_w4a16_kernel"]]
+    assert sorted(kernel.name for kernel in launched) == ["_combine", "_sort", *2 * ["grouped_gemm_w4a16_kernel"]]

@@ -281,7 +281,7 @@ GOOD = {"x": torch.zeros(3, 32), "expert_offsets": offsets_of([1, 2]), "global_s
         ({"global_scales": torch.ones(3)}, "global_scales do not fit"),
         ({"global_scales": torch.ones(2, dtype=torch.float64)}, "global_scales do not fit"),
         ({"global_scales": None}, "global_scales do not fit"),
-        ({"fmt": hb.MXFP4}, "has no global scales"),
+        ({"format": hb.MXFP4}, "has no global scales"),
         ({"scale_layout": "32x4"}, "unknown scale layout"),
         ({"out": QuantizedExperts(*[torch.zeros(1)] * 3)}, "out does not fit"),
         ({"backend": "cutlass"}, "no kernel of quantize_experts has this name"),

@@ -57,7 +57,7 @@ def expected_of(x: torch.Tensor, activations: str, input_scale: torch.Tensor | N
     return replace(q, global_scale=torch.ones_like(scale)).dequantize(torch.float32), scale
 
 
-def in_slots(x: torch.Tensor) -> torch.Tensor:
+def in_fragments(x: torch.Tensor) -> torch.Tensor:
     return x.unflatten(1, (-1, 64))[:, :, list(FRAGMENT_COLUMN_BF16)].flatten(1).contiguous()
 
 
@@ -77,10 +77,10 @@ def test_equals_the_codec_bit_for_bit(activations, input_scale, columns, dtype):
         assert actual_scales is None
     else:
         assert_equal_bits(actual_scales.cpu(), scales)
-    if columns % 64 == 0:  # in slot order, and in place
-        h = in_slots(x)
+    if columns % 64 == 0:  # in fragment order, and in place
+        h = in_fragments(x)
         actual, _ = encode_rows(h, activations, input_scale, in_fragment_order=True, out=h.view(torch.bfloat16))
-        assert_equal_bits(actual.cpu(), in_slots(values.bfloat16()))
+        assert_equal_bits(actual.cpu(), in_fragments(values.bfloat16()))
         assert actual.data_ptr() == h.data_ptr()
 
 
@@ -104,9 +104,9 @@ def test_the_comparison_notices_blocks_of_the_wrong_columns():
     x = x.bfloat16().to(DEVICE)
     for activations in ("mxfp8", "nvfp4"):
         values, _ = expected_of(x, activations, None)
-        actual, _ = encode_rows(in_slots(x), activations)
+        actual, _ = encode_rows(in_fragments(x), activations)
         with pytest.raises(AssertionError):
-            assert_equal_bits(actual.cpu(), in_slots(values.bfloat16()))
+            assert_equal_bits(actual.cpu(), in_fragments(values.bfloat16()))
 
 
 @numeric

@@ -1,4 +1,4 @@
-"""e4m3 weights of the Hopper layout: the kernel's own PTX, executed on the CPU, against plain torch; slot order; rounding errors."""
+"""e4m3 weights of the Hopper layout: the kernel's own PTX, executed on the CPU, against plain torch; fragment order; rounding errors."""
 
 from __future__ import annotations
 

@@ -20,9 +20,9 @@ Weights are dequantised in registers, exactly: e2m1 x e4m3 has six significant b
 that an element is its four bits shifted into place), and e2m1 x e8m0 is exact in bf16. fp16 activations meet MXFP4 weights, whose range exceeds that
 of fp16, in tf32, exactly as well. fp32 activations take three tf32 products. Everything accumulates in fp32.
 
-Target: any GPU of compute capability 8.0 or newer, and TRITON_INTERPRET=1 on a CPU. Not measured; a plain-Triton prototype that dequantises alike
-reached 460-530 TFLOP/s at large batches on an H200 (2026-10). The weights pass through shared memory as operand B on purpose: as the register operand
-of a Hopper wgmma, Triton 3.6 overwrites them while a product still reads them. Here each product is waited for (tested).
+Target: any GPU of compute capability 8.0 or newer, and TRITON_INTERPRET=1 on a CPU. Not measured. The weights pass through shared memory as operand
+B on purpose: as the register operand of a Hopper wgmma, Triton 3.6 overwrites them while a product still reads them. Here each product is waited for
+(tested).
 """
 
 from __future__ import annotations

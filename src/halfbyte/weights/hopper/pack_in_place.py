@@ -3,7 +3,7 @@
 What has to be read before any of it is written is a unit: 64 gate and 64 up rows, which become the two row tiles in their places; without gate and
 up, 64 rows and one tile. A group of programs packs one unit at a time. Its programs keep their pieces of it, four tiles and a run of scales each, in
 shared memory until all have read theirs, then write them to where they belong. While a unit waits for the programs that are still reading it, the
-free slots of its programs take the first pieces of the next one. DeepSeek-R1's w13 has 56 pieces a unit and 14 programs a group.
+free stages of its programs take the first pieces of the next one. DeepSeek-R1's w13 has 56 pieces a unit and 14 programs a group.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from halfbyte.weights.hopper.layout import RowOrder
 from halfbyte.weights.hopper.pack_kernels import encode_nvfp4_scale, row_of_pair, words_of_codes
 
 PROGRAMS_OF_A_MULTIPROCESSOR = 4
-SLOTS = gl.constexpr(6)  # of a program, 9 KiB each
-PIECES = 4  # of a unit that a program keeps; the other slots are for the next unit
+STAGES = gl.constexpr(6)  # of a program, 9 KiB each
+PIECES = 4  # of a unit that a program keeps; the other stages are for the next unit
 AHEAD = gl.constexpr(2)  # pieces on their way while one is encoded
 MAX_REGISTERS = 128
 
@@ -82,22 +82,22 @@ def _keep(piece, words, scale_words, NVFP4: gl.constexpr, WORDS_FOR: gl.constexp
 
 
 @gluon.jit
-def _write(target, slots, arrivals_ptr, unit, first_slot, program, num_programs, num_held, UNIT_TILES: gl.constexpr):
+def _write(target, stages, arrivals_ptr, unit, first_stage, program, num_programs, num_held, UNIT_TILES: gl.constexpr):
     """When all programs of the group have read the unit, for which they must run at the same time, write the pieces to where they belong."""
-    words, scale_words, words_desc, scale_words_desc = slots
+    words, scale_words, words_desc, scale_words_desc = stages
     expert_units, column_tiles, runs = target
     BOX: gl.constexpr = words_desc.block_type.shape[0] // 16  # tiles
     while gl.atomic_add(arrivals_ptr + unit, 0, sem="acquire") < num_programs:  # one thread asks: many would keep the last programs from arriving
         pass
     barrier()
     for i in range(num_held):
-        index, slot = program + i * num_programs, (first_slot + i) % SLOTS
+        index, stage = program + i * num_programs, (first_stage + i) % STAGES
         tile, run = (unit // expert_units * UNIT_TILES + index // runs) * expert_units + unit % expert_units, index % runs
         for c in gl.static_range(0, 4, BOX):
             if 4 * run + c < column_tiles:
-                tiles = words.index(slot) if BOX == 4 else words.index(slot).slice(16 * c, 16, dim=0)
+                tiles = words.index(stage) if BOX == 4 else words.index(stage).slice(16 * c, 16, dim=0)
                 tma_store(words_desc, [(tile * column_tiles + 4 * run + c) * 16, 0], tiles)
-        tma_store(scale_words_desc, [(tile * runs + run) * 8, 0], scale_words.index(slot))
+        tma_store(scale_words_desc, [(tile * runs + run) * 8, 0], scale_words.index(stage))
 
 
 @gluon.jit
@@ -110,38 +110,38 @@ def _pack_in_place(
     UNIT_TILES: gl.constexpr = 2 if ORDER == "gate_up" else 1
     if gl.load(refused_ptr) != 0:
         return
-    words = gl.allocate_shared_memory(gl.int32, [SLOTS, 64, 32], words_desc.layout)
-    scale_words = gl.allocate_shared_memory(gl.int16, [SLOTS, 8, 16 * SCALES], scale_words_desc.layout)
-    slots, target = (words, scale_words, words_desc, scale_words_desc), (expert_units, column_tiles, runs)
+    words = gl.allocate_shared_memory(gl.int32, [STAGES, 64, 32], words_desc.layout)
+    scale_words = gl.allocate_shared_memory(gl.int16, [STAGES, 8, 16 * SCALES], scale_words_desc.layout)
+    stages, target = (words, scale_words, words_desc, scale_words_desc), (expert_units, column_tiles, runs)
     source = (codes_ptr, scales_ptr, num_units, expert_units, rows, intermediate, lanes, runs)
     group, program, num_programs = gl.program_id(0) % num_groups, gl.program_id(0) // num_groups, gl.num_programs(0) // num_groups
     num_held = (UNIT_TILES * runs - program + num_programs - 1) // num_programs  # pieces of this program in a unit
-    num_free = gl.minimum(SLOTS - num_held, num_held - 1)
+    num_free = gl.minimum(STAGES - num_held, num_held - 1)
 
     next_unit, next_i, pieces = group, 0, ()
     for _ in gl.static_range(AHEAD):
         pieces = pieces + (_read(source, next_unit, program + next_i * num_programs, ORDER, SCALES),)
         next_unit, next_i = _following(next_unit, next_i, num_held, num_groups)
 
-    first_slot = 0
+    first_stage = 0
     for unit in range(group, num_units, num_groups):
         for i in range(num_held):
             piece = pieces[0]
             pieces = pieces[1:] + (_read(source, next_unit, program + next_i * num_programs, ORDER, SCALES),)
             next_unit, next_i = _following(next_unit, next_i, num_held, num_groups)
             if (unit > group) & (i == gl.maximum(num_free - 1, 0)):
-                _write(target, slots, arrivals_ptr, unit - num_groups, first_slot + SLOTS - num_held, program, num_programs, num_held, UNIT_TILES)
-            if i == num_free:  # from here on in slots of the last unit
+                _write(target, stages, arrivals_ptr, unit - num_groups, first_stage + STAGES - num_held, program, num_programs, num_held, UNIT_TILES)
+            if i == num_free:  # from here on in stages of the last unit
                 tma.store_wait(0)
                 barrier()
-            slot = (first_slot + i) % SLOTS
-            _keep(piece, words.index(slot), scale_words.index(slot), NVFP4, WORDS_FOR)
+            stage = (first_stage + i) % STAGES
+            _keep(piece, words.index(stage), scale_words.index(stage), NVFP4, WORDS_FOR)
         fence_async_shared()
         barrier()
         gl.atomic_add(arrivals_ptr + unit, 1, sem="release")
-        first_slot = (first_slot + num_held) % SLOTS
+        first_stage = (first_stage + num_held) % STAGES
     last = (num_units - 1 - group) // num_groups * num_groups + group
-    _write(target, slots, arrivals_ptr, last, first_slot + SLOTS - num_held, program, num_programs, num_held, UNIT_TILES)
+    _write(target, stages, arrivals_ptr, last, first_stage + STAGES - num_held, program, num_programs, num_held, UNIT_TILES)
     tma.store_wait(0)
 
 
