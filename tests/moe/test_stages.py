@@ -149,3 +149,23 @@ def test_what_does_not_fit_is_one_error() -> None:
     compiled = torch.compile(lambda x: hb.fused_moe(x, prepared, ids, weights, config="a tile"), backend="eager")
     with torch.no_grad(), pytest.raises(UnsupportedError, match=r"not traced by torch\.compile"):
         compiled(hidden)
+
+
+def test_stages_that_do_not_fit_one_another_are_one_error() -> None:
+    prepared, (hidden, ids, weights) = hb.prepare(make_layer()), make_call()
+    slots = sort(ids, prepared)
+    rows = expert_rows(hidden, slots, prepared)
+    for topk_ids in (ids.float(), ids[0]):
+        with pytest.raises(InputError, match=r"^sort: topk_ids does not fit"):
+            sort(topk_ids, prepared)
+    for other in (hidden[1:], hb.quantize(hidden[1:], hb.NVFP4)):
+        with pytest.raises(InputError, match=r"hidden does not fit .*needed .*\[13, "):
+            expert_rows(other, slots, prepared)
+    with pytest.raises(InputError, match=r"^combine: rows does not fit"):
+        combine(rows[1:], slots, weights)
+    with pytest.raises(InputError, match=r"^combine: topk_weights does not fit"):
+        combine(rows, slots, weights[:, :1])
+    with pytest.raises(InputError, match=r"^combine: out does not fit"):
+        combine(rows, slots, weights, out=torch.empty(TOKENS, 3))
+    with pytest.raises(InputError, match=r"^combine: out is not contiguous"):
+        combine(rows, slots, weights, out=torch.empty(rows.shape[1], TOKENS).T)

@@ -20,7 +20,7 @@ from halfbyte.kernels.table import choose
 from halfbyte.weights import PreparedExperts
 from halfbyte.weights.layouts import Storage
 
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+IDS, FLOATS = (torch.int32, torch.int64), (torch.bfloat16, torch.float16, torch.float32)
 _BLOCK_OF_ACTIVATIONS = {"nvfp4": 16, "mxfp8": 32}
 
 
@@ -142,11 +142,11 @@ def check(hidden: Hidden, experts: Storage, topk_ids: torch.Tensor, topk_weights
     """Raise what `fused_moe` raises for arguments that do not fit `experts`."""
     device, num_columns = experts.device, experts.hidden
     num_tokens = check_hidden(hidden, experts)
-    _check_tensor("topk_ids", topk_ids, (torch.int32, torch.int64), num_tokens, None, device)
-    _check_tensor("topk_weights", topk_weights, _FLOATS, num_tokens, topk_ids.shape[1], device)
+    check_tensor("topk_ids", topk_ids, IDS, num_tokens, None, device)
+    check_tensor("topk_weights", topk_weights, FLOATS, num_tokens, topk_ids.shape[1], device)
     if out is not None:
         dtype = hidden.dtype if isinstance(hidden, torch.Tensor) else torch.bfloat16
-        _check_tensor("out", out, (dtype, torch.float32), num_tokens, num_columns, device)
+        check_tensor("out", out, (dtype, torch.float32), num_tokens, num_columns, device)
     check_activations(activations, "fused_moe")
     block = _BLOCK_OF_ACTIVATIONS.get(activations, 1)
     if num_columns % block or experts.intermediate % block:
@@ -154,22 +154,31 @@ def check(hidden: Hidden, experts: Storage, topk_ids: torch.Tensor, topk_weights
         raise InputError(f"activations do not divide into {activations} blocks", where="fused_moe", given=given, needed=f"multiples of {block}")
 
 
-def check_hidden(hidden: Hidden, experts: Storage) -> int:
-    """The number of tokens of hidden states that fit the experts."""
+def check_hidden(hidden: Hidden, experts: Storage, num_tokens: int | None = None) -> int:
+    """The number of tokens of hidden states that fit the experts; InputError where they do not, or are not `num_tokens`."""
     if isinstance(hidden, torch.Tensor):
-        _check_tensor("hidden", hidden, _FLOATS, None, experts.hidden, experts.device)
+        check_tensor("hidden", hidden, FLOATS, num_tokens, experts.hidden, experts.device)
         return hidden.shape[0]
     quantized_format(hidden)
     num_columns = hidden.codes.shape[-1] * (2 if isinstance(hidden, QuantTensor) else 1)
-    if hidden.codes.ndim != 2 or num_columns != experts.hidden or hidden.codes.device != experts.device:
+    fits = hidden.codes.ndim == 2 and num_columns == experts.hidden and num_tokens in (None, hidden.codes.shape[0])
+    if not fits or hidden.codes.device != experts.device:
         given = f"{type(hidden).__name__} of {tuple(hidden.codes.shape)} codes on {hidden.codes.device}"
-        raise InputError("hidden does not fit", where="fused_moe", given=given, needed=f"[any, {experts.hidden}] on {experts.device}")
+        needed = f"[{'any' if num_tokens is None else num_tokens}, {experts.hidden}] on {experts.device}"
+        raise InputError("hidden does not fit", where="fused_moe", given=given, needed=needed)
     return hidden.codes.shape[0]
 
 
-def _check_tensor(
-    name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], num_rows: int | None, num_columns: int | None, device: torch.device
+def check_tensor(
+    name: str,
+    tensor: torch.Tensor,
+    dtypes: tuple[torch.dtype, ...],
+    num_rows: int | None,
+    num_columns: int | None,
+    device: torch.device,
+    where: str = "fused_moe",
 ) -> None:
+    """Raise InputError unless `tensor` is [num_rows, num_columns], None for any number, of one of the dtypes, on the device."""
     shape = tensor.shape
     fits = len(shape) == 2 and num_rows in (None, shape[0]) and num_columns in (None, shape[1])
     if fits and tensor.dtype in dtypes and tensor.device == device:
@@ -177,7 +186,7 @@ def _check_tensor(
     sizes = ", ".join("any" if size is None else str(size) for size in (num_rows, num_columns))
     raise InputError(
         f"{name} does not fit",
-        where="fused_moe",
+        where=where,
         given=f"{tensor.dtype} {tuple(shape)} on {tensor.device}",
         needed=f"{' or '.join(map(str, dict.fromkeys(dtypes)))} [{sizes}] on {device}",
     )

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import torch
 
 from halfbyte.device import Target, current
+from halfbyte.errors import InputError
 from halfbyte.experts import ExpertMap
 from halfbyte.formats.activation_formats import ActivationFormat, check_activations
 from halfbyte.kernels.problem import Hidden, Problem, Size, layer_problem
 from halfbyte.kernels.table import choose
 from halfbyte.kernels.work_list import WorkList
-from halfbyte.moe.functional import check_hidden, check_prepared, resolve_map
+from halfbyte.moe.functional import FLOATS, IDS, check_hidden, check_prepared, check_tensor, resolve_map
 from halfbyte.weights import PreparedExperts
 
 
@@ -57,6 +58,7 @@ def sort(
     [2, 0, 1, 3]
     """
     check_prepared(experts, "sort")
+    check_tensor("topk_ids", topk_ids, IDS, None, None, experts.device, "sort")
     check_activations(activations, "sort")
     expert_map = resolve_map(experts.storage, expert_map, expert_offset)
     size = Size(*topk_ids.shape)
@@ -85,7 +87,7 @@ def expert_rows(hidden: Hidden, slots: SortedSlots, experts: PreparedExperts) ->
     torch.Size([4, 32])
     """
     check_prepared(experts, "expert_rows")
-    check_hidden(hidden, experts.storage)
+    check_hidden(hidden, experts.storage, slots.num_tokens)
     problem = layer_problem("expert_rows", experts.storage, experts.target, experts.layout, slots.activations, hidden)
     with current(experts.device):
         return choose(problem).run(hidden, experts.storage, slots.work, activations=slots.activations, config=slots.config)
@@ -99,13 +101,21 @@ def combine(rows: torch.Tensor, slots: SortedSlots, topk_weights: torch.Tensor, 
         topk_weights: [T, k] fp32, bf16 or fp16.
         out: [T, H] contiguous, of any float dtype.
 
+    Raises:
+        InputError: a shape, dtype or device does not fit.
+
     >>> w = halfbyte.ExpertWeights(torch.randn(4, 64, 32), torch.randn(4, 32, 32))
     >>> p, ids = halfbyte.prepare(w), torch.tensor([[2, 0], [1, 2]])
     >>> slots = sort(ids, p)
     >>> combine(expert_rows(torch.randn(2, 32), slots, p), slots, torch.ones(2, 2)).dtype
     torch.bfloat16
     """
+    check_tensor("rows", rows, FLOATS, slots.num_tokens * slots.top_k, None, slots.work.row_of_slot.device, "combine")
+    check_tensor("topk_weights", topk_weights, FLOATS, slots.num_tokens, slots.top_k, rows.device, "combine")
     if out is None:
         out = torch.empty((slots.num_tokens, rows.shape[1]), dtype=torch.bfloat16, device=rows.device)
+    check_tensor("out", out, FLOATS, slots.num_tokens, rows.shape[1], rows.device, "combine")
+    if not out.is_contiguous():
+        raise InputError("out is not contiguous", where="combine", given=out.stride(), needed="rows one after another")
     with current(rows.device):
         return choose(Problem("combine", Target.of(rows.device))).run(rows, slots.work.row_of_slot, topk_weights.contiguous(), out)
