@@ -314,7 +314,7 @@ def test_cuda_graph_and_no_synchronisation():
 @not_interpreted
 def test_interpreted():
     """Every numeric test above, in Triton's interpreter."""
-    assert 40 <= run_interpreted(__file__, timeout_s=300) < 60
+    assert 40 <= run_interpreted(__file__) < 60
 
 
 def test_row_block_bound_holds():

@@ -111,4 +111,4 @@ def test_matrix_on_a_gpu(scaling, layout):
 @not_interpreted
 def test_interpreted():
     """Everything marked `numeric`, on the CPU."""
-    assert run_interpreted(__file__, timeout_s=300) == 20
+    assert run_interpreted(__file__) == 20

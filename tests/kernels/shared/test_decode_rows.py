@@ -65,4 +65,4 @@ def test_compiles_without_spills(kind: str) -> None:
 @not_interpreted
 def test_interpreted() -> None:
     """Every numeric test above, in Triton's interpreter."""
-    assert run_interpreted(__file__, timeout_s=300) == 4 * len(KINDS) + 1
+    assert run_interpreted(__file__) == 4 * len(KINDS) + 1

@@ -120,7 +120,7 @@ def test_bf16_and_no_rows_need_no_kernel():
 @not_interpreted
 def test_interpreted():
     """Every numeric test above, in Triton's interpreter."""
-    assert run_interpreted(__file__, timeout_s=600) == 30
+    assert run_interpreted(__file__) == 30
 
 
 @not_interpreted

@@ -42,7 +42,7 @@ def test_compiles_to_block_scaled_mma(format, kind, columns, k):
 
 @pytest.mark.skipif(not hasattr(InterpreterBuilder, "create_dot_scaled"), reason="the interpreter of this Triton has no dot_scaled (3.9 has)")
 def test_interpreted():
-    run_interpreted_script(__file__, timeout_s=120)
+    run_interpreted_script(__file__)
 
 
 def check_mxfp4() -> None:

@@ -10,7 +10,7 @@ from halfbyte.weights.hopper.layout import FRAGMENT_COLUMN_BF16, FRAGMENT_COLUMN
 
 
 def test_the_device_has_the_order_of_the_host() -> None:
-    run_interpreted_script(Path(__file__).with_name("interpreted_fragment_order.py"), timeout_s=600)
+    run_interpreted_script(Path(__file__).with_name("interpreted_fragment_order.py"))
 
 
 def test_both_orders_have_every_column_once_and_keep_a_threads_columns_in_one_group_of_16() -> None:

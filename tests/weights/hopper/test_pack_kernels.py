@@ -45,7 +45,7 @@ def packed_on_cpu(w: ExpertWeights, layout: str = "hopper") -> layout.HopperExpe
 
 
 def test_interpreted_kernels_write_the_bytes_of_the_torch_code() -> None:
-    run_interpreted_script(Path(__file__).with_name("interpreted_pack.py"), timeout_s=600)
+    run_interpreted_script(Path(__file__).with_name("interpreted_pack.py"))
 
 
 @pytest.mark.parametrize("capability", [80, 90])
