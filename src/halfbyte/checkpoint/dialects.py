@@ -6,6 +6,10 @@
 | nvfp4-pack-quantized | .weight_packed u8 [N, K/2] | .weight_scale e4m3 [N, K/16] | .weight_global_scale [1] | .input_global_scale [1] |
 | mxfp4-pack-quantized | .weight_packed u8 [N, K/2] | .weight_scale e8m0 [N, K/32] | | |
 | gpt-oss | _blocks u8 [E, N, K/32, 16] | _scales e8m0 [E, N, K/32] | | |
+| modelopt-stacked | no suffix: u8 [E, N, K/2], or transposed | _weight_scale e4m3 [E, N, K/16] | _weight_scale_2 [] or [E] | _input_scale |
+| nvfp4-pack-stacked | _packed u8 [E, N, K/2] | _scale e4m3 [E, N, K/16] | _global_scale [E, 1] | _input_global_scale [E, 1] |
+| mxfp4-pack-stacked | _packed u8 [E, N, K/2] | _scale e8m0 [E, N, K/32] | | |
+| quark | .weight u8 [N, K/2] | .weight_scale e8m0 [N, K/32] | | |
 | deepseek-v4 | .weight int8 [N, K/2] | .scale or .weight_scale_inv, e8m0 or a power of two in fp32 [N, K/32] | | |
 | fp8-block | .weight e4m3 [N, K] | .weight_scale_inv fp32 [N/128, K/128], rounded up | | |
 | dense | .weight bf16, fp16, fp32 [N, K] | | | |
@@ -136,6 +140,14 @@ NVFP4_PACK = Dialect(
 )
 MXFP4_PACK = Dialect("mxfp4-pack-quantized", MXFP4, ".weight_packed", (".weight_scale",), (*_E8M0, torch.float32))
 GPT_OSS = Dialect("gpt-oss", MXFP4, "_blocks", ("_scales",), _E8M0, bias="_bias", dense="", stacked=True, blocked=True)
+MODELOPT_STACKED = Dialect(
+    "modelopt-stacked", NVFP4, "", ("_weight_scale",), _E4M3, "_weight_scale_2", "_input_scale", bias="_bias", dense="", stacked=True
+)
+NVFP4_PACK_STACKED = Dialect(
+    "nvfp4-pack-stacked", NVFP4, "_packed", ("_scale",), _E4M3, "_global_scale", "_input_global_scale", dense="", encode=True, stacked=True
+)
+MXFP4_PACK_STACKED = Dialect("mxfp4-pack-stacked", MXFP4, "_packed", ("_scale",), _E8M0, dense="", stacked=True)
+QUARK = Dialect("quark", MXFP4, ".weight", (".weight_scale",), _E8M0)
 DEEPSEEK_V4 = Dialect("deepseek-v4", MXFP4, ".weight", (".scale", fp8_scales_of(".weight")), (*_E8M0, torch.float32))
 FP8_BLOCK = Dialect("fp8-block", scales=(fp8_scales_of(".weight"),), scale_dtypes=(torch.float32,))
 DENSE = Dialect("dense")

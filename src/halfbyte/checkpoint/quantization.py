@@ -192,7 +192,8 @@ def _algorithm_of_group(groups: list[Mapping[str, Any]]) -> str:
 
 def _compressed_tensors(quantization: Mapping[str, Any], where: str) -> Quantization:
     rules = [Rule(pattern, None) for pattern in quantization.get("ignore") or ()]
-    for name, group in (quantization.get("config_groups") or {}).items():
+    groups = quantization.get("config_groups") or {"config_groups": {}}  # left out: the format holds for every Linear
+    for name, group in groups.items():
         algorithm = str(group.get("format") or quantization.get("format"))
         if algorithm in _COMPRESSED_TENSORS:
             _check_block_size((group.get("weights") or {}).get("group_size"), _COMPRESSED_TENSORS[algorithm].format, f"{where}, {name}")

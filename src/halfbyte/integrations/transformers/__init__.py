@@ -19,13 +19,12 @@ Not supported: experts that transformers does not dispatch (Llama 4), saving, tr
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from halfbyte.checkpoint.dialects import GPT_OSS, MODELOPT
 from halfbyte.checkpoint.source import read_json, resolve_model
 from halfbyte.errors import InputError, UnsupportedError
 
@@ -39,7 +38,7 @@ except ImportError as error:
 from halfbyte.formats.activation_formats import ActivationFormat, check_activations
 from halfbyte.integrations.packing import is_attached, restore_canonical
 from halfbyte.integrations.transformers.modules import experts_forward
-from halfbyte.integrations.transformers.quantizers import IMPLEMENTATION, FP4Config, FP4Quantizer, compressed_dialect
+from halfbyte.integrations.transformers.quantizers import IMPLEMENTATION, FP4Config, FP4Quantizer, is_compressed_fp4, is_quark_fp4
 
 __all__ = ["load", "register", "set_activations", "set_layout"]
 
@@ -48,31 +47,42 @@ def register() -> None:
     """Put halfbyte's experts implementation and quantizers into transformers' tables. The import does it; again is harmless."""
     if IMPLEMENTATION in ALL_EXPERTS_FUNCTIONS:
         return
-    stock_config = AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"]
     stock_compressed, stock_mxfp4 = AUTO_QUANTIZER_MAPPING["compressed-tensors"], AUTO_QUANTIZER_MAPPING["mxfp4"]
-
-    class CompressedTensorsConfig(FP4Config):
-        """Ours for the FP4 formats, which need no other package; transformers' own for the rest."""
-
-        @classmethod
-        def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-            home = FP4Config if compressed_dialect(config_dict) else stock_config
-            return home.from_dict(config_dict, *args, **kwargs)
+    stock_quark = AUTO_QUANTIZER_MAPPING["quark"]
 
     def compressed_quantizer(config: Any, **kwargs: Any) -> Any:
-        dialect = compressed_dialect(config.to_dict()) if isinstance(config, FP4Config) else None
-        return FP4Quantizer(config, dialect, **kwargs) if dialect else stock_compressed(config, **kwargs)
+        return FP4Quantizer(config, **kwargs) if isinstance(config, FP4Config) else stock_compressed(config, **kwargs)
+
+    def quark_quantizer(config: Any, **kwargs: Any) -> Any:
+        return FP4Quantizer(config, **kwargs) if isinstance(config, FP4Config) else stock_quark(config, **kwargs)
 
     def mxfp4_quantizer(config: Any, *, pre_quantized: bool = True, **kwargs: Any) -> Any:
         if pre_quantized and not config.dequantize:
-            return FP4Quantizer(config, GPT_OSS, **kwargs)
+            return FP4Quantizer(config, **kwargs)
         return stock_mxfp4(config, pre_quantized=pre_quantized, **kwargs)
 
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
-    AUTO_QUANTIZATION_CONFIG_MAPPING.update({"modelopt": FP4Config, "compressed-tensors": CompressedTensorsConfig})
-    AUTO_QUANTIZER_MAPPING.update(
-        {"modelopt": partial(FP4Quantizer, dialect=MODELOPT), "compressed-tensors": compressed_quantizer, "mxfp4": mxfp4_quantizer}
+    AUTO_QUANTIZATION_CONFIG_MAPPING.update(
+        {
+            "modelopt": FP4Config,
+            "compressed-tensors": _fp4_or(AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"], is_compressed_fp4),
+            "quark": _fp4_or(AUTO_QUANTIZATION_CONFIG_MAPPING["quark"], is_quark_fp4),
+        }
     )
+    AUTO_QUANTIZER_MAPPING.update(
+        {"modelopt": FP4Quantizer, "compressed-tensors": compressed_quantizer, "quark": quark_quantizer, "mxfp4": mxfp4_quantizer}
+    )
+
+
+def _fp4_or(stock: Any, is_fp4: Callable[[Mapping[str, Any]], bool]) -> Any:
+    """Our config class for the FP4 formats, which need no other package; transformers' own for the rest."""
+
+    class Config(FP4Config):
+        @classmethod
+        def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            return (FP4Config if is_fp4(config_dict) else stock).from_dict(config_dict, *args, **kwargs)
+
+    return Config
 
 
 def load(
