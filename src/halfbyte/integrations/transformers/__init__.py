@@ -20,6 +20,7 @@ Not supported: experts that transformers does not dispatch (Llama 4), saving, tr
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import wraps
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,9 +30,11 @@ from halfbyte.checkpoint.source import read_json, resolve_model
 from halfbyte.errors import InputError, UnsupportedError
 
 try:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    import transformers.modeling_utils
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+    from transformers.utils import cached_file
 except ImportError as error:
     raise UnsupportedError(f"this needs transformers 5.17 or newer: {error}", where=__name__, next_step="run: pip install 'halfbyte[hf]'") from error
 
@@ -39,6 +42,9 @@ from halfbyte.formats.activation_formats import ActivationFormat, check_activati
 from halfbyte.integrations.packing import is_attached, restore_canonical
 from halfbyte.integrations.transformers.modules import experts_forward
 from halfbyte.integrations.transformers.quantizers import IMPLEMENTATION, FP4Config, FP4Quantizer, is_compressed_fp4, is_quark_fp4
+
+# Of `cached_file`: a file that is not there, or cannot be asked for, is None.
+_OPTIONAL = {f"_raise_exceptions_for_{reason}": False for reason in ("missing_entries", "connection_errors", "gated_repo")}
 
 __all__ = ["load", "register", "set_activations", "set_layout"]
 
@@ -61,6 +67,7 @@ def register() -> None:
             return FP4Quantizer(config, **kwargs)
         return stock_mxfp4(config, pre_quantized=pre_quantized, **kwargs)
 
+    transformers.modeling_utils.get_hf_quantizer = _reading_hf_quant_config(transformers.modeling_utils.get_hf_quantizer)
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
     AUTO_QUANTIZATION_CONFIG_MAPPING.update(
         {
@@ -72,6 +79,28 @@ def register() -> None:
     AUTO_QUANTIZER_MAPPING.update(
         {"modelopt": FP4Quantizer, "compressed-tensors": compressed_quantizer, "quark": quark_quantizer, "mxfp4": mxfp4_quantizer}
     )
+
+
+def _reading_hf_quant_config(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """`get_hf_quantizer` that also sees hf_quant_config.json where config.json says nothing: transformers has no table for that."""
+
+    @wraps(stock)
+    def get_hf_quantizer(config: Any, quantization_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if quantization_config is None:
+            _add_hf_quant_config(config)
+        return stock(config, quantization_config, *args, **kwargs)
+
+    return get_hf_quantizer
+
+
+def _add_hf_quant_config(config: Any) -> None:
+    """Give `config` the quantization_config that hf_quant_config.json, in the same directory or Hub snapshot, describes."""
+    text_config = config.get_text_config(decoder=True)
+    if any(getattr(one, "quantization_config", None) is not None for one in (config, text_config)) or not config._name_or_path:
+        return
+    file = cached_file(config._name_or_path, "hf_quant_config.json", revision=config._commit_hash, **_OPTIONAL)
+    if file is not None:
+        config.quantization_config = {**read_json(Path(file)), "quant_method": "modelopt"}
 
 
 def _fp4_or(stock: Any, is_fp4: Callable[[Mapping[str, Any]], bool]) -> Any:
@@ -92,9 +121,7 @@ def load(
     device: str | torch.device = "cpu",
     activations: ActivationFormat = "bf16",
 ) -> tuple[Any, Any]:
-    """Return (model, tokenizer) of a directory or Hub name, dense or FP4.
-
-    Also reads directories whose quantisation only hf_quant_config.json names, which `from_pretrained` takes for dense.
+    """Return (model, tokenizer) of a directory or Hub name, dense or FP4; models of text and images, too, where they have no class for text alone.
 
     Args:
         model: a directory or `org/name`.
@@ -112,11 +139,9 @@ def load(
     ('qwen3_moe', 2048)
     """
     path = resolve_model(model)
-    config = AutoConfig.from_pretrained(path)
-    modelopt = path / "hf_quant_config.json"
-    if getattr(config, "quantization_config", None) is None and modelopt.exists():
-        config.quantization_config = {**read_json(modelopt), "quant_method": "modelopt"}
-    loaded = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, device_map={"": device})
+    is_causal = type(AutoConfig.from_pretrained(path)) in MODEL_FOR_CAUSAL_LM_MAPPING
+    auto = AutoModelForCausalLM if is_causal else AutoModelForImageTextToText
+    loaded = auto.from_pretrained(path, dtype=dtype, device_map={"": device})
     set_activations(loaded, activations)
     return loaded, AutoTokenizer.from_pretrained(path)
 

@@ -21,6 +21,7 @@ from halfbyte.integrations.transformers.conversion import LoadPlan, PackedWeight
 from halfbyte.integrations.transformers.modules import FP8Linear, QuantLinear, first_projection, is_dispatched, pack_experts, packed_parameters
 from halfbyte.integrations.transformers.plan import Names, PackedParameter, check_complete, find_packed
 from halfbyte.integrations.transformers.stored import BLOCK_SCALE, CODES
+from halfbyte.integrations.transformers.undecorated import adapt
 
 IMPLEMENTATION = "halfbyte"
 _COMPRESSED = {dialect.name for dialect in OUTPUTS["compressed-tensors"]}
@@ -112,6 +113,8 @@ def _replace_modules(model: Any, packed: Mapping[str, PackedParameter], tensors:
         module = model.get_submodule(module_name)
         is_linear = isinstance(module, nn.Linear) and name == "weight" and parameter.converter is None
         is_fp8 = all(stored.is_fp8 for stored in parameter.places.values())
+        if not is_fp8:
+            adapt(module)
         if is_linear:
             linear = (FP8Linear if is_fp8 else QuantLinear)(module, parameter, tensors)
             model.set_submodule(module_name, linear)
@@ -130,7 +133,7 @@ def _replace_modules(model: Any, packed: Mapping[str, PackedParameter], tensors:
     for module_name, projections in experts.items():
         made = pack_experts(model.get_submodule(module_name), projections, tensors, module_name)
         recipes |= {f"{module_name}.{tensor}": recipe for tensor, recipe in made.items()}
-    if experts:
+    if any(hasattr(model.get_submodule(name), "config") for name in experts):  # decorated
         model.set_experts_implementation(IMPLEMENTATION)
     return recipes
 
