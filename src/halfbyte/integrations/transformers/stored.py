@@ -16,12 +16,12 @@ from halfbyte.checkpoint.dialects import (
     CODE_DTYPES,
     GPT_OSS,
     MODELOPT,
-    MODELOPT_STACKED,
     MXFP4_PACK,
-    MXFP4_PACK_STACKED,
     NVFP4_PACK,
-    NVFP4_PACK_STACKED,
     QUARK,
+    STACKED_MODELOPT,
+    STACKED_MXFP4_PACK,
+    STACKED_NVFP4_PACK,
     Dialect,
     fp8_scales_of,
     is_scale,
@@ -32,7 +32,7 @@ from halfbyte.formats import NVFP4
 from halfbyte.formats.fp8_block import scale_shape
 
 # Codes are looked for in this order; a suffix and the size of a block tell them apart.
-FP4_DIALECTS = (NVFP4_PACK, MXFP4_PACK, NVFP4_PACK_STACKED, MXFP4_PACK_STACKED, GPT_OSS, MODELOPT, QUARK, MODELOPT_STACKED)
+FP4_DIALECTS = (NVFP4_PACK, MXFP4_PACK, STACKED_NVFP4_PACK, STACKED_MXFP4_PACK, GPT_OSS, MODELOPT, QUARK, STACKED_MODELOPT)
 FP8 = Dialect("fp8", codes=".weight", scales=(".weight_scale", fp8_scales_of(".weight"), ".scale"), dense=".weight")
 FP8_STACKED = Dialect("fp8-stacked", codes="", scales=("_weight_scale", "_scale", "_scale_inv"), dense="", stacked=True)
 
@@ -119,9 +119,8 @@ def _with_companions(stem: str, dialect: Dialect, codes: str, scales: str, tenso
     if dialect.input_scale and stem + dialect.input_scale in tensors:
         names[INPUT_SCALE] = stem + dialect.input_scale
         _check_dtype(tensors, names[INPUT_SCALE], _FLOATS)
-    separator = "_" if dialect.stacked else "."
-    if f"{stem}{separator}pre_quant_scale" in tensors:
-        names[PRE_QUANT_SCALE] = f"{stem}{separator}pre_quant_scale"
+    if dialect.input_factor and stem + dialect.input_factor in tensors:
+        names[PRE_QUANT_SCALE] = stem + dialect.input_factor
         _check_dtype(tensors, names[PRE_QUANT_SCALE], _FLOATS)
     return Stored(stem, dialect, tensors[codes].shape, names)
 

@@ -22,16 +22,16 @@ from halfbyte.integrations.transformers.modules import ExpertsModule, experts_fo
 def adapt(module: nn.Module) -> None:
     """Give a module of these classes, whose weights come packed, the attributes and the forward of a dispatched one; leave others alone."""
     if type(module).__name__ in _FORWARDS:
-        module.__class__ = _adapted(type(module))
+        module.__class__ = _adapted(type(module).__name__, type(module))
 
 
 @functools.cache
-def _adapted(stock: type) -> type:
-    is_transposed = stock.__name__ == "Llama4TextExperts"
-    attributes: dict[str, Any] = {"has_gate": True, "is_concatenated": True, "is_transposed": is_transposed, "forward": _FORWARDS[stock.__name__]}
+def _adapted(name: str, stock: Any) -> Any:
+    is_transposed = name == "Llama4TextExperts"
+    attributes: dict[str, Any] = {"has_gate": True, "is_concatenated": True, "is_transposed": is_transposed, "forward": _FORWARDS[name]}
     if not hasattr(stock, "_apply_gate"):
         attributes["_apply_gate"] = _apply_gate
-    return type(stock.__name__, (stock,), attributes)
+    return type(name, (stock,), attributes)
 
 
 def _apply_gate(module: ExpertsModule, gate_up: torch.Tensor) -> torch.Tensor:
