@@ -98,7 +98,7 @@ def _add_hf_quant_config(config: Any) -> None:
     text_config = config.get_text_config(decoder=True)
     if any(getattr(one, "quantization_config", None) is not None for one in (config, text_config)) or not config._name_or_path:
         return
-    file = cached_file(config._name_or_path, "hf_quant_config.json", revision=config._commit_hash, **_OPTIONAL)
+    file = cached_file(config._name_or_path, "hf_quant_config.json", revision=getattr(config, "_commit_hash", None), **_OPTIONAL)
     if file is not None:
         config.quantization_config = {**read_json(Path(file)), "quant_method": "modelopt"}
 

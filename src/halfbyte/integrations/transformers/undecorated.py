@@ -22,7 +22,8 @@ from halfbyte.integrations.transformers.modules import ExpertsModule, experts_fo
 def adapt(module: nn.Module) -> None:
     """Give a module of these classes, whose weights come packed, the attributes and the forward of a dispatched one; leave others alone."""
     if type(module).__name__ in _FORWARDS:
-        module.__class__ = _adapted(type(module).__name__, type(module))
+        stock: Any = type(module)
+        module.__class__ = _adapted(stock.__name__, stock)
 
 
 @functools.cache
