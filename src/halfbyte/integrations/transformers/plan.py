@@ -26,6 +26,7 @@ from transformers.core_model_loading import (
 
 from halfbyte.checkpoint.dialects import CODE_DTYPES, is_scale
 from halfbyte.checkpoint.projections import PROJECTION_OF, STACKED, UP
+from halfbyte.checkpoint.quantization import Quantization
 from halfbyte.checkpoint.source import TensorInfo
 from halfbyte.errors import CheckpointError, UnsupportedError
 from halfbyte.integrations.transformers.stored import Stored, find_stored, missing_tensor
@@ -150,6 +151,26 @@ def check_complete(model: Any, names: Names, tensors: Mapping[str, TensorInfo], 
             given=f"{len(missing)} such parameters",
             next_step="download the missing files, or correct config.json",
         )
+
+
+def check_described(quantization: Quantization, tensors: Mapping[str, TensorInfo]) -> None:
+    """Refuse files that hold a module dense which the configuration names, by its whole name, as quantised.
+
+    Patterns that mean many modules are no promise: published exclusion lists leave modules out.
+
+    Raises:
+        CheckpointError: naming the first such weight.
+    """
+    for rule in quantization.rules:
+        info = tensors.get(f"{rule.pattern}.weight") if rule.algorithm else None
+        if info is not None and info.dtype.is_floating_point and info.dtype not in _QUANTISED_DTYPES:
+            raise CheckpointError(
+                "the configuration says that this weight is quantised",
+                where=f"{rule.pattern}.weight",
+                given=info.dtype,
+                needed=rule.algorithm,
+                next_step=f"quantise the model again, or correct {quantization.where}",
+            )
 
 
 def merges_experts(converter: Any) -> bool:

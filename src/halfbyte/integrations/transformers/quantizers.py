@@ -19,7 +19,7 @@ from halfbyte.checkpoint.source import TensorInfo, read_header
 from halfbyte.errors import UnsupportedError
 from halfbyte.integrations.transformers.conversion import LoadPlan, PackedWeights, Recipe
 from halfbyte.integrations.transformers.modules import FP8Linear, QuantLinear, first_projection, is_dispatched, pack_experts, packed_parameters
-from halfbyte.integrations.transformers.plan import Names, PackedParameter, check_complete, find_packed
+from halfbyte.integrations.transformers.plan import Names, PackedParameter, check_complete, check_described, find_packed
 from halfbyte.integrations.transformers.stored import BLOCK_SCALE, CODES
 from halfbyte.integrations.transformers.undecorated import adapt
 
@@ -59,7 +59,8 @@ class FP4Quantizer(HfQuantizer):
     def __init__(self, config: Any, **kwargs: Any):
         super().__init__(config, **kwargs)
         fields = config.to_dict()
-        describe_quantization({"quantization_config": fields}, fields if "quantization" in fields else None, where="quantization_config")
+        nested = fields if "quantization" in fields else None  # hf_quant_config.json's form
+        self.description = describe_quantization({"quantization_config": fields}, nested, where="quantization_config")
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return False
@@ -72,8 +73,10 @@ class FP4Quantizer(HfQuantizer):
             raise UnsupportedError("FP4 checkpoints are read from safetensors files only", given=checkpoint_files)
         plan = model._get_dtype_plan(model.dtype)
         self.dtypes = {name: _planned(plan, name, tensor.dtype) for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
-        files = {name: Path(file) for file in checkpoint_files for name in read_header(Path(file))}
-        tensors = {name: info for file in checkpoint_files for name, info in read_header(Path(file)).items()}
+        headers = {Path(file): read_header(Path(file)) for file in checkpoint_files}
+        files = {name: file for file, header in headers.items() for name in header}
+        tensors = {name: info for header in headers.values() for name, info in header.items()}
+        check_described(self.description, tensors)
         names = Names(model)
         packed = find_packed(model, names, tensors)
         recipes = _replace_modules(model, packed, tensors)
