@@ -2,9 +2,10 @@
 
     model = AutoModelForCausalLM.from_pretrained(DIR)
 
-loads ModelOpt NVFP4, compressed-tensors nvfp4-pack-quantized and mxfp4-pack-quantized, and gpt-oss MXFP4 checkpoints, and their experts stay in
-4 bits, on the model's own Experts modules. Every other format, and `Mxfp4Config(dequantize=True)`, stays with transformers. Registering is the
-only thing the import changes.
+loads ModelOpt NVFP4, compressed-tensors nvfp4-pack-quantized and mxfp4-pack-quantized, AMD Quark MXFP4, and gpt-oss MXFP4 checkpoints, with FP8
+layers beside them or without. Their experts stay in 4 bits, on the model's own Experts modules. Every other format, and
+`Mxfp4Config(dequantize=True)`, stays with transformers. Registering is the only thing the import changes; it includes a `get_hf_quantizer` that
+also sees hf_quant_config.json.
 
 On a GPU of compute capability 9.0 the experts are rearranged for its kernels, at the first call and in the memory they have (`set_layout`).
 
@@ -12,9 +13,10 @@ On a GPU of compute capability 9.0 the experts are rearranged for its kernels, a
 |---|---|---|
 | ModelOpt NVFP4 | quant_method unknown: tensors of the wrong shape | runs |
 | compressed-tensors NVFP4 | needs its package; experts lose weight_global_scale | runs |
+| Quark MXFP4 | needs its package | runs |
 | gpt-oss MXFP4 | dense bf16 unless a hub kernel fits the device | runs in 4 bits on any device |
 
-Not supported: experts that transformers does not dispatch (Llama 4), saving, training.
+Not supported: saving, training.
 """
 
 from __future__ import annotations
