@@ -105,8 +105,8 @@ def find_packed(model: Any, names: Names, tensors: Mapping[str, TensorInfo]) -> 
         if converter is not None and all(isinstance(operation, Transpose) for operation in converter.operations):
             converter = None  # shapes tell how packed matrices lie
         if target not in names.dense:
-            target, part = _place_by_name(model, names, stored)
-            converter, merges = None, True
+            target, part, merges = _place_by_name(model, names, stored)
+            converter = None
         parameter = packed.setdefault(target, PackedParameter(converter, merges))
         place = (_expert_of(stem), part) if merges else (len(parameter.places), part)
         if place in parameter.places or parameter.merges_experts != merges:
@@ -184,15 +184,20 @@ def _wanted(names: Names, tensors: Mapping[str, TensorInfo]) -> dict[str, Tensor
     return {name: info for name, info in tensors.items() if not names.ignored(name, names.place(name)[0])}
 
 
-def _place_by_name(model: Any, names: Names, stored: Stored) -> tuple[str, int]:
-    """The stacked parameter, and the part of it, of a matrix that is named as one expert's where the class knows only stacked ones."""
-    match = re.fullmatch(r"(.+)\.(\d+)\.(\w+)", stored.stem)
+def _place_by_name(model: Any, names: Names, stored: Stored) -> tuple[str, int, bool]:
+    """The stacked parameter of a matrix that transformers does not find by its name, the part of it, and whether it is one expert's.
+
+    The class may know only stacked experts, and may keep them one module further up (`moe.experts` as `experts`, in Gemma 4).
+    """
+    match = re.fullmatch(r"(.+)\.(\d+)\.(\w+)", stored.stem) or re.fullmatch(r"(.+)()\.(gate_up_proj|up_proj|down_proj)", stored.stem)
     projection = PROJECTION_OF.get(match[3]) if match else None
-    if match and projection:
-        for leaf in dict.fromkeys((STACKED[projection], match[3])):
-            target, _, _ = names.place(f"{match[1]}.{leaf}")
-            if target in names.dense and names.dense[target].ndim == 3:
-                return target, int(projection == UP and leaf == STACKED[UP])
+    if match:
+        leaves = dict.fromkeys((STACKED[projection], match[3])) if projection and match[2] else (match[3],)
+        for experts in (match[1], re.sub(r"\.(moe|mlp)\.(\w+)$", r".\2", match[1])):
+            for leaf in leaves:
+                target, _, _ = names.place(f"{experts}.{leaf}")
+                if target in names.dense and names.dense[target].ndim == 3:
+                    return target, int(projection == UP and leaf == STACKED[UP]), bool(match[2])
     raise UnsupportedError(
         f"{type(model).__name__} has no place for this packed tensor",
         where=stored.stem,
