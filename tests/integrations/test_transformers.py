@@ -28,6 +28,7 @@ import halfbyte.integrations.transformers as hbt
 from halfbyte.errors import CheckpointError, InputError, UnsupportedError
 from halfbyte.experts import DEEPSEEK_V4_SWIGLU, GEGLU, GEGLU_TANH, GPT_OSS_SWIGLU, RELU2, SWIGLU
 from halfbyte.integrations import packing
+from halfbyte.integrations.transformers import undecorated
 from halfbyte.integrations.transformers.modules import QuantLinear, find_activation
 
 DEMO = Path(halfbyte.__file__).parent / "demo_model"
@@ -362,7 +363,9 @@ def test_both_modelopt_config_forms(damaged) -> None:
         assert len(packed_experts(load(damaged("modelopt", edit_config=form)))) == 2
 
 
-def test_experts_that_transformers_does_not_dispatch_are_refused(tmp_path: Path) -> None:
+def test_experts_that_transformers_does_not_dispatch_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless halfbyte knows their class."""
+    monkeypatch.setattr(undecorated, "_FORWARDS", {})
     sizes = {
         "hidden_size": 64,
         "intermediate_size": 32,

@@ -26,6 +26,7 @@ DeepSeek-V4.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -145,6 +146,9 @@ MXFP4_PACK = Dialect("mxfp4-pack-quantized", MXFP4, ".weight_packed", (".weight_
 QUARK = Dialect("quark", MXFP4, ".weight", (".weight_scale",), _E8M0)
 GPT_OSS = Dialect("gpt-oss", MXFP4, "_blocks", ("_scales",), _E8M0, bias="_bias", dense="", stacked=True, blocked=True)
 DEEPSEEK_V4 = Dialect("deepseek-v4", MXFP4, ".weight", (".scale", fp8_scales_of(".weight")), (*_E8M0, torch.float32))
+# e4m3 matrices beside FP4 ones: one scale, one a row, or one for 128 x 128 elements.
+FP8 = Dialect("fp8", scales=(".weight_scale", fp8_scales_of(".weight"), ".scale"))
+FP8_STACKED = Dialect("fp8 stacked", codes="", scales=("_weight_scale", "_scale", fp8_scales_of("")), dense="", stacked=True)
 FP8_BLOCK = Dialect("fp8-block", scales=(fp8_scales_of(".weight"),), scale_dtypes=(torch.float32,))
 DENSE = Dialect("dense")
 # The same for all experts of a layer in one tensor that is a Parameter of its own, without ".weight".
@@ -178,6 +182,9 @@ STACKED_DENSE = Dialect("stacked", codes="", bias="_bias", dense="", stacked=Tru
 STACKED_FORM = {MODELOPT: STACKED_MODELOPT, NVFP4_PACK: STACKED_NVFP4_PACK, MXFP4_PACK: STACKED_MXFP4_PACK, DENSE: STACKED_DENSE}
 DIALECTS = (MODELOPT, NVFP4_PACK, MXFP4_PACK, QUARK, GPT_OSS, DEEPSEEK_V4, FP8_BLOCK, DENSE, *STACKED_FORM.values())
 
+_OF_ACTIVATIONS = re.compile(r"(^|[._])(input_scale|input_global_scale|input_activation_scale|output_scale|[kqv]_scale|kv_scale|prob_output_scale)$")
+_OF_WEIGHTS = re.compile(r"(_scale|_scale_2|_scale_inv|_scales|_packed|_blocks|zero_point|[._]bias)$|\.scale$")
+
 OutputName = Literal["modelopt", "compressed-tensors"]
 OUTPUTS: dict[OutputName, tuple[Dialect, ...]] = {"modelopt": (MODELOPT,), "compressed-tensors": (NVFP4_PACK, MXFP4_PACK)}
 
@@ -209,6 +216,24 @@ def output_dialect(output: str, format: BlockFormat) -> Dialect:
             next_step="choose compressed-tensors for mxfp4",
         )
     return found
+
+
+def scales_activations(tensor: str) -> bool:
+    """Whether a tensor, by its name, scales activations or the KV cache, which no reader of weights needs.
+
+    >>> scales_activations("attn.k_proj.k_scale"), scales_activations("mlp.up_proj.weight_scale")
+    (True, False)
+    """
+    return _OF_ACTIVATIONS.search(tensor) is not None
+
+
+def belongs_to_quantized(tensor: str) -> bool:
+    """Whether a tensor, by its name, is a part of a quantised layer or a bias, so that leaving it out changes the model.
+
+    >>> belongs_to_quantized("mlp.up_proj.pre_quant_scale"), belongs_to_quantized("mlp.up_proj.weight")
+    (True, False)
+    """
+    return _OF_WEIGHTS.search(tensor) is not None or is_scale(tensor)
 
 
 def is_scale(tensor: str) -> bool:

@@ -134,7 +134,8 @@ def _stack(recipe: Recipe, tensors: _Arriving) -> torch.Tensor:
     if not recipe.experts:
         return tensors.take(parameter.first, role)
     if not parameter.merges_experts:
-        return _as_canonical(recipe, tensors.take(parameter.first, role), parameter.first)
+        halves = [_as_canonical(recipe, tensors.take(stored, role)) for _, stored in sorted(parameter.places.items(), key=lambda item: item[0])]
+        return halves[0] if len(halves) == 1 else torch.cat(halves, dim=1)
     out = None
     for (expert, part), stored in _wanted(recipe):
         tensor = tensors.take(stored, role)
@@ -151,13 +152,12 @@ def _wanted(recipe: Recipe) -> Iterator[tuple[tuple[int, int], Stored]]:
     return ((place, stored) for place, stored in recipe.parameter.places.items() if place[0] < recipe.experts)
 
 
-def _as_canonical(recipe: Recipe, tensor: torch.Tensor, stored: Stored) -> torch.Tensor:
-    """What one tensor holds of all experts, [E, N, ...], with gate rows before up rows."""
+def _as_canonical(recipe: Recipe, tensor: torch.Tensor) -> torch.Tensor:
+    """What one tensor holds of all experts: [E, N, ...] with gate rows before up rows; scalars [E], or [E, 1 or 2] of gate and up."""
     if recipe.role in (GLOBAL_SCALE, INPUT_SCALE):
         scalars = tensor.expand(recipe.experts) if tensor.ndim == 0 else tensor
-        if recipe.parts > 1:
-            return scalars.unflatten(0, (recipe.experts, -1)).expand(recipe.experts, recipe.parts).contiguous()
-        return scalars.contiguous()
+        held = recipe.parts // len(recipe.parameter.places)
+        return scalars.reshape(recipe.experts, -1).expand(recipe.experts, held).contiguous() if recipe.parts > 1 else scalars.contiguous()
     if tensor.ndim == 4:
         tensor = tensor.flatten(2)
     if recipe.transposed:
@@ -178,7 +178,8 @@ def _input_scales(recipe: Recipe, tensors: _Arriving) -> torch.Tensor:
     if not recipe.experts:
         return taken[0, 0]
     if not parameter.merges_experts:
-        return _as_canonical(recipe, taken[0, 0], parameter.first)
+        halves = [_as_canonical(recipe, scale) for _, scale in sorted(taken.items(), key=lambda item: item[0])]
+        return torch.cat(halves, dim=1) if len(halves) > 1 else halves[0]
     largest = torch.stack(list(taken.values())).max()
     missing = [stored.stem + stored.dialect.input_scale for place, stored in _wanted(recipe) if place not in taken]
     if missing:

@@ -62,9 +62,11 @@ def pack_experts(module: ExpertsModule, packed: dict[str, PackedParameter], head
             raise _missing_experts(f"{where}.{projection}", 0, num_experts * parts)
         if parameter.merges_experts:
             _check_places(parameter, num_experts, dense.shape[0], parts, f"{where}.{projection}")
-        shape = (rows // parts, columns) if parameter.merges_experts else (num_experts, rows, columns)
+        if not parameter.merges_experts and len(parameter.places) not in (1, parts):
+            raise _missing_experts(f"{where}.{projection}", len(parameter.places), parts)
+        shape = (rows // parts, columns) if parameter.merges_experts else (num_experts, rows // len(parameter.places), columns)
         transposed = {_check_shapes(stored, shape, headers) for stored in parameter.places.values()} == {True}
-        alternating = parts == 2 and not parameter.merges_experts and not module.is_concatenated
+        alternating = parts == 2 and len(parameter.places) == 1 and not module.is_concatenated
         recipe = Recipe(parameter, CODES, num_experts, parts, alternating, transposed)
         delattr(module, projection)
         groups = (num_experts, parts) if parts > 1 else (num_experts,)
@@ -212,13 +214,13 @@ class FP8Linear(nn.Module):
             )
         scales = headers[stored.tensors[BLOCK_SCALE]].shape
         scale_shape = () if math.prod(scales) == 1 else (*scales, 1)[:2]
-        tensors = {"weight": (torch.float8_e4m3fn, stored.shape), "weight_scale": (torch.float32, scale_shape)}
+        tensors = {"weight": (torch.float8_e4m3fn, stored.shape), "weight" + BLOCK_SCALE: (torch.float32, scale_shape)}
         _add_parameters(self, tensors)
         self.recipes = {name: Recipe(parameter, role) for name, role in zip(tensors, (CODES, BLOCK_SCALE), strict=True)}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] to [..., N], computed in the dtype of x."""
-        return F.linear(x, dequantize_fp8(self.get_parameter("weight"), self.get_parameter("weight_scale"), x.dtype), self.bias)
+        return F.linear(x, dequantize_fp8(self.get_parameter("weight"), self.get_parameter("weight" + BLOCK_SCALE), x.dtype), self.bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

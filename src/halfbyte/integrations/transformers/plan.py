@@ -24,16 +24,13 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from halfbyte.checkpoint.dialects import CODE_DTYPES, is_scale
+from halfbyte.checkpoint.dialects import CODE_DTYPES, FP8_STACKED, belongs_to_quantized, scales_activations
 from halfbyte.checkpoint.projections import PROJECTION_OF, STACKED, UP
 from halfbyte.checkpoint.quantization import Quantization
 from halfbyte.checkpoint.source import TensorInfo
 from halfbyte.errors import CheckpointError, UnsupportedError
 from halfbyte.integrations.transformers.stored import Stored, find_stored, missing_tensor
 
-# Scales of what this loader never quantises, activations and the KV cache: not needed, wherever they lie.
-_OF_ACTIVATIONS = re.compile(r"(^|[._])(input_scale|input_global_scale|input_activation_scale|output_scale|[kqv]_scale|kv_scale|prob_output_scale)$")
-_OF_WEIGHTS = re.compile(r"(_scale|_scale_2|_scale_inv|_scales|_global_scale|_packed|_blocks|zero_point|pre_quant_scale|[._]bias)$|\.scale$")
 _QUANTISED_DTYPES = (*CODE_DTYPES, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -43,13 +40,18 @@ class PackedParameter:
 
     Attributes:
         converter: what makes it of dense weights; None where one dense tensor is the parameter.
-        places: the stored matrices by (expert, part), the part being 1 for the up half of gate_up_proj; of a single one, (0, 0).
+        places: the stored matrices by (expert, part), the part being 1 for the up half of gate_up_proj. Expert 0 where one holds all experts.
         merges_experts: each expert's matrix is stored alone.
     """
 
     converter: Any
     merges_experts: bool = False
     places: dict[tuple[int, int], Stored] = field(default_factory=dict)
+
+    @property
+    def holds_experts(self) -> bool:
+        """Whether the converter, which packed matrices do without, does nothing to experts but stack them and join gate and up."""
+        return self.converter is None or merges_experts(self.converter) or all(_joins_rows(operation) for operation in self.converter.operations)
 
     @property
     def first(self) -> Stored:
@@ -108,7 +110,7 @@ def find_packed(model: Any, names: Names, tensors: Mapping[str, TensorInfo]) -> 
             target, part, merges = _place_by_name(model, names, stored)
             converter = None
         parameter = packed.setdefault(target, PackedParameter(converter, merges))
-        place = (_expert_of(stem), part) if merges else (len(parameter.places), part)
+        place = (_expert_of(stem) if merges else 0, part)
         if place in parameter.places or parameter.merges_experts != merges:
             raise CheckpointError("a matrix is stored twice", where=stem, given=f"also {parameter.first.stem}", needed="one of them")
         parameter.places[place] = stored
@@ -130,7 +132,7 @@ def check_complete(model: Any, names: Names, tensors: Mapping[str, TensorInfo], 
             raise CheckpointError("the matrix is packed, and this tensor would be a part of it", where=name, given=tensors[name].dtype)
         if target in names.dense:
             if tensors[name].dtype in _QUANTISED_DTYPES and names.dense[target].is_floating_point():
-                raise missing_tensor(f"{name}_weight_scale", f"{name} is {tensors[name].dtype}")
+                raise missing_tensor(name + FP8_STACKED.scales[0], f"{name} is {tensors[name].dtype}")
             filled.update(targets)
         elif _means_something(name, tensors[name]) and not names.ignored(name, target):
             raise CheckpointError(
@@ -176,8 +178,12 @@ def check_described(quantization: Quantization, tensors: Mapping[str, TensorInfo
 def merges_experts(converter: Any) -> bool:
     """True for what stacks experts and, perhaps, puts gate rows before up rows."""
     merge, *rest = converter.operations
-    concatenates = not rest or (len(rest) == 1 and type(rest[0]) is Concatenate and rest[0].dim == 1)
+    concatenates = not rest or (len(rest) == 1 and _joins_rows(rest[0]))
     return type(merge) is MergeModulelist and merge.dim == 0 and concatenates
+
+
+def _joins_rows(operation: Any) -> bool:
+    return type(operation) is Concatenate and operation.dim == 1
 
 
 def _wanted(names: Names, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
@@ -193,7 +199,7 @@ def _place_by_name(model: Any, names: Names, stored: Stored) -> tuple[str, int, 
     projection = PROJECTION_OF.get(match[3]) if match else None
     if match:
         leaves = dict.fromkeys((STACKED[projection], match[3])) if projection and match[2] else (match[3],)
-        for experts in (match[1], re.sub(r"\.(moe|mlp)\.(\w+)$", r".\2", match[1])):
+        for experts in (match[1], re.sub(r"\.(moe|mlp)\.(\w+)$", r".\2", match[1]), re.sub(r"\.moe$", ".experts", match[1])):
             for leaf in leaves:
                 target, _, _ = names.place(f"{experts}.{leaf}")
                 if target in names.dense and names.dense[target].ndim == 3:
@@ -212,9 +218,9 @@ def _expert_of(stem: str) -> int:
 
 def _means_something(name: str, info: TensorInfo) -> bool:
     """Whether a tensor belongs to a quantised layer, or is a bias; dropping it would change the model."""
-    if _OF_ACTIVATIONS.search(name):
+    if scales_activations(name):
         return False
-    return bool(_OF_WEIGHTS.search(name)) or is_scale(name) or info.dtype in _QUANTISED_DTYPES
+    return belongs_to_quantized(name) or info.dtype in _QUANTISED_DTYPES
 
 
 def _predictor(config: Any) -> Callable[[str], bool]:

@@ -124,7 +124,7 @@ def _replace_modules(model: Any, packed: Mapping[str, PackedParameter], tensors:
             recipes |= {f"{module_name}.{tensor}": recipe for tensor, recipe in linear.recipes.items()}
         elif is_fp8:
             recipes[parameter_name] = Recipe(parameter, None)
-        elif is_dispatched(module) and name in (first_projection(module), "down_proj") and (parameter.merges_experts or parameter.converter is None):
+        elif is_dispatched(module) and name in (first_projection(module), "down_proj") and parameter.holds_experts:
             experts[module_name][name] = parameter
         else:
             raise UnsupportedError(

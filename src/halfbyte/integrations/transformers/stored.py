@@ -14,6 +14,8 @@ import torch
 
 from halfbyte.checkpoint.dialects import (
     CODE_DTYPES,
+    FP8,
+    FP8_STACKED,
     GPT_OSS,
     MODELOPT,
     MXFP4_PACK,
@@ -23,7 +25,6 @@ from halfbyte.checkpoint.dialects import (
     STACKED_MXFP4_PACK,
     STACKED_NVFP4_PACK,
     Dialect,
-    fp8_scales_of,
     is_scale,
 )
 from halfbyte.checkpoint.source import TensorInfo
@@ -33,9 +34,6 @@ from halfbyte.formats.fp8_block import scale_shape
 
 # Codes are looked for in this order; a suffix and the size of a block tell them apart.
 FP4_DIALECTS = (NVFP4_PACK, MXFP4_PACK, STACKED_NVFP4_PACK, STACKED_MXFP4_PACK, GPT_OSS, MODELOPT, QUARK, STACKED_MODELOPT)
-FP8 = Dialect("fp8", codes=".weight", scales=(".weight_scale", fp8_scales_of(".weight"), ".scale"), dense=".weight")
-FP8_STACKED = Dialect("fp8-stacked", codes="", scales=("_weight_scale", "_scale", "_scale_inv"), dense="", stacked=True)
-
 # What a tensor of a quantised matrix is for; also the suffix of the Parameter that holds it, behind the name of the matrix.
 CODES, BLOCK_SCALE, GLOBAL_SCALE, INPUT_SCALE, PRE_QUANT_SCALE = "", "_scale", "_scale_2", "_input_scale", "_pre_quant_scale"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
