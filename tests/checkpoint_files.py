@@ -181,6 +181,33 @@ def compressed_tensors_mxfp4() -> Files:
     return add_router(files, "model.layers.1.mlp")
 
 
+def quark() -> Files:
+    """AMD Quark MXFP4: plain names, e8m0 scales as bytes."""
+    files = compressed_tensors_mxfp4()
+    weight = {"dtype": "fp4", "qscheme": "per_group", "group_size": 32, "scale_format": "e8m0"}
+    exclude = ["lm_head", "re:.*self_attn.*", "re:.*mlp.gate$"]
+    files.config["quantization_config"] = {"quant_method": "quark", "exclude": exclude, "global_quant_config": {"weight": weight}}
+    files.tensors = {name.replace("weight_packed", "weight"): tensor for name, tensor in files.tensors.items()}
+    return files
+
+
+def stacked(files: Files, experts: str = "model.layers.1.mlp.experts") -> Files:
+    """The same experts in one tensor of the layer for gate and up, and one for down; scalars are [E, 2] and [E]."""
+    compressed = any(name.endswith("weight_packed") for name in files.tensors)
+    parts: dict[str, dict[str, dict[int, torch.Tensor]]] = {}
+    for name in [name for name in files.tensors if name.startswith(f"{experts}.")]:
+        expert, leaf, suffix = name.removeprefix(f"{experts}.").split(".")
+        short = "" if suffix == "weight" else "_" + (suffix.removeprefix("weight_") if compressed else suffix)
+        parts.setdefault(leaf, {}).setdefault(short, {})[int(expert)] = files.tensors.pop(name)
+    stacks = {leaf: {short: torch.stack([of[e] for e in range(E)]) for short, of in by.items()} for leaf, by in parts.items()}
+    for short, gate in stacks["gate_proj"].items():
+        up = stacks["up_proj"][short]
+        scalar = gate.numel() == E
+        files.tensors[f"{experts}.gate_up_proj{short}"] = torch.stack([gate.flatten(), up.flatten()], 1) if scalar else torch.cat([gate, up], 1)
+        files.tensors[f"{experts}.down_proj{short}"] = stacks["down_proj"][short]
+    return files
+
+
 def deepseek_v4(scale_dtype: torch.dtype = torch.uint8, scale_name: str = "scale") -> Files:
     files = Files(dict(DEEPSEEK_V4))
     for expert in range(E):

@@ -24,7 +24,11 @@ from halfbyte.checkpoint.dialects import (
     NVFP4_PACK,
     OUTPUTS,
     QUANTIZED_ONLY,
+    QUARK,
     STACKED_DENSE,
+    STACKED_MODELOPT,
+    STACKED_MXFP4_PACK,
+    STACKED_NVFP4_PACK,
     Dialect,
     is_scale,
     output_dialect,
@@ -68,6 +72,10 @@ FILES = {
     FP8_BLOCK: fp8_block,
     DENSE: cf.dense,
     STACKED_DENSE: lambda: cf.dense(stacked="columns"),
+    QUARK: cf.quark,
+    STACKED_MODELOPT: lambda: cf.stacked(cf.nvfp4("modelopt")),
+    STACKED_NVFP4_PACK: lambda: cf.stacked(cf.nvfp4("compressed-tensors")),
+    STACKED_MXFP4_PACK: lambda: cf.stacked(cf.compressed_tensors_mxfp4()),
 }
 
 
@@ -203,8 +211,11 @@ def homes(words: set[str], parts: tuple[str, ...] = ()) -> set[str]:
     return {file.relative_to(SOURCE).as_posix() for file in found}
 
 
+OF_TRANSFORMERS = {"_scale", "_input_scale", "_bias"}  # the suffixes by which the plug-in's own Parameters are called, too
+
+
 def test_tensor_suffixes_are_written_in_one_file() -> None:
-    suffixes = {suffix for d in DIALECTS for suffix in (d.codes, *d.scales, d.global_scale, d.input_scale)} - {"", ".weight"}
+    suffixes = {suffix for d in DIALECTS for suffix in (d.codes, *d.scales, d.global_scale, d.input_scale)} - {"", ".weight", *OF_TRANSFORMERS}
     assert {"_blocks", "_scales", ".scale", ".input_scale", ".weight_packed"} <= suffixes
     assert homes(suffixes, ("weight_packed", "weight_scale", "weight_global", "input_global", "scale_inv")) == {"checkpoint/dialects.py"}
 

@@ -103,7 +103,7 @@ def test_other_kinds() -> None:
 @pytest.mark.parametrize(
     ("said", "expected"),
     [
-        ({"quant_method": "gptq"}, ["quant_method 'gptq'", "modelopt, compressed-tensors, mxfp4, fp8"]),
+        ({"quant_method": "gptq"}, ["quant_method 'gptq'", "modelopt, compressed-tensors, mxfp4, quark, fp8"]),
         ({"bits": 4}, ["quant_method None"]),
         ({"quant_method": "modelopt", "quant_algo": "FP8"}, ["given FP8", "NVFP4, NVFP4_AWQ, W4A16_NVFP4, MIXED_PRECISION"]),
         ({"quant_method": "modelopt", "config_groups": {"g": {"weights": {"num_bits": 8, "type": "int"}}}}, ["no quant_algo", "int"]),

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 import torch
 
 from halfbyte.checkpoint.layer_tensors import LayerTensors
-from halfbyte.checkpoint.projections import PROJECTIONS, Projection
+from halfbyte.checkpoint.projections import GATE, Projection
 from halfbyte.checkpoint.source import Checkpoint
 from halfbyte.errors import CheckpointError, UnsupportedError
 
@@ -80,12 +80,12 @@ def examine_layer(checkpoint: Checkpoint, layer: int) -> tuple[list[ScaleStatist
     if tensors is not None:
         experts = range(checkpoint.moe.num_experts)
         if tensors.format is None:
-            for projection in PROJECTIONS:
+            for projection in tensors.projections:
                 for expert in experts:
                     attempt(tensors.dense_parts, expert, projection)
         else:
             global_scales, input_scales = attempt(tensors.global_scales, experts), attempt(tensors.input_scales)
-            for column, projection in enumerate(PROJECTIONS):
+            for column, projection in enumerate(tensors.projections):
                 histogram = torch.zeros(256, dtype=torch.int64)
                 for expert in experts:
                     attempt(tensors.codes, expert, projection)
@@ -95,8 +95,9 @@ def examine_layer(checkpoint: Checkpoint, layer: int) -> tuple[list[ScaleStatist
                 if histogram.any():
                     statistics.append(_statistics(tensors, projection, histogram, _extent(global_scales, column), _extent(input_scales, column)))
             warnings = [f"all {s.projection} blocks have scale 0: these experts are zero" for s in statistics if s.zero_blocks == s.blocks]
-            warnings += _describe_gate_up(global_scales) + ([] if input_scales is None else describe_scatter(input_scales))
-        for projection in PROJECTIONS:
+            warnings += _describe_gate_up(global_scales) if GATE in tensors.projections else []
+            warnings += [] if input_scales is None else describe_scatter(input_scales, tensors.projections)
+        for projection in tensors.projections:
             if tensors.has_bias(projection):
                 attempt(tensors.bias, 0, projection)
     defects = [Defect("warning", layer, message) for message in warnings]
@@ -106,10 +107,10 @@ def examine_layer(checkpoint: Checkpoint, layer: int) -> tuple[list[ScaleStatist
     return statistics, defects
 
 
-def describe_scatter(input_scales: torch.Tensor) -> list[str]:
-    """Describe the experts whose input scale is more than `SCATTER_LIMIT` times off the median; input_scales fp32 [E, 3]."""
+def describe_scatter(input_scales: torch.Tensor, projections: Sequence[Projection]) -> list[str]:
+    """Describe the experts whose input scale is more than `SCATTER_LIMIT` times off the median; input_scales fp32 [E, projections]."""
     messages = []
-    for column, projection in enumerate(PROJECTIONS):
+    for column, projection in enumerate(projections):
         values = input_scales[:, column]
         median = values.median()
         outliers = ((values > median * SCATTER_LIMIT) | (values < median / SCATTER_LIMIT)).nonzero().flatten().tolist()

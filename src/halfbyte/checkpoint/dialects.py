@@ -5,7 +5,11 @@
 | modelopt | .weight u8 [N, K/2] | .weight_scale e4m3 [N, K/16] | .weight_scale_2 [] | .input_scale [] |
 | nvfp4-pack-quantized | .weight_packed u8 [N, K/2] | .weight_scale e4m3 [N, K/16] | .weight_global_scale [1] | .input_global_scale [1] |
 | mxfp4-pack-quantized | .weight_packed u8 [N, K/2] | .weight_scale e8m0 [N, K/32] | | |
+| quark | .weight u8 [N, K/2] | .weight_scale e8m0 [N, K/32] | | |
 | gpt-oss | _blocks u8 [E, N, K/32, 16] | _scales e8m0 [E, N, K/32] | | |
+| modelopt stacked | no suffix: u8 [E, N, K/2] or [E, K/2, N] | _weight_scale e4m3 | _weight_scale_2 [] or [E] | _input_scale [] or [E] |
+| nvfp4-pack-quantized stacked | _packed u8 [E, N, K/2] | _scale e4m3 | _global_scale [E] | _input_global_scale [E] |
+| mxfp4-pack-quantized stacked | _packed u8 [E, N, K/2] | _scale e8m0 | | |
 | deepseek-v4 | .weight int8 [N, K/2] | .scale or .weight_scale_inv, e8m0 or a power of two in fp32 [N, K/32] | | |
 | fp8-block | .weight e4m3 [N, K] | .weight_scale_inv fp32 [N/128, K/128], rounded up | | |
 | dense | .weight bf16, fp16, fp32 [N, K] | | | |
@@ -13,6 +17,7 @@
 
 Scales are row-major. Global and input scales are fp32, decode multipliers for modelopt and encode multipliers (1 / decode) for compressed-tensors; an
 input scale is there only where activations were calibrated. gpt-oss and stacked hold all experts of a layer in one tensor, their biases in _bias.
+Stacked experts whose names end in .weight (`block_sparse_moe.input_linear.weight`) have the suffixes of single matrices.
 
 Sources: ModelOpt `export/convert_hf_config.py`, compressed-tensors `quantization/quant_scheme.py`, the published files of gpt-oss, DeepSeek-V3 and
 DeepSeek-V4.
@@ -21,7 +26,8 @@ DeepSeek-V4.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -45,6 +51,7 @@ class Dialect:
         scales: block scales; the first is the usual name. scale_dtypes: what they are stored in.
         global_scale, input_scale: scalars of the matrix and of its calibrated input.
         bias: of the matrix.
+        input_factor: what NVFP4_AWQ multiplies the input by, channel for channel; never read, refused by name.
         dense: the dense weight that the codes stand for.
         encode: the scalars are stored as encode multipliers, 1 / decode.
         stacked: one tensor holds the matrices of all experts.
@@ -58,7 +65,8 @@ class Dialect:
     scale_dtypes: tuple[torch.dtype, ...] = ()
     global_scale: str = ""
     input_scale: str = ""
-    bias: str = ""
+    bias: str = ".bias"
+    input_factor: str = ""
     dense: str = ".weight"
     encode: bool = False
     stacked: bool = False
@@ -130,17 +138,52 @@ def fp8_scales_of(weight: str) -> str:
     return f"{weight}_scale_inv"
 
 
-MODELOPT = Dialect("modelopt", NVFP4, ".weight", (".weight_scale",), _E4M3, ".weight_scale_2", ".input_scale")
+MODELOPT = Dialect("modelopt", NVFP4, ".weight", (".weight_scale",), _E4M3, ".weight_scale_2", ".input_scale", input_factor=".pre_quant_scale")
 NVFP4_PACK = Dialect(
     "nvfp4-pack-quantized", NVFP4, ".weight_packed", (".weight_scale",), _E4M3, ".weight_global_scale", ".input_global_scale", encode=True
 )
 MXFP4_PACK = Dialect("mxfp4-pack-quantized", MXFP4, ".weight_packed", (".weight_scale",), (*_E8M0, torch.float32))
+QUARK = Dialect("quark", MXFP4, ".weight", (".weight_scale",), _E8M0)
 GPT_OSS = Dialect("gpt-oss", MXFP4, "_blocks", ("_scales",), _E8M0, bias="_bias", dense="", stacked=True, blocked=True)
 DEEPSEEK_V4 = Dialect("deepseek-v4", MXFP4, ".weight", (".scale", fp8_scales_of(".weight")), (*_E8M0, torch.float32))
+# e4m3 matrices beside FP4 ones: one scale, one a row, or one for 128 x 128 elements.
+FP8 = Dialect("fp8", scales=(".weight_scale", fp8_scales_of(".weight"), ".scale"))
+FP8_STACKED = Dialect("fp8 stacked", codes="", scales=("_weight_scale", "_scale", fp8_scales_of("")), dense="", stacked=True)
 FP8_BLOCK = Dialect("fp8-block", scales=(fp8_scales_of(".weight"),), scale_dtypes=(torch.float32,))
 DENSE = Dialect("dense")
+# The same for all experts of a layer in one tensor that is a Parameter of its own, without ".weight".
+STACKED_MODELOPT = replace(
+    MODELOPT,
+    name="modelopt stacked",
+    codes="",
+    scales=("_weight_scale",),
+    global_scale="_weight_scale_2",
+    input_scale="_input_scale",
+    bias="_bias",
+    input_factor="_pre_quant_scale",
+    dense="",
+    stacked=True,
+)
+STACKED_NVFP4_PACK = replace(
+    NVFP4_PACK,
+    name="nvfp4-pack-quantized stacked",
+    codes="_packed",
+    scales=("_scale",),
+    global_scale="_global_scale",
+    input_scale="_input_global_scale",
+    bias="_bias",
+    dense="",
+    stacked=True,
+)
+STACKED_MXFP4_PACK = replace(
+    MXFP4_PACK, name="mxfp4-pack-quantized stacked", codes="_packed", scales=("_scale",), bias="_bias", dense="", stacked=True
+)
 STACKED_DENSE = Dialect("stacked", codes="", bias="_bias", dense="", stacked=True)
-DIALECTS = (MODELOPT, NVFP4_PACK, MXFP4_PACK, GPT_OSS, DEEPSEEK_V4, FP8_BLOCK, DENSE, STACKED_DENSE)
+STACKED_FORM = {MODELOPT: STACKED_MODELOPT, NVFP4_PACK: STACKED_NVFP4_PACK, MXFP4_PACK: STACKED_MXFP4_PACK, DENSE: STACKED_DENSE}
+DIALECTS = (MODELOPT, NVFP4_PACK, MXFP4_PACK, QUARK, GPT_OSS, DEEPSEEK_V4, FP8_BLOCK, DENSE, *STACKED_FORM.values())
+
+_OF_ACTIVATIONS = re.compile(r"(^|[._])(input_scale|input_global_scale|input_activation_scale|output_scale|[kqv]_scale|kv_scale|prob_output_scale)$")
+_OF_WEIGHTS = re.compile(r"(_scale|_scale_2|_scale_inv|_scales|_packed|_blocks|zero_point|[._]bias)$|\.scale$")
 
 OutputName = Literal["modelopt", "compressed-tensors"]
 OUTPUTS: dict[OutputName, tuple[Dialect, ...]] = {"modelopt": (MODELOPT,), "compressed-tensors": (NVFP4_PACK, MXFP4_PACK)}
@@ -173,6 +216,24 @@ def output_dialect(output: str, format: BlockFormat) -> Dialect:
             next_step="choose compressed-tensors for mxfp4",
         )
     return found
+
+
+def scales_activations(tensor: str) -> bool:
+    """Whether a tensor, by its name, scales activations or the KV cache, which no reader of weights needs.
+
+    >>> scales_activations("attn.k_proj.k_scale"), scales_activations("mlp.up_proj.weight_scale")
+    (True, False)
+    """
+    return _OF_ACTIVATIONS.search(tensor) is not None
+
+
+def belongs_to_quantized(tensor: str) -> bool:
+    """Whether a tensor, by its name, is a part of a quantised layer or a bias, so that leaving it out changes the model.
+
+    >>> belongs_to_quantized("mlp.up_proj.pre_quant_scale"), belongs_to_quantized("mlp.up_proj.weight")
+    (True, False)
+    """
+    return _OF_WEIGHTS.search(tensor) is not None or is_scale(tensor)
 
 
 def is_scale(tensor: str) -> bool:

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 
 import torch
 
-from halfbyte.checkpoint.dialects import CODE_DTYPES, FP8_BLOCK, STACKED_DENSE
-from halfbyte.checkpoint.projections import DOWN, GATE, PROJECTIONS, STACKED, Projection, find_leaves, stacked_sizes
+from halfbyte.checkpoint.dialects import CODE_DTYPES, FP8_BLOCK, STACKED_FORM
+from halfbyte.checkpoint.projections import DOWN, GATE, UP, Projection, find_layout, stacked_sizes
 from halfbyte.checkpoint.source import Checkpoint
 from halfbyte.errors import CheckpointError, UnsupportedError
 from halfbyte.formats import BlockFormat
@@ -24,6 +24,7 @@ class LayerTensors:
     """The experts of one MoE layer of a checkpoint: each method finds, checks and returns one projection of one expert.
 
     Attributes:
+        projections: gate, up and down, or the last two where experts have no gate.
         dialect: how their matrices are stored; `DENSE` for fp8-block too.
         format: block format of the experts, None when dense (bf16, fp16, fp32 or fp8-block).
     """
@@ -31,22 +32,25 @@ class LayerTensors:
     def __init__(self, checkpoint: Checkpoint, layer: int):
         """Raises CheckpointError for a layer without routed experts, UnsupportedError for a format halfbyte does not read."""
         self.checkpoint, self.moe = checkpoint, checkpoint.moe
-        self.prefix = f"{self.moe.block_of(layer)}.experts"
-        self._leaves = find_leaves(checkpoint, self.prefix)
-        dialects = {checkpoint.quantization.dialect_of(f"{self.prefix}.0.{leaf}") for leaf in self._leaves.values()}
+        self.moe.check_layer(layer, str(checkpoint.path / "config.json"))
+        self.block = self.moe.block_of(layer)
+        gated = self.moe.activation is None or self.moe.activation.gated
+        self._layout = layout = find_layout(checkpoint, self.block, gated=gated)
+        self.projections = layout.projections
+        modules = {projection: f"{self.block}.{layout.module(0, projection)}" for projection in self.projections}
+        dialects = {checkpoint.quantization.dialect_of(module) for module in modules.values()}
         if len(dialects) != 1:
             given = ", ".join(sorted(dialect.name for dialect in dialects))
-            raise UnsupportedError("gate, up and down are stored in different formats", where=self.prefix, given=given, needed="one format")
+            raise UnsupportedError("gate, up and down are stored in different formats", where=self.block, given=given, needed="one format")
         self.dialect = dialects.pop()
+        stacked_form = STACKED_FORM.get(self.dialect) if layout.stacked else None
+        if stacked_form and modules[DOWN] + self.dialect.codes not in checkpoint:
+            self.dialect = stacked_form
         self.format: BlockFormat | None = self.dialect.format
-        if f"{self.prefix}.{STACKED[GATE]}" in checkpoint and not self.dialect.stacked:
-            if self.format is not None:
-                kind = checkpoint.quantization.kind
-                raise UnsupportedError("stacked quantised experts", where=self.prefix, given=kind, needed="one tensor per expert, or gpt-oss MXFP4")
-            self.dialect = STACKED_DENSE
         if self.format is not None:
             self._check_blocks(self.format)
-        self._transposed = self.dialect is STACKED_DENSE and self._is_transposed()
+        self._transposed = self._is_transposed()
+        self._check_input_factors()
 
     def shape(self, projection: Projection) -> tuple[int, int]:
         """Rows and columns of a projection: [I, H] for gate and up, [H, I] for down."""
@@ -54,8 +58,7 @@ class LayerTensors:
 
     def name(self, expert: int, projection: Projection, suffix: str) -> str:
         """Name of the tensor that holds a part of a projection (of all experts, when stacked)."""
-        matrix = STACKED[projection] if self.dialect.stacked else f"{expert}.{self._leaves[projection]}"
-        return f"{self.prefix}.{matrix}{suffix}"
+        return f"{self.block}.{self._layout.module(expert, projection)}{suffix}"
 
     def codes(self, expert: int, projection: Projection) -> torch.Tensor:
         """Packed e2m1 codes, uint8 [N, K/2]."""
@@ -83,10 +86,7 @@ class LayerTensors:
     def dense_parts(self, expert: int, projection: Projection) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The weight [N, K] as stored and, for fp8-block, its checked scales."""
         shape, name = self.shape(projection), self.name(expert, projection, self.dialect.codes)
-        if self._transposed:
-            matrix = self._read(name, (self.dense_dtype(),), (self.moe.num_experts, shape[1], self._stacked_rows(projection)))[expert]
-            return self._rows_of(matrix.T, projection), None
-        fp8 = () if self.dialect.stacked else (torch.float8_e4m3fn,)
+        fp8 = () if self._layout.stacked else (torch.float8_e4m3fn,)
         weight = self._part(expert, projection, name, (self.dense_dtype(), *fp8), shape[1:])
         if weight.dtype != torch.float8_e4m3fn:
             return weight, None
@@ -97,8 +97,8 @@ class LayerTensors:
         return weight, scale
 
     def dense_dtype(self) -> torch.dtype:
-        """dtype that `dense` returns: that of the first expert's gate, which all share; bf16 for fp8-block."""
-        name = self.name(0, GATE, self.dialect.codes)
+        """dtype that `dense` returns: that of the first expert's first matrix, which all share; bf16 for fp8-block."""
+        name = self.name(0, self.projections[0], self.dialect.codes)
         if name not in self.checkpoint:
             raise self._error("missing tensor", name, needed=_names(_DENSE))
         dtype = self.checkpoint.info(name).dtype
@@ -118,47 +118,65 @@ class LayerTensors:
         return self._part(expert, projection, self.name(expert, projection, self.dialect.bias), _DENSE, ())
 
     def global_scales(self, experts: Iterable[int]) -> torch.Tensor | None:
-        """Decode multipliers fp32 [len(experts), 3] of gate, up, down; None for a format without."""
+        """Decode multipliers fp32 [len(experts), 3] of gate, up, down (2 without gate); None for a format without."""
         if self.format is None or not self.format.has_global_scale:
             return None
-        return self._scalars([self.name(e, p, self.dialect.global_scale) for e in experts for p in PROJECTIONS])
+        return self._scalars(self.dialect.global_scale, experts)
 
     def input_scales(self) -> torch.Tensor | None:
-        """Decode multipliers fp32 [E, 3] of the calibrated activations of *all* experts; None where no expert has one.
+        """Decode multipliers fp32 [E, 3] (2 without gate) of the calibrated activations of *all* experts; None where no expert has one.
 
         Raises:
             CheckpointError: some experts have one and some do not, or a value is not positive and finite.
         """
-        return self._scalars(self._input_scale_names()) if self.has_input_scales() else None
+        return self._scalars(self.dialect.input_scale, range(self.moe.num_experts)) if self.has_input_scales() else None
 
     def has_input_scales(self) -> bool:
         """Whether any expert has one."""
-        return any(name in self.checkpoint for name in self._input_scale_names())
+        suffix = self.dialect.input_scale
+        return bool(suffix) and any(self.name(e, p, suffix) in self.checkpoint for e in range(self.moe.num_experts) for p in self.projections)
 
-    def _input_scale_names(self) -> list[str]:
-        if not self.dialect.input_scale:
-            return []
-        return [self.name(e, p, self.dialect.input_scale) for e in range(self.moe.num_experts) for p in PROJECTIONS]
-
-    def _scalars(self, names: list[str]) -> torch.Tensor:
+    def _scalars(self, suffix: str, experts: Iterable[int]) -> torch.Tensor:
+        """The decode multipliers called `suffix`, fp32 [len(experts), projections]."""
+        places = [(expert, projection) for expert in experts for projection in self.projections]
+        names = [self.name(*place, suffix) for place in places]
         values = torch.empty(len(names))
-        for index, name in enumerate(names):
+        for index, (name, place) in enumerate(zip(names, places, strict=True)):
             if name not in self.checkpoint:
                 raise self._error("missing scale", name, given=f"{sum(n in self.checkpoint for n in names)} of {len(names)}", needed="all of them")
-            tensor = self.checkpoint.read(name)
-            if tensor.numel() != 1 or not tensor.is_floating_point():
-                raise self._error("not a scalar", name, given=f"{tensor.dtype} {tuple(tensor.shape)}", needed="one fp32 number")
-            values[index] = self.dialect.decode_scalar(tensor.reshape(()))
+            tensor = self._scalar(name, *place)
+            values[index] = self.dialect.decode_scalar(tensor)
             if not 0 < values[index] < torch.inf:
                 raise self._error("scale is not a positive finite number", name, given=tensor.item(), needed="a positive finite number")
-        return values.view(len(names) // 3, 3)
+        return values.view(-1, len(self.projections))
+
+    def _scalar(self, name: str, expert: int, projection: Projection) -> torch.Tensor:
+        """The scalar [] of one matrix: stacked experts have one for all, one per expert, or one per expert for gate and up each."""
+        tensor = self.checkpoint.read(name)
+        if tensor.numel() == 1 and tensor.is_floating_point():
+            return tensor.reshape(())
+        experts = self.moe.num_experts
+        halves = 2 if self._layout.fused and projection != DOWN else 1
+        if not self._layout.stacked or not tensor.is_floating_point() or tensor.numel() not in (experts, halves * experts):
+            needed = f"one number, or one per expert: ({experts},)" if self._layout.stacked else "one fp32 number"
+            raise self._error("not a scalar", name, given=f"{tensor.dtype} {tuple(tensor.shape)}", needed=needed)
+        of_expert = tensor.reshape(experts, -1)[expert]
+        return of_expert[1 if projection == UP and len(of_expert) == 2 else 0]
 
     def _part(self, expert: int, projection: Projection, name: str, dtypes: tuple[torch.dtype, ...], columns: tuple[int, ...]) -> torch.Tensor:
         """The rows of one projection of one expert, [N, *columns], from a tensor of the layer."""
-        if not self.dialect.stacked:
-            return self._read(name, dtypes, (self.shape(projection)[0], *columns))
-        stacked = self._read(name, dtypes, (self.moe.num_experts, self._stacked_rows(projection), *columns))
-        return self._rows_of(stacked[expert], projection)
+        layout, rows = self._layout, self.shape(projection)[0]
+        if not layout.stacked:
+            return self._read(name, dtypes, (rows, *columns))
+        rows *= 2 if layout.fused and projection != DOWN else 1
+        transposed = bool(columns) and (self._transposed or (layout.flat and projection == DOWN))
+        matrix = (*columns, rows) if transposed else (rows, *columns)
+        experts = self.moe.num_experts
+        if layout.flat:
+            stacked = self._read(name, dtypes, (experts * matrix[0], *matrix[1:])).view(experts, *matrix)
+        else:
+            stacked = self._read(name, dtypes, (experts, *matrix))
+        return self._rows_of(stacked[expert].mT if transposed else stacked[expert], projection)
 
     def _read(self, name: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> torch.Tensor:
         if name not in self.checkpoint:
@@ -191,17 +209,39 @@ class LayerTensors:
                     next_step="leave these experts unquantised",
                 )
 
-    def _is_transposed(self) -> bool:
-        gate_up, down = (self.checkpoint.info(self.name(0, projection, self.dialect.codes)).shape for projection in (GATE, DOWN))
-        sizes = stacked_sizes(gate_up, down)
-        return sizes is not None and sizes.transposed
+    def _check_input_factors(self) -> None:
+        """Refuse NVFP4_AWQ's factors by name: neither codes nor block scales can take up a factor per input channel exactly."""
+        suffix = self.dialect.input_factor
+        if not suffix:
+            return
+        for name in (self.name(expert, part, suffix) for expert in range(self.moe.num_experts) for part in self.projections):
+            if name in self.checkpoint:
+                raise UnsupportedError(
+                    f"the input of this matrix has to be multiplied channel by channel: {name}",
+                    where=str(self.checkpoint.file_of(name)),
+                    given="NVFP4_AWQ with pre_quant_scale",
+                    needed="NVFP4 without",
+                    next_step="quantise the original model again without AWQ",
+                )
 
-    def _stacked_rows(self, projection: Projection) -> int:
-        return self.shape(projection)[0] * (1 if projection == DOWN else 2)
+    def _is_transposed(self) -> bool:
+        """Whether stacked matrices are stored [K, N]: both shapes together say so, one alone may fit either way."""
+        if not self._layout.stacked or self._layout.flat or self.dialect.blocked:
+            return False
+        up, down = (self.name(0, part, self.dialect.codes) for part in (UP, DOWN))
+        if up not in self.checkpoint or down not in self.checkpoint:
+            return False
+        sizes = stacked_sizes(
+            self.checkpoint.info(up).shape,
+            self.checkpoint.info(down).shape,
+            halves=2 if self._layout.fused else 1,
+            packed=1 if self.format is None else 2,
+        )
+        return sizes is not None and sizes.transposed
 
     def _rows_of(self, rows: torch.Tensor, projection: Projection) -> torch.Tensor:
         """The rows of one projection out of a stacked expert."""
-        if projection == DOWN:
+        if projection == DOWN or not self._layout.fused:
             return rows
         first = projection == GATE
         if self.moe.interleaved:

@@ -103,6 +103,12 @@ class ExpertReader:
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
+        gated = GATE in tensors.projections
+        gate_rows = moe.intermediate if gated else 0
+
+        def of_w13(experts: int) -> tuple[int, ...]:
+            return (experts, 2) if gated else (experts,)
+
         def weight(rows: int, columns: int, *scale_shape: int) -> QuantTensor | torch.Tensor:
             if self.format is None:
                 return empty(count, rows, columns, dtype=tensors.dense_dtype())
@@ -115,12 +121,12 @@ class ExpertReader:
 
         calibrated = tensors.has_input_scales()
         return ExpertWeights(
-            weight(2 * moe.intermediate, moe.hidden, count, 2),
+            weight(gate_rows + moe.intermediate, moe.hidden, *of_w13(count)),
             weight(moe.hidden, moe.intermediate, count),
             self._activation,
-            bias(GATE, 2 * moe.intermediate),
+            bias(UP, gate_rows + moe.intermediate),
             bias(DOWN, moe.hidden),
-            empty(total, 2) if calibrated else None,
+            empty(*of_w13(total)) if calibrated else None,
             empty(total) if calibrated else None,
             first_expert=self.experts.start,
             num_global_experts=total,
@@ -133,15 +139,16 @@ class ExpertReader:
             CheckpointError: a missing tensor, one of another dtype or shape, a missing, NaN or non-positive scale.
         """
         tensors, middle = self._tensors, self._tensors.moe.intermediate
-        gate, up = slice(0, middle), slice(middle, None)
+        rows_of = {GATE: slice(0, middle), UP: slice(-middle, None), DOWN: slice(None)}
         scales = tensors.global_scales(experts)
         if scales is not None:
-            for weight, of_weight in ((out.w13, scales[:, :2]), (out.w2, scales[:, 2])):
+            for weight, of_weight in ((out.w13, scales[:, :-1]), (out.w2, scales[:, -1])):
                 assert isinstance(weight, QuantTensor) and weight.global_scale is not None
-                weight.global_scale.copy_(of_weight)
-        places = ((GATE, out.w13, out.w13_bias, gate), (UP, out.w13, out.w13_bias, up), (DOWN, out.w2, out.w2_bias, slice(None)))
+                weight.global_scale.copy_(of_weight.reshape(weight.global_scale.shape))
         for slot, expert in enumerate(experts):
-            for projection, weight, bias, rows in places:
+            for projection in tensors.projections:
+                weight, bias = (out.w2, out.w2_bias) if projection == DOWN else (out.w13, out.w13_bias)
+                rows = rows_of[projection]
                 if isinstance(weight, QuantTensor):
                     weight.codes[slot, rows].copy_(tensors.codes(expert, projection))
                     weight.scales.view(torch.uint8)[slot, rows].copy_(tensors.scales(expert, projection))
@@ -150,15 +157,15 @@ class ExpertReader:
                 if bias is not None:
                     bias[slot, rows].copy_(tensors.bias(expert, projection))
         if out.w13_input_scale is not None and out.w2_input_scale is not None:
-            out.w13_input_scale.copy_(self._input_scales[:, :2])
-            out.w2_input_scale.copy_(self._input_scales[:, 2])
+            out.w13_input_scale.copy_(self._input_scales[:, :-1].reshape(out.w13_input_scale.shape))
+            out.w2_input_scale.copy_(self._input_scales[:, -1])
 
     @cached_property
     def _input_scales(self) -> torch.Tensor:
-        """fp32 [E, 3] of all experts of the layer; scattered ones are logged."""
+        """fp32 [E, 3] (2 without gate) of all experts of the layer; scattered ones are logged."""
         scales = self._tensors.input_scales()
         assert scales is not None
-        for message in describe_scatter(scales):
+        for message in describe_scatter(scales, self._tensors.projections):
             _log.warning("%s, layer %d: %s", self._tensors.checkpoint.path, self._layer, message)
         return scales
 
@@ -191,9 +198,9 @@ def load_router(model: str | Path | Checkpoint, layer: int, device: torch.device
             )
         return checkpoint.read(name).to(device, copy=True)
 
-    weight = read(names.router, moe.num_experts, moe.hidden)
+    weight = next((found for leaf in names.router if (found := read(leaf, moe.num_experts, moe.hidden)) is not None), None)
     if weight is None:
-        raise CheckpointError("no router", where=str(checkpoint.path), needed=f"{block}.{names.router}")
+        raise CheckpointError("no router", where=str(checkpoint.path), needed=f"{block}.{' or '.join(names.router)}")
     corrections = (read(name, moe.num_experts) for name in names.correction_bias)
     correction = next((bias.float() for bias in corrections if bias is not None), None)
     return RouterWeights(weight, rule, read(names.logit_bias, moe.num_experts), correction, read(names.token_experts))

@@ -1,14 +1,16 @@
 """What models call the three matrices of an expert, and what engines fuse: the names that decide a tensor's part, whatever the family.
 
-One by one   {experts}.{expert}.{leaf}   [I, H] of gate and up, [H, I] of down
-stacked      {experts}.{name}            [E, 2I, H] of gate and up, [E, H, I] of down, or both transposed
+One by one   {block}.experts.{expert}.{leaf}   [I, H] of gate and up, [H, I] of down
+stacked      {block}.experts.{name}            [E, 2I, H] of gate and up, [E, H, I] of down, or both transposed
 
-A name here is that of a module. What follows it says how the matrix is encoded: see `checkpoint.dialects`.
+`LAYOUTS` has every such pattern. A name here is that of a module. What follows it says how the matrix is encoded: see `checkpoint.dialects`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+import re
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from halfbyte.checkpoint.dialects import DIALECTS
@@ -19,12 +21,94 @@ UP: Projection = "up"
 DOWN: Projection = "down"
 PROJECTIONS: tuple[Projection, ...] = (GATE, UP, DOWN)
 
-LEAVES: tuple[dict[Projection, str], ...] = (
-    {GATE: "gate_proj", UP: "up_proj", DOWN: "down_proj"},
-    {GATE: "w1", UP: "w3", DOWN: "w2"},
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the matrices of the experts of a layer lie.
+
+    Attributes:
+        pattern: the module of a matrix below the MoE module, with `{leaf}` and, where every expert has its own, `{expert}`.
+        leaves: what each projection is called; gate and up may be one; without gate where the experts have none.
+        flat: stacked without a dimension of its own, down transposed: [E * I, H] for all three.
+        written: names of single matrices that `quantize` makes of stacked ones.
+    """
+
+    pattern: str
+    leaves: Mapping[Projection, str]
+    flat: bool = False
+    written: str = "experts.{expert}.{leaf}"
+
+    @property
+    def stacked(self) -> bool:
+        return "{expert}" not in self.pattern
+
+    @property
+    def fused(self) -> bool:
+        """Gate and up are one matrix."""
+        return self.leaves.get(GATE) == self.leaves[UP]
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        return tuple(self.leaves)
+
+    def module(self, expert: int, projection: Projection) -> str:
+        """The name of a matrix below the MoE module.
+
+        >>> LAYOUTS[0].module(3, UP), GATE_UP.module(3, UP)
+        ('experts.3.up_proj', 'experts.gate_up_proj')
+        """
+        return self.pattern.format(expert=expert, leaf=self.leaves[projection])
+
+
+_PROJ: dict[Projection, str] = {GATE: "gate_proj", UP: "up_proj", DOWN: "down_proj"}
+_NUMBERED: dict[Projection, str] = {GATE: "w1", UP: "w3", DOWN: "w2"}
+_WITHOUT_GATE: dict[Projection, str] = {UP: "up_proj", DOWN: "down_proj"}
+_GATE_UP: dict[Projection, str] = {GATE: "gate_up_proj", UP: "gate_up_proj", DOWN: "down_proj"}
+GATE_UP = Layout("experts.{leaf}", _GATE_UP)
+LAYOUTS = (
+    Layout("experts.{expert}.{leaf}", _PROJ),
+    Layout("experts.{expert}.{leaf}", _NUMBERED),
+    Layout("experts.{expert}.{leaf}", _WITHOUT_GATE),
+    Layout("experts.mlp.{leaf}.{expert}", {GATE: "w1_linear", UP: "v1_linear", DOWN: "w2_linear"}),  # DBRX as ModelOpt takes it apart
+    GATE_UP,
+    Layout("experts.{leaf}", _PROJ),
+    Layout("experts.{leaf}", _WITHOUT_GATE),
+    Layout("{leaf}", {GATE: "input_linear", UP: "input_linear", DOWN: "output_linear"}),  # Granite
+    Layout("{leaf}", _GATE_UP),  # Gemma 4
+    Layout("{leaf}", _PROJ),  # Step-3.5
+    Layout("experts.mlp.{leaf}", {GATE: "w1", UP: "v1", DOWN: "w2"}, flat=True, written="experts.mlp.{leaf}_linear.{expert}"),  # DBRX
 )
+LEAVES: tuple[dict[Projection, str], ...] = (_PROJ, _NUMBERED)
 PROJECTION_OF: dict[str, Projection] = {leaf: projection for leaves in LEAVES for projection, leaf in leaves.items()}
-STACKED: dict[Projection, str] = {GATE: "gate_up_proj", UP: "gate_up_proj", DOWN: "down_proj"}
+STACKED: dict[Projection, str] = _GATE_UP
+
+# A layer's experts in names: a module `experts`, or matrices right in a module that is called after its mixture of experts.
+_IN_PLACE = sorted({leaf for layout in LAYOUTS if layout.pattern == "{leaf}" for leaf in layout.leaves.values()})
+_OF_EXPERTS = re.compile(rf"^((?:.*\.)?(?:layers|blocks))\.(\d+)((?:\.\w+)*?)(?:\.experts\.|(?<=moe)\.(?:{'|'.join(_IN_PLACE)})(?:[._]|$))")
+
+
+class Place(NamedTuple):
+    """Whose expert a tensor belongs to: the MoE module with `{layer}` left open, the layer, and the rest of the name below the MoE module."""
+
+    block: str
+    layer: int
+    rest: str
+
+
+def place_of(name: str) -> Place | None:
+    """Where an expert's tensor lies; None for another. A multi-token-prediction head (mtp.layers.0...) is no layer of the model.
+
+    >>> place_of("model.layers.3.mlp.experts.0.up_proj.weight")
+    Place(block='model.layers.{layer}.mlp', layer=3, rest='experts.0.up_proj.weight')
+    >>> place_of("model.layers.3.block_sparse_moe.input_linear.weight").block, place_of("mtp.layers.0.mlp.experts.0.up_proj.weight")
+    ('model.layers.{layer}.block_sparse_moe', None)
+    """
+    match = _OF_EXPERTS.match(name)
+    if not match or name.startswith("mtp.") or ".mtp." in name:
+        return None
+    layers, layer, block = match.groups()
+    return Place(f"{layers}.{{layer}}{block}", int(layer), name[match.end(3) + 1 :])
+
 
 # What vLLM and SGLang call a matrix that they fuse from several modules of a checkpoint. Several engines keep one global scale for it.
 FUSED: dict[str, tuple[str, ...]] = {
@@ -47,17 +131,21 @@ def fused_with(leaf: str) -> tuple[str, ...]:
     return next((parts for parts in FUSED.values() if leaf in parts), (leaf,))
 
 
-def find_leaves(names: Container[str], experts: str) -> dict[Projection, str]:
-    """What the projections are called in the module `experts` of a checkpoint, where they lie one by one; the usual names where they do not.
+_SUFFIXES = {stacked: tuple({dialect.codes for dialect in DIALECTS if stacked or not dialect.stacked}) for stacked in (False, True)}
 
-    >>> find_leaves({"mlp.experts.0.w2.weight"}, "mlp.experts")["gate"]
+
+def find_layout(names: Container[str], block: str, *, gated: bool = True) -> Layout:
+    """How the experts of the MoE module `block` are stored; the usual layout where there are none.
+
+    >>> find_layout({"mlp.experts.0.w2.weight"}, "mlp").leaves["gate"]
     'w1'
     """
-    suffixes = {dialect.codes for dialect in DIALECTS if not dialect.stacked}
-    for leaves in LEAVES:
-        if any(f"{experts}.0.{leaf}{suffix}" in names for leaf in leaves.values() for suffix in suffixes):
-            return leaves
-    return LEAVES[0]
+    known = [layout for layout in LAYOUTS if (GATE in layout.leaves) == gated]
+    return max(known, key=lambda layout: sum(_has_matrix(names, f"{block}.{layout.module(0, part)}", layout) for part in layout.projections))
+
+
+def _has_matrix(names: Container[str], module: str, layout: Layout) -> bool:
+    return any(module + suffix in names for suffix in _SUFFIXES[layout.stacked])
 
 
 class StackedSizes(NamedTuple):
@@ -69,8 +157,13 @@ class StackedSizes(NamedTuple):
     transposed: bool
 
 
-def stacked_sizes(gate_up: Sequence[int], down: Sequence[int]) -> StackedSizes | None:
+def stacked_sizes(gate_up: Sequence[int], down: Sequence[int], *, halves: int = 2, packed: int = 1) -> StackedSizes | None:
     """Sizes from the shapes of both stacked tensors; None where they do not belong together. One alone is ambiguous when 2I = H or I = H.
+
+    Args:
+        gate_up, down: the shapes.
+        halves: matrices in the first tensor: gate and up, or 1 of them.
+        packed: elements of a row that lie in one element of the tensor.
 
     >>> stacked_sizes([8, 32, 32], [8, 32, 16])
     StackedSizes(num_experts=8, hidden=32, intermediate=16, transposed=False)
@@ -81,6 +174,6 @@ def stacked_sizes(gate_up: Sequence[int], down: Sequence[int]) -> StackedSizes |
         return None
     for transposed in (False, True):
         (rows13, columns13), (rows2, columns2) = (shape[:0:-1] if transposed else shape[1:] for shape in (gate_up, down))
-        if (rows13, columns13) == (2 * columns2, rows2):
-            return StackedSizes(gate_up[0], rows2, columns2, transposed)
+        if (rows13, packed * columns13) == (halves * packed * columns2, rows2):
+            return StackedSizes(gate_up[0], rows2, packed * columns2, transposed)
     return None

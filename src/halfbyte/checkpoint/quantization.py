@@ -6,6 +6,7 @@
 | compressed-tensors | quant_method "compressed-tensors" |
 | gpt-oss | quant_method "mxfp4" |
 | deepseek-v4 | expert_dtype "fp4" |
+| quark | quant_method "quark" |
 | fp8-block | quant_method "fp8" |
 | dense | nothing |
 
@@ -20,17 +21,18 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from halfbyte.checkpoint.dialects import DEEPSEEK_V4, DENSE, GPT_OSS, MODELOPT, OUTPUTS, Dialect
+from halfbyte.checkpoint.dialects import DEEPSEEK_V4, DENSE, GPT_OSS, MODELOPT, OUTPUTS, QUARK, Dialect
 from halfbyte.checkpoint.projections import FUSED
 from halfbyte.errors import CheckpointError, UnsupportedError
-from halfbyte.formats import FORMATS, NVFP4, BlockFormat
+from halfbyte.formats import FORMATS, MXFP4, NVFP4, BlockFormat
 
-Kind = Literal["modelopt", "compressed-tensors", "gpt-oss", "deepseek-v4", "fp8-block", "dense"]
+Kind = Literal["modelopt", "compressed-tensors", "gpt-oss", "deepseek-v4", "quark", "fp8-block", "dense"]
 
 # How each algorithm stores a module. W4A16 says that activations are never quantised, which shows as absent input scales.
 _MODELOPT = dict.fromkeys(("NVFP4", "NVFP4_AWQ", "W4A16_NVFP4"), MODELOPT)
 _COMPRESSED_TENSORS = {dialect.name: dialect for dialect in OUTPUTS["compressed-tensors"]}
-_METHODS = ("modelopt", "compressed-tensors", "mxfp4", "fp8")
+_QUARK = "fp4 per_group"
+_METHODS = ("modelopt", "compressed-tensors", "mxfp4", "quark", "fp8")
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,8 @@ def describe_quantization(config: Mapping[str, Any], hf_quant_config: Mapping[st
     if method == "mxfp4":
         kept = tuple(Rule(pattern, None) for pattern in inner.get("modules_to_not_convert") or ())
         return Quantization("gpt-oss", {"mxfp4": GPT_OSS}, (*kept, Rule("*.experts*", "mxfp4")), where)
+    if method == "quark":
+        return _quark(inner, where)
     if method == "fp8":
         block = inner.get("weight_block_size")
         if block != [128, 128]:
@@ -192,7 +196,8 @@ def _algorithm_of_group(groups: list[Mapping[str, Any]]) -> str:
 
 def _compressed_tensors(quantization: Mapping[str, Any], where: str) -> Quantization:
     rules = [Rule(pattern, None) for pattern in quantization.get("ignore") or ()]
-    for name, group in (quantization.get("config_groups") or {}).items():
+    groups = quantization.get("config_groups") or {"config_groups": {}}  # left out: the format holds for every Linear
+    for name, group in groups.items():
         algorithm = str(group.get("format") or quantization.get("format"))
         if algorithm in _COMPRESSED_TENSORS:
             _check_block_size((group.get("weights") or {}).get("group_size"), _COMPRESSED_TENSORS[algorithm].format, f"{where}, {name}")
@@ -203,6 +208,32 @@ def _compressed_tensors(quantization: Mapping[str, Any], where: str) -> Quantiza
         given = sorted({str(rule.algorithm) for rule in rules if rule.algorithm}) or [str(quantization.get("format"))]
         raise UnsupportedError("unknown compressed-tensors format", where=where, given=", ".join(given), needed=", ".join(_COMPRESSED_TENSORS))
     return Quantization("compressed-tensors", _COMPRESSED_TENSORS, tuple(rules), where)
+
+
+def _quark(quantization: Mapping[str, Any], where: str) -> Quantization:
+    """AMD Quark: `exclude`, then `layer_quant_config` by name, then `layer_type_quant_config` ("Linear" means all), then `global_quant_config`."""
+    rules = [Rule(pattern, None) for pattern in quantization.get("exclude") or ()]
+    rules += [Rule(pattern, _quark_algorithm(entry, where)) for pattern, entry in (quantization.get("layer_quant_config") or {}).items()]
+    of_linear = (quantization.get("layer_type_quant_config") or {}).get("Linear") or quantization.get("global_quant_config")
+    rules.append(Rule("*", _quark_algorithm(of_linear, where)))
+    if not any(rule.algorithm == _QUARK for rule in rules):
+        given = sorted({str(rule.algorithm) for rule in rules if rule.algorithm})
+        raise UnsupportedError("unknown Quark format", where=where, given=", ".join(given) or "none", needed=_QUARK)
+    return Quantization("quark", {_QUARK: QUARK}, tuple(rules), where)
+
+
+def _quark_algorithm(entry: Mapping[str, Any] | None, where: str) -> str | None:
+    """How Quark stores the weights of one entry of its configuration; None: not quantised."""
+    weight = (entry or {}).get("weight")
+    if not weight:
+        return None
+    algorithm = f"{weight.get('dtype')} {weight.get('qscheme')}"
+    if weight.get("dtype") != "fp4" or weight.get("qscheme") != "per_group":
+        return algorithm
+    if weight.get("scale_format") not in (None, "e8m0"):
+        return f"{algorithm} with {weight['scale_format']} scales"
+    _check_block_size(weight.get("group_size"), MXFP4, where)
+    return _QUARK
 
 
 def _check_block_size(size: object, format: BlockFormat | None, where: str) -> None:

@@ -12,6 +12,7 @@ import torch
 from halfbyte.errors import UnsupportedError
 
 _Item = TypeVar("_Item")
+_TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json", "tokenization_*.py")
 
 
 def positive_int(text: str) -> int:
@@ -68,12 +69,26 @@ def load_model(model: str, device: torch.device, activations: Any = "bf16") -> t
     """`halfbyte.integrations.transformers.load` without transformers' own bars and warnings.
 
     Raises:
-        CheckpointError, UnsupportedError: as `load`.
+        CheckpointError: as `load`; there is no tokenizer, or transformers cannot load the directory.
+        UnsupportedError: as `load`.
     """
+    from halfbyte.checkpoint.source import resolve_model
+    from halfbyte.errors import CheckpointError, HalfbyteError
     from halfbyte.integrations.transformers import load  # before transformers itself: it says what to install
 
     quieten_transformers()
-    return load(model, device=device, activations=activations)
+    path = resolve_model(model)
+    if not any(file for pattern in _TOKENIZER_FILES for file in path.glob(pattern)):
+        raise CheckpointError("no tokenizer", where=str(path), needed="tokenizer.json or its like", next_step="copy it from the original model")
+    try:
+        return load(path, device=device, activations=activations)
+    except HalfbyteError:
+        raise
+    except Exception as error:  # whatever transformers, tokenizers and safetensors raise for broken files
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise CheckpointError(
+            f"transformers cannot load this directory: {reason}", where=str(path), next_step="run `halfbyte inspect` on it, or download it again"
+        ) from error
 
 
 def quieten_transformers() -> None:

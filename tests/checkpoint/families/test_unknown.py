@@ -120,7 +120,7 @@ BROKEN: dict[str, tuple[Callable[[dict[str, torch.Tensor]], None], type[Halfbyte
     "no gate": (without("gate_proj.weight"), UnsupportedError, r"lack a matrix: .*\.experts\.0\.gate_proj\.weight"),
     "no experts": (without("_proj.weight"), UnsupportedError, r"no experts that can be found by name .*'novel_moe'.*qwen2_moe"),
     "a hole": (without("experts.1.gate_proj.weight", "experts.1.up_proj.weight", "experts.1.down_proj.weight"), CheckpointError, r"given 0, 2;"),
-    "a bias": (added(f"{PREFIX}.2.up_proj.bias", cf.I), UnsupportedError, rf"nothing explains .*given {PREFIX}\.\*\.up_proj\.bias"),
+    "a bias": (added(f"{PREFIX}.2.up_proj.bias", cf.I), UnsupportedError, rf"nothing explains .*given {PREFIX}\.2\.up_proj\.bias"),
     "a norm": (added(f"{PREFIX}.norm.weight", cf.H), UnsupportedError, rf"nothing explains .*given {PREFIX}\.norm\.weight"),
     "other shapes": (added(f"{PREFIX}.0.up_proj.weight", cf.I, cf.I), CheckpointError, r"do not belong together .*up \(32, 32\)"),
     "two places": (added("audio.layers.0.mlp.experts.0.up_proj.weight", 1, 1), CheckpointError, r"audio\.layers\.N\.mlp, model\.layers\.N\.mlp"),

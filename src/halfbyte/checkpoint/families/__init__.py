@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from halfbyte.checkpoint.families import deepseek_v3, deepseek_v4, gpt_oss, mixtral, qwen
-from halfbyte.checkpoint.families.description import ACTIVATIONS, Config, Family, RoutingRule, TensorNames
+from halfbyte.checkpoint.families import deepseek_v4, experts_only, gpt_oss, sigmoid, softmax
+from halfbyte.checkpoint.families.description import ACTIVATIONS, Config, Family, Model, RoutingRule, TensorNames
+from halfbyte.checkpoint.families.layers import moe_layers
+from halfbyte.checkpoint.projections import place_of
 from halfbyte.errors import CheckpointError, UnsupportedError
 from halfbyte.experts import Activation
 
@@ -28,15 +29,14 @@ __all__ = [
 
 class _FamilyModule(Protocol):
     @property
-    def MODEL_TYPES(self) -> Mapping[str, TensorNames]: ...  # noqa: N802
+    def MODEL_TYPES(self) -> Mapping[str, Model]: ...  # noqa: N802
 
-    def describe(self, config: Config, /) -> Family: ...
+    def describe(self, config: Config, model: Model, /) -> Family: ...
 
 
-FAMILIES: tuple[_FamilyModule, ...] = (qwen, mixtral, deepseek_v3, gpt_oss, deepseek_v4)
+FAMILIES: tuple[_FamilyModule, ...] = (softmax, sigmoid, gpt_oss, deepseek_v4, experts_only)
 _FAMILY_OF = {model_type: family for family in FAMILIES for model_type in family.MODEL_TYPES}
 KNOWN_MODEL_TYPES = tuple(_FAMILY_OF)
-_EXPERTS = re.compile(r"^((?:.*\.)?layers)\.\d+((?:\.\w+)*?)\.experts\.")
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,9 @@ class MoEConfig:
         num_layers: decoder layers; moe_layers: indices of those with routed experts.
         num_experts, hidden, intermediate: E, H and the I of one routed expert.
         routing, activation: what `route` and the experts compute; None where only a family that halfbyte does not know could tell.
+        router_refusal: of a known family, why `route` cannot compute its router; routing is None then.
+        known_top_k: experts of a token, also where the routing is None.
+        refused_layers: layers whose experts compute something that `Activation` cannot say, and what.
         block: name of a layer's MoE module, `{layer}` left open: "model.layers.{layer}.mlp".
         interleaved: stacked gate and up rows alternate (gpt-oss).
     """
@@ -62,18 +65,28 @@ class MoEConfig:
     activation: Activation | None
     block: str
     interleaved: bool = False
+    router_refusal: str = ""
+    known_top_k: int | None = None
+    refused_layers: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def top_k(self) -> int:
         """Experts of a token; errors as `known_routing`."""
-        return self.known_routing().top_k
+        return self.known_routing().top_k if self.known_top_k is None else self.known_top_k
 
     def known_routing(self, where: str = "config.json") -> RoutingRule:
         """The routing.
 
         Raises:
-            UnsupportedError: it is unknown, as the family is.
+            UnsupportedError: it is unknown, as the family is; or `route` cannot compute it.
         """
+        if self.router_refusal:
+            raise UnsupportedError(
+                f"the router of this model is none that halfbyte computes: {self.router_refusal}",
+                where=where,
+                given=f"model_type {self.family!r}",
+                next_step="load the experts alone with halfbyte.load_prepared, and route outside halfbyte",
+            )
         if self.routing is None:
             raise UnsupportedError(
                 "routing unknown: this model family is not one halfbyte knows",
@@ -99,6 +112,16 @@ class MoEConfig:
             )
         return self.activation
 
+    def check_layer(self, layer: int, where: str = "config.json") -> None:
+        """Raise UnsupportedError where the experts of a layer compute something that `Activation` cannot say."""
+        if layer in self.refused_layers:
+            raise UnsupportedError(
+                f"the experts of layer {layer} compute what halfbyte does not: {self.refused_layers[layer]}",
+                where=where,
+                given=f"model_type {self.family!r}",
+                needed="an activation of halfbyte.Activation",
+            )
+
     def block_of(self, layer: int) -> str:
         """The module name of one MoE layer.
 
@@ -119,22 +142,24 @@ def describe_moe(config: Mapping[str, Any], names: Iterable[str], *, where: str 
         CheckpointError: a missing configuration value, or no expert tensors.
     """
     values = Config(config, where)
-    family = _family_of(values.model_type, where).describe(values)
-    layers = range(values.num_layers)
-    moe_layers = tuple(layers) if family.moe_layers is None else family.moe_layers
-    if kinds := values.get("mlp_layer_types"):
-        moe_layers = tuple(layer for layer in layers if kinds[layer] != "dense")
+    module = _family_of(values.model_type, where)
+    model = module.MODEL_TYPES[values.model_type]
+    values = values.with_defaults({**model.defaults, **values.get(model.section, {})} if model.section else model.defaults)
+    family = module.describe(values, model)
     return MoEConfig(
         family=values.model_type,
         num_layers=values.num_layers,
-        moe_layers=moe_layers,
-        num_experts=values.value("num_experts", "num_local_experts", "n_routed_experts"),
-        hidden=values.value("hidden_size"),
-        intermediate=values.value("moe_intermediate_size", "intermediate_size"),
-        routing=family.routing,
-        activation=family.activation or values.activation,
+        moe_layers=moe_layers(values, model.layers),
+        num_experts=values.everywhere("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+        hidden=family.hidden or values.value("hidden_size", "d_model"),
+        intermediate=values.everywhere("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size", "ffn_hidden_size"),
+        routing=family.router.rule,
+        activation=family.activation or values.activation_of(model.activation),
         block=only_block(find_blocks(names), where),
         interleaved=family.interleaved,
+        router_refusal=family.router.refusal,
+        known_top_k=family.router.top_k,
+        refused_layers=family.refused_layers,
     )
 
 
@@ -145,7 +170,7 @@ def is_known(config: Mapping[str, Any]) -> bool:
 
 def tensor_names(model_type: str) -> TensorNames:
     """What a known family calls its tensors; UnsupportedError for another."""
-    return _family_of(model_type, "config.json").MODEL_TYPES[model_type]
+    return _family_of(model_type, "config.json").MODEL_TYPES[model_type].names
 
 
 def _family_of(model_type: str, where: str) -> _FamilyModule:
@@ -160,8 +185,7 @@ def find_blocks(names: Iterable[str]) -> list[str]:
     >>> find_blocks(["model.layers.3.mlp.experts.0.up_proj.weight", "mtp.layers.0.mlp.experts.0.up_proj.weight"])
     ['model.layers.{layer}.mlp']
     """
-    found = {match.groups() for name in names if not name.startswith("mtp.") and (match := _EXPERTS.match(name))}
-    return sorted(f"{layers}.{{layer}}{block}" for layers, block in found)
+    return sorted({place.block for name in names if (place := place_of(name))})
 
 
 def only_block(blocks: list[str], where: str) -> str:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from halfbyte.checkpoint.families.deepseek_v3 import check_scoring
-from halfbyte.checkpoint.families.description import Config, Family, RoutingRule, TensorNames
+from halfbyte.checkpoint.families.description import Config, Family, Model, Router, RoutingRule, TensorNames
 
 # Its own files call the correction bias gate.bias.
-MODEL_TYPES = {"deepseek_v4": TensorNames(logit_bias="", correction_bias=("gate.e_score_correction_bias", "gate.bias"), token_experts="gate.tid2eid")}
-
-
-def describe(config: Config) -> Family:
-    """Experts in every layer."""
-    check_scoring(config, "sqrtsoftplus")
-    return Family(
-        RoutingRule("deepseek_v4", config.top_k, scale=float(config.get("routed_scaling_factor") or 1.0)),
-        activation=replace(config.activation, limit=config.get("swiglu_limit", 10.0)),
+MODEL_TYPES = {
+    "deepseek_v4": Model(
+        {"num_experts_per_tok": 6, "norm_topk_prob": True, "routed_scaling_factor": 1.5, "scoring_func": "sqrtsoftplus", "swiglu_limit": 10.0},
+        names=TensorNames(correction_bias=("gate.e_score_correction_bias", "gate.bias"), token_experts="gate.tid2eid"),
     )
+}
+
+
+def describe(config: Config, _: Model) -> Family:
+    """Experts in every layer."""
+    function, renormalised = config.value("scoring_func"), config.value("norm_topk_prob")
+    router = Router(config.top_k, RoutingRule("deepseek_v4", config.top_k, scale=float(config.value("routed_scaling_factor"))))
+    if function != "sqrtsoftplus" or not renormalised:
+        router = Router(config.top_k, refusal=f"its scores are {function!r}, norm_topk_prob {renormalised}")
+    return Family(router, activation=replace(config.activation, limit=config.value("swiglu_limit")))

@@ -1,19 +1,19 @@
 """What each `families/<family>.py` is made of: the reading of a configuration, and the few things that set a family apart.
 
-A family module has MODEL_TYPES, which says for every model_type what it calls its tensors, and describe(config), which says what they compute.
-A model that differs from another in names alone is one more entry of MODEL_TYPES.
+A family module has MODEL_TYPES, which says for every model_type what sets it apart from the others of the family, and describe(config, model), which
+says what they compute. A model that differs from another in names alone is one more entry of MODEL_TYPES.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from halfbyte.errors import CheckpointError, UnsupportedError
-from halfbyte.experts import GEGLU, GEGLU_TANH, SWIGLU, Activation
+from halfbyte.experts import GEGLU, GEGLU_TANH, RELU2, SWIGLU, Activation
 
-ACTIVATIONS = {"silu": SWIGLU, "swish": SWIGLU, "gelu": GEGLU, "gelu_pytorch_tanh": GEGLU_TANH, "gelu_new": GEGLU_TANH}
+ACTIVATIONS = {"silu": SWIGLU, "swish": SWIGLU, "gelu": GEGLU, "gelu_pytorch_tanh": GEGLU_TANH, "gelu_new": GEGLU_TANH, "relu2": RELU2}
 
 
 @dataclass(frozen=True)
@@ -31,19 +31,63 @@ class RoutingRule:
 class TensorNames:
     """What a family calls the tensors of a router, below the MoE module of the layer; "" or () where it has none.
 
-    Expert tensors need no entry: they are found by name in every family (`checkpoint.projections`).
+    Of several names the first that is there counts. Expert tensors need no entry: they are found by name (`checkpoint.projections`).
 
     Attributes:
         router: [E, H], whose product with the hidden states are the logits.
         logit_bias: [E], added to them.
-        correction_bias: [E], added to the scores for selection only; the first of these names that is there.
+        correction_bias: [E], added to the scores for selection only.
         token_experts: [vocabulary, k], the experts of every token id.
     """
 
-    router: str = "gate.weight"
-    logit_bias: str = "gate.bias"
-    correction_bias: tuple[str, ...] = ("gate.e_score_correction_bias",)
+    router: tuple[str, ...] = ("gate.weight", "router.weight", "router.gate.weight", "router.layer.weight", "gate.wg.weight")
+    logit_bias: str = ""
+    correction_bias: tuple[str, ...] = (
+        "gate.e_score_correction_bias",
+        "e_score_correction_bias",
+        "experts.e_score_correction_bias",
+        "gate.expert_bias",
+        "expert_bias",
+        "router_bias",
+    )
     token_experts: str = ""
+
+
+LayerRule = Literal["all", "first dense", "sparse step", "dense layers", "span", "period", "interleaved", "pattern", "enumerated"]
+
+
+@dataclass(frozen=True)
+class Model:
+    """What sets a model_type apart from the others of its family.
+
+    Attributes:
+        defaults: what values mean that the configuration leaves out, as transformers has them.
+        renormalised: whether the weights of the chosen experts are made to sum to 1; or the key that says so.
+        scale: the key of the factor of all weights; "" where there is none.
+        layers: which layers have experts (`families.layers`).
+        activation: the key that names it.
+        names: of its router's tensors.
+        section: a part of the configuration whose values count, too.
+        refusal: why `halfbyte.route` and `MoE` cannot compute its router, whatever the configuration says; "" where they can.
+    """
+
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    renormalised: bool | str = "norm_topk_prob"
+    scale: str = ""
+    layers: LayerRule = "all"
+    activation: str = "hidden_act"
+    names: TensorNames = TensorNames()
+    section: str = ""
+    refusal: str = ""
+
+
+@dataclass(frozen=True)
+class Router:
+    """The routing of a model, or why `halfbyte.route` cannot express it. `top_k` is known in any case."""
+
+    top_k: int
+    rule: RoutingRule | None = None
+    refusal: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,16 +95,18 @@ class Family:
     """How the MoE layers of a model compute.
 
     Attributes:
-        routing: of every MoE layer.
-        activation: of the experts; None: what hidden_act says.
-        moe_layers: layers with routed experts; None: all. `mlp_layer_types` in the configuration goes before it.
+        router: of every MoE layer.
+        activation: of the experts; None: what the configuration names.
         interleaved: stacked gate and up rows alternate.
+        hidden: the width of the experts where it is not that of the model.
+        refused_layers: layers whose experts compute something that `Activation` cannot say, and what.
     """
 
-    routing: RoutingRule
+    router: Router
     activation: Activation | None = None
-    moe_layers: tuple[int, ...] | None = None
     interleaved: bool = False
+    hidden: int | None = None
+    refused_layers: Mapping[int, str] = field(default_factory=dict)
 
 
 class Config:
@@ -75,6 +121,10 @@ class Config:
         """`where`: named by errors."""
         self._values = {**document, **(document.get("text_config") or {})}
         self.where = where
+
+    def with_defaults(self, defaults: Mapping[str, Any]) -> Config:
+        """The same, and `defaults` where a value is absent or null."""
+        return Config({**defaults, **{key: value for key, value in self._values.items() if value is not None}}, self.where)
 
     def get(self, key: str, default: Any = None) -> Any:
         """A value, `default` where it is absent or null."""
@@ -102,20 +152,40 @@ class Config:
 
     @property
     def num_layers(self) -> int:
-        return self.value("num_hidden_layers")
+        kinds = self.get("layers_block_type", ())  # Nemotron-H counts its layers by them
+        return len(kinds) or self.value("num_hidden_layers", "num_layers", "n_layers")
 
     @property
     def top_k(self) -> int:
-        return self.value("num_experts_per_tok", "experts_per_token")
+        return self.everywhere("num_experts_per_tok", "experts_per_token", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
+
+    def everywhere(self, *keys: str) -> Any:
+        """The value of the first key that has one; of a list with a value for every layer, the one that they share.
+
+        Raises:
+            CheckpointError: none has.
+            UnsupportedError: layers differ.
+        """
+        value = self.value(*keys)
+        if not isinstance(value, list):
+            return value
+        if not value or any(item != value[0] for item in value):
+            raise UnsupportedError("layers differ", where=self.where, given=f"{' or '.join(keys)} {value}", needed="one value for all layers")
+        return value[0]
 
     @property
     def activation(self) -> Activation:
-        """What hidden_act says, SwiGLU where it says nothing.
+        """What hidden_act says; errors as `activation_of`."""
+        return self.activation_of("hidden_act")
+
+    def activation_of(self, key: str) -> Activation:
+        """What `key` says, SwiGLU where it says nothing.
 
         Raises:
             UnsupportedError: a function halfbyte does not compute.
         """
-        name = self.get("hidden_act", "silu")
+        name = self.get(key, "silu")
+        name = name.get("name") if isinstance(name, Mapping) else name
         if name not in ACTIVATIONS:
-            raise UnsupportedError("unknown activation", where=self.where, given=f"hidden_act {name!r}", needed=", ".join(ACTIVATIONS))
+            raise UnsupportedError("unknown activation", where=self.where, given=f"{key} {name!r}", needed=", ".join(ACTIVATIONS))
         return ACTIVATIONS[name]

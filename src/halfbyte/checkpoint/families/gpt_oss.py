@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from halfbyte.checkpoint.families.description import Config, Family, RoutingRule, TensorNames
+from halfbyte.checkpoint.families.description import Config, Family, Model, Router, RoutingRule, TensorNames
 
-MODEL_TYPES = {"gpt_oss": TensorNames(router="router.weight", logit_bias="router.bias", correction_bias=())}
+MODEL_TYPES = {"gpt_oss": Model({"num_experts_per_tok": 4}, names=TensorNames(logit_bias="router.bias", correction_bias=()))}
 
 
-def describe(config: Config) -> Family:
+def describe(config: Config, _: Model) -> Family:
     """Experts in every layer."""
     return Family(
-        RoutingRule("renormalize", config.top_k),
+        Router(config.top_k, RoutingRule("renormalize", config.top_k)),
         activation=replace(config.activation, alpha=config.get("swiglu_alpha", 1.702), beta=1.0, limit=config.get("swiglu_limit", 7.0)),
         interleaved=True,
     )

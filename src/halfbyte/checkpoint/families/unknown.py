@@ -11,16 +11,16 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from halfbyte.checkpoint.dialects import GPT_OSS, MATRIX_SUFFIXES
+from halfbyte.checkpoint.dialects import GPT_OSS, MATRIX_SUFFIXES, STACKED_FORM
 from halfbyte.checkpoint.families import KNOWN_MODEL_TYPES, MoEConfig, find_blocks, format_range, only_block
 from halfbyte.checkpoint.families.description import ACTIVATIONS, Config
-from halfbyte.checkpoint.projections import DOWN, GATE, PROJECTIONS, STACKED, find_leaves, stacked_sizes
+from halfbyte.checkpoint.projections import DOWN, GATE, UP, Layout, Projection, find_layout, place_of, stacked_sizes
 from halfbyte.checkpoint.quantization import Quantization
 from halfbyte.errors import CheckpointError, UnsupportedError
 from halfbyte.experts import Activation
 
 Shapes = Mapping[str, tuple[int, ...]]
-Parts = dict[str, set[int]]  # what follows the number of an expert in the names of its tensors: of which experts; no number where stacked
+Parts = set[str]  # names of tensors below the MoE module
 _KNOWN_FAMILIES = f"a known family: {', '.join(KNOWN_MODEL_TYPES)}"
 
 
@@ -42,7 +42,9 @@ def describe_unknown(config: Mapping[str, Any], shapes: Shapes, quantization: Qu
         )
     block = only_block(blocks, where)
     num_layers, parts_of = _find_layers(shapes, block, values.get("num_hidden_layers"))
-    sizes_of = {layer: _measure(shapes, f"{block.format(layer=layer)}.experts", parts, quantization, where) for layer, parts in parts_of.items()}
+    activation = _find_activation(values)
+    gated = activation is None or activation.gated
+    sizes_of = {layer: _measure(shapes, block.format(layer=layer), parts, gated, quantization, where) for layer, parts in parts_of.items()}
     first = next(iter(sizes_of))
     for layer, sizes in sizes_of.items():
         if sizes != sizes_of[first]:
@@ -61,7 +63,7 @@ def describe_unknown(config: Mapping[str, Any], shapes: Shapes, quantization: Qu
         hidden=hidden,
         intermediate=intermediate,
         routing=None,
-        activation=_find_activation(values),
+        activation=activation,
         block=block,
     )
 
@@ -71,63 +73,77 @@ def _find_layers(shapes: Shapes, block: str, declared: int | None) -> tuple[int,
 
     Layers behind the `declared` number predict further tokens, where there are experts before it.
     """
-    before, _, after = map(re.escape, block.partition("{layer}"))
-    in_layer, in_experts = re.compile(rf"{before}(\d+)\."), re.compile(rf"{before}(\d+){after}\.experts\.(?:(\d+)\.)?(.+)")
+    in_layer = re.compile(re.escape(block.partition("{layer}")[0]) + r"(\d+)\.")
     num_layers, found = 0, dict[int, Parts]()
     for name in shapes:
         if match := in_layer.match(name):
             num_layers = max(num_layers, 1 + int(match[1]))
-        if match := in_experts.match(name):
-            ids = found.setdefault(int(match[1]), {}).setdefault(match[3], set())
-            if match[2] is not None:
-                ids.add(int(match[2]))
+        if (place := place_of(name)) and place.block == block:
+            found.setdefault(place.layer, set()).add(place.rest)
     if declared is not None and min(found) < declared:
         num_layers = min(num_layers, declared)
     return num_layers, {layer: found[layer] for layer in sorted(found) if layer < num_layers}
 
 
-def _measure(shapes: Shapes, experts: str, parts: Parts, quantization: Quantization, where: str) -> tuple[int, int, int]:
-    """Number, hidden and intermediate size of the experts in the module `experts`."""
-    stacked = {projection: f"{experts}.{STACKED[projection]}" for projection in (GATE, DOWN)}
+def _measure(shapes: Shapes, block: str, parts: Parts, gated: bool, quantization: Quantization, where: str) -> tuple[int, int, int]:
+    """Number, hidden and intermediate size of the experts in the MoE module `block`."""
     for suffix in (GPT_OSS.codes, GPT_OSS.bias):
-        if stacked[GATE] + suffix in shapes:
+        name = f"{block}.experts.gate_up_proj{suffix}"
+        if name in shapes:
             raise UnsupportedError(
-                f"stacked experts whose gate and up rows may alternate, which nothing tells in an unknown family: {stacked[GATE]}{suffix}",
+                f"stacked experts whose gate and up rows may alternate, which nothing tells in an unknown family: {name}",
                 where=where,
                 needed=f"one tensor per matrix, or {_KNOWN_FAMILIES}",
             )
-    if stacked[GATE] in shapes:
-        _check_parts(experts, parts, set(STACKED.values()), where)
-        gate_up, down = shapes[stacked[GATE]], shapes.get(stacked[DOWN], ())
-        sizes = stacked_sizes(gate_up, down)
-        if sizes is None:
-            raise CheckpointError(
-                "stacked experts do not belong together",
-                where=f"{where}, {experts}",
-                given=f"gate_up {gate_up}, down {down}",
-                needed="[E, 2I, H] and [E, H, I]",
-            )
-        return sizes.num_experts, sizes.hidden, sizes.intermediate
-    leaves = find_leaves(shapes, experts).values()
-    _check_parts(experts, parts, {leaf + suffix for leaf in leaves for suffix in MATRIX_SUFFIXES}, where)
-    gate, up, down = (_matrix_shape(shapes, f"{experts}.0.{leaf}", quantization, where) for leaf in leaves)
-    if gate != up or down != gate[::-1]:
-        given = f"gate {gate}, up {up}, down {down}"
-        raise CheckpointError("matrices do not belong together", where=f"{where}, {experts}.0", given=given, needed="[I, H], [I, H] and [H, I]")
-    ids = set[int]().union(*parts.values())
+    layout = find_layout(shapes, block, gated=gated)
+    modules = {projection: f"{block}.{layout.module(0, projection)}" for projection in layout.projections}
+    if layout.stacked:
+        return _measure_stacked(shapes, modules, layout, parts, quantization, where)
+    leaf_of = re.compile(re.escape(layout.pattern).replace(r"\{expert\}", r"(\d+)").replace(r"\{leaf\}", rf"(?:{'|'.join(layout.leaves.values())})"))
+    ids = {int(match[1]) for part in parts if (match := leaf_of.match(part))}
+    _check_parts(block, parts, {layout.module(expert, part) for expert in ids for part in layout.projections}, where)
+    matrices = {projection: _matrix_shape(shapes, module, quantization, where) for projection, module in modules.items()}
+    up, down = matrices[UP], matrices[DOWN]
+    if matrices.get(GATE, up) != up or down != up[::-1]:
+        given = ", ".join(f"{projection} {shape}" for projection, shape in matrices.items())
+        raise CheckpointError(
+            "matrices do not belong together", where=f"{where}, {modules[UP]}", given=given, needed="[I, H] of gate and up, [H, I] of down"
+        )
     if ids != set(range(len(ids))):
-        raise CheckpointError("missing experts", where=f"{where}, {experts}", given=format_range(sorted(ids)), needed="all from 0 on")
-    return len(ids), gate[1], gate[0]
+        raise CheckpointError("missing experts", where=f"{where}, {block}", given=format_range(sorted(ids)), needed="all from 0 on")
+    return len(ids), up[1], up[0]
 
 
-def _check_parts(experts: str, parts: Parts, known: set[str], where: str) -> None:
-    """Biases, norms and the like change what experts compute, and nothing says how."""
-    unknown = sorted(parts.keys() - known)
+def _measure_stacked(
+    shapes: Shapes, modules: Mapping[Projection, str], layout: Layout, parts: Parts, quantization: Quantization, where: str
+) -> tuple[int, int, int]:
+    """The same of stacked experts; `modules` are the names of their matrices."""
+    dialect = quantization.dialect_of(modules[DOWN])
+    if modules[DOWN] + dialect.codes not in shapes:
+        dialect = STACKED_FORM.get(dialect, dialect)
+    block = modules[DOWN].removesuffix(f".{layout.module(0, DOWN)}")
+    _check_parts(block, parts, {layout.module(0, part) for part in layout.projections}, where)
+    up, down = (shapes.get(modules[projection] + dialect.codes, ()) for projection in (UP, DOWN))
+    sizes = stacked_sizes(up, down, halves=2 if layout.fused else 1, packed=1 if dialect.format is None else 2)
+    if sizes is None:
+        raise CheckpointError(
+            "stacked experts do not belong together",
+            where=f"{where}, {modules[UP]}",
+            given=f"up {up}, down {down}",
+            needed="[E, 2I, H] of gate and up, [E, H, I] of down",
+        )
+    return sizes.num_experts, sizes.hidden, sizes.intermediate
+
+
+def _check_parts(block: str, parts: Parts, known: set[str], where: str) -> None:
+    """Biases, norms and the like change what experts compute, and nothing says how. `known` are the matrices, below `block`."""
+    suffixes = ("", *MATRIX_SUFFIXES)
+    unknown = sorted(part for part in parts if not any(part.removesuffix(suffix) in known for suffix in suffixes))
     if unknown:
         raise UnsupportedError(
             "experts with tensors that nothing explains in an unknown family",
             where=where,
-            given=f"{experts}.*.{unknown[0]}" if parts[unknown[0]] else f"{experts}.{unknown[0]}",
+            given=f"{block}.{unknown[0]}",
             needed=f"gate, up and down alone, or {_KNOWN_FAMILIES}",
         )
 
@@ -141,7 +157,7 @@ def _matrix_shape(shapes: Shapes, module: str, quantization: Quantization, where
             f"experts of an unknown family that lack a matrix: {name}",
             where=where,
             given=shapes.get(name, "no such tensor"),
-            needed=f"one for each of {', '.join(PROJECTIONS)}, or {_KNOWN_FAMILIES}",
+            needed=f"one for each of gate, up and down, or {_KNOWN_FAMILIES}",
         )
     rows, *stored = shapes[name]
     return rows, dialect.columns(*stored)

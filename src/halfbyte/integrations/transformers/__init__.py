@@ -2,9 +2,10 @@
 
     model = AutoModelForCausalLM.from_pretrained(DIR)
 
-loads ModelOpt NVFP4, compressed-tensors nvfp4-pack-quantized and mxfp4-pack-quantized, and gpt-oss MXFP4 checkpoints, and their experts stay in
-4 bits, on the model's own Experts modules. Every other format, and `Mxfp4Config(dequantize=True)`, stays with transformers. Registering is the
-only thing the import changes.
+loads ModelOpt NVFP4, compressed-tensors nvfp4-pack-quantized and mxfp4-pack-quantized, AMD Quark MXFP4, and gpt-oss MXFP4 checkpoints, with FP8
+layers beside them or without. Their experts stay in 4 bits, on the model's own Experts modules. Every other format, and
+`Mxfp4Config(dequantize=True)`, stays with transformers. Registering is the only thing the import changes; it includes a `get_hf_quantizer` that
+also sees hf_quant_config.json.
 
 On a GPU of compute capability 9.0 the experts are rearranged for its kernels, at the first call and in the memory they have (`set_layout`).
 
@@ -12,34 +13,40 @@ On a GPU of compute capability 9.0 the experts are rearranged for its kernels, a
 |---|---|---|
 | ModelOpt NVFP4 | quant_method unknown: tensors of the wrong shape | runs |
 | compressed-tensors NVFP4 | needs its package; experts lose weight_global_scale | runs |
+| Quark MXFP4 | needs its package | runs |
 | gpt-oss MXFP4 | dense bf16 unless a hub kernel fits the device | runs in 4 bits on any device |
 
-Not supported: experts that transformers does not dispatch (Llama 4), saving, training.
+Not supported: saving, training.
 """
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable, Mapping
+from functools import wraps
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from halfbyte.checkpoint.dialects import GPT_OSS, MODELOPT
 from halfbyte.checkpoint.source import read_json, resolve_model
 from halfbyte.errors import InputError, UnsupportedError
 
 try:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    import transformers.modeling_utils
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+    from transformers.utils import cached_file
 except ImportError as error:
     raise UnsupportedError(f"this needs transformers 5.17 or newer: {error}", where=__name__, next_step="run: pip install 'halfbyte[hf]'") from error
 
 from halfbyte.formats.activation_formats import ActivationFormat, check_activations
 from halfbyte.integrations.packing import is_attached, restore_canonical
 from halfbyte.integrations.transformers.modules import experts_forward
-from halfbyte.integrations.transformers.quantizers import IMPLEMENTATION, FP4Config, FP4Quantizer, compressed_dialect
+from halfbyte.integrations.transformers.quantizers import IMPLEMENTATION, FP4Config, FP4Quantizer, is_compressed_fp4, is_quark_fp4
+
+# Of `cached_file`: a file that is not there, or cannot be asked for, is None.
+_OPTIONAL = {f"_raise_exceptions_for_{reason}": False for reason in ("missing_entries", "connection_errors", "gated_repo")}
 
 __all__ = ["load", "register", "set_activations", "set_layout"]
 
@@ -48,31 +55,65 @@ def register() -> None:
     """Put halfbyte's experts implementation and quantizers into transformers' tables. The import does it; again is harmless."""
     if IMPLEMENTATION in ALL_EXPERTS_FUNCTIONS:
         return
-    stock_config = AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"]
     stock_compressed, stock_mxfp4 = AUTO_QUANTIZER_MAPPING["compressed-tensors"], AUTO_QUANTIZER_MAPPING["mxfp4"]
-
-    class CompressedTensorsConfig(FP4Config):
-        """Ours for the FP4 formats, which need no other package; transformers' own for the rest."""
-
-        @classmethod
-        def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-            home = FP4Config if compressed_dialect(config_dict) else stock_config
-            return home.from_dict(config_dict, *args, **kwargs)
+    stock_quark = AUTO_QUANTIZER_MAPPING["quark"]
 
     def compressed_quantizer(config: Any, **kwargs: Any) -> Any:
-        dialect = compressed_dialect(config.to_dict()) if isinstance(config, FP4Config) else None
-        return FP4Quantizer(config, dialect, **kwargs) if dialect else stock_compressed(config, **kwargs)
+        return FP4Quantizer(config, **kwargs) if isinstance(config, FP4Config) else stock_compressed(config, **kwargs)
+
+    def quark_quantizer(config: Any, **kwargs: Any) -> Any:
+        return FP4Quantizer(config, **kwargs) if isinstance(config, FP4Config) else stock_quark(config, **kwargs)
 
     def mxfp4_quantizer(config: Any, *, pre_quantized: bool = True, **kwargs: Any) -> Any:
         if pre_quantized and not config.dequantize:
-            return FP4Quantizer(config, GPT_OSS, **kwargs)
+            return FP4Quantizer(config, **kwargs)
         return stock_mxfp4(config, pre_quantized=pre_quantized, **kwargs)
 
+    transformers.modeling_utils.get_hf_quantizer = _reading_hf_quant_config(transformers.modeling_utils.get_hf_quantizer)
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
-    AUTO_QUANTIZATION_CONFIG_MAPPING.update({"modelopt": FP4Config, "compressed-tensors": CompressedTensorsConfig})
-    AUTO_QUANTIZER_MAPPING.update(
-        {"modelopt": partial(FP4Quantizer, dialect=MODELOPT), "compressed-tensors": compressed_quantizer, "mxfp4": mxfp4_quantizer}
+    AUTO_QUANTIZATION_CONFIG_MAPPING.update(
+        {
+            "modelopt": FP4Config,
+            "compressed-tensors": _fp4_or(AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"], is_compressed_fp4),
+            "quark": _fp4_or(AUTO_QUANTIZATION_CONFIG_MAPPING["quark"], is_quark_fp4),
+        }
     )
+    AUTO_QUANTIZER_MAPPING.update(
+        {"modelopt": FP4Quantizer, "compressed-tensors": compressed_quantizer, "quark": quark_quantizer, "mxfp4": mxfp4_quantizer}
+    )
+
+
+def _reading_hf_quant_config(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """`get_hf_quantizer` that also sees hf_quant_config.json where config.json says nothing: transformers has no table for that."""
+
+    @wraps(stock)
+    def get_hf_quantizer(config: Any, quantization_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if quantization_config is None:
+            _add_hf_quant_config(config)
+        return stock(config, quantization_config, *args, **kwargs)
+
+    return get_hf_quantizer
+
+
+def _add_hf_quant_config(config: Any) -> None:
+    """Give `config` the quantization_config that hf_quant_config.json, in the same directory or Hub snapshot, describes."""
+    text_config = config.get_text_config(decoder=True)
+    if any(getattr(one, "quantization_config", None) is not None for one in (config, text_config)) or not config._name_or_path:
+        return
+    file = cached_file(config._name_or_path, "hf_quant_config.json", revision=getattr(config, "_commit_hash", None), **_OPTIONAL)
+    if file is not None:
+        config.quantization_config = {**read_json(Path(file)), "quant_method": "modelopt"}
+
+
+def _fp4_or(stock: Any, is_fp4: Callable[[Mapping[str, Any]], bool]) -> Any:
+    """Our config class for the FP4 formats, which need no other package; transformers' own for the rest."""
+
+    class Config(FP4Config):
+        @classmethod
+        def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            return (FP4Config if is_fp4(config_dict) else stock).from_dict(config_dict, *args, **kwargs)
+
+    return Config
 
 
 def load(
@@ -82,9 +123,7 @@ def load(
     device: str | torch.device = "cpu",
     activations: ActivationFormat = "bf16",
 ) -> tuple[Any, Any]:
-    """Return (model, tokenizer) of a directory or Hub name, dense or FP4.
-
-    Also reads directories whose quantisation only hf_quant_config.json names, which `from_pretrained` takes for dense.
+    """Return (model, tokenizer) of a directory or Hub name, dense or FP4; models of text and images, too, where they have no class for text alone.
 
     Args:
         model: a directory or `org/name`.
@@ -102,11 +141,9 @@ def load(
     ('qwen3_moe', 2048)
     """
     path = resolve_model(model)
-    config = AutoConfig.from_pretrained(path)
-    modelopt = path / "hf_quant_config.json"
-    if getattr(config, "quantization_config", None) is None and modelopt.exists():
-        config.quantization_config = {**read_json(modelopt), "quant_method": "modelopt"}
-    loaded = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, device_map={"": device})
+    is_causal = type(AutoConfig.from_pretrained(path)) in MODEL_FOR_CAUSAL_LM_MAPPING
+    auto = AutoModelForCausalLM if is_causal else AutoModelForImageTextToText
+    loaded = auto.from_pretrained(path, dtype=dtype, device_map={"": device})
     set_activations(loaded, activations)
     return loaded, AutoTokenizer.from_pretrained(path)
 

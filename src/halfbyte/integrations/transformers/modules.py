@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,97 +14,216 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from halfbyte.checkpoint.source import TensorInfo
 from halfbyte.errors import CheckpointError, UnsupportedError
 from halfbyte.experts import GEGLU, GEGLU_TANH, RELU2, Activation, ExpertWeights
 from halfbyte.formats import BlockFormat, QuantTensor
 from halfbyte.integrations.packing import Host, Packing, attach, circumstances, packed_tensors, prepared_experts
+from halfbyte.integrations.transformers.conversion import Recipe, dequantize_fp8, halves_from_alternating
 from halfbyte.integrations.transformers.plan import PackedParameter
+from halfbyte.integrations.transformers.stored import BLOCK_SCALE, CODES, GLOBAL_SCALE, INPUT_SCALE, PRE_QUANT_SCALE, Stored
 from halfbyte.kernels.reference.activation import activate
 from halfbyte.moe import fused_moe
 
 # A module of a class decorated with transformers' use_experts_implementation; no common base class says what that adds.
 ExpertsModule = Any
-
-# Suffix of each tensor behind the name of the projection it belongs to.
-CODES, BLOCK_SCALE, GLOBAL_SCALE, INPUT_SCALE = "", "_scale", "_scale_2", "_input_scale"
+Headers = Mapping[str, TensorInfo]  # of the files
 
 
 def first_projection(module: ExpertsModule) -> str:
     return "gate_up_proj" if module.has_gate else "up_proj"
 
 
-def pack_experts(module: ExpertsModule, format: BlockFormat, packed: dict[str, PackedParameter], where: str) -> None:
-    """Replace the dense (meta) weights of a decorated Experts module by packed ones; `packed` by projection name.
+def is_dispatched(module: nn.Module) -> bool:
+    """Whether the class is decorated with transformers' use_experts_implementation."""
+    return hasattr(module, "_apply_gate") and hasattr(module, "has_gate")
+
+
+def pack_experts(module: ExpertsModule, packed: dict[str, PackedParameter], headers: Headers, where: str) -> dict[str, Recipe]:
+    """Replace the dense (meta) weights of a decorated Experts module by packed ones; `packed` by projection name. Recipes by parameter name.
 
     Raises:
-        CheckpointError: the files do not hold both matrices of every expert.
+        CheckpointError: the files do not hold both matrices of every expert, or hold them in other shapes.
         UnsupportedError: the activation, or something else in the module, is unknown to halfbyte.
     """
     first = first_projection(module)
     if getattr(module, "has_post_expert_norm", False):
         raise UnsupportedError("experts with a norm behind them are not supported", where=where)
+    format = _one_format(packed, where)
     weights = partial(expert_weights, format=format, activation=find_activation(module, where))
+    recipes: dict[str, Recipe] = {}
+    num_experts = module.down_proj.shape[0]  # LongCat's gate_up_proj has rows for its zero experts too
     for projection in (first, "down_proj"):
         dense = getattr(module, projection)
-        experts, rows, columns = dense.shape if not module.is_transposed else (dense.shape[0], dense.shape[2], dense.shape[1])
-        sources = 2 if projection == "gate_up_proj" else 1
-        _check_complete(packed.get(projection), experts * sources, f"{where}.{projection}")
-        groups = (experts, sources) if sources > 1 else (experts,)
+        rows, columns = (dense.shape[2], dense.shape[1]) if module.is_transposed else dense.shape[1:]
+        parts = 2 if projection == "gate_up_proj" else 1
+        parameter = packed.get(projection)
+        if parameter is None:
+            raise _missing_experts(f"{where}.{projection}", 0, num_experts * parts)
+        if parameter.merges_experts:
+            _check_places(parameter, num_experts, dense.shape[0], parts, f"{where}.{projection}")
+        if not parameter.merges_experts and len(parameter.places) not in (1, parts):
+            raise _missing_experts(f"{where}.{projection}", len(parameter.places), parts)
+        shape = (rows // parts, columns) if parameter.merges_experts else (num_experts, rows // len(parameter.places), columns)
+        transposed = {_check_shapes(stored, shape, headers) for stored in parameter.places.values()} == {True}
+        alternating = parts == 2 and len(parameter.places) == 1 and not module.is_concatenated
+        recipe = Recipe(parameter, CODES, num_experts, parts, alternating, transposed)
         delattr(module, projection)
-        _register(module, projection, projection, format, (experts, rows, columns), groups, packed[projection])
+        groups = (num_experts, parts) if parts > 1 else (num_experts,)
+        recipes |= _register(module, projection, projection, format, (num_experts, rows, columns), groups, recipe)
     attach(module, Packing(Host(weights, _replaceable, _keeps_storage), format))
+    return recipes
 
 
-def _check_complete(parameter: PackedParameter | None, tensors: int, where: str) -> None:
-    """Every expert must be there: one tensor an expert and projection, or a single one that holds them all."""
-    given = 0 if parameter is None else len(parameter.stems)
-    if parameter is None or given != (1 if parameter.converter is None else tensors):
-        raise CheckpointError("experts are missing from the files", where=where, given=f"{given} packed tensors", needed=tensors)
+def _one_format(packed: dict[str, PackedParameter], where: str) -> BlockFormat:
+    stored = [stored for parameter in packed.values() for stored in parameter.places.values()]
+    for one in stored:
+        if PRE_QUANT_SCALE in one.tensors:
+            raise UnsupportedError(
+                "the inputs of experts cannot be scaled one by one",
+                where=one.tensors[PRE_QUANT_SCALE],
+                given="a pre_quant_scale (NVFP4_AWQ)",
+                needed="experts quantised without AWQ",
+            )
+        if one.dialect is not stored[0].dialect:
+            raise UnsupportedError(
+                "the experts of a layer are stored in several ways", where=one.stem, given=one.dialect.name, needed=stored[0].dialect.name
+            )
+    format = stored[0].dialect.format
+    assert format is not None, where
+    return format
+
+
+def _check_places(parameter: PackedParameter, num_experts: int, rows: int, parts: int, where: str) -> None:
+    """Every expert and part must be there once; ids from 0, without gaps."""
+    for expert in range(num_experts):
+        for part in range(parts):
+            if (expert, part) not in parameter.places:
+                raise _missing_experts(
+                    where, len(parameter.places), num_experts * parts, f": no {'up' if part else 'first'} matrix of expert {expert}"
+                )
+    for (expert, _), stored in parameter.places.items():
+        if expert >= rows:
+            raise CheckpointError("more experts than the configuration has", where=stored.stem, given=f"expert {expert}", needed=f"0 .. {rows - 1}")
+
+
+def _missing_experts(where: str, given: int, needed: int, which: str = "") -> CheckpointError:
+    return CheckpointError(
+        f"experts are missing from the files{which}",
+        where=where,
+        given=f"{given} packed tensors",
+        needed=needed,
+        next_step="download the missing files, or correct num_experts in config.json",
+    )
+
+
+def _check_shapes(stored: Stored, shape: tuple[int, ...], headers: Headers) -> bool:
+    """Whether the matrices [.., N, K] lie transposed.
+
+    Raises:
+        CheckpointError: they have neither shape.
+    """
+    *leading, rows, columns = shape
+    format = stored.dialect.format
+    assert format is not None
+    codes, scales = (headers[stored.tensors[role]].shape for role in (CODES, BLOCK_SCALE))
+    width, blocks = stored.dialect.codes_shape(columns), columns // format.block
+    if codes == (*leading, rows, *width) and scales == (*leading, rows, blocks):
+        return False
+    if leading and codes == (*leading, columns // 2, rows) and scales == (*leading, blocks, rows):
+        return True
+    raise CheckpointError(
+        "a packed matrix has another shape than the model's",
+        where=stored.tensors[CODES],
+        given=f"{codes}, scales {scales}",
+        needed=f"{(*leading, rows, *width)}, scales {(*leading, rows, blocks)}",
+        next_step="run `halfbyte inspect` on the checkpoint; its config.json may belong to another model",
+    )
 
 
 def _register(
-    module: Any,
-    name: str,
-    input_scale_of: str,
-    format: BlockFormat,
-    shape: tuple[int, ...],
-    groups: tuple[int, ...],
-    parameter: PackedParameter,
-) -> None:
+    module: Any, name: str, scalars_of: str, format: BlockFormat, shape: tuple[int, ...], groups: tuple[int, ...], recipe: Recipe
+) -> dict[str, Recipe]:
     """Give `module` empty meta Parameters for codes and scales of a matrix [..., N, K]. Parameters, because transformers shards no buffers."""
     *leading, columns = shape
+    roles = {role for stored in recipe.parameter.places.values() for role in stored.tensors}
+    scale_dtype = torch.float8_e4m3fn if format.has_global_scale else torch.uint8
     tensors = {
-        name + CODES: (torch.uint8, (*leading, columns // 2)),
-        name + BLOCK_SCALE: (parameter.scale_dtype, (*leading, columns // format.block)),
+        CODES: (name, torch.uint8, (*leading, columns // 2)),
+        BLOCK_SCALE: (name + BLOCK_SCALE, scale_dtype, (*leading, columns // format.block)),
+        GLOBAL_SCALE: (name + GLOBAL_SCALE, torch.float32, groups),
+        INPUT_SCALE: ((scalars_of + INPUT_SCALE).lstrip("_"), torch.float32, groups),
+        PRE_QUANT_SCALE: ((scalars_of + PRE_QUANT_SCALE).lstrip("_"), torch.float32, (columns,)),
     }
-    if format.has_global_scale:
-        tensors[name + GLOBAL_SCALE] = (torch.float32, groups)
-    if parameter.has_input_scale:
-        tensors[(input_scale_of + INPUT_SCALE).lstrip("_")] = (torch.float32, groups)
-    for tensor_name, (dtype, tensor_shape) in tensors.items():
-        empty = torch.empty(tensor_shape, dtype=dtype, device="meta")
-        module.register_parameter(tensor_name, nn.Parameter(empty, requires_grad=False))
+    wanted = {role: tensor for role, tensor in tensors.items() if role in roles}
+    _add_parameters(module, {parameter: (dtype, shape) for parameter, dtype, shape in wanted.values()})
+    return {parameter: recipe._replace(role=role) for role, (parameter, _, _) in wanted.items()}
+
+
+def _add_parameters(module: Any, tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+    for name, (dtype, shape) in tensors.items():
+        parameter = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined] # the plan says that the files have it; on disk it stays without data
+        module.register_parameter(name, parameter)
     module.packed_names = (*getattr(module, "packed_names", ()), *tensors)
 
 
 class QuantLinear(nn.Module):
     """y = x W^T + b with W [N, K] held in FP4 and dequantised at each call: memory of 4 bits, speed of the dense layer or less.
 
-    Parameters are named as ModelOpt names them: weight uint8 [N, K/2], weight_scale [N, K/block], weight_scale_2 and input_scale fp32 [].
+    Parameters are named as ModelOpt names them: weight uint8 [N, K/2], weight_scale [N, K/block], weight_scale_2 and input_scale fp32 [],
+    pre_quant_scale [K], by which the input is multiplied.
     """
 
-    def __init__(self, linear: nn.Linear, format: BlockFormat, parameter: PackedParameter):
+    def __init__(self, linear: nn.Linear, parameter: PackedParameter, headers: Headers):
         super().__init__()
-        self.in_features, self.out_features, self.format = linear.in_features, linear.out_features, format
-        _register(self, "weight", "", format, (linear.out_features, linear.in_features), (), parameter)
-        self.bias = linear.bias
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
+        stored = parameter.first
+        assert stored.dialect.format is not None
+        self.format = stored.dialect.format
+        _check_shapes(stored, (self.out_features, self.in_features), headers)
+        recipe = Recipe(parameter, CODES)
+        self.recipes = _register(self, "weight", "", self.format, (self.out_features, self.in_features), (), recipe)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] to [..., N], computed in the dtype of x."""
-        return F.linear(x, quant_tensor(self, "weight", self.format).dequantize(x.dtype), self.bias)
+        scale = _tensor(self, PRE_QUANT_SCALE.lstrip("_"))
+        scaled = x if scale is None else x * scale.to(x.dtype)
+        return F.linear(scaled, quant_tensor(self, "weight", self.format).dequantize(x.dtype), self.bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, format={self.format!r}"
+
+
+class FP8Linear(nn.Module):
+    """y = x W^T + b with W [N, K] held in e4m3 and dequantised at each call; activations are not quantised.
+
+    weight e4m3 [N, K]; weight_scale fp32 [], [N, 1] or [N/128, K/128], rounded up.
+    """
+
+    def __init__(self, linear: nn.Linear, parameter: PackedParameter, headers: Headers):
+        super().__init__()
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
+        stored = parameter.first
+        if stored.shape != (self.out_features, self.in_features):
+            raise CheckpointError(
+                "a weight has another shape than the model's",
+                where=stored.tensors[CODES],
+                given=stored.shape,
+                needed=(self.out_features, self.in_features),
+            )
+        scales = headers[stored.tensors[BLOCK_SCALE]].shape
+        scale_shape = () if math.prod(scales) == 1 else (*scales, 1)[:2]
+        tensors = {"weight": (torch.float8_e4m3fn, stored.shape), "weight" + BLOCK_SCALE: (torch.float32, scale_shape)}
+        _add_parameters(self, tensors)
+        self.recipes = {name: Recipe(parameter, role) for name, role in zip(tensors, (CODES, BLOCK_SCALE), strict=True)}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., K] to [..., N], computed in the dtype of x."""
+        return F.linear(x, dequantize_fp8(self.get_parameter("weight"), self.get_parameter("weight" + BLOCK_SCALE), x.dtype), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
 def packed_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
@@ -194,15 +314,6 @@ def _keeps_storage(module: ExpertsModule) -> bool:
     """Not where accelerate brings other copies of the tensors to the device at every call: what is packed then would be gone at the next."""
     hook = getattr(module, "_hf_hook", None)
     return hook is None or not getattr(hook, "offload", True)
-
-
-def halves_from_alternating(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """gate0, up0, gate1, up1, ... along `dim` to gate0, gate1, ..., up0, up1, ...
-
-    >>> halves_from_alternating(torch.tensor([0, 10, 1, 11]), dim=0).tolist()
-    [0, 1, 10, 11]
-    """
-    return x.unflatten(dim, (-1, 2)).transpose(dim, dim + 1).flatten(dim, dim + 1)
 
 
 def find_activation(module: ExpertsModule, where: str) -> Activation:

@@ -1,108 +1,236 @@
-"""Which parameters of a transformers model a checkpoint holds in FP4, found from the headers of its files.
+"""Which parameters of a transformers model a checkpoint holds quantised, and from which tensors of its files, found from the headers alone.
 
 The names in the files decide, not the exclusion patterns of config.json: a packed tensor is renamed as transformers would rename the dense weight
-it stands for, and the parameter of that name becomes packed. Whatever cannot be placed, or lacks a companion, is an error before anything is loaded.
+it stands for, and the parameter of that name becomes packed. Where transformers has no such weight because its class stacks the experts, the name of
+the matrix says its place. Whatever cannot be placed, or is missing, is an error before anything is loaded.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    Transpose,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 
-from halfbyte.checkpoint.dialects import CODE_DTYPES, QUANTIZED_ONLY, Dialect
+from halfbyte.checkpoint.dialects import CODE_DTYPES, FP8_STACKED, belongs_to_quantized, scales_activations
+from halfbyte.checkpoint.projections import PROJECTION_OF, STACKED, UP
+from halfbyte.checkpoint.quantization import Quantization
 from halfbyte.checkpoint.source import TensorInfo
 from halfbyte.errors import CheckpointError, UnsupportedError
-from halfbyte.formats import NVFP4
+from halfbyte.integrations.transformers.stored import Stored, find_stored, missing_tensor
 
-# What the packed parameters of `modules` can hold as they come from the file.
-_BYTE_SCALES = (torch.uint8, torch.float8_e8m0fnu)
+_QUANTISED_DTYPES = (*CODE_DTYPES, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 @dataclass
 class PackedParameter:
-    """A parameter of the model that comes packed: the stems of its tensors, the converter that merges them (None: one tensor), and their kinds."""
+    """A matrix of the model, or that of all its experts, which comes quantised.
+
+    Attributes:
+        converter: what makes it of dense weights; None where one dense tensor is the parameter.
+        places: the stored matrices by (expert, part), the part being 1 for the up half of gate_up_proj. Expert 0 where one holds all experts.
+        merges_experts: each expert's matrix is stored alone.
+    """
 
     converter: Any
-    stems: list[str] = field(default_factory=list)
-    scale_dtype: torch.dtype = torch.uint8
-    has_input_scale: bool = False
+    merges_experts: bool = False
+    places: dict[tuple[int, int], Stored] = field(default_factory=dict)
+
+    @property
+    def holds_experts(self) -> bool:
+        """Whether the converter, which packed matrices do without, does nothing to experts but stack them and join gate and up."""
+        return self.converter is None or merges_experts(self.converter) or all(_joins_rows(operation) for operation in self.converter.operations)
+
+    @property
+    def first(self) -> Stored:
+        return next(iter(self.places.values()))
 
 
-def find_packed(model: Any, tensors: Mapping[str, TensorInfo], dialect: Dialect) -> dict[str, PackedParameter]:
-    """Return the packed parameters of a dense (meta) `model` by name, for a checkpoint whose headers are `tensors`.
+class Names:
+    """How transformers names the tensors of the files in `model`, which is dense and on the meta device."""
+
+    def __init__(self, model: Any):
+        self.dense = model.state_dict()
+        self.prefix = model.base_model_prefix
+        conversions = get_model_conversion_mapping(model)
+        self.renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+        self.converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+        self._converter_of = {pattern: entry for entry in self.converters for pattern in entry.source_patterns}
+        self._ignored = re.compile("|".join(model._keys_to_ignore_on_load_unexpected or ("$^",)))
+        self._places: dict[str, tuple[str, Any, int]] = {}
+        self._is_predictor = _predictor(model.config.get_text_config())
+
+    def place(self, name: str) -> tuple[str, Any, int]:
+        """The parameter that the dense tensor `name` goes to, by which converter (None), and as which of its sources."""
+        if name not in self._places:
+            target, pattern = rename_source_key(name, self.renamings, self.converters, self.prefix, self.dense)
+            if target not in self.dense and name in self.dense:
+                target, pattern = name, None
+            converter = self._converter_of.get(pattern)
+            self._places[name] = target, converter, converter.source_patterns.index(pattern) if converter else 0
+        return self._places[name]
+
+    def renamed(self, name: str) -> str:
+        """`name` as the converters see it."""
+        for renaming in self.renamings:
+            name, _ = renaming.rename_source_key(name)
+        return name
+
+    def ignored(self, name: str, target: str) -> bool:
+        """Whether transformers leaves the tensor out: layers that predict further tokens, and what a class says."""
+        return bool(self._ignored.search(target)) or self._is_predictor(name)
+
+
+def find_packed(model: Any, names: Names, tensors: Mapping[str, TensorInfo]) -> dict[str, PackedParameter]:
+    """The quantised parameters of a dense (meta) `model` by name, for a checkpoint whose headers are `tensors`.
 
     Raises:
-        CheckpointError: a scale is missing or of the wrong dtype, or only some experts have input scales.
+        CheckpointError: a scale is missing or of the wrong dtype; one matrix is stored twice.
         UnsupportedError: a packed tensor has no place in this model class, or a layer is quantised in another format.
     """
-    dense = model.state_dict()
-    conversions = get_model_conversion_mapping(model)
-    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    ignored = re.compile("|".join(model._keys_to_ignore_on_load_unexpected or ("$^",)))
     packed: dict[str, PackedParameter] = {}
-    stems = set()
-    for name in sorted(tensors, key=dot_natural_key):
-        stem = name.removesuffix(dialect.codes)
-        if stem == name or tensors[name].dtype not in CODE_DTYPES:
-            continue
-        stems.add(stem)
-        target, pattern = rename_source_key(stem + dialect.dense, renamings, converters, model.base_model_prefix, dense)
-        if ignored.search(target):
-            continue
-        if target not in dense:
-            raise UnsupportedError(
-                f"{type(model).__name__} has no place for this packed tensor",
-                where=name,
-                needed="a model whose experts transformers merges into gate_up_proj and down_proj (decorated with use_experts_implementation)",
-            )
-        converter = next((entry for entry in converters if pattern in entry.source_patterns), None)
-        packed.setdefault(target, PackedParameter(converter)).stems.append(stem)
-    for name in tensors:
-        stem = name.removesuffix(next(filter(name.endswith, (*QUANTIZED_ONLY, dialect.scales[0])), ""))
-        if stem != name and stem not in stems and not ignored.search(name):
-            raise UnsupportedError(
-                "this layer is quantised in another format",
-                where=name,
-                given=_dtype(tensors, stem + dialect.codes),
-                needed=f"{dialect.name} or dense",
-            )
-    for parameter in packed.values():
-        _check_companions(parameter, tensors, dialect)
+    for stem, stored in sorted(find_stored(_wanted(names, tensors)).items(), key=lambda item: dot_natural_key(item[0])):
+        target, converter, part = names.place(stored.dense_name)
+        merges = converter is not None and merges_experts(converter)
+        if converter is not None and all(isinstance(operation, Transpose) for operation in converter.operations):
+            converter = None  # shapes tell how packed matrices lie
+        if target not in names.dense:
+            target, part, merges = _place_by_name(model, names, stored)
+            converter = None
+        parameter = packed.setdefault(target, PackedParameter(converter, merges))
+        place = (_expert_of(stem) if merges else 0, part)
+        if place in parameter.places or parameter.merges_experts != merges:
+            raise CheckpointError("a matrix is stored twice", where=stem, given=f"also {parameter.first.stem}", needed="one of them")
+        parameter.places[place] = stored
     return packed
 
 
-def _check_companions(parameter: PackedParameter, tensors: Mapping[str, TensorInfo], dialect: Dialect) -> None:
-    scale_dtypes = (torch.float8_e4m3fn,) if dialect.format is NVFP4 else _BYTE_SCALES
-    for stem in parameter.stems:
-        _check_dtype(tensors, stem + dialect.scales[0], scale_dtypes)
-        if dialect.global_scale:
-            _check_dtype(tensors, stem + dialect.global_scale, (torch.float32,))
-    parameter.scale_dtype = tensors[parameter.stems[0] + dialect.scales[0]].dtype
-    if dialect.input_scale:
-        names = [stem + dialect.input_scale for stem in parameter.stems]
-        parameter.has_input_scale = any(name in tensors for name in names)
-        if parameter.has_input_scale:
-            for name in names:
-                _check_dtype(tensors, name, (torch.float32,))
+def check_complete(model: Any, names: Names, tensors: Mapping[str, TensorInfo], packed: Mapping[str, PackedParameter]) -> None:
+    """Refuse a checkpoint of which a quantised tensor would not be used, or which leaves parameters of the model without a value.
 
-
-def _check_dtype(tensors: Mapping[str, TensorInfo], name: str, dtypes: tuple[torch.dtype, ...]) -> None:
-    if name not in tensors or tensors[name].dtype not in dtypes:
+    Raises:
+        CheckpointError: naming the first tensor or parameter.
+    """
+    used = {name for parameter in packed.values() for stored in parameter.places.values() for name in stored.tensors.values()}
+    filled = set(packed)
+    for name in sorted(tensors.keys() - used, key=dot_natural_key):
+        target, converter, _ = names.place(name)
+        targets = [target] if converter is None else [target.replace(converter.target_patterns[0], other) for other in converter.target_patterns]
+        if target in packed:
+            raise CheckpointError("the matrix is packed, and this tensor would be a part of it", where=name, given=tensors[name].dtype)
+        if target in names.dense:
+            if tensors[name].dtype in _QUANTISED_DTYPES and names.dense[target].is_floating_point():
+                raise missing_tensor(name + FP8_STACKED.scales[0], f"{name} is {tensors[name].dtype}")
+            filled.update(targets)
+        elif _means_something(name, tensors[name]) and not names.ignored(name, target):
+            raise CheckpointError(
+                f"{type(model).__name__} has no place for this tensor of a quantised layer",
+                where=name,
+                given=f"{tensors[name].dtype} {tensors[name].shape}",
+                next_step="run `halfbyte inspect` on the checkpoint; its config.json may belong to another model",
+            )
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    filled.update(target for target, source in tied.items() if source in filled)
+    filled.update(source for target, source in tied.items() if target in filled)
+    may_miss = re.compile("|".join(getattr(model, "_keys_to_ignore_on_load_missing", None) or ("$^",)))
+    missing = sorted((name for name in names.dense.keys() - filled if not may_miss.search(name)), key=dot_natural_key)
+    if missing:
         raise CheckpointError(
-            "a quantised layer lacks this tensor" if name not in tensors else "a scale has the wrong dtype",
-            where=name,
-            given=_dtype(tensors, name),
-            needed=" or ".join(map(str, dtypes)),
-            next_step="run `halfbyte inspect` on the checkpoint, or quantise it again",
+            "the files have no tensor for this parameter, which would keep random values",
+            where=missing[0],
+            given=f"{len(missing)} such parameters",
+            next_step="download the missing files, or correct config.json",
         )
 
 
-def _dtype(tensors: Mapping[str, TensorInfo], name: str) -> str:
-    return str(tensors[name].dtype) if name in tensors else "nothing"
+def check_described(quantization: Quantization, tensors: Mapping[str, TensorInfo]) -> None:
+    """Refuse files that hold a module dense which the configuration names, by its whole name, as quantised.
+
+    Patterns that mean many modules are no promise: published exclusion lists leave modules out.
+
+    Raises:
+        CheckpointError: naming the first such weight.
+    """
+    for rule in quantization.rules:
+        info = tensors.get(f"{rule.pattern}.weight") if rule.algorithm else None
+        if info is not None and info.dtype.is_floating_point and info.dtype not in _QUANTISED_DTYPES:
+            raise CheckpointError(
+                "the configuration says that this weight is quantised",
+                where=f"{rule.pattern}.weight",
+                given=info.dtype,
+                needed=rule.algorithm,
+                next_step=f"quantise the model again, or correct {quantization.where}",
+            )
+
+
+def merges_experts(converter: Any) -> bool:
+    """True for what stacks experts and, perhaps, puts gate rows before up rows."""
+    merge, *rest = converter.operations
+    concatenates = not rest or (len(rest) == 1 and _joins_rows(rest[0]))
+    return type(merge) is MergeModulelist and merge.dim == 0 and concatenates
+
+
+def _joins_rows(operation: Any) -> bool:
+    return type(operation) is Concatenate and operation.dim == 1
+
+
+def _wanted(names: Names, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    return {name: info for name, info in tensors.items() if not names.ignored(name, names.place(name)[0])}
+
+
+def _place_by_name(model: Any, names: Names, stored: Stored) -> tuple[str, int, bool]:
+    """The stacked parameter of a matrix that transformers does not find by its name, the part of it, and whether it is one expert's.
+
+    The class may know only stacked experts, and may keep them one module further up (`moe.experts` as `experts`, in Gemma 4).
+    """
+    match = re.fullmatch(r"(.+)\.(\d+)\.(\w+)", stored.stem) or re.fullmatch(r"(.+)()\.(gate_up_proj|up_proj|down_proj)", stored.stem)
+    projection = PROJECTION_OF.get(match[3]) if match else None
+    if match:
+        leaves = dict.fromkeys((STACKED[projection], match[3])) if projection and match[2] else (match[3],)
+        for experts in (match[1], re.sub(r"\.(moe|mlp)\.(\w+)$", r".\2", match[1]), re.sub(r"\.moe$", ".experts", match[1])):
+            for leaf in leaves:
+                target, _, _ = names.place(f"{experts}.{leaf}")
+                if target in names.dense and names.dense[target].ndim == 3:
+                    return target, int(projection == UP and leaf == STACKED[UP]), bool(match[2])
+    raise UnsupportedError(
+        f"{type(model).__name__} has no place for this packed tensor",
+        where=stored.stem,
+        needed="a model whose experts transformers keeps as gate_up_proj and down_proj (decorated with use_experts_implementation)",
+    )
+
+
+def _expert_of(stem: str) -> int:
+    """The number of the expert: the last segment of the name that is one."""
+    return int(next(segment for segment in reversed(stem.split(".")) if segment.isdigit()))
+
+
+def _means_something(name: str, info: TensorInfo) -> bool:
+    """Whether a tensor belongs to a quantised layer, or is a bias; dropping it would change the model."""
+    if scales_activations(name):
+        return False
+    return belongs_to_quantized(name) or info.dtype in _QUANTISED_DTYPES
+
+
+def _predictor(config: Any) -> Callable[[str], bool]:
+    """Whether a tensor belongs to the layers that predict several tokens, which transformers does not have."""
+    layers, further = (getattr(config, field, None) or 0 for field in ("num_hidden_layers", "num_nextn_predict_layers"))
+
+    def is_predictor(name: str) -> bool:
+        if re.search(r"(^|\.)mtp\.", name):
+            return True
+        match = re.search(r"(^|\.)layers\.(\d+)\.", name) if further else None
+        return match is not None and layers <= int(match[2]) < layers + further
+
+    return is_predictor
