@@ -337,3 +337,15 @@ def test_stacked_scalars_of_the_whole_layer_or_of_each_expert(tmp_path: Path) ->
     files.tensors[f"{prefix}.down_proj_weight_scale_2"] = torch.ones(cf.E + 1)
     with pytest.raises(CheckpointError, match=r"not a scalar: .*down_proj_weight_scale_2 .*one per expert"):
         load_experts(files.write(tmp_path / "wrong"), 1)
+
+
+def test_experts_one_by_one_with_biases(tmp_path: Path) -> None:
+    """gpt-oss taken apart by llm-compressor: rows alternate in stacks alone."""
+    files = cf.nvfp4("compressed-tensors", config=cf.GPT_OSS)
+    biases = {leaf: torch.randn(cf.E, cf.rows_columns(projection)[0]) for projection, leaf in cf.NAMES.items()}
+    for leaf, bias in biases.items():
+        files.tensors |= {f"model.layers.1.mlp.experts.{expert}.{leaf}.bias": bias[expert].clone() for expert in range(cf.E)}
+    weights = load_experts(files.write(tmp_path), 1)
+    assert_equal_bits(weights.dequantize().w13, files.w13)
+    assert_equal_bits(weights.w13_bias, torch.cat([biases["gate_proj"], biases["up_proj"]], dim=1))
+    assert_equal_bits(weights.w2_bias, biases["down_proj"])

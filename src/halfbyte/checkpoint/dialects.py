@@ -231,4 +231,4 @@ def may_be_codes(tensor: str) -> bool:
     >>> may_be_codes("experts.0.w1.weight_packed"), may_be_codes("gate.tid2eid")
     (True, False)
     """
-    return tensor.endswith(_CODES)
+    return tensor.endswith((*_CODES, "_proj"))  # stacked codes have no suffix behind the name of their matrix
