@@ -153,10 +153,10 @@ def test_gate_and_up_with_one_scale_do_not_share_memory() -> None:
 def test_what_cannot_be_packed() -> None:
     nvfp4, mxfp4 = hb.quantize(torch.ones(4, 64), hb.NVFP4), hb.quantize(torch.ones(4, 64), hb.MXFP4)
     for q, dialect, scale, message in (
-        (mxfp4, MODELOPT, None, "modelopt does not hold single MXFP4 matrices"),
-        (mxfp4, GPT_OSS, None, "gpt-oss does not hold single MXFP4 matrices"),
-        (nvfp4, DENSE, None, "dense does not hold single NVFP4 matrices"),
-        (nvfp4.with_scale_layout("128x4"), MODELOPT, None, "linear scales"),
+        (mxfp4, MODELOPT, None, "modelopt does not hold MXFP4 matrices"),
+        (mxfp4, GPT_OSS, None, r"gpt-oss holds other matrices .*needed \[E, N, K\]"),
+        (nvfp4, DENSE, None, "dense does not hold NVFP4 matrices"),
+        (nvfp4.with_scale_layout("128x4"), MODELOPT, None, "needed .N, K., linear"),
         (hb.quantize(torch.ones(2, 4, 64), hb.NVFP4), MODELOPT, None, "matrices"),
         (mxfp4, MXFP4_PACK, torch.tensor(1.0), "no input scale"),
     ):
@@ -166,7 +166,7 @@ def test_what_cannot_be_packed() -> None:
 
 def test_outputs() -> None:
     assert output_dialect("modelopt", hb.NVFP4) is MODELOPT and output_dialect("compressed-tensors", hb.NVFP4) is NVFP4_PACK
-    assert set(OUTPUTS) == {"modelopt", "compressed-tensors"}
+    assert set(OUTPUTS) == {"modelopt", "compressed-tensors", "gpt-oss"}
     with pytest.raises(InputError, match=r"modelopt checkpoints do not exist in MXFP4 .*compressed-tensors mxfp4"):
         output_dialect("modelopt", hb.MXFP4)
     with pytest.raises(InputError, match="unknown output"):

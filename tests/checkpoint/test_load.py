@@ -12,7 +12,7 @@ import torch
 from helpers import assert_equal_bits
 
 from halfbyte.checkpoint import Checkpoint, load_experts, load_router
-from halfbyte.errors import CheckpointError, InputError
+from halfbyte.errors import CheckpointError, InputError, UnsupportedError
 from halfbyte.experts import DEEPSEEK_V4_SWIGLU, GPT_OSS_SWIGLU, SWIGLU, ExpertWeights
 from halfbyte.formats import MXFP4, NVFP4
 
@@ -312,3 +312,40 @@ def test_the_demo_model_reads_as_plain_safetensors_says() -> None:
         key = f"model.layers.5.mlp.experts.9.{name}.weight"
         with safe_open(path / index[key], "pt") as file:
             assert_equal_bits(weights.w13[9, rows], file.get_tensor(key))
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_factors_of_the_input_are_refused_by_name(stacked: bool, tmp_path: Path) -> None:
+    """NVFP4_AWQ: even one in a layer that is otherwise sound."""
+    files = cf.stacked(cf.nvfp4("modelopt")) if stacked else cf.nvfp4("modelopt")
+    name = "model.layers.1.mlp.experts." + ("down_proj_pre_quant_scale" if stacked else "2.down_proj.pre_quant_scale")
+    files.tensors[name] = torch.ones(cf.I)
+    with pytest.raises(UnsupportedError, match=name.replace(".", r"\.")):
+        load_experts(files.write(tmp_path), 1)
+
+
+def test_stacked_scalars_of_the_whole_layer_or_of_each_expert(tmp_path: Path) -> None:
+    files = cf.stacked(cf.nvfp4("modelopt"))
+    prefix = "model.layers.1.mlp.experts"
+    for index, (up, down) in enumerate((((), ()), ((1,), (1, 1)), ((cf.E,), (cf.E, 1)), ((cf.E, 1), (cf.E,)))):
+        values = torch.arange(1.0, cf.E + 1)
+        for leaf, shape in (("gate_up_proj", up), ("down_proj", down)):
+            files.tensors[f"{prefix}.{leaf}_weight_scale_2"] = values.reshape(shape).clone() if cf.E in shape else torch.full(shape, 2.0)
+        weights = load_experts(files.write(tmp_path / str(index)), 1)
+        for actual, shape in ((weights.w13.global_scale[:, 0], up), (weights.w13.global_scale[:, 1], up), (weights.w2.global_scale, down)):
+            assert actual.tolist() == (values.tolist() if cf.E in shape else [2.0] * cf.E)
+    files.tensors[f"{prefix}.down_proj_weight_scale_2"] = torch.ones(cf.E + 1)
+    with pytest.raises(CheckpointError, match=r"not a scalar: .*down_proj_weight_scale_2 .*one per expert"):
+        load_experts(files.write(tmp_path / "wrong"), 1)
+
+
+def test_experts_one_by_one_with_biases(tmp_path: Path) -> None:
+    """gpt-oss taken apart by llm-compressor: rows alternate in stacks alone."""
+    files = cf.nvfp4("compressed-tensors", config=cf.GPT_OSS)
+    biases = {leaf: torch.randn(cf.E, cf.rows_columns(projection)[0]) for projection, leaf in cf.NAMES.items()}
+    for leaf, bias in biases.items():
+        files.tensors |= {f"model.layers.1.mlp.experts.{expert}.{leaf}.bias": bias[expert].clone() for expert in range(cf.E)}
+    weights = load_experts(files.write(tmp_path), 1)
+    assert_equal_bits(weights.dequantize().w13, files.w13)
+    assert_equal_bits(weights.w13_bias, torch.cat([biases["gate_proj"], biases["up_proj"]], dim=1))
+    assert_equal_bits(weights.w2_bias, biases["down_proj"])

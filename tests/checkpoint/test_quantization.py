@@ -129,3 +129,23 @@ def test_wrong_block_size() -> None:
     compressed = {"quant_method": "compressed-tensors", "format": "mxfp4-pack-quantized", "config_groups": {"g": {"weights": {"group_size": 16}}}}
     with pytest.raises(CheckpointError, match=r"wrong block size for MXFP4 .given group_size 16; needed 32"):
         describe_quantization({"quantization_config": compressed})
+
+
+def test_quark() -> None:
+    fp4 = {"weight": {"dtype": "fp4", "qscheme": "per_group", "group_size": 32, "scale_format": "e8m0"}}
+    fp8 = {"weight": {"dtype": "fp8_e4m3", "qscheme": "per_tensor"}}
+    config = {"quant_method": "quark", "exclude": ["lm_head", "re:.*gate$"], "layer_quant_config": {"*self_attn*": fp8}, "global_quant_config": fp4}
+    q = describe_quantization({"quantization_config": config})
+    assert q.kind == "quark" and q.dialect_of("model.layers.1.mlp.experts.0.up_proj").name == "quark"
+    assert q.excluded("lm_head") and q.excluded("model.layers.1.mlp.gate")
+    with pytest.raises(UnsupportedError, match=r"self_attn\.o_proj .*given fp8_e4m3 per_tensor"):
+        q.dialect_of("model.layers.1.self_attn.o_proj")
+    for changed, said in (
+        (fp8, "fp8_e4m3 per_tensor"),
+        ({"weight": {**fp4["weight"], "scale_format": "float"}}, "with float scales"),
+        (None, "none"),
+    ):
+        with pytest.raises(UnsupportedError, match=f"unknown Quark format .*{said}"):
+            describe_quantization({"quantization_config": {"quant_method": "quark", "global_quant_config": changed}})
+    with pytest.raises(CheckpointError, match="group_size 16"):
+        describe_quantization({"quantization_config": {**config, "global_quant_config": {"weight": {**fp4["weight"], "group_size": 16}}}})

@@ -24,6 +24,7 @@ from halfbyte.checkpoint import writer as writer_module
 from halfbyte.checkpoint.writer import CheckpointWriter
 from halfbyte.convert import QuantizeOptions, QuantizeReport, quantize_model
 from halfbyte.errors import CheckpointError, InputError, UnsupportedError
+from halfbyte.formats import FORMATS
 
 DEMO = Path(hb.__file__).parent / "demo_model"
 LAYER = "model.layers.1.mlp"
@@ -320,6 +321,67 @@ def test_rows_that_do_not_divide_into_blocks(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
+def test_gpt_oss_goes_back_to_stacked_experts(format: str, tmp_path: Path) -> None:
+    """Alternating rows and biases stay as they are; every matrix equals quantize().dequantize() of the whole, with one scale for gate and up."""
+    files = cf.dense(cf.GPT_OSS, stacked="alternating")
+    biases = {"gate_up_proj_bias": torch.randn(cf.E, 2 * cf.I), "down_proj_bias": torch.randn(cf.E, cf.H)}
+    files.tensors |= {f"{LAYER}.experts.{name}": bias for name, bias in biases.items()}
+    files.tensors["model.layers.1.self_attn.q_proj.weight"] = torch.randn(cf.H, cf.H)
+    report = quantize_model(files.write(tmp_path / "in"), tmp_path / "out", QuantizeOptions(format=format))
+    assert report.output == "gpt-oss" and report.matrices == 2
+    names = {"mxfp4": "gate_up_proj_blocks", "nvfp4": "gate_up_proj_weight_scale_2"}
+    assert f"{LAYER}.experts.{names[format]}" in load_file(tmp_path / "out" / "model-00001-of-00001.safetensors")
+    weights = load_experts(tmp_path / "out", 1)
+    for actual, dense in ((weights.w13, files.w13), (weights.w2, files.w2)):
+        assert_equal_bits(actual.dequantize(), hb.quantize(dense.bfloat16(), FORMATS[format]).dequantize())
+    assert_equal_bits(weights.w2_bias, biases["down_proj_bias"])
+    assert_equal_bits(weights.w13_bias, torch.cat([biases["gate_up_proj_bias"][:, ::2], biases["gate_up_proj_bias"][:, 1::2]], dim=1))
+    with pytest.raises(InputError, match="experts only"):
+        quantize_model(tmp_path / "in", tmp_path / "other", QuantizeOptions(format=format, all_linear=True))
+
+
+GRANITE = {**cf.MIXTRAL, "model_type": "granitemoe"}
+STEP = {
+    "model_type": "step3p5",
+    "num_hidden_layers": 2,
+    "hidden_size": cf.H,
+    "moe_intermediate_size": cf.I,
+    "moe_num_experts": cf.E,
+    "moe_layers_enum": "1",
+}
+
+
+@pytest.mark.parametrize("family", ["granitemoe", "step3p5"])
+def test_stacked_layouts_are_found_and_read_back(family: str, tmp_path: Path) -> None:
+    files = cf.dense(GRANITE if family == "granitemoe" else STEP)
+    block = "model.layers.1.block_sparse_moe" if family == "granitemoe" else "model.layers.1.moe"
+    w13, w2 = files.w13.bfloat16(), files.w2.bfloat16()
+    named = {"input_linear": w13, "output_linear": w2, "router.layer": torch.randn(cf.E, cf.H)}
+    if family == "step3p5":
+        named = {"gate_proj": w13[:, : cf.I], "up_proj": w13[:, cf.I :], "down_proj": w2, "gate": torch.randn(cf.E, cf.H)}
+    others = {"model.layers.1.shared_mlp.input_linear.weight": torch.randn(2 * cf.I, cf.H), "model.layers.1.mlp.gate_proj.weight": torch.randn(8, 64)}
+    files.tensors = {f"{block}.{name}.weight": tensor.contiguous() for name, tensor in named.items()} | others
+    source = files.write(tmp_path / "in")
+    dense = load_experts(source, 1)
+    assert_equal_bits(dense.w13, w13)
+    assert_equal_bits(dense.w2, w2)
+    assert quantize_model(source, tmp_path / "out").matrices == 3 * cf.E
+    weights = load_experts(tmp_path / "out", 1).dequantize()
+    assert_equal_bits(weights.w13, hb.quantize(w13, hb.NVFP4).dequantize())
+    assert_equal_bits(weights.w2, hb.quantize(w2, hb.NVFP4).dequantize())
+    written = plain_reader.read_all(tmp_path / "out")
+    assert all(name in written for name in others)
+
+
+def test_all_linear_leaves_heads_and_views_alone(tmp_path: Path) -> None:
+    kept = ("output", "head", "model.layers.0.self_attn.indexer.weights_proj", "model.layers.0.self_attn.o_a_proj", "model.layers.0.attn.wo_a")
+    tensors = {f"{name}.weight": torch.randn(64, 64) for name in (*kept, "model.layers.0.self_attn.o_proj")}
+    source = cf.Files({"model_type": "llama"}, tensors).write(tmp_path / "in")
+    assert quantize_model(source, tmp_path / "out", QuantizeOptions(all_linear=True)).matrices == 1
+    assert all(f"{name}.weight" in plain_reader.read_all(tmp_path / "out") for name in kept)
+
+
 def test_sources_that_cannot_be_quantised(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match=r"already quantised \(given modelopt"):
         quantize_model(cf.nvfp4("modelopt").write(tmp_path / "fp4"), tmp_path / "out")
@@ -329,7 +391,7 @@ def test_sources_that_cannot_be_quantised(tmp_path: Path) -> None:
     assert quantize_model(dense, tmp_path / "out", QuantizeOptions(all_linear=True), dry_run=True).matrices == 1
     files = cf.dense(stacked="columns")
     files.tensors[f"{LAYER}.experts.gate_up_proj_bias"] = torch.zeros(cf.E, 2 * cf.I)
-    with pytest.raises(UnsupportedError, match="gpt-oss"):
+    with pytest.raises(UnsupportedError, match="another family than gpt-oss"):
         quantize_model(files.write(tmp_path / "gpt"), tmp_path / "out")
     mismatched = cf.dense(stacked="rows")
     mismatched.tensors[f"{LAYER}.experts.down_proj"] = torch.zeros(cf.E, 48, 32)

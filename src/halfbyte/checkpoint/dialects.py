@@ -107,7 +107,7 @@ class Dialect:
 
         Args:
             module: e.g. "model.layers.0.mlp.experts.3.gate_proj".
-            q: [N, K] in scale layout "linear" with one global scale (NVFP4) or none (MXFP4).
+            q: [N, K], stacked dialects [E, N, K], in scale layout "linear" with one global scale a matrix (NVFP4) or none (MXFP4).
             input_scale: fp32 decode multiplier [] of calibrated NVFP4 activations; None for weight-only.
 
         Raises:
@@ -116,13 +116,14 @@ class Dialect:
         >>> sorted(MODELOPT.pack("m", halfbyte.quantize(torch.ones(4, 32), halfbyte.NVFP4)))
         ['m.weight', 'm.weight_scale', 'm.weight_scale_2']
         """
-        if q.format is not self.format or self.stacked:
-            raise InputError(f"{self.name} does not hold single {q.format!r} matrices", where=module, given=q.format, needed=self.format)
-        if q.scale_layout != "linear" or len(q.shape) != 2:
-            raise InputError(
-                "checkpoints hold matrices with linear scales", where=module, given=f"{tuple(q.shape)}, {q.scale_layout}", needed="[N, K], linear"
-            )
-        tensors = {module + self.codes: q.codes, module + self.scales[0]: q.scales}
+        if q.format is not self.format:
+            raise InputError(f"{self.name} does not hold {q.format!r} matrices", where=module, given=q.format, needed=self.format)
+        dimensions = 3 if self.stacked else 2
+        if q.scale_layout != "linear" or len(q.shape) != dimensions:
+            needed = f"{'[E, N, K]' if self.stacked else '[N, K]'}, linear"
+            raise InputError(f"{self.name} holds other matrices", where=module, given=f"{tuple(q.shape)}, {q.scale_layout}", needed=needed)
+        codes = q.codes.unflatten(-1, self.codes_shape(q.shape[-1])) if self.blocked else q.codes
+        tensors = {module + self.codes: codes, module + self.scales[0]: q.scales}
         for suffix, scalar in ((self.global_scale, q.global_scale), (self.input_scale, input_scale)):
             if scalar is None:
                 continue
@@ -185,8 +186,12 @@ DIALECTS = (MODELOPT, NVFP4_PACK, MXFP4_PACK, QUARK, GPT_OSS, DEEPSEEK_V4, FP8_B
 _OF_ACTIVATIONS = re.compile(r"(^|[._])(input_scale|input_global_scale|input_activation_scale|output_scale|[kqv]_scale|kv_scale|prob_output_scale)$")
 _OF_WEIGHTS = re.compile(r"(_scale|_scale_2|_scale_inv|_scales|_packed|_blocks|zero_point|[._]bias)$|\.scale$")
 
-OutputName = Literal["modelopt", "compressed-tensors"]
-OUTPUTS: dict[OutputName, tuple[Dialect, ...]] = {"modelopt": (MODELOPT,), "compressed-tensors": (NVFP4_PACK, MXFP4_PACK)}
+OutputName = Literal["modelopt", "compressed-tensors", "gpt-oss"]
+OUTPUTS: dict[OutputName, tuple[Dialect, ...]] = {
+    "modelopt": (MODELOPT,),
+    "compressed-tensors": (NVFP4_PACK, MXFP4_PACK),
+    "gpt-oss": (GPT_OSS, STACKED_MODELOPT),
+}
 
 _SCALES = tuple(suffix for dialect in DIALECTS for suffix in (*dialect.scales, dialect.global_scale, dialect.input_scale) if suffix)
 _CODES = tuple(dialect.codes for dialect in DIALECTS if dialect.codes)
@@ -251,4 +256,4 @@ def may_be_codes(tensor: str) -> bool:
     >>> may_be_codes("experts.0.w1.weight_packed"), may_be_codes("gate.tid2eid")
     (True, False)
     """
-    return tensor.endswith(_CODES)
+    return tensor.endswith((*_CODES, "_proj"))  # stacked codes have no suffix behind the name of their matrix

@@ -227,6 +227,8 @@ def _quark_algorithm(entry: Mapping[str, Any] | None, where: str) -> str | None:
     weight = (entry or {}).get("weight")
     if not weight:
         return None
+    if not isinstance(weight, Mapping):  # weights quantised in stages
+        return f"weights {weight}"
     algorithm = f"{weight.get('dtype')} {weight.get('qscheme')}"
     if weight.get("dtype") != "fp4" or weight.get("qscheme") != "per_group":
         return algorithm

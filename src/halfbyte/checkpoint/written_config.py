@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from halfbyte.checkpoint.dialects import MODELOPT, Dialect
+from halfbyte.checkpoint.dialects import GPT_OSS, MODELOPT, STACKED_MODELOPT, Dialect
 from halfbyte.formats import NVFP4
 
 
@@ -24,7 +24,9 @@ def quantization_config(dialect: Dialect, excluded: Sequence[str], *, calibrated
     """
     format = dialect.format
     assert format
-    if dialect is MODELOPT:
+    if dialect is GPT_OSS:
+        return {"quant_method": "mxfp4", "modules_to_not_convert": list(excluded)}
+    if dialect in (MODELOPT, STACKED_MODELOPT):
         four_bits = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": format.block}
         group: dict[str, Any] = {"weights": four_bits, "targets": ["Linear"]}
         if calibrated:

@@ -96,6 +96,8 @@ def _render(report: dict[str, Any]) -> str:
     moe, quantization = report["moe"], report["quantization"]
     routing, activation = moe["routing"], moe["activation"]
     routed = f"routing unknown (model_type {moe['family']!r} is not one halfbyte knows)"
+    if moe["router_refusal"]:
+        routed = f"router not one halfbyte computes: {moe['router_refusal']}"
     if routing:
         routed = f"top {routing['top_k']} by {routing['method']}"
     computed = activation["kind"] if activation else "activation unknown"

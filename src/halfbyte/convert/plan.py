@@ -1,9 +1,11 @@
 """Which tensors of a source checkpoint are quantised, which are copied, and what the result will be called. Reads headers only.
 
 Quantised by default: the routed experts, stored one matrix a tensor (`...experts.7.gate_proj.weight`, Mixtral's `w1 w2 w3`) or stacked
-(`...experts.gate_up_proj` [E, 2I, H] or [E, H, 2I], written as one matrix a tensor, which is what engines load). With `all_linear` also every other
-2-D weight except embeddings, lm_head, routers and vision towers. fp8-block tensors that are not quantised are copied as bf16, since a checkpoint
-declares a single quantisation.
+(`...experts.gate_up_proj` [E, 2I, H] or [E, H, 2I] and every other layout of `checkpoint.projections`). Stacked ones are written as one matrix a
+tensor, which is what engines load. gpt-oss's have biases and alternating rows, and stay stacked as its own format has them.
+
+With `all_linear` also every other 2-D weight, except embeddings, output heads, routers, vision towers, and what models read other than as a linear
+layer (by dtype, or as a view of groups). fp8-block tensors that are not quantised are copied as bf16, since a checkpoint declares one quantisation.
 """
 
 from __future__ import annotations
@@ -15,20 +17,47 @@ from fnmatch import fnmatchcase
 
 import torch
 
-from halfbyte.checkpoint.dialects import GPT_OSS, fp8_scales_of
-from halfbyte.checkpoint.projections import DOWN, GATE, LEAVES, PROJECTION_OF, STACKED, UP, Projection, fused_with, stacked_sizes
+from halfbyte.checkpoint.dialects import STACKED_DENSE, fp8_scales_of
+from halfbyte.checkpoint.projections import (
+    DOWN,
+    GATE,
+    LAYOUTS,
+    LEAVES,
+    PROJECTION_OF,
+    UP,
+    Layout,
+    Projection,
+    StackedSizes,
+    fused_with,
+    stacked_sizes,
+)
 from halfbyte.checkpoint.source import Checkpoint
 from halfbyte.errors import CheckpointError, InputError, UnsupportedError
 from halfbyte.formats import BlockFormat, fp8_block
 
 _EXPERT = re.compile(rf"^(?P<experts>.*\.experts)\.(?P<expert>\d+)\.(?P<leaf>{'|'.join(PROJECTION_OF)})\.weight$")
-_STACKED = re.compile(rf"^(?P<experts>.*\.experts)\.(?P<leaf>{STACKED[GATE]}|{STACKED[DOWN]})(\.weight)?$")
-_NEVER = re.compile(r"(^|\.)(lm_head|\w*embed\w*|wte|wpe|gate|router|shared_expert_gate|visual|vision\w*|score|classifier)(\.|$)")
+
+
+def _stacked_pattern(layout: Layout) -> re.Pattern[str]:
+    """Names of stacked tensors. Matrices right in a module belong to experts only where it is called after its mixture of experts."""
+    before = "moe" if layout.pattern == "{leaf}" else ""
+    module = re.escape(layout.pattern).replace(r"\{leaf\}", f"(?P<leaf>{'|'.join(dict.fromkeys(layout.leaves.values()))})")
+    return re.compile(rf"^(?P<block>.*{before})\.{module}(?P<suffix>\.weight|)$")
+
+
+_STACKED = tuple((layout, _stacked_pattern(layout)) for layout in LAYOUTS if layout.stacked)
+_NEVER = re.compile(
+    r"(^|\.)(lm_head|head|output|\w*embed\w*|wte|wpe|gate|wg|router|shared_expert_gate|weights_proj|o_a_proj|wo_a|\w*conv1?d?"
+    r"|visual|vision\w*|patch_\w+|score|classifier)(\.|$)"
+)
 
 
 @dataclass(frozen=True)
 class Source:
-    """A matrix [rows, columns] in the source: a tensor, or `tensor[expert]`, transposed if so stored, cut to `rows` rows from `first_row`."""
+    """A matrix [rows, columns] in the source: a tensor, or `tensor[expert]`, transposed if so stored, cut to `rows` rows from `first_row`.
+
+    With `stack`, the matrices of so many experts at once: [stack, rows, columns]. `flat`: the tensor has no dimension for experts.
+    """
 
     tensor: str
     rows: int
@@ -36,6 +65,12 @@ class Source:
     expert: int | None = None
     transposed: bool = False
     first_row: int = 0
+    stack: int | None = None
+    flat: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.rows, self.columns) if self.stack is None else (self.stack, self.rows, self.columns)
 
     def read(self, checkpoint: Checkpoint) -> torch.Tensor:
         """The matrix, a view of the mapped file except for fp8-block, which is decoded to fp32."""
@@ -43,11 +78,13 @@ class Source:
         scales = fp8_scales_of(self.tensor)
         if scales in checkpoint:
             return fp8_block.dequantize(matrix, checkpoint.read(scales), torch.float32)
+        if self.flat:
+            matrix = matrix.view(-1, *((self.columns, self.rows) if self.transposed else (self.rows, self.columns)))
         if self.expert is not None:
             matrix = matrix[self.expert]
         if self.transposed:
-            matrix = matrix.T
-        return matrix[self.first_row : self.first_row + self.rows]
+            matrix = matrix.mT
+        return matrix[..., self.first_row : self.first_row + self.rows, :]
 
 
 @dataclass(frozen=True)
@@ -98,6 +135,11 @@ class Plan:
     def matrices(self) -> tuple[Matrix, ...]:
         return tuple(item for item in self.items if isinstance(item, Matrix))
 
+    @property
+    def stacked(self) -> bool:
+        """Whether experts stay stacked, as gpt-oss has them."""
+        return any(matrix.source.stack for matrix in self.matrices)
+
 
 def plan_conversion(checkpoint: Checkpoint, format: BlockFormat, *, all_linear: bool = False, skip: Sequence[str] = ()) -> Plan:
     """Decide what happens to each tensor of `checkpoint`.
@@ -109,7 +151,7 @@ def plan_conversion(checkpoint: Checkpoint, format: BlockFormat, *, all_linear: 
         skip: glob patterns of modules to leave alone ("model.layers.0.*"); the experts of a layer only all together.
 
     Raises:
-        UnsupportedError: the source is quantised already (other than fp8-block), or its stacked experts are gpt-oss's.
+        UnsupportedError: the source is quantised already (other than fp8-block).
         CheckpointError: nothing to quantise, or a row that does not divide into blocks.
         InputError: a skip pattern that matches nothing, or only a part of a layer's experts or of a fused group.
     """
@@ -134,7 +176,8 @@ def plan_conversion(checkpoint: Checkpoint, format: BlockFormat, *, all_linear: 
         items += kept or [Copied(tensor, _copied_bytes(checkpoint, tensor))]
     skipping.check()
     _check_matrices(checkpoint, [item for item in items if isinstance(item, Matrix)], format, skipping)
-    modules = {item.tensor.removesuffix(".weight") for item in items if isinstance(item, Copied) and len(checkpoint.info(item.tensor).shape) > 1}
+    copied = [item.tensor for item in items if isinstance(item, Copied) and not item.tensor.endswith(STACKED_DENSE.bias)]
+    modules = {tensor.removesuffix(".weight") for tensor in copied if len(checkpoint.info(tensor).shape) > 1}
     return Plan(tuple(items), tuple(sorted(modules | {"lm_head"})), sum(checkpoint.info(name).nbytes for name in checkpoint.names))
 
 
@@ -164,8 +207,10 @@ def _matrices(checkpoint: Checkpoint, tensor: str, all_linear: bool) -> list[Mat
     shape = checkpoint.info(tensor).shape
     if (match := _EXPERT.match(tensor)) and len(shape) == 2:
         return [_expert_matrix(match["experts"], int(match["expert"]), match["leaf"], Source(tensor, *shape))]
-    if (match := _STACKED.match(tensor)) and len(shape) == 3:
-        return _stacked_matrices(checkpoint, tensor, match["experts"], match["leaf"])
+    for layout, pattern in _STACKED:
+        match = pattern.match(tensor)
+        if match and len(shape) == (2 if layout.flat else 3) and (found := _stacked(checkpoint, layout, match["block"], match["suffix"])):
+            return _stacked_matrices(checkpoint, tensor, layout, match["block"], match["leaf"], found)
     if all_linear and tensor.endswith(".weight") and len(shape) == 2 and not _NEVER.search(tensor):
         module = tensor.removesuffix(".weight")
         return [Matrix(module, Source(tensor, *shape), _group(module), ".".join(module.split(".")[-2:]))]
@@ -177,28 +222,50 @@ def _expert_matrix(experts: str, expert: int, leaf: str, source: Source) -> Matr
     return Matrix(module, source, _group(module), role, experts, expert, role)
 
 
-def _stacked_matrices(checkpoint: Checkpoint, tensor: str, experts: str, leaf: str) -> list[Matrix]:
-    """The matrices in one of the two stacked tensors of a layer's experts."""
-    suffix = ".weight" if tensor.endswith(".weight") else ""
-    if f"{experts}.{STACKED[GATE]}{GPT_OSS.bias}" in checkpoint:
-        raise UnsupportedError(
-            "stacked experts with biases (gpt-oss) interleave gate and up rows", where=tensor, next_step="use the model's own MXFP4 checkpoint"
-        )
-    gate_up, down = (checkpoint.info(f"{experts}.{STACKED[projection]}{suffix}").shape for projection in (GATE, DOWN))
-    sizes = stacked_sizes(gate_up, down)
+def _stacked(checkpoint: Checkpoint, layout: Layout, block: str, suffix: str) -> StackedSizes | None:
+    """Sizes of the experts that lie in `layout` in the MoE module `block`; None where they lie in another."""
+    names = [f"{block}.{layout.module(0, projection)}{suffix}" for projection in layout.projections]
+    if not all(name in checkpoint for name in names):
+        return None
+    up, down = (checkpoint.info(name).shape for name in names[-2:])
+    if layout.flat:
+        experts = checkpoint.moe.num_experts
+        return StackedSizes(experts, up[1], up[0] // experts, transposed=False) if up == down and up[0] % experts == 0 else None
+    sizes = stacked_sizes(up, down, halves=2 if layout.fused else 1)
     if sizes is None:
         raise CheckpointError(
-            "stacked experts do not belong together", where=tensor, given=f"gate_up {gate_up}, down {down}", needed="[E, 2I, H] and [E, H, I]"
+            "stacked experts do not belong together", where=names[-1], given=f"gate_up {up}, down {down}", needed="[E, 2I, H] and [E, H, I]"
         )
+    return sizes
+
+
+def _stacked_matrices(checkpoint: Checkpoint, tensor: str, layout: Layout, block: str, leaf: str, sizes: StackedSizes) -> list[Matrix]:
+    """The matrices in one of the stacked tensors of a layer's experts."""
     num_experts, hidden, intermediate, transposed = sizes
-    leaves = LEAVES[0]  # what engines expect, beside stacked names
-    parts = [(leaves[DOWN], 0, hidden, intermediate)]
-    if leaf == STACKED[GATE]:
-        parts = [(leaves[GATE], 0, intermediate, hidden), (leaves[UP], intermediate, intermediate, hidden)]
+    container = f"{block}.experts"
+    is_down = leaf == layout.leaves[DOWN]
+    rows, columns = (hidden, intermediate) if is_down else (intermediate, hidden)
+    if any(f"{block}.{layout.module(0, projection)}{STACKED_DENSE.bias}" in checkpoint for projection in layout.projections):
+        if not checkpoint.moe.interleaved:
+            raise UnsupportedError("stacked experts with biases of another family than gpt-oss", where=tensor, next_step="leave them out with --skip")
+        source = Source(tensor, rows if is_down else 2 * rows, columns, transposed=transposed, stack=num_experts)
+        return [Matrix(tensor, source, tensor, "down" if is_down else "gate_up", container)]
+    names = LEAVES[0] if layout.fused or GATE not in layout.leaves else layout.leaves
+    parts = [(projection, 0) for projection, name in layout.leaves.items() if name == leaf]
+    if layout.fused and not is_down:
+        parts = [(GATE, 0), (UP, intermediate)]
     return [
-        _expert_matrix(experts, expert, part, Source(tensor, rows, columns, expert, transposed, first_row))
+        Matrix(
+            module := f"{block}.{layout.written.format(expert=expert, leaf=names[projection])}",
+            Source(tensor, rows, columns, expert, transposed or (layout.flat and is_down), first_row, flat=layout.flat),
+            _group(module),
+            projection,
+            container,
+            expert,
+            projection,
+        )
         for expert in range(num_experts)
-        for part, first_row, rows, columns in parts
+        for projection, first_row in parts
     ]
 
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from typing import Any, Literal
 import torch
 
 from halfbyte import __version__
-from halfbyte.checkpoint.dialects import MODELOPT, Dialect, OutputName, fp8_scales_of, output_dialect
+from halfbyte.checkpoint.dialects import MODELOPT, STACKED_MODELOPT, Dialect, OutputName, fp8_scales_of, output_dialect
 from halfbyte.checkpoint.source import Checkpoint
 from halfbyte.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, check_destination, plan_shards, shard_name
 from halfbyte.checkpoint.written_config import hf_quant_config, quantization_config
@@ -113,6 +114,7 @@ def quantize_model(
     checkpoint = Checkpoint.open(source)
     destination = Path(destination)
     plan = plan_conversion(checkpoint, options.block_format, all_linear=options.all_linear, skip=options.skip)
+    options = _fit_output(options, plan)
     job = _describe_job(checkpoint, options)
     check_destination(destination, job)
     sizes = [sum(_output_bytes(item, options).values()) for item in plan.items]
@@ -160,6 +162,23 @@ def quantize_model(
     block = quantization_config(options.dialect, plan.excluded, calibrated=calibration is not None)
     writer.finish(weight_map, report.output_bytes, config | {"quantization_config": block})
     return report
+
+
+def _fit_output(options: QuantizeOptions, plan: Plan) -> QuantizeOptions:
+    """The same options with the output "gpt-oss" where experts stay stacked, which no other output can hold.
+
+    Raises:
+        InputError: options that stacked experts do not go with, or the output "gpt-oss" without them.
+    """
+    if not plan.stacked:
+        if options.output == "gpt-oss":
+            raise InputError("the output gpt-oss is for stacked experts with biases", given="other experts", needed="modelopt or compressed-tensors")
+        return options
+    if options.calibrate is not None or any(matrix.source.stack is None for matrix in plan.matrices):
+        raise InputError(
+            "gpt-oss is quantised without calibration, its experts only", given="--calibrate or --all-linear", next_step="leave the option out"
+        )
+    return replace(options, output="gpt-oss")
 
 
 class _Converter:
@@ -223,7 +242,7 @@ def _write_other_files(checkpoint: Checkpoint, plan: Plan, options: QuantizeOpti
     """Copy tokenizer, generation settings, licence, model code ...: every visible file that is neither weights nor replaced."""
     for file, name in _other_files(checkpoint.path):
         writer.copy_file(file, name)
-    if options.dialect is MODELOPT:
+    if options.dialect in (MODELOPT, STACKED_MODELOPT):
         writer.write_json("hf_quant_config.json", hf_quant_config(plan.excluded, calibrated=options.calibrate is not None))
 
 
@@ -260,7 +279,7 @@ def _source_bytes(checkpoint: Checkpoint, item: Matrix | Copied) -> int:
     """Bytes of an item in the source, fp8-block scales included."""
     if isinstance(item, Matrix):
         info = checkpoint.info(item.source.tensor)
-        own = item.source.rows * item.source.columns * info.dtype.itemsize
+        own = math.prod(item.source.shape) * info.dtype.itemsize
         tensor = item.source.tensor
     else:
         tensor = item.tensor
@@ -273,17 +292,18 @@ def _output_bytes(item: Matrix | Copied, options: QuantizeOptions) -> dict[str, 
     """Names and sizes of the tensors that an item becomes."""
     if isinstance(item, Copied):
         return {item.tensor: item.nbytes}
-    sizes = _packed_bytes(item.source.rows, item.source.columns, options.dialect, options.calibrate is not None)
+    sizes = _packed_bytes(item.source.shape, options.dialect, options.calibrate is not None)
     return {item.module + suffix: nbytes for suffix, nbytes in sizes.items()}
 
 
 @cache
-def _packed_bytes(rows: int, columns: int, dialect: Dialect, calibrated: bool) -> dict[str, int]:
-    """The sizes, by suffix, of what `Dialect.pack` makes of a [rows, columns] matrix, without making it."""
+def _packed_bytes(shape: tuple[int, ...], dialect: Dialect, calibrated: bool) -> dict[str, int]:
+    """The sizes, by suffix, of what `Dialect.pack` makes of matrices of this shape, without making it."""
     format = dialect.format
     assert format
-    scalar = torch.empty((), device="meta")
-    codes = torch.empty(rows, columns // 2, dtype=torch.uint8, device="meta")
-    scales = torch.empty(rows, columns // format.block, dtype=format.scale_dtype, device="meta")
+    *rows, columns = shape
+    scalar = torch.empty(shape[:-2], device="meta")
+    codes = torch.empty(*rows, columns // 2, dtype=torch.uint8, device="meta")
+    scales = torch.empty(*rows, columns // format.block, dtype=format.scale_dtype, device="meta")
     q = QuantTensor(codes, scales, scalar if format.has_global_scale else None, format)
     return {suffix: tensor.nbytes for suffix, tensor in dialect.pack("", q, scalar if calibrated else None).items()}

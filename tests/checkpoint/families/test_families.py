@@ -9,9 +9,9 @@ from pathlib import Path
 import checkpoint_files as cf
 import pytest
 
-from halfbyte.checkpoint.families import FAMILIES, KNOWN_MODEL_TYPES, RoutingRule, describe_moe, find_blocks, format_range, tensor_names
+from halfbyte.checkpoint.families import FAMILIES, KNOWN_MODEL_TYPES, MoEConfig, RoutingRule, describe_moe, find_blocks, format_range, tensor_names
 from halfbyte.errors import CheckpointError, UnsupportedError
-from halfbyte.experts import GEGLU_TANH
+from halfbyte.experts import GEGLU_TANH, RELU2
 
 NAMES = ["model.embed_tokens.weight", "model.layers.1.mlp.experts.0.gate_proj.weight"]
 FIXTURES = {file.stem: file for file in (Path(__file__).parent / "fixtures").glob("*.json")}
@@ -50,6 +50,9 @@ def test_which_layers_are_moe() -> None:
     assert layers(cf.DEEPSEEK_V3, first_k_dense_replace=3) == (3, 4, 5)
     assert layers(cf.DEEPSEEK_V3, first_k_dense_replace=0, moe_layer_freq=2) == (0, 2, 4)
     assert layers(cf.MIXTRAL) == layers(cf.GPT_OSS) == layers(cf.DEEPSEEK_V4) == (0, 1, 2, 3, 4, 5)
+    with pytest.raises(CheckpointError, match=r"given mlp_layer_types of 2; needed 6 layers"):
+        layers(cf.DEEPSEEK_V4, mlp_layer_types=["moe", "moe"])
+    assert layers(cf.DEEPSEEK_V4, mlp_layer_types=["dense"] + 6 * ["moe"]) == (1, 2, 3, 4, 5)  # the last is a head's
     assert layers(cf.DEEPSEEK_V4, mlp_layer_types=["dense", "hash_moe", "moe", "dense", "moe", "moe"]) == (1, 2, 4, 5)
 
 
@@ -77,6 +80,89 @@ def test_routing_and_activation_that_the_configuration_changes() -> None:
             assert moe.top_k == 2 and moe.hidden == cf.H  # the experts are read in any case
             with pytest.raises(UnsupportedError, match=reason):
                 moe.known_routing()
+
+
+def test_left_out_values_mean_what_transformers_says() -> None:
+    """Every default of the tables, and no default that transformers has and that they lack."""
+    transformers = pytest.importorskip("transformers")
+    routing = ("num_experts_per_tok", "norm_topk_prob", "n_group", "topk_group", "routed_scaling_factor", "decoder_sparse_step")
+    of_layers = {"first_k_dense_replace", "moe_layer_end_index"}  # lists of layers in transformers
+    for family in FAMILIES:
+        for model_type, model in family.MODEL_TYPES.items():
+            if model_type not in transformers.CONFIG_MAPPING:
+                continue
+            config = transformers.CONFIG_MAPPING[model_type]()
+            config = getattr(config, model.section) if model.section else config.get_text_config()
+            for key, value in model.defaults.items():
+                if key in of_layers:
+                    kinds = getattr(config, "mlp_layer_types", None)
+                    assert kinds is None or key != "first_k_dense_replace" or kinds[:value] == ["dense"] * value != kinds[: value + 1], model_type
+                else:
+                    assert getattr(config, key) == value, (model_type, key)
+            if model.refusal or model_type in ("gpt_oss", "deepseek_v4"):
+                continue
+            aliases = {"num_experts_per_tok": {"moe_topk", "moe_k", "num_experts_per_token"}, "n_group": {"num_expert_group"}}
+            read = {model.scale, "num_experts_per_tok", "n_group", "topk_group"} | (
+                {model.renormalised} if isinstance(model.renormalised, str) else set()
+            )
+            for key in set(routing) & read:
+                value = getattr(config, key, None)
+                if value not in (None, 1, 1.0) and not model.section:
+                    assert key in model.defaults or aliases.get(key, set()) & set(model.defaults), (model_type, key, value)
+
+
+def test_what_sets_families_apart() -> None:
+    def described(model_type: str, **values: object) -> MoEConfig:
+        sizes = {"num_hidden_layers": 6, "hidden_size": 64, "moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2}
+        return describe_moe({"model_type": model_type, **sizes, **values}, NAMES)
+
+    # A leftover norm_topk_prob does not count where the family always renormalises.
+    assert described("qwen3_5_moe", norm_topk_prob=False).routing == RoutingRule("renormalize", 2)
+    assert described("qwen3_next").routing == RoutingRule("renormalize", 2) and described("qwen3_moe").routing == RoutingRule("default", 2)
+    assert described("deepseek_v3").routing == RoutingRule("deepseek_v3", 2, 8, 4, 2.5)
+    assert described("deepseek_v3").moe_layers == described("deepseek_v3", routed_scaling_factor=None).moe_layers == (3, 4, 5)
+    assert described("bailing_moe", norm_topk_prob=True).routing == RoutingRule("renormalize", 2)
+    ling = described("bailing_moe", norm_topk_prob=True, score_function="sigmoid", n_group=4, topk_group=2, routed_scaling_factor=2.5)
+    assert ling.routing == RoutingRule("deepseek_v3", 2, 4, 2, 2.5)
+    assert described("cohere2_moe", expert_selection_fn="sigmoid").routing == RoutingRule("sigmoid_renorm", 2)
+    assert described("cohere2_moe", expert_selection_fn="sigmoid", norm_topk_prob=False).routing == RoutingRule("topk_sigmoid", 2)
+    assert described("hunyuan_v1_moe", num_experts_per_tok=None, moe_topk=[2] * 6).top_k == 2
+    with pytest.raises(UnsupportedError, match="layers differ"):
+        described("hunyuan_v1_moe", num_experts_per_tok=None, moe_topk=[2, 1])
+    assert described("mimo_v2_flash", moe_layer_freq=[0, 0, 1, 1, 0, 1]).moe_layers == (2, 3, 5)
+    assert described("llama4", interleave_moe_layer_step=2).moe_layers == (1, 3, 5) == described("llama4", moe_layers=[1, 3, 5]).moe_layers
+    assert described("jamba").moe_layers == (1, 3, 5) and described("ernie4_5_moe", moe_layer_end_index=3).moe_layers == (1, 2, 3)
+    assert described("step3p5", moe_layers_enum="4,5").moe_layers == (4, 5)
+    nemotron = described("nemotron_h", hybrid_override_pattern="M*EEM*", moe_latent_size=48)
+    assert nemotron.moe_layers == (2, 3) and nemotron.hidden == 48 and nemotron.activation == RELU2
+
+
+def test_why_a_router_is_refused() -> None:
+    """By `MoE` alone: what the experts compute is known all the same, and how many of them a token has."""
+    sizes = {"num_hidden_layers": 6, "hidden_size": 64, "moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2}
+    for model_type, values, reason in (
+        ("deepseek_v2", {"n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy"}, "2 of 4 groups"),
+        ("mistral4", {"n_group": 4, "topk_group": 2}, "2 of 4 groups"),
+        ("dots1", {}, "not renormalised"),
+        ("laguna", {"moe_router_logit_softcapping": 30.0}, "caps its logits"),
+        ("laguna", {"moe_apply_router_weight_on_input": True}, "input of the experts"),
+        ("llama4", {}, "input of the experts"),
+        ("nemotron_h", {"moe_latent_size": 48, "layers_block_type": ["moe"] * 6}, "latent projections"),
+        ("longcat_flash", {}, "zero experts"),
+    ):
+        moe = describe_moe({"model_type": model_type, **sizes, **values}, NAMES)
+        assert moe.top_k == 2 and moe.activation is not None
+        with pytest.raises(UnsupportedError, match=reason) as caught:
+            moe.known_routing()
+        assert model_type in str(caught.value)
+
+
+def test_layers_whose_experts_are_refused() -> None:
+    config = {"model_type": "step3p5", "num_hidden_layers": 4, "hidden_size": 64, "moe_intermediate_size": 32, "moe_num_experts": 8}
+    moe = describe_moe({**config, "moe_layers_enum": "2,3", "swiglu_limits": [0.0, None, 0.0, 7.0]}, NAMES)
+    moe.check_layer(2)
+    with pytest.raises(UnsupportedError, match=r"experts of layer 3 .*clamped at 7"):
+        moe.check_layer(3)
 
 
 def test_what_cannot_be_described() -> None:

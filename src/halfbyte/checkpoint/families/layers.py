@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from halfbyte.checkpoint.families.description import Config, LayerRule
+from halfbyte.errors import CheckpointError
 
 Layers = Sequence[int]
 
@@ -12,12 +13,16 @@ Layers = Sequence[int]
 def moe_layers(config: Config, rule: LayerRule) -> tuple[int, ...]:
     """The layers with routed experts.
 
+    Raises:
+        CheckpointError: a list that lacks layers.
+
     >>> moe_layers(Config({"num_hidden_layers": 4, "first_k_dense_replace": 1}, ""), "first dense")
     (1, 2, 3)
     """
     layers = range(config.num_layers)
     kinds = config.get("mlp_layer_types")
     if kinds:
+        _check_length(config, "mlp_layer_types", kinds, layers)
         return tuple(layer for layer in layers if kinds[layer] != "dense")
     return tuple(layer for layer in RULES[rule](config, layers) if layer in layers)
 
@@ -26,6 +31,7 @@ def _first_dense(config: Config, layers: Layers) -> Layers:
     """Dense up to `first_k_dense_replace`, then every `moe_layer_freq`-th, which may also be a list with 0 or 1 for every layer."""
     frequency = config.get("moe_layer_freq", 1)
     if isinstance(frequency, list):
+        _check_length(config, "moe_layer_freq", frequency, layers)
         return [layer for layer in layers if frequency[layer]]
     first = config.get("first_k_dense_replace", 0)
     return [layer for layer in layers if layer >= first and layer % frequency == 0]
@@ -58,6 +64,7 @@ def _interleaved(config: Config, layers: Layers) -> Layers:
 def _pattern(config: Config, layers: Layers) -> Layers:
     """A list of layer kinds, or a string with a letter each: E has experts."""
     kinds = config.get("layers_block_type") or config.get("layer_types") or list(config.value("hybrid_override_pattern"))
+    _check_length(config, "layers_block_type", kinds, layers)
     return [layer for layer in layers if kinds[layer] in ("moe", "E")]
 
 
@@ -67,6 +74,12 @@ def _enumerated(config: Config, layers: Layers) -> Layers:
     if listed is None:
         return layers[3:]
     return [int(item) for item in (listed.split(",") if isinstance(listed, str) else listed) if str(item).strip()]
+
+
+def _check_length(config: Config, key: str, of_layers: Sequence[object], layers: Layers) -> None:
+    """A list may go on behind the layers, for heads that predict further tokens."""
+    if len(of_layers) < len(layers):
+        raise CheckpointError("a list lacks layers", where=config.where, given=f"{key} of {len(of_layers)}", needed=f"{len(layers)} layers")
 
 
 RULES: dict[LayerRule, Callable[[Config, Layers], Layers]] = {
