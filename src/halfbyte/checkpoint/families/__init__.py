@@ -36,6 +36,7 @@ class _FamilyModule(Protocol):
 FAMILIES: tuple[_FamilyModule, ...] = (qwen, mixtral, deepseek_v3, gpt_oss, deepseek_v4)
 _FAMILY_OF = {model_type: family for family in FAMILIES for model_type in family.MODEL_TYPES}
 KNOWN_MODEL_TYPES = tuple(_FAMILY_OF)
+NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # the keys that may say it, the first goes first
 _EXPERTS = re.compile(r"^((?:.*\.)?layers)\.\d+((?:\.\w+)*?)\.experts\.")
 
 
@@ -50,6 +51,7 @@ class MoEConfig:
         routing, activation: what `route` and the experts compute; None where only a family that halfbyte does not know could tell.
         block: name of a layer's MoE module, `{layer}` left open: "model.layers.{layer}.mlp".
         interleaved: stacked gate and up rows alternate (gpt-oss).
+        biased: every matrix has a bias.
     """
 
     family: str
@@ -62,6 +64,7 @@ class MoEConfig:
     activation: Activation | None
     block: str
     interleaved: bool = False
+    biased: bool = False
 
     @property
     def top_k(self) -> int:
@@ -122,19 +125,26 @@ def describe_moe(config: Mapping[str, Any], names: Iterable[str], *, where: str 
     family = _family_of(values.model_type, where).describe(values)
     layers = range(values.num_layers)
     moe_layers = tuple(layers) if family.moe_layers is None else family.moe_layers
-    if kinds := values.get("mlp_layer_types"):
+    if kinds := values.words("mlp_layer_types"):
+        if len(kinds) < len(layers):
+            raise values.misfit("mlp_layer_types", f"one string for each of {len(layers)} layers")
         moe_layers = tuple(layer for layer in layers if kinds[layer] != "dense")
+    num_experts = values.value(*NUM_EXPERTS)
+    if not 1 <= family.routing.top_k <= num_experts:
+        problem = "more experts per token than there are"
+        raise CheckpointError(problem, where=where, given=f"num_experts_per_tok {family.routing.top_k}", needed=f"1 to {num_experts}")
     return MoEConfig(
         family=values.model_type,
         num_layers=values.num_layers,
         moe_layers=moe_layers,
-        num_experts=values.value("num_experts", "num_local_experts", "n_routed_experts"),
+        num_experts=num_experts,
         hidden=values.value("hidden_size"),
         intermediate=values.value("moe_intermediate_size", "intermediate_size"),
         routing=family.routing,
         activation=family.activation or values.activation,
         block=only_block(find_blocks(names), where),
         interleaved=family.interleaved,
+        biased=family.biased,
     )
 
 

@@ -11,10 +11,10 @@ MODEL_TYPES = dict.fromkeys(("deepseek_v3", "kimi_k2", "glm4_moe"), TensorNames(
 def describe(config: Config) -> Family:
     """The first `first_k_dense_replace` layers are dense, then every `moe_layer_freq`-th has experts."""
     check_scoring(config, "sigmoid")
-    first, step = config.get("first_k_dense_replace", 0), config.get("moe_layer_freq") or 1
-    scale = float(config.get("routed_scaling_factor") or 1.0)
+    first, step = config.get("first_k_dense_replace", 0), config.get("moe_layer_freq", 1, low=1)
+    groups, top_k_groups = (config.get(key, 1, low=1) for key in ("n_group", "topk_group"))
     return Family(
-        RoutingRule("deepseek_v3", config.top_k, config.get("n_group") or 1, config.get("topk_group") or 1, scale),
+        RoutingRule("deepseek_v3", config.top_k, groups, top_k_groups, config.get("routed_scaling_factor", 1.0)),
         moe_layers=tuple(layer for layer in range(config.num_layers) if layer >= first and layer % step == 0),
     )
 

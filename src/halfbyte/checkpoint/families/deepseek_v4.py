@@ -15,6 +15,6 @@ def describe(config: Config) -> Family:
     """Experts in every layer."""
     check_scoring(config, "sqrtsoftplus")
     return Family(
-        RoutingRule("deepseek_v4", config.top_k, scale=float(config.get("routed_scaling_factor") or 1.0)),
+        RoutingRule("deepseek_v4", config.top_k, scale=config.get("routed_scaling_factor", 1.0)),
         activation=replace(config.activation, limit=config.get("swiglu_limit", 10.0)),
     )

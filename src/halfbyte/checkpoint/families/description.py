@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from halfbyte.errors import CheckpointError, UnsupportedError
+from halfbyte.checkpoint.document import Document
+from halfbyte.errors import UnsupportedError
 from halfbyte.experts import GEGLU, GEGLU_TANH, SWIGLU, Activation
 
 ACTIVATIONS = {"silu": SWIGLU, "swish": SWIGLU, "gelu": GEGLU, "gelu_pytorch_tanh": GEGLU_TANH, "gelu_new": GEGLU_TANH}
+MAX_LAYERS = 1 << 16  # far above any model, and few enough to be counted one by one
 
 
 @dataclass(frozen=True)
@@ -55,15 +57,17 @@ class Family:
         activation: of the experts; None: what hidden_act says.
         moe_layers: layers with routed experts; None: all. `mlp_layer_types` in the configuration goes before it.
         interleaved: stacked gate and up rows alternate.
+        biased: every matrix has a bias, so that one without is damaged.
     """
 
     routing: RoutingRule
     activation: Activation | None = None
     moe_layers: tuple[int, ...] | None = None
     interleaved: bool = False
+    biased: bool = False
 
 
-class Config:
+class Config(Document):
     """config.json read with clear errors; what its text_config says goes first.
 
     >>> config = Config({"model_type": "a", "text_config": {"hidden_size": 64}}, "config.json")
@@ -72,37 +76,29 @@ class Config:
     """
 
     def __init__(self, document: Mapping[str, Any], where: str):
-        """`where`: named by errors."""
-        self._values = {**document, **(document.get("text_config") or {})}
-        self.where = where
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """A value, `default` where it is absent or null."""
-        value = self._values.get(key)
-        return default if value is None else value
-
-    def value(self, *keys: str) -> Any:
-        """The value of the first key that has one.
+        """`where`: named by errors.
 
         Raises:
-            CheckpointError: none has.
+            CheckpointError: text_config is no object.
         """
-        value = next((self._values[key] for key in keys if self._values.get(key) is not None), None)
-        if value is None:
-            raise CheckpointError("missing value", where=self.where, needed=" or ".join(keys))
-        return value
+        text = Document(document, where).section("text_config")
+        super().__init__({**document, **text.values}, where)
 
     def mentions(self, word: str) -> bool:
         """Whether a key with `word` in it has a value."""
-        return any(word in key and value is not None for key, value in self._values.items())
+        return any(word in key and value is not None for key, value in self.values.items())
 
     @property
     def model_type(self) -> str:
-        return str(self.get("model_type"))
+        """What the model is; "None" where nothing says."""
+        return self.get("model_type", "None")
 
     @property
     def num_layers(self) -> int:
-        return self.value("num_hidden_layers")
+        layers = self.value("num_hidden_layers")
+        if layers > MAX_LAYERS:
+            raise self.misfit("num_hidden_layers", f"an integer from 1 to {MAX_LAYERS}")
+        return layers
 
     @property
     def top_k(self) -> int:

@@ -9,6 +9,6 @@ MODEL_TYPES = dict.fromkeys(("qwen2_moe", "qwen3_moe", "qwen3_next"), TensorName
 
 def describe(config: Config) -> Family:
     """Every `decoder_sparse_step`-th layer has experts, those in `mlp_only_layers` have none."""
-    dense, step = config.get("mlp_only_layers", ()), config.get("decoder_sparse_step") or 1
+    dense, step = frozenset(config.integers("mlp_only_layers")), config.get("decoder_sparse_step", 1, low=1)
     layers = tuple(layer for layer in range(config.num_layers) if layer not in dense and (layer + 1) % step == 0)
-    return Family(RoutingRule("renormalize" if config.get("norm_topk_prob") else "default", config.top_k), moe_layers=layers)
+    return Family(RoutingRule("renormalize" if config.get("norm_topk_prob", False) else "default", config.top_k), moe_layers=layers)
