@@ -7,7 +7,7 @@
 | mxfp4-pack-quantized | .weight_packed u8 [N, K/2] | .weight_scale e8m0 [N, K/32] | | |
 | gpt-oss | _blocks u8 [E, N, K/32, 16] | _scales e8m0 [E, N, K/32] | | |
 | deepseek-v4 | .weight int8 [N, K/2] | .scale or .weight_scale_inv, e8m0 or a power of two in fp32 [N, K/32] | | |
-| fp8-block | .weight e4m3 [N, K] | .weight_scale_inv fp32 [N/128, K/128], rounded up | | |
+| fp8-block | .weight e4m3 [N, K] | .weight_scale_inv fp32 or bf16 [N/128, K/128], rounded up | | |
 | dense | .weight bf16, fp16, fp32 [N, K] | | | |
 | stacked | no suffix: bf16, fp16, fp32 [E, N, K] or [E, K, N] | | | |
 
@@ -137,7 +137,7 @@ NVFP4_PACK = Dialect(
 MXFP4_PACK = Dialect("mxfp4-pack-quantized", MXFP4, ".weight_packed", (".weight_scale",), (*_E8M0, torch.float32))
 GPT_OSS = Dialect("gpt-oss", MXFP4, "_blocks", ("_scales",), _E8M0, bias="_bias", dense="", stacked=True, blocked=True)
 DEEPSEEK_V4 = Dialect("deepseek-v4", MXFP4, ".weight", (".scale", fp8_scales_of(".weight")), (*_E8M0, torch.float32))
-FP8_BLOCK = Dialect("fp8-block", scales=(fp8_scales_of(".weight"),), scale_dtypes=(torch.float32,))
+FP8_BLOCK = Dialect("fp8-block", scales=(fp8_scales_of(".weight"),), scale_dtypes=(torch.float32, torch.bfloat16))
 DENSE = Dialect("dense")
 STACKED_DENSE = Dialect("stacked", codes="", bias="_bias", dense="", stacked=True)
 DIALECTS = (MODELOPT, NVFP4_PACK, MXFP4_PACK, GPT_OSS, DEEPSEEK_V4, FP8_BLOCK, DENSE, STACKED_DENSE)

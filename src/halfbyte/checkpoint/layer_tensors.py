@@ -5,18 +5,21 @@ Names come from `checkpoint.projections` (which matrix) and `checkpoint.dialects
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable
+from functools import cached_property
 
 import torch
 
 from halfbyte.checkpoint.dialects import CODE_DTYPES, FP8_BLOCK, STACKED_DENSE
+from halfbyte.checkpoint.fp8_source import read_fp8_block
 from halfbyte.checkpoint.projections import DOWN, GATE, PROJECTIONS, STACKED, Projection, find_leaves, stacked_sizes
 from halfbyte.checkpoint.source import Checkpoint
 from halfbyte.errors import CheckpointError, UnsupportedError
 from halfbyte.formats import BlockFormat
 from halfbyte.formats.fp8_block import dequantize as dequantize_fp8_block
-from halfbyte.formats.fp8_block import scale_shape as fp8_scale_shape
 
+_MAGNITUDES = 0x77  # of two codes in a byte: all but their signs
 _DENSE = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -66,8 +69,7 @@ class LayerTensors:
     def scales(self, expert: int, projection: Projection) -> torch.Tensor:
         """Block scales as bytes, uint8 [N, K/block]; checked to have no NaN and no sign."""
         assert self.format
-        names = [self.name(expert, projection, suffix) for suffix in self.dialect.scales]
-        name = next((name for name in names if name in self.checkpoint), names[0])
+        name = self.name(expert, projection, self._block_scales)
         stored = self._part(expert, projection, name, self.dialect.scale_dtypes, (self.shape(projection)[1] // self.format.block,))
         scales = self._powers_of_two(name, stored) if stored.dtype == torch.float32 else stored.view(torch.uint8)
         largest = 0x7E if self.format.has_global_scale else 0xFE  # above: NaN, and for e4m3 the negative half
@@ -88,13 +90,7 @@ class LayerTensors:
             return self._rows_of(matrix.T, projection), None
         fp8 = () if self.dialect.stacked else (torch.float8_e4m3fn,)
         weight = self._part(expert, projection, name, (self.dense_dtype(), *fp8), shape[1:])
-        if weight.dtype != torch.float8_e4m3fn:
-            return weight, None
-        name = self.name(expert, projection, FP8_BLOCK.scales[0])
-        scale = self._read(name, FP8_BLOCK.scale_dtypes, fp8_scale_shape(*shape))
-        if not bool(((scale > 0) & scale.isfinite()).all()):
-            raise self._error("fp8 block scales are not positive finite numbers", name, given=f"smallest {scale.min().item()}")
-        return weight, scale
+        return (weight, None) if weight.dtype != torch.float8_e4m3fn else read_fp8_block(self.checkpoint, name)
 
     def dense_dtype(self) -> torch.dtype:
         """dtype that `dense` returns: that of the first expert's gate, which all share; bf16 for fp8-block."""
@@ -107,7 +103,7 @@ class LayerTensors:
         return torch.bfloat16 if dtype == torch.float8_e4m3fn else dtype
 
     def has_bias(self, projection: Projection) -> bool:
-        return bool(self.dialect.bias) and self.name(0, projection, self.dialect.bias) in self.checkpoint
+        return bool(self.dialect.bias) and (self.moe.biased or self.name(0, projection, self.dialect.bias) in self.checkpoint)
 
     def bias_dtype(self, projection: Projection) -> torch.dtype:
         """dtype of the bias, which all experts share."""
@@ -118,56 +114,136 @@ class LayerTensors:
         return self._part(expert, projection, self.name(expert, projection, self.dialect.bias), _DENSE, ())
 
     def global_scales(self, experts: Iterable[int]) -> torch.Tensor | None:
-        """Decode multipliers fp32 [len(experts), 3] of gate, up, down; None for a format without."""
+        """Decode multipliers fp32 [len(experts), 3] of gate, up, down; None for a format without.
+
+        A matrix whose codes are all zero is zero whatever its scale: where that is 0 or infinite, as pruned experts are exported, it becomes 1.
+        """
         if self.format is None or not self.format.has_global_scale:
             return None
-        return self._scalars([self.name(e, p, self.dialect.global_scale) for e in experts for p in PROJECTIONS])
+        matrices = [(expert, projection) for expert in experts for projection in PROJECTIONS]
+        values = torch.empty(len(matrices))
+        names = [self.name(*matrix, self.dialect.global_scale) for matrix in matrices]
+        for index, (matrix, name) in enumerate(zip(matrices, names, strict=True)):
+            if name not in self.checkpoint:
+                raise self._error("missing scale", name, given=f"{sum(n in self.checkpoint for n in names)} of {len(names)}", needed="all of them")
+            scale, stored = self._scalar(name)
+            if scale in (0.0, torch.inf) and not (self.codes(*matrix) & _MAGNITUDES).any():
+                scale = 1.0
+            values[index] = self._positive(name, scale, stored)
+        return values.view(-1, 3)
 
     def input_scales(self) -> torch.Tensor | None:
         """Decode multipliers fp32 [E, 3] of the calibrated activations of *all* experts; None where no expert has one.
 
-        Raises:
-            CheckpointError: some experts have one and some do not, or a value is not positive and finite.
-        """
-        return self._scalars(self._input_scale_names()) if self.has_input_scales() else None
+        What is missing (see `missing_input_scales`) is the largest of the layer for the same input, as calibration fills it in; NaN where the layer
+        has none for that input.
 
-    def has_input_scales(self) -> bool:
-        """Whether any expert has one."""
-        return any(name in self.checkpoint for name in self._input_scale_names())
+        Raises:
+            CheckpointError: a value is not positive and finite.
+        """
+        names = self._input_scale_names()
+        if not any(name in self.checkpoint for name in names):
+            return None
+        values = [self._positive(name, *self._scalar(name)) if name in self.checkpoint else torch.nan for name in names]
+        scales = torch.tensor(values).view(-1, 3)
+        for same_input in (scales[:, :2], scales[:, 2:]):
+            known = same_input[~same_input.isnan()]
+            if len(known):
+                same_input.nan_to_num_(nan=known.max().item())
+        return scales
+
+    def has_input_scales(self, *projections: Projection) -> bool:
+        """Whether any expert has one for any of these projections."""
+        suffix = self.dialect.input_scale
+        return bool(suffix) and any(self.name(e, p, suffix) in self.checkpoint for e in range(self.moe.num_experts) for p in projections)
+
+    def missing_input_scales(self) -> list[str]:
+        """The names of those that are not there, though others of the layer are."""
+        names = self._input_scale_names()
+        missing = [name for name in names if name not in self.checkpoint]
+        return missing if len(missing) < len(names) else []
+
+    def check_sizes(self) -> None:
+        """Compare the first expert with the configuration, by header alone: what is allocated by the one must fit the other.
+
+        Raises:
+            CheckpointError: a missing tensor, or one of another dtype or shape.
+        """
+        for projection in PROJECTIONS:
+            columns = self.shape(projection)[1]
+            name, shape = self.name(0, projection, self.dialect.codes), self.dialect.codes_shape(columns)
+            if self._transposed:
+                self._check(name, _DENSE, (self.moe.num_experts, columns, self._stacked_rows(projection)))
+            else:
+                dtypes = CODE_DTYPES if self.format else (*_DENSE, torch.float8_e4m3fn)
+                self._check(name, dtypes, self._stored_shape(projection, shape))
+
+    def check_all_used(self) -> None:
+        """Raises UnsupportedError for a tensor of the layer's experts that nothing here reads: a scale or a bias that would be left out."""
+        suffixes = (*self._scale_suffixes(), self.dialect.codes, self.dialect.bias)
+        matrices = range(1) if self.dialect.stacked else range(self.moe.num_experts)
+        read = {self.name(expert, projection, suffix) for expert in matrices for projection in PROJECTIONS for suffix in suffixes}
+        names = self.checkpoint.names
+        first, last = (bisect_left(names, self.prefix + end) for end in (".", "/"))  # "/" follows "." in the order of names
+        unused = [name for name in names[first:last] if name not in read]
+        if unused:
+            raise UnsupportedError(
+                f"a tensor of the experts that halfbyte does not read: {unused[0]}",
+                where=str(self.checkpoint.file_of(unused[0])),
+                given=f"{len(unused)} such tensors",
+                needed=f"codes, scales and biases as {self.dialect.name} has them",
+            )
+
+    def _scale_suffixes(self) -> tuple[str, ...]:
+        """Of all that belongs to the codes of a matrix, the block scales under the one name that they have."""
+        if self.format is None:
+            return () if self.dialect.stacked else FP8_BLOCK.scales
+        return (self._block_scales, self.dialect.global_scale, self.dialect.input_scale)
+
+    @cached_property
+    def _block_scales(self) -> str:
+        names = self.dialect.scales
+        return next((suffix for suffix in names if self.name(0, GATE, suffix) in self.checkpoint), names[0])
 
     def _input_scale_names(self) -> list[str]:
         if not self.dialect.input_scale:
             return []
         return [self.name(e, p, self.dialect.input_scale) for e in range(self.moe.num_experts) for p in PROJECTIONS]
 
-    def _scalars(self, names: list[str]) -> torch.Tensor:
-        values = torch.empty(len(names))
-        for index, name in enumerate(names):
-            if name not in self.checkpoint:
-                raise self._error("missing scale", name, given=f"{sum(n in self.checkpoint for n in names)} of {len(names)}", needed="all of them")
-            tensor = self.checkpoint.read(name)
-            if tensor.numel() != 1 or not tensor.is_floating_point():
-                raise self._error("not a scalar", name, given=f"{tensor.dtype} {tuple(tensor.shape)}", needed="one fp32 number")
-            values[index] = self.dialect.decode_scalar(tensor.reshape(()))
-            if not 0 < values[index] < torch.inf:
-                raise self._error("scale is not a positive finite number", name, given=tensor.item(), needed="a positive finite number")
-        return values.view(len(names) // 3, 3)
+    def _scalar(self, name: str) -> tuple[float, float]:
+        """The decode multiplier that a scalar means, and the scalar as stored."""
+        tensor = self.checkpoint.read(name)
+        if tensor.numel() != 1 or not tensor.is_floating_point():
+            raise self._error("not a scalar", name, given=f"{tensor.dtype} {tuple(tensor.shape)}", needed="one fp32 number")
+        return self.dialect.decode_scalar(tensor.reshape(())).item(), tensor.item()
+
+    def _positive(self, name: str, scale: float, stored: float) -> float:
+        if not 0 < scale < torch.inf:
+            raise self._error("scale is not a positive finite number", name, given=stored, needed="a positive finite number")
+        return scale
 
     def _part(self, expert: int, projection: Projection, name: str, dtypes: tuple[torch.dtype, ...], columns: tuple[int, ...]) -> torch.Tensor:
         """The rows of one projection of one expert, [N, *columns], from a tensor of the layer."""
+        rows = self._read(name, dtypes, self._stored_shape(projection, columns))
+        return self._rows_of(rows[expert], projection) if self.dialect.stacked else rows
+
+    def _stored_shape(self, projection: Projection, columns: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the tensor that holds a part of a projection, [N, *columns] of one expert."""
         if not self.dialect.stacked:
-            return self._read(name, dtypes, (self.shape(projection)[0], *columns))
-        stacked = self._read(name, dtypes, (self.moe.num_experts, self._stacked_rows(projection), *columns))
-        return self._rows_of(stacked[expert], projection)
+            return (self.shape(projection)[0], *columns)
+        return (self.moe.num_experts, self._stacked_rows(projection), *columns)
 
     def _read(self, name: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> torch.Tensor:
+        self._check(name, dtypes, shape)
+        return self.checkpoint.read(name)
+
+    def _check(self, name: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> None:
         if name not in self.checkpoint:
             raise self._error("missing tensor", name, needed=f"{_names(dtypes)} {shape}")
         dtype, given = self.checkpoint.dtype_shape(name)
         if dtype not in dtypes or given != shape:
             problem = "wrong dtype" if dtype not in dtypes else "wrong shape"
             raise self._error(problem, name, given=f"{_names((dtype,))} {given}", needed=f"{_names(dtypes)} {shape}")
-        return self.checkpoint.read(name)
 
     def _error(self, problem: str, name: str, *, given: object = None, needed: object = None) -> CheckpointError:
         file = self.checkpoint.file_of(name) if name in self.checkpoint else self.checkpoint.path

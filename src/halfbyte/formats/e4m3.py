@@ -24,3 +24,12 @@ def encode(x: torch.Tensor) -> torch.Tensor:
 def as_e4m3(scales: torch.Tensor) -> torch.Tensor:
     """View raw scale bytes (uint8) as float8_e4m3fn; float8_e4m3fn passes through."""
     return scales if scales.dtype == torch.float8_e4m3fn else scales.view(torch.float8_e4m3fn)
+
+
+def count_nan(x: torch.Tensor) -> int:
+    """How many elements of e4m3 x are NaN.
+
+    >>> count_nan(torch.tensor([1.0, float("nan")]).to(torch.float8_e4m3fn))
+    1
+    """
+    return int(((x.view(torch.uint8) & 0x7F) == 0x7F).sum())
