@@ -175,8 +175,8 @@ class LayerTensors:
             if self._transposed:
                 self._check(name, _DENSE, (self.moe.num_experts, columns, self._stacked_rows(projection)))
             else:
-                dtypes = CODE_DTYPES if self.format else (*_DENSE, torch.float8_e4m3fn)
-                self._check(name, dtypes, self._stored_shape(projection, shape))
+                dense = _DENSE if self.dialect.stacked else (*_DENSE, torch.float8_e4m3fn)
+                self._check(name, CODE_DTYPES if self.format else dense, self._stored_shape(projection, shape))
 
     def check_all_used(self) -> None:
         """Raises UnsupportedError for a tensor of the layer's experts that nothing here reads: a scale or a bias that would be left out."""

@@ -101,6 +101,10 @@ def _check_dtypes(checkpoint: Checkpoint, quantised: Iterable[str], copied: Iter
             raise UnsupportedError(
                 f"tensor {name} cannot be quantised", where=str(checkpoint.file_of(name)), given=dtype, needed=needed, next_step=_AGAIN
             )
+    lone = next((name for name in copied if name.endswith(fp8_scales_of(""))), None)  # those of a weight that is there are not copied
+    if lone is not None:
+        weight = lone.removesuffix(fp8_scales_of(""))
+        raise CheckpointError(f"scales without their weight: {lone}", where=str(checkpoint.file_of(lone)), needed=weight, next_step=_AGAIN)
     for name in (*quantised, *copied):
         if checkpoint.info(name).dtype == torch.float8_e4m3fn or fp8_scales_of(name) in checkpoint:
             read_fp8_scales(checkpoint, name)
