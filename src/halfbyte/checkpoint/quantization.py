@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 from halfbyte.checkpoint.dialects import DEEPSEEK_V4, DENSE, GPT_OSS, MODELOPT, OUTPUTS, Dialect
@@ -115,16 +116,19 @@ class Quantization:
         return FirstMatch((rule.pattern for rule in self.rules), self.where)
 
 
-def describe_quantization(config: Mapping[str, Any], hf_quant_config: Mapping[str, Any] | None = None, *, where: str = "config.json") -> Quantization:
+def describe_quantization(config: Mapping[str, Any], hf_quant_config: Mapping[str, Any] | None = None, *, where: str = "") -> Quantization:
     """Read the quantisation of a model from its config.json and, where there is one, ModelOpt's hf_quant_config.json.
+
+    Errors name the file in the directory `where`.
 
     Raises:
         UnsupportedError: a quant_method, algorithm or format that halfbyte does not read, with those it does.
         CheckpointError: a block size that is not the format's, a value of another type, a pattern that cannot be matched.
     """
     if hf_quant_config is not None:
-        document = Document(hf_quant_config, f"{where}/hf_quant_config.json")
+        document = Document(hf_quant_config, str(Path(where, "hf_quant_config.json")))
         return _modelopt(document.section("quantization") if "quantization" in hf_quant_config else document)
+    where = str(Path(where, "config.json"))
     outer = Document(config, where)
     inner = outer.section("quantization_config")
     if not inner.values:

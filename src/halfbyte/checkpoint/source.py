@@ -198,7 +198,7 @@ class Checkpoint:
     def moe(self) -> MoEConfig:
         where = str(self.path / "config.json")
         shapes = {name: info.shape for name, info in self._tensors.items()}
-        if not is_known(self.config):
+        if not is_known(self.config, where):
             return describe_unknown(self.config, shapes, self.quantization, where=where)
         moe = describe_moe(self.config, self.names, where=where)
         check_counts(moe, shapes, where)
@@ -274,6 +274,7 @@ def read_header(file: Path, *, named_by: Path | None = None) -> dict[str, Tensor
         raise CheckpointError(f"cannot read the file: {error.strerror}", where=str(file), next_step=_AGAIN) from error
     try:
         header = json.loads(raw)
+        del raw  # as long as all of the names together
         tensors = {name: _tensor_info(file, name, entry) for name, entry in header.items() if name != "__metadata__"}
         end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
     except (ValueError, AttributeError, KeyError, IndexError, TypeError, RecursionError) as error:

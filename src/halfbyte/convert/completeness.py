@@ -157,7 +157,7 @@ def _check_configuration(checkpoint: Checkpoint, found: Mapping[str, Shapes], sk
         raise CheckpointError("missing value", where=where, needed="model_type", next_step="without it nobody can load the result")
     if not found:
         return
-    if is_known(checkpoint.config):
+    if is_known(checkpoint.config, where):
         _check_known(checkpoint.moe, config, found, skipped, where)
         return
     _log.warning("%s: model_type %r is no family that halfbyte knows: what config.json says of its experts is not checked", where, config.model_type)

@@ -148,9 +148,9 @@ def describe_moe(config: Mapping[str, Any], names: Iterable[str], *, where: str 
     )
 
 
-def is_known(config: Mapping[str, Any]) -> bool:
+def is_known(config: Mapping[str, Any], where: str = "config.json") -> bool:
     """Whether `describe_moe` knows the family of a config.json."""
-    return Config(config, "config.json").model_type in _FAMILY_OF
+    return Config(config, where).model_type in _FAMILY_OF
 
 
 def tensor_names(model_type: str) -> TensorNames:
