@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -12,6 +12,7 @@ from halfbyte.errors import InputError
 from halfbyte.formats import BlockFormat, QuantTensor
 
 ActivationKind = Literal["swiglu", "geglu", "geglu_tanh", "relu2"]
+_KINDS: tuple[str, ...] = get_args(ActivationKind)
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,11 @@ class Activation:
     alpha: float = 1.0
     beta: float = 0.0
     limit: float | None = None
+
+    def __post_init__(self) -> None:
+        """Raises InputError for a kind that is none of these."""
+        if self.kind not in _KINDS:
+            raise InputError("unknown activation", where="Activation", given=repr(self.kind), needed=", ".join(_KINDS))
 
     @property
     def gated(self) -> bool:

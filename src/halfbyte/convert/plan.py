@@ -16,8 +16,10 @@ from fnmatch import fnmatchcase
 import torch
 
 from halfbyte.checkpoint.dialects import GPT_OSS, fp8_scales_of
+from halfbyte.checkpoint.fp8_source import read_fp8_block
 from halfbyte.checkpoint.projections import DOWN, GATE, LEAVES, PROJECTION_OF, STACKED, UP, Projection, fused_with, stacked_sizes
 from halfbyte.checkpoint.source import Checkpoint
+from halfbyte.convert.completeness import check_complete
 from halfbyte.errors import CheckpointError, InputError, UnsupportedError
 from halfbyte.formats import BlockFormat, fp8_block
 
@@ -42,7 +44,7 @@ class Source:
         matrix = checkpoint.read(self.tensor)
         scales = fp8_scales_of(self.tensor)
         if scales in checkpoint:
-            return fp8_block.dequantize(matrix, checkpoint.read(scales), torch.float32)
+            return fp8_block.dequantize(*read_fp8_block(checkpoint, self.tensor), torch.float32)
         if self.expert is not None:
             matrix = matrix[self.expert]
         if self.transposed:
@@ -79,11 +81,9 @@ class Copied:
     nbytes: int
 
     def read(self, checkpoint: Checkpoint) -> torch.Tensor:
-        tensor = checkpoint.read(self.tensor)
-        scales = fp8_scales_of(self.tensor)
-        if scales in checkpoint:
-            return fp8_block.dequantize(tensor, checkpoint.read(scales), torch.bfloat16)
-        return tensor
+        if fp8_scales_of(self.tensor) in checkpoint:
+            return fp8_block.dequantize(*read_fp8_block(checkpoint, self.tensor), torch.bfloat16)
+        return checkpoint.read(self.tensor)
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def plan_conversion(checkpoint: Checkpoint, format: BlockFormat, *, all_linear: 
 
     Raises:
         UnsupportedError: the source is quantised already (other than fp8-block), or its stacked experts are gpt-oss's.
-        CheckpointError: nothing to quantise, or a row that does not divide into blocks.
+        CheckpointError: nothing to quantise, a row that does not divide into blocks, or half a model (see `convert.completeness`).
         InputError: a skip pattern that matches nothing, or only a part of a layer's experts or of a fused group.
     """
     if checkpoint.quantization.dialects:
@@ -133,7 +133,9 @@ def plan_conversion(checkpoint: Checkpoint, format: BlockFormat, *, all_linear: 
             raise _partly_skipped(kept[0].module)
         items += kept or [Copied(tensor, _copied_bytes(checkpoint, tensor))]
     skipping.check()
-    _check_matrices(checkpoint, [item for item in items if isinstance(item, Matrix)], format, skipping)
+    planned = [item for item in items if isinstance(item, Matrix)]
+    _check_matrices(checkpoint, planned, format, skipping)
+    check_complete(checkpoint, planned, [item.tensor for item in items if isinstance(item, Copied)], skipping.touched)
     modules = {item.tensor.removesuffix(".weight") for item in items if isinstance(item, Copied) and len(checkpoint.info(item.tensor).shape) > 1}
     return Plan(tuple(items), tuple(sorted(modules | {"lm_head"})), sum(checkpoint.info(name).nbytes for name in checkpoint.names))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import NamedTuple
 
 import torch
@@ -42,13 +43,15 @@ def quantize(
         backend: the only kernel allowed.
 
     Raises:
-        InputError: dtype not floating point, fewer than two dimensions, K not a multiple of the block, or an option of the other format.
+        InputError: dtype not floating point, fewer than two dimensions, K not a multiple of the block, an option of the other format, or a global
+            scale that is not finite and > 0 (not looked at on a GPU).
 
     >>> q = halfbyte.quantize(torch.linspace(-1, 1, 64).view(2, 32), halfbyte.MXFP4)
     >>> q.codes.shape, q.scales.shape, q.global_scale
     (torch.Size([2, 16]), torch.Size([2, 1]), None)
     """
     check_arguments(x, format, global_scale, four_over_six, scale_rule)
+    _check_global_scale(global_scale, "quantize")
     check_scale_layout(scale_layout)
     kernel = choose(Problem("quantize", Target.of(x.device), format, dtype=x.dtype), backend)
     return kernel.run(x, format, global_scale, four_over_six=four_over_six, scale_rule=scale_rule, scale_layout=scale_layout)
@@ -89,6 +92,7 @@ def silu_mul_quantize(
     check_arguments(gate_up[..., : gate_up.shape[-1] // 2], format, global_scale, four_over_six, scale_rule)
     if format.has_global_scale and global_scale is None:
         raise InputError("needs a global scale", where=where, given=None, needed="the calibrated decode multiplier of the product")
+    _check_global_scale(global_scale, where)
     check_scale_layout(scale_layout)
     kernel = choose(Problem("quantize", Target.of(gate_up.device), format, dtype=gate_up.dtype), backend)
     options = {"four_over_six": four_over_six, "scale_rule": scale_rule, "scale_layout": scale_layout}
@@ -133,6 +137,7 @@ def rms_norm_quantize(
         raise InputError("the weight does not fit", where=where, given=given, needed=f"{x.dtype} ({x.shape[-1]},) on {x.device}")
     if format.has_global_scale and global_scale is None:
         raise InputError("needs a global scale", where=where, given=None, needed="the calibrated decode multiplier of the normed rows")
+    _check_global_scale(global_scale, where)
     check_scale_layout(scale_layout)
     kernel = choose(Problem("quantize", Target.of(x.device), format, dtype=x.dtype), backend)
     options = {"four_over_six": four_over_six, "scale_rule": scale_rule, "scale_layout": scale_layout}
@@ -163,6 +168,18 @@ def quantize_fp8(
     check_fp8(x, scaling, scale_layout)
     kernel = choose(Problem("quantize_fp8", Target.of(x.device), dtype=x.dtype), backend)
     return kernel.run(x, scaling, scale_layout=scale_layout)
+
+
+def _check_global_scale(scale: object, where: str) -> None:
+    """Raise InputError for a decode multiplier that is not finite and > 0. On a GPU it is not looked at: nothing waits for the device."""
+    if isinstance(scale, torch.Tensor):
+        if scale.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        usable = bool(((scale > 0) & (scale < torch.inf)).all())
+    else:
+        usable = scale is None or (isinstance(scale, int | float) and 0 < scale < torch.inf)
+    if not usable:
+        raise InputError("a global scale is not usable", where=where, given=reprlib.repr(scale), needed="a finite number > 0")
 
 
 def _check_activation(x: torch.Tensor, activation: Activation, where: str) -> None:
@@ -206,7 +223,7 @@ def quantize_experts(
 
     Args:
         x: fp32, bf16 or fp16 [M, K], K a multiple of the block.
-        expert_offsets: int32 [E + 1], rising, within 0 .. M.
+        expert_offsets: int32 [E + 1], rising, within 0 .. M; checked where they are on a CPU, since nothing waits for a GPU.
         global_scales: NVFP4 only: fp32 [E], decode multipliers, > 0.
         format: NVFP4 or MXFP4.
         scale_layout: "128x4", "8x4" or "linear".
@@ -271,6 +288,13 @@ def _check_experts(x: torch.Tensor, expert_offsets: torch.Tensor, global_scales:
     elif global_scales is None or global_scales.dtype != torch.float32 or global_scales.shape != (num_experts,) or not global_scales.is_contiguous():
         scales = None if global_scales is None else f"{global_scales.dtype} {tuple(global_scales.shape)}"
         raise InputError("global_scales do not fit", where=where, given=scales, needed=f"contiguous float32 ({num_experts},)")
+    _check_global_scale(global_scales, where)
+    if expert_offsets.device.type == "cpu" and not torch.compiler.is_compiling():
+        bounds = [0, *expert_offsets.tolist(), x.shape[0]]
+        if bounds != sorted(bounds):
+            raise InputError(
+                "expert_offsets do not rise from 0 to the rows", where=where, given=bounds[1:-1], needed=f"rising, within 0 .. {x.shape[0]}"
+            )
     devices = {part.device for part in (x, expert_offsets, global_scales) if part is not None}
     if len(devices) > 1:
         raise InputError("tensors are on different devices", where=where, given=", ".join(sorted(map(str, devices))), needed="one device")

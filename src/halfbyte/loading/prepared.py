@@ -58,8 +58,8 @@ def prepare(
         device: where the result goes; by default where `w` is. Host weights stream to a GPU through a buffer of 32 MiB or one expert.
 
     Raises:
-        InputError: no such layout, policy or activations; the layout does not hold these weights; in place on another device. Nothing was written to
-            `w`.
+        InputError: no such layout, policy or activations; the layout does not hold these weights; a scale is negative or not finite; in place on
+            another device. Nothing was written to `w`.
         UnsupportedError: the layout is not arranged in place. Nothing was written to `w`.
 
     >>> w13, w2 = torch.randn(4, 64, 32), torch.randn(4, 32, 32)

@@ -116,6 +116,7 @@ def arrange(w: ExpertWeights, layout: str, policy: str, reason: str, *, in_place
     """Arrange `w` in a layout that has been chosen; arguments and errors as `loading.prepare`."""
     target = Target.of(device)
     if layout == "canonical":
+        check_scales(w)
         return PreparedExperts(w if device == w.device else w.to(device), layout, policy, target, reason)
     storage = _storage_within(w, layout) if in_place else LAYOUTS[layout].allocate(w, device)
     LAYOUTS[layout].pack(w, storage, 0)
