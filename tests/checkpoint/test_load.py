@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import checkpoint_files as cf
@@ -132,12 +133,16 @@ def test_dense_families(tmp_path: Path, config: dict, block: str, names: dict, d
 def test_stacked_dense_even_when_shapes_are_ambiguous(tmp_path: Path, config: dict, stacked: str) -> None:
     assert 2 * I == H  # so [E, 2I, H] and [E, H, 2I] are one shape
     files = cf.dense(config, stacked=stacked)
+    if config is cf.GPT_OSS:
+        files.tensors |= {
+            f"model.layers.1.mlp.experts.{name}_bias": torch.zeros(E, rows) for name, rows in (("gate_up_proj", 2 * I), ("down_proj", H))
+        }
     check_dense(load_experts(files.write(tmp_path), 1), files)
 
 
 def test_fp8_block_with_ragged_edges(tmp_path: Path) -> None:
     hidden, intermediate = 200, 136
-    config = {**cf.DEEPSEEK_V3, "hidden_size": hidden, "moe_intermediate_size": intermediate, "n_routed_experts": 1}
+    config = {**cf.DEEPSEEK_V3, "hidden_size": hidden, "moe_intermediate_size": intermediate, "n_routed_experts": 1, "num_experts_per_tok": 1}
     config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     files, expected = cf.Files(config), {}
     for leaf, (rows, columns) in {"gate_proj": (136, 200), "up_proj": (136, 200), "down_proj": (200, 136)}.items():
@@ -215,7 +220,6 @@ BROKEN = {
     "zero weight_scale_2": ({SCALE2: torch.tensor(0.0)}, ["not a positive finite number", "given 0.0"]),
     "negative weight_scale_2": ({SCALE2: torch.tensor(-1.0)}, ["not a positive finite number", "given -1.0"]),
     "weight_scale_2 a vector": ({SCALE2: torch.ones(4)}, ["not a scalar", "(4,)"]),
-    "one input_scale missing": ({f"{GATE0}.input_scale": None}, ["missing scale", f"{GATE0}.input_scale", "8 of 9"]),
     "infinite input_scale": ({f"{GATE0}.input_scale": torch.tensor(torch.inf)}, ["not a positive finite number", f"{GATE0}.input_scale"]),
     "weight left in bf16": ({f"{GATE0}.weight": torch.zeros(I, H).bfloat16()}, ["wrong dtype", "bfloat16 (32, 64)", "uint8", "(32, 32)"]),
     "scales in fp16": ({f"{GATE0}.weight_scale": torch.zeros(I, H // 16).half()}, ["wrong dtype", "float16", "float8_e4m3fn"]),
@@ -349,3 +353,144 @@ def test_experts_one_by_one_with_biases(tmp_path: Path) -> None:
     assert_equal_bits(weights.dequantize().w13, files.w13)
     assert_equal_bits(weights.w13_bias, torch.cat([biases["gate_proj"], biases["up_proj"]], dim=1))
     assert_equal_bits(weights.w2_bias, biases["down_proj"])
+
+
+EXPERTS = "model.layers.1.mlp.experts"
+
+
+def without(files: cf.Files, word: str) -> cf.Files:
+    assert any(word in name for name in files.tensors)
+    files.tensors = {name: tensor for name, tensor in files.tensors.items() if word not in name}
+    return files
+
+
+@pytest.mark.parametrize("kind", ["modelopt", "compressed-tensors"])
+def test_experts_that_calibration_did_not_reach(tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A warning names what is missing; the largest of the layer stands in for it, for the same input: w13's for gate and up, w2's for down."""
+    files = without(cf.nvfp4(kind), f"{EXPERTS}.0.gate_proj.input_")
+    files = without(files, f"{EXPERTS}.2.down_proj.input_")
+    path = files.write(tmp_path)
+    with caplog.at_level(logging.WARNING, "halfbyte"):
+        weights = load_experts(path, 1)
+    check_dense(weights, files)
+    assert weights.w13_input_scale.tolist() == [[2.0**-9, 2.0**-9], [2.0**-9, 2.0**-10], [2.0**-10, 2.0**-11]]
+    assert weights.w2_input_scale.tolist() == [2.0**-10, 2.0**-11, 2.0**-10]
+    (record,) = caplog.records
+    assert "missing input scales" in record.getMessage() and f"{EXPERTS}.0.gate_proj.input_" in record.getMessage()
+    assert f"{EXPERTS}.2.down_proj.input_" in record.getMessage()
+
+
+def test_an_input_that_nothing_was_calibrated_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    files = without(cf.nvfp4("modelopt"), "down_proj.input_scale")
+    with caplog.at_level(logging.WARNING, "halfbyte"):
+        weights = load_experts(files.write(tmp_path), 1)
+    assert weights.w2_input_scale is None and weights.w13_input_scale.shape == (E, 2)
+    assert "down_proj.input_scale" in caplog.text
+
+
+def prune(files: cf.Files, expert: int, scale: float, negative_zero: bool = False) -> cf.Files:
+    for name in [name for name in files.tensors if f".experts.{expert}." in name]:
+        tensor = files.tensors[name]
+        if name.endswith((".weight", ".weight_packed")):
+            files.tensors[name] = torch.full_like(tensor, 0x88 if negative_zero else 0)
+        elif name.endswith((".weight_scale_2", ".weight_global_scale")):
+            files.tensors[name] = torch.full_like(tensor, scale)
+    for matrices in files.dense.values():
+        matrices[expert] = torch.full_like(matrices[expert], -0.0 if negative_zero else 0.0)
+    return files
+
+
+@pytest.mark.parametrize("kind", ["modelopt", "compressed-tensors"])
+@pytest.mark.parametrize("scale", [0.0, torch.inf])
+@pytest.mark.parametrize("negative_zero", [False, True])
+def test_a_pruned_expert_is_zero_whatever_its_scale(tmp_path: Path, kind: str, scale: float, negative_zero: bool) -> None:
+    files = prune(cf.nvfp4(kind), 1, scale, negative_zero)
+    weights = load_experts(files.write(tmp_path), 1)
+    check_dense(weights, files)
+    assert weights.w13.global_scale[1].tolist() == [1.0, 1.0] and weights.w2.global_scale[1] == 1.0
+
+
+@pytest.mark.parametrize(("kind", "scale"), [("modelopt", -1.0), ("modelopt", torch.nan), ("compressed-tensors", torch.nan)])
+def test_other_scales_of_a_pruned_expert_are_refused(tmp_path: Path, kind: str, scale: float) -> None:
+    with pytest.raises(CheckpointError, match=rf"not a positive finite number: {EXPERTS}\.1\.gate_proj\.weight_"):
+        load_experts(prune(cf.nvfp4(kind), 1, scale).write(tmp_path), 1)
+
+
+@pytest.mark.parametrize("kind", ["modelopt", "compressed-tensors"])
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_scalars_of_any_shape(tmp_path: Path, kind: str, shape: tuple[int, ...]) -> None:
+    files = cf.nvfp4(kind)
+    files.tensors = {name: tensor.reshape(shape) if tensor.numel() == 1 else tensor for name, tensor in files.tensors.items()}
+    check_dense(load_experts(files.write(tmp_path), 1), files)
+
+
+UNUSED = [
+    "2.up_proj.bias",
+    "1.gate_proj.weight_packed",
+    "3x.weight",
+    "gate_up_proj_scales",
+    "0.gate_proj.weight_scale_inv",
+]
+
+
+@pytest.mark.parametrize("name", UNUSED)
+def test_every_tensor_of_the_experts_has_a_use(tmp_path: Path, name: str) -> None:
+    """A scale or bias that is left out computes something else."""
+    files = cf.nvfp4("modelopt")
+    files.tensors[f"{EXPERTS}.{name}"] = torch.ones(H)
+    with pytest.raises(UnsupportedError, match=f"does not read: {EXPERTS}.{name} .given 1 such tensors"):
+        load_experts(files.write(tmp_path), 1)
+
+
+def test_biases_of_one_matrix_each_are_not_left_out(tmp_path: Path) -> None:
+    files = cf.dense()
+    biases = {(expert, leaf): torch.randn(H if leaf == "down_proj" else I) for expert in range(E) for leaf in ("gate_proj", "up_proj", "down_proj")}
+    files.tensors |= {f"{EXPERTS}.{expert}.{leaf}.bias": bias for (expert, leaf), bias in biases.items()}
+    w = load_experts(files.write(tmp_path / "all"), 1)
+    assert w.w13_bias is not None and w.w2_bias is not None
+    for expert in range(E):
+        assert torch.equal(w.w13_bias[expert], torch.cat([biases[expert, "gate_proj"], biases[expert, "up_proj"]]))
+        assert torch.equal(w.w2_bias[expert], biases[expert, "down_proj"])
+    for leaf, other in (("up_proj", "gate_proj"), ("gate_proj", "up_proj")):
+        files = cf.dense()
+        files.tensors |= {f"{EXPERTS}.{expert}.{leaf}.bias": torch.ones(I) for expert in range(E)}
+        with pytest.raises(CheckpointError, match=rf"missing tensor:? .*0\.{other}\.bias"):
+            load_experts(files.write(tmp_path / leaf), 1)
+
+
+@pytest.mark.parametrize("missing", ["gate_up_proj_bias", "down_proj_bias"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_gpt_oss_has_biases(tmp_path: Path, missing: str, packed: bool) -> None:
+    files = cf.gpt_oss()[0] if packed else cf.dense(cf.GPT_OSS, stacked="alternating")
+    if not packed:
+        files.tensors |= {f"{EXPERTS}.gate_up_proj_bias": torch.zeros(E, 2 * I), f"{EXPERTS}.down_proj_bias": torch.zeros(E, H)}
+    load_experts(files.write(tmp_path / "whole"), 1)
+    with pytest.raises(CheckpointError, match=f"missing tensor {EXPERTS}.{missing}"):
+        load_experts(without(files, missing).write(tmp_path / "half"), 1)
+
+
+@pytest.mark.parametrize("size", ["hidden_size", "moe_intermediate_size"])
+@pytest.mark.parametrize("make", [lambda: cf.nvfp4("modelopt"), cf.dense, lambda: cf.dense(stacked="rows"), lambda: cf.dense(stacked="columns")])
+def test_nothing_is_allocated_for_sizes_that_the_files_do_not_have(tmp_path: Path, make: Callable[[], cf.Files], size: str) -> None:
+    """2^30 by anything would be some 100 GB."""
+    files = make()
+    files.config[size] = 2**30
+    with pytest.raises(CheckpointError, match=rf"wrong shape: {EXPERTS}\..*(1073741824|2147483648|536870912)"):
+        load_experts(files.write(tmp_path), 1)
+
+
+def test_fp8_blocks_with_bf16_scales_and_without_nan(tmp_path: Path) -> None:
+    files = cf.dense(cf.DEEPSEEK_V3)
+    files.config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    for name in [name for name in files.tensors if ".experts." in name]:
+        files.tensors[name] = files.tensors[name].to(torch.float8_e4m3fn)
+        files.tensors[f"{name}_scale_inv"] = torch.full((1, 1), 0.375).bfloat16()
+    weights = load_experts(files.write(tmp_path / "bf16"), 1)
+    expected = torch.stack([files.tensors[f"{EXPERTS}.{e}.down_proj.weight"].float() * 0.375 for e in range(E)]).bfloat16()
+    assert_equal_bits(weights.w2, expected)
+    for byte in (0x7F, 0xFF):
+        spoilt = files.tensors[f"{EXPERTS}.2.up_proj.weight"].clone()
+        spoilt.view(torch.uint8)[5, 7] = byte
+        files.tensors[f"{EXPERTS}.2.up_proj.weight"] = spoilt
+        with pytest.raises(CheckpointError, match=rf"NaN weights: {EXPERTS}\.2\.up_proj\.weight"):
+            load_experts(files.write(tmp_path / f"nan{byte}"), 1)

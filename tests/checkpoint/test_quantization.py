@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from halfbyte.checkpoint.quantization import describe_quantization, matches
+from halfbyte.checkpoint.patterns import matches
+from halfbyte.checkpoint.quantization import describe_quantization
 from halfbyte.errors import CheckpointError, UnsupportedError
 from halfbyte.formats import MXFP4, NVFP4
 
@@ -149,3 +150,78 @@ def test_quark() -> None:
             describe_quantization({"quantization_config": {"quant_method": "quark", "global_quant_config": changed}})
     with pytest.raises(CheckpointError, match="group_size 16"):
         describe_quantization({"quantization_config": {**config, "global_quant_config": {"weight": {**fp4["weight"], "group_size": 16}}}})
+
+
+def compressed(**values: object) -> dict:
+    return {"quantization_config": {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", **values}}
+
+
+@pytest.mark.parametrize("ignored", [None, ["lm_head", "re:.*self_attn.*"]])
+@pytest.mark.parametrize("groups", [None, {}])
+def test_a_format_without_groups_is_that_of_every_linear(ignored: list | None, groups: dict | None) -> None:
+    quantization = describe_quantization(compressed(ignore=ignored, config_groups=groups))
+    assert quantization.dialect_of(GATE).format is NVFP4 and quantization.format is NVFP4
+    assert quantization.excluded("model.layers.0.self_attn.q_proj") == quantization.excluded("lm_head") == bool(ignored)
+
+
+@pytest.mark.parametrize("value", ["lm_head", 3, [3], [{}], {"a": 1}, [None]])
+@pytest.mark.parametrize("key", ["ignore", "exclude_modules", "modules_to_not_convert"])
+def test_lists_of_modules_are_lists_of_strings(key: str, value: object) -> None:
+    said = {"quant_algo": "NVFP4", key: value}
+    with pytest.raises(CheckpointError, match=rf"m/hf_quant_config\.json: quantization\.{key} does not fit"):
+        describe_quantization({}, {"quantization": said}, where="m")
+    with pytest.raises(CheckpointError, match=rf"config\.json: quantization_config\.{key} does not fit"):
+        describe_quantization({"quantization_config": said})
+
+
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [
+        ({"quantization_config": [1]}, "quantization_config"),
+        ({"quantization_config": "nvfp4"}, "quantization_config"),
+        ({"text_config": [1]}, "text_config"),
+        ({"text_config": {"quantization_config": [1]}}, "text_config.quantization_config"),
+        ({"quantization_config": {"quant_method": 3}}, "quant_method"),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": "128"}}, "weight_block_size"),
+        (compressed(ignore="lm_head"), "ignore"),
+        (compressed(config_groups=[1]), "config_groups"),
+        (compressed(config_groups={"g": None}), "config_groups.g"),
+        (compressed(config_groups={"g": "x"}), "config_groups.g"),
+        (compressed(config_groups={"g": {"weights": "x"}}), "config_groups.g.weights"),
+        (compressed(config_groups={"g": {"weights": {"group_size": "16"}}}), "config_groups.g.weights.group_size"),
+        (compressed(config_groups={"g": {"targets": 3}}), "config_groups.g.targets"),
+        (compressed(config_groups={"g": {"targets": [3]}}), "config_groups.g.targets"),
+        ({"quantization_config": {"quant_algo": "MIXED_PRECISION", "quantized_layers": [1]}}, "quantized_layers"),
+        ({"quantization_config": {"quant_algo": "MIXED_PRECISION", "quantized_layers": {"a": "NVFP4"}}}, "quantized_layers.a"),
+        ({"quantization_config": {"quant_algo": "NVFP4", "group_size": True}}, "group_size"),
+    ],
+)
+def test_errors_name_the_key(config: dict, key: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"config\.json: [\w.]*{key} does not fit"):
+        describe_quantization(config)
+
+
+@pytest.mark.parametrize("value", [[1], "x", None])
+def test_hf_quant_config_is_objects(value: object) -> None:
+    if value is None:
+        with pytest.raises(UnsupportedError, match="unknown ModelOpt algorithm"):
+            describe_quantization({}, {"quantization": value})
+        return
+    with pytest.raises(CheckpointError, match=r"hf_quant_config\.json: quantization does not fit"):
+        describe_quantization({}, {"quantization": value})
+
+
+def test_null_is_nothing() -> None:
+    assert describe_quantization({"text_config": None, "quantization_config": None, "expert_dtype": None}).kind == "dense"
+
+
+@pytest.mark.parametrize("pattern", ["re:(", "re:*["])
+def test_a_pattern_that_is_none_is_refused_at_once(pattern: str) -> None:
+    for config in (compressed(ignore=[pattern]), compressed(config_groups={"g": {"targets": [pattern]}})):
+        with pytest.raises(CheckpointError, match=r"config\.json: a pattern cannot be matched"):
+            describe_quantization(config)
+
+
+def test_a_pattern_of_exponential_time_is_looked_up_at_once() -> None:
+    quantization = describe_quantization(compressed(ignore=["re:(.+)+#", r"re:(\w+\.?)+!", "re:.*mlp.gate$"]))
+    assert not quantization.excluded(GATE) and quantization.excluded("model.layers.1.mlp.gate")

@@ -63,6 +63,16 @@ def write_header(file: Path, header: dict) -> None:
     file.write_bytes(struct.pack("<Q", len(encoded)) + encoded)
 
 
+def entry(**values: object) -> dict:
+    return {"dtype": "U8", "shape": [4], "data_offsets": [0, 4], **values}
+
+
+def lengthen(file: Path, length: int) -> None:
+    """A header that claims so many bytes, and a file that has them without taking room on the disk."""
+    file.write_bytes(struct.pack("<Q", length))
+    os.truncate(file, 8 + length)
+
+
 def first_file(path: Path) -> Path:
     return path / "model-00001-of-00003.safetensors"
 
@@ -84,6 +94,26 @@ BROKEN: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         lambda p: edit_index(p, lambda i: i["weight_map"].update(extra="model-00001-of-00003.safetensors")),
         ["tensor extra", "absent"],
     ),
+    "index names a number": (lambda p: edit_index(p, lambda i: i["weight_map"].update({GATE: 3})), [INDEX, GATE, "given 3"]),
+    "index names a list": (lambda p: edit_index(p, lambda i: i["weight_map"].update({GATE: ["a"]})), [INDEX, GATE, "given ['a']"]),
+    "index names nothing": (lambda p: edit_index(p, lambda i: i["weight_map"].update({GATE: None})), [INDEX, GATE, "given None"]),
+    "index leads upwards": (lambda p: edit_index(p, lambda i: i["weight_map"].update({GATE: "../x.safetensors"})), [INDEX, GATE, "../x"]),
+    "index leads away": (lambda p: edit_index(p, lambda i: i["weight_map"].update({GATE: "/etc/passwd"})), [INDEX, GATE, "/etc/passwd"]),
+    "index with a long name": (lambda p: edit_index(p, lambda i: i["weight_map"].update({GATE: "x" * 300})), [INDEX, GATE]),
+    "index of brackets": (lambda p: (p / INDEX).write_text("[" * 100_000), ["not readable JSON", INDEX, "Download"]),
+    "config of brackets": (lambda p: (p / "config.json").write_text("[" * 100_000), ["not readable JSON", "config.json"]),
+    "config empty": (lambda p: (p / "config.json").write_text(""), ["not readable JSON", "config.json", "Download"]),
+    "config not UTF-8": (lambda p: (p / "config.json").write_bytes(b"\xff{}"), ["not readable JSON", "config.json"]),
+    "config a pipe": (lambda p: ((p / "config.json").unlink(), os.mkfifo(p / "config.json")), ["not a regular file", "config.json"]),
+    "config a directory": (lambda p: ((p / "config.json").unlink(), (p / "config.json").mkdir()), ["not a regular file", "config.json"]),
+    "header of brackets": (lambda p: first_file(p).write_bytes(struct.pack("<Q", 100_000) + b"[" * 100_000), ["damaged", "RecursionError"]),
+    "header too long": (lambda p: lengthen(first_file(p), 100_000_001), ["header", "given 100000001", "at most 100000000"]),
+    "shape of strings": (lambda p: write_header(first_file(p), {"a": entry(shape=["4"])}), ["damaged", "tensor a has shape ('4',)"]),
+    "shape a string": (lambda p: write_header(first_file(p), {"a": entry(shape="4")}), ["damaged", "tensor a has shape"]),
+    "shape nested": (lambda p: write_header(first_file(p), {"a": entry(shape=[[4]])}), ["damaged", "tensor a has shape"]),
+    "shape negative": (lambda p: write_header(first_file(p), {"a": entry(shape=[-4, -1])}), ["damaged", "tensor a has shape"]),
+    "shape true": (lambda p: write_header(first_file(p), {"a": entry(shape=[True, 4])}), ["damaged", "tensor a has shape"]),
+    "shape of more than the bytes": (lambda p: write_header(first_file(p), {"a": entry(shape=[2**62])}), ["damaged", "has 4 bytes"]),
     "index without map": (lambda p: edit_index(p, lambda i: i.pop("weight_map")), ["no weight_map", INDEX]),
     "index no JSON": (lambda p: (p / INDEX).write_text("{"), ["not readable JSON", INDEX]),
     "index missing": (lambda p: (p / INDEX).unlink(), ["3 safetensors files but no", INDEX]),
@@ -145,3 +175,62 @@ def test_resolve_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(CheckpointError, match=r"org/name: .*not in the cache.*HF_HUB_OFFLINE"):
         resolve_model("org/name")
+
+
+def test_links_into_another_folder_are_followed(sharded: Path, tmp_path: Path) -> None:
+    """As those of the Hub's cache are: a snapshot is links to blobs."""
+    blob = tmp_path / "blob"
+    first_file(sharded).rename(blob)
+    first_file(sharded).symlink_to(blob)
+    assert len(Checkpoint.open(sharded).names) == 10
+
+
+def test_a_file_that_cannot_be_read(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(CheckpointError, match="cannot read the file: Permission denied"):
+        read_header(first_file(sharded))
+
+
+def test_one_part_of_several_is_no_model(tmp_path: Path) -> None:
+    path = cf.dense().write(tmp_path / "model")
+    (path / "model.safetensors").rename(path / "model-00001-of-00002.safetensors")
+    with pytest.raises(CheckpointError, match=r"1 safetensors files but no model\.safetensors\.index\.json"):
+        Checkpoint.open(path)
+    (path / "model-00001-of-00002.safetensors").rename(path / "model-00001-of-00001.safetensors")
+    assert GATE in Checkpoint.open(path)
+
+
+def test_tensors_that_the_index_leaves_out_are_there(sharded: Path) -> None:
+    """transformers reads whole files, too."""
+    assert Checkpoint.open(sharded).unlisted == ()
+    edit_index(sharded, lambda index: index["weight_map"].pop(GATE))
+    checkpoint = Checkpoint.open(sharded)
+    assert checkpoint.unlisted == (GATE,) and checkpoint.read(GATE).shape == (cf.I, cf.H) and len(checkpoint.names) == 10
+
+
+@pytest.mark.parametrize("layers", [3, 65_536])
+def test_no_more_layers_than_the_files_have(tmp_path: Path, layers: int) -> None:
+    files = cf.nvfp4("modelopt")
+    files.config["num_hidden_layers"] = layers
+    with pytest.raises(CheckpointError, match=f"fewer layers in the files .given num_hidden_layers {layers}; needed at most 2"):
+        _ = Checkpoint.open(files.write(tmp_path)).moe
+
+
+@pytest.mark.parametrize("experts", [2, 4, 10**9])
+@pytest.mark.parametrize("make", [lambda: cf.nvfp4("modelopt"), lambda: cf.gpt_oss()[0], lambda: cf.dense(stacked="rows")])
+def test_as_many_experts_as_the_files_have(tmp_path: Path, make: Callable[[], cf.Files], experts: int) -> None:
+    files = make()
+    files.config |= {"num_experts": experts, "num_local_experts": experts}
+    with pytest.raises(CheckpointError, match=f"another number of experts in the files .given .*{experts}; .*needed 3"):
+        _ = Checkpoint.open(files.write(tmp_path)).moe
+
+
+@pytest.mark.parametrize("number", ["02", "00000000000000000002", "99999999999999999999"])
+def test_experts_have_plain_numbers(tmp_path: Path, number: str) -> None:
+    files = cf.nvfp4("modelopt")
+    files.tensors = {name.replace("experts.2", f"experts.{number}"): tensor for name, tensor in files.tensors.items()}
+    with pytest.raises(CheckpointError, match=rf"no number of a layer or an expert .given .*experts\.{number}"):
+        _ = Checkpoint.open(files.write(tmp_path)).moe

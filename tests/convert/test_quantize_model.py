@@ -139,7 +139,7 @@ def test_compressed_tensors_and_stacked_sources(tmp_path: Path, format: str, sta
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_other_source_dtypes_and_mixtral_names(tmp_path: Path, dtype: torch.dtype) -> None:
-    files = cf.dense(cf.MIXTRAL, dtype, "model.layers.1.block_sparse_moe", cf.W_NAMES)
+    files = cf.dense({**cf.MIXTRAL, "mlp_layer_types": ["dense", "sparse"]}, dtype, "model.layers.1.block_sparse_moe", cf.W_NAMES)
     quantize_model(files.write(tmp_path / "in"), tmp_path / "out")
     result = plain_reader.read_all(tmp_path / "out")
     prefix = "model.layers.1.block_sparse_moe.experts.2"

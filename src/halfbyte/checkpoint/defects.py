@@ -15,6 +15,7 @@ from halfbyte.errors import CheckpointError, UnsupportedError
 
 # An input scale this many times above or below the median of its layer is no calibration result: an expert that calibration never reached.
 SCATTER_LIMIT = 1000.0
+_MOST_LISTED = 12
 T = TypeVar("T")
 
 
@@ -78,6 +79,7 @@ def examine_layer(checkpoint: Checkpoint, layer: int) -> tuple[list[ScaleStatist
     warnings: list[str] = []
     tensors = attempt(LayerTensors, checkpoint, layer)
     if tensors is not None:
+        attempt(tensors.check_all_used)
         experts = range(checkpoint.moe.num_experts)
         if tensors.format is None:
             for projection in tensors.projections:
@@ -96,6 +98,7 @@ def examine_layer(checkpoint: Checkpoint, layer: int) -> tuple[list[ScaleStatist
                     statistics.append(_statistics(tensors, projection, histogram, _extent(global_scales, column), _extent(input_scales, column)))
             warnings = [f"all {s.projection} blocks have scale 0: these experts are zero" for s in statistics if s.zero_blocks == s.blocks]
             warnings += _describe_gate_up(global_scales) if GATE in tensors.projections else []
+            warnings += describe_missing(tensors.missing_input_scales())
             warnings += [] if input_scales is None else describe_scatter(input_scales, tensors.projections)
         for projection in tensors.projections:
             if tensors.has_bias(projection):
@@ -105,6 +108,17 @@ def examine_layer(checkpoint: Checkpoint, layer: int) -> tuple[list[ScaleStatist
         more = f" (and {len(failures) - 1} more errors in this layer)" if len(failures) > 1 else ""
         defects.insert(0, Defect("error", layer, failures[0] + more))
     return statistics, defects
+
+
+def describe_missing(names: list[str]) -> list[str]:
+    """Describe input scales that some experts of a layer lack; `names` of their tensors."""
+    if not names:
+        return []
+    listed = ", ".join(names[:_MOST_LISTED]) + (f" and {len(names) - _MOST_LISTED} more" if len(names) > _MOST_LISTED else "")
+    return [
+        f"missing input scales: {listed}; bf16 activations have no use for them, "
+        "NVFP4 activations take the largest of the layer, or the row's own where there is none"
+    ]
 
 
 def describe_scatter(input_scales: torch.Tensor, projections: Sequence[Projection]) -> list[str]:
@@ -137,7 +151,9 @@ def _describe_gate_up(global_scales: torch.Tensor | None) -> list[str]:
 
 
 def _extent(scales: torch.Tensor | None, column: int) -> tuple[float, float] | None:
-    return None if scales is None else (scales[:, column].min().item(), scales[:, column].max().item())
+    if scales is None or scales[:, column].isnan().any():
+        return None
+    return scales[:, column].min().item(), scales[:, column].max().item()
 
 
 def _statistics(

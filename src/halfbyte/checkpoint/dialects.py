@@ -11,7 +11,7 @@
 | nvfp4-pack-quantized stacked | _packed u8 [E, N, K/2] | _scale e4m3 | _global_scale [E] | _input_global_scale [E] |
 | mxfp4-pack-quantized stacked | _packed u8 [E, N, K/2] | _scale e8m0 | | |
 | deepseek-v4 | .weight int8 [N, K/2] | .scale or .weight_scale_inv, e8m0 or a power of two in fp32 [N, K/32] | | |
-| fp8-block | .weight e4m3 [N, K] | .weight_scale_inv fp32 [N/128, K/128], rounded up | | |
+| fp8-block | .weight e4m3 [N, K] | .weight_scale_inv fp32 or bf16 [N/128, K/128], rounded up | | |
 | dense | .weight bf16, fp16, fp32 [N, K] | | | |
 | stacked | no suffix: bf16, fp16, fp32 [E, N, K] or [E, K, N] | | | |
 
@@ -150,7 +150,7 @@ DEEPSEEK_V4 = Dialect("deepseek-v4", MXFP4, ".weight", (".scale", fp8_scales_of(
 # e4m3 matrices beside FP4 ones: one scale, one a row, or one for 128 x 128 elements.
 FP8 = Dialect("fp8", scales=(".weight_scale", fp8_scales_of(".weight"), ".scale"))
 FP8_STACKED = Dialect("fp8 stacked", codes="", scales=("_weight_scale", "_scale", fp8_scales_of("")), dense="", stacked=True)
-FP8_BLOCK = Dialect("fp8-block", scales=(fp8_scales_of(".weight"),), scale_dtypes=(torch.float32,))
+FP8_BLOCK = Dialect("fp8-block", scales=(fp8_scales_of(".weight"),), scale_dtypes=(torch.float32, torch.bfloat16))
 DENSE = Dialect("dense")
 # The same for all experts of a layer in one tensor that is a Parameter of its own, without ".weight".
 STACKED_MODELOPT = replace(

@@ -5,18 +5,22 @@ Names come from `checkpoint.projections` (which matrix) and `checkpoint.dialects
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable
+from functools import cached_property
 
 import torch
 
 from halfbyte.checkpoint.dialects import CODE_DTYPES, FP8_BLOCK, STACKED_FORM
-from halfbyte.checkpoint.projections import DOWN, GATE, UP, Projection, find_layout, stacked_sizes
+from halfbyte.checkpoint.families import KNOWN_MODEL_TYPES, tensor_names
+from halfbyte.checkpoint.fp8_source import read_fp8_block
+from halfbyte.checkpoint.projections import DOWN, GATE, UP, Projection, find_layout, place_of, stacked_sizes
 from halfbyte.checkpoint.source import Checkpoint
 from halfbyte.errors import CheckpointError, UnsupportedError
 from halfbyte.formats import BlockFormat
 from halfbyte.formats.fp8_block import dequantize as dequantize_fp8_block
-from halfbyte.formats.fp8_block import scale_shape as fp8_scale_shape
 
+_MAGNITUDES = 0x77  # of two codes in a byte: all but their signs
 _DENSE = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -69,8 +73,7 @@ class LayerTensors:
     def scales(self, expert: int, projection: Projection) -> torch.Tensor:
         """Block scales as bytes, uint8 [N, K/block]; checked to have no NaN and no sign."""
         assert self.format
-        names = [self.name(expert, projection, suffix) for suffix in self.dialect.scales]
-        name = next((name for name in names if name in self.checkpoint), names[0])
+        name = self.name(expert, projection, self._block_scales)
         stored = self._part(expert, projection, name, self.dialect.scale_dtypes, (self.shape(projection)[1] // self.format.block,))
         scales = self._powers_of_two(name, stored) if stored.dtype == torch.float32 else stored.view(torch.uint8)
         largest = 0x7E if self.format.has_global_scale else 0xFE  # above: NaN, and for e4m3 the negative half
@@ -88,13 +91,7 @@ class LayerTensors:
         shape, name = self.shape(projection), self.name(expert, projection, self.dialect.codes)
         fp8 = () if self._layout.stacked else (torch.float8_e4m3fn,)
         weight = self._part(expert, projection, name, (self.dense_dtype(), *fp8), shape[1:])
-        if weight.dtype != torch.float8_e4m3fn:
-            return weight, None
-        name = self.name(expert, projection, FP8_BLOCK.scales[0])
-        scale = self._read(name, FP8_BLOCK.scale_dtypes, fp8_scale_shape(*shape))
-        if not bool(((scale > 0) & scale.isfinite()).all()):
-            raise self._error("fp8 block scales are not positive finite numbers", name, given=f"smallest {scale.min().item()}")
-        return weight, scale
+        return (weight, None) if weight.dtype != torch.float8_e4m3fn else read_fp8_block(self.checkpoint, name)
 
     def dense_dtype(self) -> torch.dtype:
         """dtype that `dense` returns: that of the first expert's first matrix, which all share; bf16 for fp8-block."""
@@ -107,7 +104,11 @@ class LayerTensors:
         return torch.bfloat16 if dtype == torch.float8_e4m3fn else dtype
 
     def has_bias(self, projection: Projection) -> bool:
-        return bool(self.dialect.bias) and self.name(0, projection, self.dialect.bias) in self.checkpoint
+        """Whether the experts add a bias to this projection: gate and up have one each, or none has."""
+        if not self.dialect.bias:
+            return False
+        names = [self.name(0, part, self.dialect.bias) for part in self.projections if (part == DOWN) == (projection == DOWN)]
+        return self.moe.biased or any(name in self.checkpoint for name in names)
 
     def bias_dtype(self, projection: Projection) -> torch.dtype:
         """dtype of the bias, which all experts share."""
@@ -118,74 +119,159 @@ class LayerTensors:
         return self._part(expert, projection, self.name(expert, projection, self.dialect.bias), _DENSE, ())
 
     def global_scales(self, experts: Iterable[int]) -> torch.Tensor | None:
-        """Decode multipliers fp32 [len(experts), 3] of gate, up, down (2 without gate); None for a format without."""
+        """Decode multipliers fp32 [len(experts), 3] of gate, up, down (2 without gate); None for a format without.
+
+        A matrix whose codes are all zero is zero whatever its scale: where that is 0 or infinite, as pruned experts are exported, it becomes 1.
+        """
         if self.format is None or not self.format.has_global_scale:
             return None
-        return self._scalars(self.dialect.global_scale, experts)
+        matrices = [(expert, projection) for expert in experts for projection in self.projections]
+        values = torch.empty(len(matrices))
+        names = [self.name(*matrix, self.dialect.global_scale) for matrix in matrices]
+        for index, (matrix, name) in enumerate(zip(matrices, names, strict=True)):
+            if name not in self.checkpoint:
+                raise self._error("missing scale", name, given=f"{sum(n in self.checkpoint for n in names)} of {len(names)}", needed="all of them")
+            scale, stored = self._scalar(name, *matrix)
+            if scale in (0.0, torch.inf) and not (self.codes(*matrix) & _MAGNITUDES).any():
+                scale = 1.0
+            values[index] = self._positive(name, scale, stored)
+        return values.view(-1, len(self.projections))
 
     def input_scales(self) -> torch.Tensor | None:
         """Decode multipliers fp32 [E, 3] (2 without gate) of the calibrated activations of *all* experts; None where no expert has one.
 
+        What is missing (see `missing_input_scales`) is the largest of the layer for the same input, as calibration fills it in; NaN where the layer
+        has none for that input.
+
         Raises:
-            CheckpointError: some experts have one and some do not, or a value is not positive and finite.
+            CheckpointError: a value is not positive and finite.
         """
-        return self._scalars(self.dialect.input_scale, range(self.moe.num_experts)) if self.has_input_scales() else None
+        if not self.has_input_scales(*self.projections):
+            return None
+        values = []
+        for expert in range(self.moe.num_experts):
+            for projection in self.projections:
+                name = self.name(expert, projection, self.dialect.input_scale)
+                values.append(self._positive(name, *self._scalar(name, expert, projection)) if name in self.checkpoint else torch.nan)
+        scales = torch.tensor(values).view(-1, len(self.projections))
+        for same_input in (scales[:, :-1], scales[:, -1:]):
+            known = same_input[~same_input.isnan()]
+            if len(known):
+                same_input.nan_to_num_(nan=known.max().item())
+        return scales
 
-    def has_input_scales(self) -> bool:
-        """Whether any expert has one."""
+    def has_input_scales(self, *projections: Projection) -> bool:
+        """Whether any expert has one for any of these projections."""
         suffix = self.dialect.input_scale
-        return bool(suffix) and any(self.name(e, p, suffix) in self.checkpoint for e in range(self.moe.num_experts) for p in self.projections)
+        return bool(suffix) and any(self.name(e, p, suffix) in self.checkpoint for e in range(self.moe.num_experts) for p in projections)
 
-    def _scalars(self, suffix: str, experts: Iterable[int]) -> torch.Tensor:
-        """The decode multipliers called `suffix`, fp32 [len(experts), projections]."""
-        places = [(expert, projection) for expert in experts for projection in self.projections]
-        names = [self.name(*place, suffix) for place in places]
-        values = torch.empty(len(names))
-        for index, (name, place) in enumerate(zip(names, places, strict=True)):
-            if name not in self.checkpoint:
-                raise self._error("missing scale", name, given=f"{sum(n in self.checkpoint for n in names)} of {len(names)}", needed="all of them")
-            tensor = self._scalar(name, *place)
-            values[index] = self.dialect.decode_scalar(tensor)
-            if not 0 < values[index] < torch.inf:
-                raise self._error("scale is not a positive finite number", name, given=tensor.item(), needed="a positive finite number")
-        return values.view(-1, len(self.projections))
+    def missing_input_scales(self) -> list[str]:
+        """The names of those that are not there, though others of the layer are."""
+        suffix, experts = self.dialect.input_scale, range(self.moe.num_experts)
+        names = list(dict.fromkeys(self.name(e, p, suffix) for e in experts for p in self.projections)) if suffix else []
+        missing = [name for name in names if name not in self.checkpoint]
+        return missing if len(missing) < len(names) else []
 
-    def _scalar(self, name: str, expert: int, projection: Projection) -> torch.Tensor:
-        """The scalar [] of one matrix: stacked experts have one for all, one per expert, or one per expert for gate and up each."""
+    def check_sizes(self) -> None:
+        """Compare the first expert with the configuration, by header alone: what is allocated by the one must fit the other.
+
+        Raises:
+            CheckpointError: a missing tensor, or one of another dtype or shape.
+        """
+        dense = _DENSE if self._layout.stacked else (*_DENSE, torch.float8_e4m3fn)
+        for projection in self.projections:
+            codes = self.dialect.codes_shape(self.shape(projection)[1])
+            name = self.name(0, projection, self.dialect.codes)
+            self._check(name, CODE_DTYPES if self.format else dense, self._stored_shape(projection, codes))
+
+    def check_all_used(self) -> None:
+        """Raises UnsupportedError for a tensor of the layer's experts that nothing here reads: a scale or a bias that would be left out."""
+        experts = range(1) if self._layout.stacked else range(self.moe.num_experts)
+        read = set()
+        for projection in self.projections:
+            biases = (self.dialect.bias,) if self.has_bias(projection) else ()
+            suffixes = (self.dialect.codes, *filter(None, self._scale_suffixes()), *biases)
+            read |= {self.name(expert, projection, suffix) for expert in experts for suffix in suffixes}
+        if self.moe.family in KNOWN_MODEL_TYPES:  # some call a router's tensor experts.e_score_correction_bias
+            read |= {f"{self.block}.{name}" for name in tensor_names(self.moe.family).correction_bias}
+        names = self.checkpoint.names
+        first, last = (bisect_left(names, self.block + end) for end in (".", "/"))  # "/" follows "." in the order of names
+        unused = [name for name in names[first:last] if name not in read and self._is_of_experts(name)]
+        if unused:
+            raise UnsupportedError(
+                f"a tensor of the experts that halfbyte does not read: {unused[0]}",
+                where=str(self.checkpoint.file_of(unused[0])),
+                given=f"{len(unused)} such tensors",
+                needed=f"codes, scales and biases as {self.dialect.name} has them",
+            )
+
+    def _is_of_experts(self, name: str) -> bool:
+        place = place_of(name)
+        return place is not None and place.block == self.moe.block
+
+    def _scale_suffixes(self) -> tuple[str, ...]:
+        """Of all that belongs to the codes of a matrix, the block scales under the one name that they have."""
+        if self.format is None:
+            return () if self._layout.stacked else FP8_BLOCK.scales
+        return (self._block_scales, self.dialect.global_scale, self.dialect.input_scale)
+
+    @cached_property
+    def _block_scales(self) -> str:
+        names = self.dialect.scales
+        return next((suffix for suffix in names if self.name(0, self.projections[0], suffix) in self.checkpoint), names[0])
+
+    def _scalar(self, name: str, expert: int, projection: Projection) -> tuple[float, float]:
+        """The decode multiplier that the scalar of one matrix means, and the scalar as stored.
+
+        Stacked experts have one for all, one per expert, or one per expert for gate and up each.
+        """
         tensor = self.checkpoint.read(name)
-        if tensor.numel() == 1 and tensor.is_floating_point():
-            return tensor.reshape(())
         experts = self.moe.num_experts
         halves = 2 if self._layout.fused and projection != DOWN else 1
-        if not self._layout.stacked or not tensor.is_floating_point() or tensor.numel() not in (experts, halves * experts):
+        counts = {1, experts, halves * experts} if self._layout.stacked else {1}
+        if tensor.numel() not in counts or not tensor.is_floating_point():
             needed = f"one number, or one per expert: ({experts},)" if self._layout.stacked else "one fp32 number"
             raise self._error("not a scalar", name, given=f"{tensor.dtype} {tuple(tensor.shape)}", needed=needed)
-        of_expert = tensor.reshape(experts, -1)[expert]
-        return of_expert[1 if projection == UP and len(of_expert) == 2 else 0]
+        of_expert = tensor.reshape(1) if tensor.numel() == 1 else tensor.reshape(experts, -1)[expert]
+        stored = of_expert[1 if projection == UP and len(of_expert) == 2 else 0]
+        return self.dialect.decode_scalar(stored).item(), stored.item()
+
+    def _positive(self, name: str, scale: float, stored: float) -> float:
+        if not 0 < scale < torch.inf:
+            raise self._error("scale is not a positive finite number", name, given=stored, needed="a positive finite number")
+        return scale
 
     def _part(self, expert: int, projection: Projection, name: str, dtypes: tuple[torch.dtype, ...], columns: tuple[int, ...]) -> torch.Tensor:
         """The rows of one projection of one expert, [N, *columns], from a tensor of the layer."""
-        layout, rows = self._layout, self.shape(projection)[0]
-        if not layout.stacked:
-            return self._read(name, dtypes, (rows, *columns))
-        rows *= 2 if layout.fused and projection != DOWN else 1
-        transposed = bool(columns) and (self._transposed or (layout.flat and projection == DOWN))
-        matrix = (*columns, rows) if transposed else (rows, *columns)
-        experts = self.moe.num_experts
-        if layout.flat:
-            stacked = self._read(name, dtypes, (experts * matrix[0], *matrix[1:])).view(experts, *matrix)
-        else:
-            stacked = self._read(name, dtypes, (experts, *matrix))
-        return self._rows_of(stacked[expert].mT if transposed else stacked[expert], projection)
+        stored = self._read(name, dtypes, self._stored_shape(projection, columns))
+        if not self._layout.stacked:
+            return stored
+        of_expert = (stored.unflatten(0, (self.moe.num_experts, -1)) if self._layout.flat else stored)[expert]
+        return self._rows_of(of_expert.mT if columns and self._lies_transposed(projection) else of_expert, projection)
+
+    def _stored_shape(self, projection: Projection, columns: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the tensor that holds a part of a projection, [N, *columns] of one expert."""
+        rows, experts = self.shape(projection)[0], self.moe.num_experts
+        if not self._layout.stacked:
+            return (rows, *columns)
+        rows *= 2 if self._layout.fused and projection != DOWN else 1
+        matrix = (*columns, rows) if columns and self._lies_transposed(projection) else (rows, *columns)
+        return (experts * matrix[0], *matrix[1:]) if self._layout.flat else (experts, *matrix)
+
+    def _lies_transposed(self, projection: Projection) -> bool:
+        return self._transposed or (self._layout.flat and projection == DOWN)
 
     def _read(self, name: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> torch.Tensor:
+        self._check(name, dtypes, shape)
+        return self.checkpoint.read(name)
+
+    def _check(self, name: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> None:
         if name not in self.checkpoint:
             raise self._error("missing tensor", name, needed=f"{_names(dtypes)} {shape}")
         dtype, given = self.checkpoint.dtype_shape(name)
         if dtype not in dtypes or given != shape:
             problem = "wrong dtype" if dtype not in dtypes else "wrong shape"
             raise self._error(problem, name, given=f"{_names((dtype,))} {given}", needed=f"{_names(dtypes)} {shape}")
-        return self.checkpoint.read(name)
 
     def _error(self, problem: str, name: str, *, given: object = None, needed: object = None) -> CheckpointError:
         file = self.checkpoint.file_of(name) if name in self.checkpoint else self.checkpoint.path

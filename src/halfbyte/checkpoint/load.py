@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from halfbyte.checkpoint.defects import describe_scatter
+from halfbyte.checkpoint.defects import describe_missing, describe_scatter
 from halfbyte.checkpoint.families import RoutingRule, tensor_names
 from halfbyte.checkpoint.layer_tensors import LayerTensors
 from halfbyte.checkpoint.projections import DOWN, GATE, UP, Projection
@@ -86,7 +86,7 @@ class ExpertReader:
     """
 
     def __init__(self, checkpoint: Checkpoint, layer: int, experts: range | None = None):
-        """Look the layer's tensors up; no data is read. `experts` and errors as in `load_experts`."""
+        """Look the layer's tensors up, each of which has a use; no data is read. `experts` and errors as in `load_experts`."""
         self._tensors = LayerTensors(checkpoint, layer)
         self._layer, moe = layer, checkpoint.moe
         self._activation = moe.known_activation(str(checkpoint.path / "config.json"))
@@ -94,6 +94,8 @@ class ExpertReader:
         if self.experts.step != 1 or not 0 <= self.experts.start <= self.experts.stop <= moe.num_experts:
             raise InputError("experts must be a contiguous slice of the layer's experts", given=experts, needed=f"within range(0, {moe.num_experts})")
         self.format = self._tensors.format
+        self._tensors.check_sizes()
+        self._tensors.check_all_used()
 
     def allocate(self, device: torch.device | str, num_experts: int | None = None) -> ExpertWeights:
         """Uninitialised storage for `num_experts` experts from the first on, by default for all of them, on `device` ("meta" too)."""
@@ -119,15 +121,14 @@ class ExpertReader:
         def bias(projection: Projection, rows: int) -> torch.Tensor | None:
             return empty(count, rows, dtype=tensors.bias_dtype(projection)) if tensors.has_bias(projection) else None
 
-        calibrated = tensors.has_input_scales()
         return ExpertWeights(
             weight(gate_rows + moe.intermediate, moe.hidden, *of_w13(count)),
             weight(moe.hidden, moe.intermediate, count),
             self._activation,
             bias(UP, gate_rows + moe.intermediate),
             bias(DOWN, moe.hidden),
-            empty(*of_w13(total)) if calibrated else None,
-            empty(total) if calibrated else None,
+            empty(*of_w13(total)) if tensors.has_input_scales(*tensors.projections[:-1]) else None,
+            empty(total) if tensors.has_input_scales(DOWN) else None,
             first_expert=self.experts.start,
             num_global_experts=total,
         )
@@ -156,16 +157,17 @@ class ExpertReader:
                     weight[slot, rows].copy_(tensors.dense(expert, projection))
                 if bias is not None:
                     bias[slot, rows].copy_(tensors.bias(expert, projection))
-        if out.w13_input_scale is not None and out.w2_input_scale is not None:
+        if out.w13_input_scale is not None:
             out.w13_input_scale.copy_(self._input_scales[:, :-1].reshape(out.w13_input_scale.shape))
+        if out.w2_input_scale is not None:
             out.w2_input_scale.copy_(self._input_scales[:, -1])
 
     @cached_property
     def _input_scales(self) -> torch.Tensor:
-        """fp32 [E, 3] (2 without gate) of all experts of the layer; scattered ones are logged."""
+        """fp32 [E, 3] (2 without gate) of all experts of the layer; missing and scattered ones are logged."""
         scales = self._tensors.input_scales()
         assert scales is not None
-        for message in describe_scatter(scales, self._tensors.projections):
+        for message in (*describe_missing(self._tensors.missing_input_scales()), *describe_scatter(scales, self._tensors.projections)):
             _log.warning("%s, layer %d: %s", self._tensors.checkpoint.path, self._layer, message)
         return scales
 

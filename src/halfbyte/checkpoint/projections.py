@@ -84,7 +84,7 @@ STACKED: dict[Projection, str] = _GATE_UP
 
 # A layer's experts in names: a module `experts`, or matrices right in a module that is called after its mixture of experts.
 _IN_PLACE = sorted({leaf for layout in LAYOUTS if layout.pattern == "{leaf}" for leaf in layout.leaves.values()})
-_OF_EXPERTS = re.compile(rf"^((?:.*\.)?(?:layers|blocks))\.(\d+)((?:\.\w+)*?)(?:\.experts\.|(?<=moe)\.(?:{'|'.join(_IN_PLACE)})(?:[._]|$))")
+_OF_EXPERTS = re.compile(rf"^((?:.*\.)?(?:layers|blocks))\.(\d{{1,9}})((?:\.\w+)*?)(?:\.experts\.|(?<=moe)\.(?:{'|'.join(_IN_PLACE)})(?:[._]|$))")
 
 
 class Place(NamedTuple):

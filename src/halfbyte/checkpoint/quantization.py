@@ -15,13 +15,15 @@ What each calls its tensors: `checkpoint.dialects`.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 from halfbyte.checkpoint.dialects import DEEPSEEK_V4, DENSE, GPT_OSS, MODELOPT, OUTPUTS, QUARK, Dialect
+from halfbyte.checkpoint.document import Document
+from halfbyte.checkpoint.patterns import FirstMatch
 from halfbyte.checkpoint.projections import FUSED
 from halfbyte.errors import CheckpointError, UnsupportedError
 from halfbyte.formats import FORMATS, MXFP4, NVFP4, BlockFormat
@@ -108,141 +110,146 @@ class Quantization:
         return self.dialects[algorithm]
 
     def _first_match(self, module: str) -> Rule | None:
-        return next((rule for rule in self.rules if matches(rule.pattern, module)), None)
+        index = self._patterns.find(module)
+        return None if index is None else self.rules[index]
+
+    @cached_property
+    def _patterns(self) -> FirstMatch:
+        return FirstMatch((rule.pattern for rule in self.rules), self.where)
 
 
-def matches(pattern: str, module: str) -> bool:
-    """Whether a pattern of an exclude, ignore or target list means `module`. `language_model` segments are ignored on both sides.
-
-    "re:..." is a regular expression matched from the start. Otherwise the pattern is a glob of the whole name, or of a run of whole path
-    segments, so that "lm_head", "mlp.gate" and "model.layers.0" mean those modules and everything below them, and never "mlp.gate_proj".
-
-    >>> matches("model.layers.*.mlp.gate", "model.layers.3.mlp.gate"), matches("mlp.gate", "model.layers.3.mlp.gate_proj")
-    (True, False)
-    """
-    if pattern.startswith("re:"):
-        return any(re.match(pattern[3:], name) for name in (module, _without_language_model(module)))
-    pattern, module = _without_language_model(pattern), _without_language_model(module)
-    if fnmatchcase(module, pattern):
-        return True
-    globs, segments = pattern.split("."), module.split(".")
-    runs = range(len(segments) - len(globs) + 1)
-    return any(all(fnmatchcase(segment, glob) for segment, glob in zip(segments[start:], globs, strict=False)) for start in runs)
-
-
-def _without_language_model(name: str) -> str:
-    return ".".join(segment for segment in name.split(".") if segment != "language_model")
-
-
-def describe_quantization(config: Mapping[str, Any], hf_quant_config: Mapping[str, Any] | None = None, *, where: str = "config.json") -> Quantization:
+def describe_quantization(config: Mapping[str, Any], hf_quant_config: Mapping[str, Any] | None = None, *, where: str = "") -> Quantization:
     """Read the quantisation of a model from its config.json and, where there is one, ModelOpt's hf_quant_config.json.
+
+    Errors name the file in the directory `where`.
 
     Raises:
         UnsupportedError: a quant_method, algorithm or format that halfbyte does not read, with those it does.
-        CheckpointError: a block size that is not the format's.
+        CheckpointError: a block size that is not the format's, a value of another type, a pattern that cannot be matched.
     """
-    inner = config.get("quantization_config") or config.get("text_config", {}).get("quantization_config") or {}
     if hf_quant_config is not None:
-        return _modelopt(hf_quant_config.get("quantization", hf_quant_config), where=f"{where}/hf_quant_config.json")
-    method = inner.get("quant_method") or ("modelopt" if "quant_algo" in inner else None)
-    if "fp4" in (config.get("expert_dtype"), inner.get("expert_dtype")):
-        return Quantization("deepseek-v4", {"fp4": DEEPSEEK_V4}, (Rule("*.experts.*", "fp4"),), where)
-    if method is None and not inner:
-        return Quantization("dense", {}, (), where)
+        document = Document(hf_quant_config, str(Path(where, "hf_quant_config.json")))
+        return _modelopt(document.section("quantization") if "quantization" in hf_quant_config else document)
+    where = str(Path(where, "config.json"))
+    outer = Document(config, where)
+    inner = outer.section("quantization_config")
+    if not inner.values:
+        inner = outer.section("text_config").section("quantization_config")
+    method = inner.get("quant_method", "modelopt" if "quant_algo" in inner else "")
+    if "fp4" in (outer.get("expert_dtype", ""), inner.get("expert_dtype", "")):
+        return _made("deepseek-v4", {"fp4": DEEPSEEK_V4}, [Rule("*.experts.*", "fp4")], where)
+    if not method and not inner.values:
+        return _made("dense", {}, [], where)
     if method in ("modelopt", "modelopt_fp4"):
-        return _modelopt(inner, where)
+        return _modelopt(inner)
     if method == "compressed-tensors":
-        return _compressed_tensors(inner, where)
+        return _compressed_tensors(inner)
     if method == "mxfp4":
-        kept = tuple(Rule(pattern, None) for pattern in inner.get("modules_to_not_convert") or ())
-        return Quantization("gpt-oss", {"mxfp4": GPT_OSS}, (*kept, Rule("*.experts*", "mxfp4")), where)
+        kept = [Rule(pattern, None) for pattern in inner.words("modules_to_not_convert")]
+        return _made("gpt-oss", {"mxfp4": GPT_OSS}, [*kept, Rule("*.experts*", "mxfp4")], where)
     if method == "quark":
-        return _quark(inner, where)
+        return _quark(inner)
     if method == "fp8":
-        block = inner.get("weight_block_size")
-        if block != [128, 128]:
-            raise UnsupportedError("only block-scaled fp8 is read", where=where, given=f"weight_block_size {block}", needed="[128, 128]")
-        return Quantization("fp8-block", {}, (), where)
-    raise UnsupportedError("unknown quantisation", where=where, given=f"quant_method {method!r}", needed=", ".join(_METHODS))
+        block = inner.integers("weight_block_size")
+        if block != (128, 128):
+            raise UnsupportedError(
+                "only block-scaled fp8 is read", where=where, given=f"weight_block_size {list(block) or None}", needed="[128, 128]"
+            )
+        return _made("fp8-block", {}, [], where)
+    raise UnsupportedError("unknown quantisation", where=where, given=f"quant_method {method or None!r}", needed=", ".join(_METHODS))
 
 
-def _modelopt(quantization: Mapping[str, Any], where: str) -> Quantization:
+def _made(kind: Kind, dialects: Mapping[str, Dialect], rules: Sequence[Rule], where: str) -> Quantization:
+    """The description, whose patterns have all been understood."""
+    quantization = Quantization(kind, dialects, tuple(rules), where)
+    quantization.excluded("")
+    return quantization
+
+
+def _modelopt(quantization: Document) -> Quantization:
     """Both forms: hf_quant_config.json's "quantization" and config.json's flat or config_groups "quantization_config"."""
-    excluded: list[str] = []
-    for key in ("exclude_modules", "ignore", "modules_to_not_convert"):
-        excluded += quantization.get(key) or ()
-    groups = [group["weights"] for group in (quantization.get("config_groups") or {}).values() if group.get("weights")]
-    algorithm = str(quantization.get("quant_algo") or "").upper() or _algorithm_of_group(groups)
-    for size in [quantization.get("group_size")] + [group.get("group_size") for group in groups if group.get("num_bits", 4) == 4]:
-        _check_block_size(size, NVFP4, where)
+    where = quantization.where
+    excluded = [pattern for key in ("exclude_modules", "ignore", "modules_to_not_convert") for pattern in quantization.words(key)]
+    groups = [weights for group in quantization.sections("config_groups").values() if (weights := group.section("weights")).values]
+    algorithm = quantization.get("quant_algo", "").upper() or _algorithm_of_group(groups)
+    _check_block_size(quantization, NVFP4)
+    for group in groups:
+        if group.get("num_bits", 4) == 4:
+            _check_block_size(group, NVFP4)
     rules = [Rule(pattern, None) for pattern in excluded]
     if algorithm == "MIXED_PRECISION":
-        for module, entry in (quantization.get("quantized_layers") or {}).items():
-            layer_algorithm = str(entry.get("quant_algo")).upper()
+        for module, entry in quantization.sections("quantized_layers").items():
+            layer_algorithm = entry.get("quant_algo", "none").upper()
             if layer_algorithm in _MODELOPT:
-                _check_block_size(entry.get("group_size"), NVFP4, where)
+                _check_block_size(entry, NVFP4)
             rules.append(Rule(module, layer_algorithm))
     elif algorithm in _MODELOPT:
         rules.append(Rule("*", algorithm))
     else:
         raise UnsupportedError("unknown ModelOpt algorithm", where=where, given=algorithm, needed=", ".join((*_MODELOPT, "MIXED_PRECISION")))
-    return Quantization("modelopt", _MODELOPT, tuple(rules), where)
+    return _made("modelopt", _MODELOPT, rules, where)
 
 
-def _algorithm_of_group(groups: list[Mapping[str, Any]]) -> str:
-    kinds = {(group.get("num_bits"), group.get("type")) for group in groups}
+def _algorithm_of_group(groups: list[Document]) -> str:
+    kinds = {(group.get("num_bits", 0), group.get("type", "")) for group in groups}
     return "NVFP4" if kinds == {(4, "float")} else f"no quant_algo, weights {sorted(map(str, kinds))}"
 
 
-def _compressed_tensors(quantization: Mapping[str, Any], where: str) -> Quantization:
-    rules = [Rule(pattern, None) for pattern in quantization.get("ignore") or ()]
-    groups = quantization.get("config_groups") or {"config_groups": {}}  # left out: the format holds for every Linear
-    for name, group in groups.items():
-        algorithm = str(group.get("format") or quantization.get("format"))
+def _compressed_tensors(quantization: Document) -> Quantization:
+    """Without config_groups, the format alone says how every Linear outside `ignore` is stored."""
+    whole = quantization.get("format", "none")
+    rules = [Rule(pattern, None) for pattern in quantization.words("ignore")]
+    groups = quantization.sections("config_groups")
+    for group in groups.values():
+        algorithm = group.get("format", whole)
         if algorithm in _COMPRESSED_TENSORS:
-            _check_block_size((group.get("weights") or {}).get("group_size"), _COMPRESSED_TENSORS[algorithm].format, f"{where}, {name}")
+            _check_block_size(group.section("weights"), _COMPRESSED_TENSORS[algorithm].format)
         # A bare class name ("Linear") means every module of that class.
-        targets = group.get("targets") or ["Linear"]
+        targets = group.words("targets") or ("Linear",)
         rules += [Rule("*" if target.isidentifier() and target[0].isupper() else target, algorithm) for target in targets]
+    if not groups:
+        rules.append(Rule("*", whole))
     if not any(rule.algorithm in _COMPRESSED_TENSORS for rule in rules):
-        given = sorted({str(rule.algorithm) for rule in rules if rule.algorithm}) or [str(quantization.get("format"))]
-        raise UnsupportedError("unknown compressed-tensors format", where=where, given=", ".join(given), needed=", ".join(_COMPRESSED_TENSORS))
-    return Quantization("compressed-tensors", _COMPRESSED_TENSORS, tuple(rules), where)
+        given = ", ".join(sorted({rule.algorithm for rule in rules if rule.algorithm}))
+        raise UnsupportedError("unknown compressed-tensors format", where=quantization.where, given=given, needed=", ".join(_COMPRESSED_TENSORS))
+    return _made("compressed-tensors", _COMPRESSED_TENSORS, rules, quantization.where)
 
 
-def _quark(quantization: Mapping[str, Any], where: str) -> Quantization:
+def _quark(quantization: Document) -> Quantization:
     """AMD Quark: `exclude`, then `layer_quant_config` by name, then `layer_type_quant_config` ("Linear" means all), then `global_quant_config`."""
-    rules = [Rule(pattern, None) for pattern in quantization.get("exclude") or ()]
-    rules += [Rule(pattern, _quark_algorithm(entry, where)) for pattern, entry in (quantization.get("layer_quant_config") or {}).items()]
-    of_linear = (quantization.get("layer_type_quant_config") or {}).get("Linear") or quantization.get("global_quant_config")
-    rules.append(Rule("*", _quark_algorithm(of_linear, where)))
+    rules = [Rule(pattern, None) for pattern in quantization.words("exclude")]
+    of_layers = quantization.section("layer_quant_config")
+    rules += [Rule(pattern, _quark_algorithm(of_layers.section(pattern))) for pattern in of_layers.values]
+    of_linear = quantization.section("layer_type_quant_config").section("Linear")
+    rules.append(Rule("*", _quark_algorithm(of_linear if of_linear.values else quantization.section("global_quant_config"))))
     if not any(rule.algorithm == _QUARK for rule in rules):
-        given = sorted({str(rule.algorithm) for rule in rules if rule.algorithm})
-        raise UnsupportedError("unknown Quark format", where=where, given=", ".join(given) or "none", needed=_QUARK)
-    return Quantization("quark", {_QUARK: QUARK}, tuple(rules), where)
+        given = sorted({rule.algorithm for rule in rules if rule.algorithm})
+        raise UnsupportedError("unknown Quark format", where=quantization.where, given=", ".join(given) or "none", needed=_QUARK)
+    return _made("quark", {_QUARK: QUARK}, rules, quantization.where)
 
 
-def _quark_algorithm(entry: Mapping[str, Any] | None, where: str) -> str | None:
+def _quark_algorithm(entry: Document) -> str | None:
     """How Quark stores the weights of one entry of its configuration; None: not quantised."""
-    weight = (entry or {}).get("weight")
-    if not weight:
+    stored = entry.values.get("weight")
+    if not stored:
         return None
-    if not isinstance(weight, Mapping):  # weights quantised in stages
-        return f"weights {weight}"
-    algorithm = f"{weight.get('dtype')} {weight.get('qscheme')}"
-    if weight.get("dtype") != "fp4" or weight.get("qscheme") != "per_group":
+    if not isinstance(stored, Mapping):  # weights quantised in stages
+        return f"weights {stored}"
+    weight = entry.section("weight")
+    algorithm = f"{weight.get('dtype', 'None')} {weight.get('qscheme', 'None')}"
+    if algorithm != _QUARK:
         return algorithm
-    if weight.get("scale_format") not in (None, "e8m0"):
-        return f"{algorithm} with {weight['scale_format']} scales"
-    _check_block_size(weight.get("group_size"), MXFP4, where)
+    if (scales := weight.get("scale_format", "e8m0")) != "e8m0":
+        return f"{algorithm} with {scales} scales"
+    _check_block_size(weight, MXFP4)
     return _QUARK
 
 
-def _check_block_size(size: object, format: BlockFormat | None, where: str) -> None:
-    if format is not None and size not in (None, format.block):
+def _check_block_size(scheme: Document, format: BlockFormat | None) -> None:
+    if format is not None and (size := scheme.get("group_size", format.block)) != format.block:
         raise CheckpointError(
             f"wrong block size for {format!r}",
-            where=where,
+            where=scheme.where,
             given=f"group_size {size}",
             needed=format.block,
             next_step=f"quantise again; known formats: {', '.join(f'{known!r} has {known.block}' for known in FORMATS.values())}",

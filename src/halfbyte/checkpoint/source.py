@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import re
+import reprlib
 import struct
 from collections.abc import Mapping
 from functools import cached_property
@@ -13,11 +16,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from halfbyte.checkpoint.families import MoEConfig, describe_moe, is_known
+from halfbyte.checkpoint.families.counts import check_counts
 from halfbyte.checkpoint.families.unknown import describe_unknown
 from halfbyte.checkpoint.fingerprint import fingerprint
 from halfbyte.checkpoint.quantization import Quantization, describe_quantization
 from halfbyte.errors import CheckpointError, UnsupportedError
 
+_AGAIN = "download the file again"
+_MAX_HEADER_BYTES = 100_000_000  # the limit of safetensors itself
+_SHARD = re.compile(r"-0*[1-9]\d*-of-(?!0*1\.)\d+\.safetensors$")  # a part of several, not the only one
 DEMO_MODEL = "demo"  # the model inside this package, wherever a model is asked for; a directory of that name comes first
 INDEX = "model.safetensors.index.json"
 SAFETENSORS_DTYPES = {
@@ -93,6 +100,7 @@ class Checkpoint:
         path: the directory.
         config: config.json as a dict.
         names: tensor names, sorted.
+        unlisted: those among them that the index leaves out, though a file that it names has them.
         moe: `MoEConfig` of the model; quantization: `Quantization`. Both raise UnsupportedError for what halfbyte does not read.
 
     >>> from pathlib import Path
@@ -104,11 +112,14 @@ class Checkpoint:
     (16, 'dense')
     """
 
-    def __init__(self, path: Path, config: dict[str, Any], tensors: Mapping[str, TensorInfo], files: Mapping[str, Path]):
+    def __init__(
+        self, path: Path, config: dict[str, Any], tensors: Mapping[str, TensorInfo], files: Mapping[str, Path], unlisted: tuple[str, ...] = ()
+    ):
         """Use `Checkpoint.open`, which also checks what it is given."""
         self.path = path
         self.config = config
         self.names = tuple(sorted(tensors))
+        self.unlisted = unlisted
         self._tensors = tensors
         self._files = files
         self._open_files: dict[Path, Any] = {}
@@ -127,20 +138,21 @@ class Checkpoint:
             file = _only_file(path)
             tensors = read_header(file)
             return cls(path, config, tensors, dict.fromkeys(tensors, file))
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise CheckpointError("the index has no weight_map", where=str(index))
+        weight_map = _weight_map(index)
         headers = {name: read_header(path / name, named_by=index) for name in sorted(set(weight_map.values()))}
         for name, file_name in weight_map.items():
             if name not in headers[file_name]:
                 raise CheckpointError(
                     f"the index places tensor {name} here, but it is absent", where=str(path / file_name), next_step="download the model again"
                 )
+        unlisted = {name: file_name for file_name, header in headers.items() for name in header if name not in weight_map}
+        files = weight_map | unlisted
         return cls(
             path,
             config,
-            {name: headers[file_name][name] for name, file_name in weight_map.items()},
-            {name: path / file_name for name, file_name in weight_map.items()},
+            {name: headers[file_name][name] for name, file_name in files.items()},
+            {name: path / file_name for name, file_name in files.items()},
+            tuple(sorted(unlisted)),
         )
 
     def __contains__(self, name: object) -> bool:
@@ -185,9 +197,12 @@ class Checkpoint:
     @cached_property
     def moe(self) -> MoEConfig:
         where = str(self.path / "config.json")
-        if is_known(self.config):
-            return describe_moe(self.config, self.names, where=where)
-        return describe_unknown(self.config, {name: info.shape for name, info in self._tensors.items()}, self.quantization, where=where)
+        shapes = {name: info.shape for name, info in self._tensors.items()}
+        if not is_known(self.config, where):
+            return describe_unknown(self.config, shapes, self.quantization, where=where)
+        moe = describe_moe(self.config, self.names, where=where)
+        check_counts(moe, shapes, where)
+        return moe
 
     @cached_property
     def quantization(self) -> Quantization:
@@ -198,68 +213,106 @@ class Checkpoint:
 def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON object, or raise CheckpointError naming the file."""
     try:
+        if file.exists() and not file.is_file():  # opening a pipe would wait for somebody to write
+            raise CheckpointError("not a regular file", where=str(file), next_step=_AGAIN)
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError("missing file", where=str(file), next_step="a model directory has config.json and safetensors files") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"not readable JSON: {error}", where=str(file)) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"not readable JSON: {error}", where=str(file), next_step=_AGAIN) from error
     if not isinstance(content, dict):
-        raise CheckpointError("not a JSON object", where=str(file), given=type(content).__name__)
+        raise CheckpointError("not a JSON object", where=str(file), given=type(content).__name__, next_step=_AGAIN)
     return content
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """File names by tensor. They lead nowhere but into the directory; a link that lies there may lead out, as those of the Hub's cache do."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError("the index has no weight_map", where=str(index), next_step=_AGAIN)
+    for name, file_name in weight_map.items():
+        parts = file_name.split("/") if isinstance(file_name, str) else ["."]
+        if not {"", ".", ".."}.isdisjoint(parts) or "\\" in file_name or "\0" in file_name or len(file_name.encode()) > 255:
+            raise CheckpointError(
+                f"the index does not name a file of the directory for tensor {name}",
+                where=str(index),
+                given=reprlib.repr(file_name),
+                needed="a file name such as model-00001-of-00002.safetensors",
+                next_step=_AGAIN,
+            )
+    return weight_map
 
 
 def read_header(file: Path, *, named_by: Path | None = None) -> dict[str, TensorInfo]:
     """Read the header of one safetensors file and check that the file is as long as the header says.
 
     Raises:
-        CheckpointError: absent, truncated, or no safetensors file.
+        CheckpointError: absent, unreadable, truncated, or no safetensors file.
         UnsupportedError: a tensor of a dtype halfbyte does not know.
     """
-    if not file.is_file():
-        raise CheckpointError(
-            "missing file" + (f", named by {named_by.name}" if named_by else ""), where=str(file), next_step="download the model again"
-        )
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if len(start) < 8 or 8 + length > size:
-            raise _truncated(file, size, 8 + length)
-        try:
-            header = json.loads(stream.read(length))
-            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-            ends = [entry["data_offsets"][1] for entry in entries.values()]
-            tensors = {name: _tensor_info(file, name, entry) for name, entry in entries.items()}
-        except (ValueError, AttributeError, KeyError, IndexError, TypeError) as error:
-            raise CheckpointError(f"damaged safetensors header: {error!r}", where=str(file), next_step="download the file again") from error
-    needed = 8 + length + max(ends, default=0)
-    if size < needed:
-        raise _truncated(file, size, needed)
+    try:
+        if not file.is_file():
+            raise CheckpointError(
+                "missing file" + (f", named by {named_by.name}" if named_by else ""), where=str(file), next_step="download the model again"
+            )
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            start = stream.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            if len(start) < 8 or 8 + length > size:
+                raise _truncated(file, size, 8 + length)
+            if length > _MAX_HEADER_BYTES:
+                raise CheckpointError(
+                    "no safetensors header is as long",
+                    where=str(file),
+                    given=f"{length} bytes",
+                    needed=f"at most {_MAX_HEADER_BYTES}",
+                    next_step=_AGAIN,
+                )
+            raw = stream.read(length)
+    except OSError as error:
+        raise CheckpointError(f"cannot read the file: {error.strerror}", where=str(file), next_step=_AGAIN) from error
+    try:
+        header = json.loads(raw)
+        del raw  # as long as all of the names together
+        tensors = {name: _tensor_info(file, name, entry) for name, entry in header.items() if name != "__metadata__"}
+        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    except (ValueError, AttributeError, KeyError, IndexError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"damaged safetensors header: {error!r}", where=str(file), next_step=_AGAIN) from error
+    if size < 8 + length + end:
+        raise _truncated(file, size, 8 + length + end)
     return tensors
 
 
 def _tensor_info(file: Path, name: str, entry: dict[str, Any]) -> TensorInfo:
-    dtype = SAFETENSORS_DTYPES.get(entry["dtype"])
+    stored, shape, (first, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    dtype = SAFETENSORS_DTYPES.get(stored)
     if dtype is None:
         raise UnsupportedError(
-            f"tensor {name} has a dtype halfbyte does not know", where=str(file), given=entry["dtype"], needed=", ".join(SAFETENSORS_DTYPES)
+            f"tensor {name} has a dtype halfbyte does not know", where=str(file), given=stored, needed=", ".join(SAFETENSORS_DTYPES)
         )
-    *leading, last = entry["shape"] or [1]
-    shape = (*leading, last // 2) if entry["dtype"] == "F4" else tuple(entry["shape"])
-    return TensorInfo(dtype, shape, entry["data_offsets"][1] - entry["data_offsets"][0])
+    for number in (*shape, first, end):
+        if type(number) is not int or number < 0:
+            raise ValueError(f"tensor {name} has shape {shape} and bytes {first} to {end}")
+    if stored == "F4":
+        *leading, last = shape or (2,)
+        shape = (*leading, last // 2)
+    if math.prod(shape) * dtype.itemsize != end - first:
+        raise ValueError(f"tensor {name}, {stored} {shape}, has {end - first} bytes")
+    return TensorInfo(dtype, shape, end - first)
 
 
 def _truncated(file: Path, size: int, needed: int) -> CheckpointError:
-    return CheckpointError(
-        "truncated safetensors file", where=str(file), given=f"{size} bytes", needed=f"{needed} bytes", next_step="download the file again"
-    )
+    return CheckpointError("truncated safetensors file", where=str(file), given=f"{size} bytes", needed=f"{needed} bytes", next_step=_AGAIN)
 
 
 def _only_file(path: Path) -> Path:
     """The single safetensors file of a directory without index."""
     files = sorted(path.glob("*.safetensors"))
-    if path / "model.safetensors" in files or len(files) == 1:
-        return path / "model.safetensors" if path / "model.safetensors" in files else files[0]
+    if path / "model.safetensors" in files:
+        return path / "model.safetensors"
+    if len(files) == 1 and not _SHARD.search(files[0].name):
+        return files[0]
     if files:
         raise CheckpointError(f"{len(files)} safetensors files but no {INDEX}", where=str(path), next_step="download the index too")
     raise CheckpointError("no safetensors files", where=str(path), next_step="convert other weights with transformers: model.save_pretrained(DIR)")

@@ -18,6 +18,7 @@ from fnmatch import fnmatchcase
 import torch
 
 from halfbyte.checkpoint.dialects import STACKED_DENSE, fp8_scales_of
+from halfbyte.checkpoint.fp8_source import read_fp8_block
 from halfbyte.checkpoint.projections import (
     DOWN,
     GATE,
@@ -32,6 +33,7 @@ from halfbyte.checkpoint.projections import (
     stacked_sizes,
 )
 from halfbyte.checkpoint.source import Checkpoint
+from halfbyte.convert.completeness import check_complete
 from halfbyte.errors import CheckpointError, InputError, UnsupportedError
 from halfbyte.formats import BlockFormat, fp8_block
 
@@ -77,7 +79,7 @@ class Source:
         matrix = checkpoint.read(self.tensor)
         scales = fp8_scales_of(self.tensor)
         if scales in checkpoint:
-            return fp8_block.dequantize(matrix, checkpoint.read(scales), torch.float32)
+            return fp8_block.dequantize(*read_fp8_block(checkpoint, self.tensor), torch.float32)
         if self.flat:
             matrix = matrix.view(-1, *((self.columns, self.rows) if self.transposed else (self.rows, self.columns)))
         if self.expert is not None:
@@ -116,11 +118,9 @@ class Copied:
     nbytes: int
 
     def read(self, checkpoint: Checkpoint) -> torch.Tensor:
-        tensor = checkpoint.read(self.tensor)
-        scales = fp8_scales_of(self.tensor)
-        if scales in checkpoint:
-            return fp8_block.dequantize(tensor, checkpoint.read(scales), torch.bfloat16)
-        return tensor
+        if fp8_scales_of(self.tensor) in checkpoint:
+            return fp8_block.dequantize(*read_fp8_block(checkpoint, self.tensor), torch.bfloat16)
+        return checkpoint.read(self.tensor)
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def plan_conversion(checkpoint: Checkpoint, format: BlockFormat, *, all_linear: 
 
     Raises:
         UnsupportedError: the source is quantised already (other than fp8-block).
-        CheckpointError: nothing to quantise, or a row that does not divide into blocks.
+        CheckpointError: nothing to quantise, a row that does not divide into blocks, or half a model (see `convert.completeness`).
         InputError: a skip pattern that matches nothing, or only a part of a layer's experts or of a fused group.
     """
     if checkpoint.quantization.dialects:
@@ -175,9 +175,13 @@ def plan_conversion(checkpoint: Checkpoint, format: BlockFormat, *, all_linear: 
             raise _partly_skipped(kept[0].module)
         items += kept or [Copied(tensor, _copied_bytes(checkpoint, tensor))]
     skipping.check()
-    _check_matrices(checkpoint, [item for item in items if isinstance(item, Matrix)], format, skipping)
-    copied = [item.tensor for item in items if isinstance(item, Copied) and not item.tensor.endswith(STACKED_DENSE.bias)]
-    modules = {tensor.removesuffix(".weight") for tensor in copied if len(checkpoint.info(tensor).shape) > 1}
+    planned = [item for item in items if isinstance(item, Matrix)]
+    _check_matrices(checkpoint, planned, format, skipping)
+    copied = [item.tensor for item in items if isinstance(item, Copied)]
+    check_complete(checkpoint, planned, copied, skipping.touched)
+    modules = {
+        tensor.removesuffix(".weight") for tensor in copied if not tensor.endswith(STACKED_DENSE.bias) and len(checkpoint.info(tensor).shape) > 1
+    }
     return Plan(tuple(items), tuple(sorted(modules | {"lm_head"})), sum(checkpoint.info(name).nbytes for name in checkpoint.names))
 
 

@@ -24,3 +24,12 @@ def encode(x: torch.Tensor) -> torch.Tensor:
 def as_e4m3(scales: torch.Tensor) -> torch.Tensor:
     """View raw scale bytes (uint8) as float8_e4m3fn; float8_e4m3fn passes through."""
     return scales if scales.dtype == torch.float8_e4m3fn else scales.view(torch.float8_e4m3fn)
+
+
+def has_nan(x: torch.Tensor) -> bool:
+    """Whether an element of e4m3 x is NaN. 0x7F is the largest signed byte and 0xFF the largest unsigned one: nothing is made beside x.
+
+    >>> has_nan(torch.tensor([1.0, float("nan")]).to(torch.float8_e4m3fn)), has_nan(torch.tensor([448.0]).to(torch.float8_e4m3fn))
+    (True, False)
+    """
+    return x.numel() > 0 and (int(x.view(torch.int8).amax()) == 0x7F or int(x.view(torch.uint8).amax()) == 0xFF)

@@ -178,6 +178,54 @@ def test_what_cannot_be_described() -> None:
         describe_moe(cf.QWEN, ["b.layers.0.ffn.experts.0.w1.weight", "a.layers.0.mlp.experts.0.w1.weight"])
 
 
+STRANGE = ["4", "four", 4.5, [4], {}, True, -1, 0, 10**30, float("nan")]
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "num_experts", "num_experts_per_tok", "hidden_size", "moe_intermediate_size"])
+@pytest.mark.parametrize("value", STRANGE, ids=map(repr, STRANGE))
+def test_sizes_are_positive_integers(key: str, value: object) -> None:
+    with pytest.raises(CheckpointError, match=f"config.json: {key} does not fit .*an integer from 1 to"):
+        describe_moe({**cf.QWEN, key: value}, NAMES)
+
+
+@pytest.mark.parametrize(
+    ("config", "key", "values"),
+    [
+        (cf.QWEN, "num_hidden_layers", [10**9, 2**31 - 1]),
+        (cf.QWEN, "text_config", [[1], "x", 3, True]),
+        (cf.QWEN, "hidden_act", [["silu"], 3, True]),
+        (cf.QWEN, "mlp_layer_types", [7, "moe", ["moe"], [1, 2]]),
+        (cf.QWEN, "mlp_only_layers", [3, "0", ["0"], [0.5], [-1]]),
+        (cf.QWEN, "decoder_sparse_step", ["1", 0, 1.5, [1], True]),
+        (cf.QWEN, "norm_topk_prob", ["false", 0, 1, [True]]),
+        (cf.DEEPSEEK_V3, "first_k_dense_replace", ["1", -1, 0.5, True]),
+        (cf.DEEPSEEK_V3, "moe_layer_freq", ["1", 0, [1]]),
+        (cf.DEEPSEEK_V3, "n_group", ["1", -1, 0]),
+        (cf.DEEPSEEK_V3, "routed_scaling_factor", ["x", [1], float("nan"), float("inf"), True, -1.0]),
+        (cf.DEEPSEEK_V4, "routed_scaling_factor", ["x", [1], {}]),
+        (cf.DEEPSEEK_V4, "swiglu_limit", ["x", -1.0, float("nan"), [10.0]]),
+        (cf.GPT_OSS, "swiglu_alpha", ["x", float("inf")]),
+    ],
+)
+def test_other_values_have_types_and_ranges(config: dict, key: str, values: list) -> None:
+    for value in values:
+        with pytest.raises(CheckpointError, match=f"{key} does not fit"):
+            describe_moe({**config, key: value}, NAMES)
+
+
+def test_null_means_absent() -> None:
+    nulls = dict.fromkeys(("text_config", "mlp_layer_types", "mlp_only_layers", "decoder_sparse_step", "hidden_act", "n_group", "swiglu_limit"))
+    for config in (cf.QWEN, cf.DEEPSEEK_V3, cf.DEEPSEEK_V4):
+        without = {key: value for key, value in config.items() if key not in nulls}
+        assert describe_moe({**config, **nulls}, NAMES) == describe_moe(without, NAMES)
+
+
+def test_no_more_experts_per_token_than_there_are() -> None:
+    assert describe_moe({**cf.QWEN, "num_experts_per_tok": cf.E}, NAMES).top_k == cf.E
+    with pytest.raises(CheckpointError, match=f"num_experts_per_tok {cf.E + 1}; needed 1 to {cf.E}"):
+        describe_moe({**cf.QWEN, "num_experts_per_tok": cf.E + 1}, NAMES)
+
+
 def test_find_blocks() -> None:
     """Whatever lies between layer and experts, nothing included; shared experts are none."""
     places = {

@@ -37,6 +37,7 @@ class _FamilyModule(Protocol):
 FAMILIES: tuple[_FamilyModule, ...] = (softmax, sigmoid, gpt_oss, deepseek_v4, experts_only)
 _FAMILY_OF = {model_type: family for family in FAMILIES for model_type in family.MODEL_TYPES}
 KNOWN_MODEL_TYPES = tuple(_FAMILY_OF)
+NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # the keys that may say it, the first goes first
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class MoEConfig:
         num_layers: decoder layers; moe_layers: indices of those with routed experts.
         num_experts, hidden, intermediate: E, H and the I of one routed expert.
         routing, activation: what `route` and the experts compute; None where only a family that halfbyte does not know could tell.
+        biased: every matrix has a bias.
         router_refusal: of a known family, why `route` cannot compute its router; routing is None then.
         known_top_k: experts of a token, also where the routing is None.
         refused_layers: layers whose experts compute something that `Activation` cannot say, and what.
@@ -65,6 +67,7 @@ class MoEConfig:
     activation: Activation | None
     block: str
     interleaved: bool = False
+    biased: bool = False
     router_refusal: str = ""
     known_top_k: int | None = None
     refused_layers: Mapping[int, str] = field(default_factory=dict)
@@ -144,28 +147,34 @@ def describe_moe(config: Mapping[str, Any], names: Iterable[str], *, where: str 
     values = Config(config, where)
     module = _family_of(values.model_type, where)
     model = module.MODEL_TYPES[values.model_type]
-    values = values.with_defaults({**model.defaults, **values.get(model.section, {})} if model.section else model.defaults)
+    section = values.section(model.section).values
+    values = values.with_defaults({**model.defaults, **{key: value for key, value in section.items() if value is not None}})
     family = module.describe(values, model)
+    num_experts, top_k = values.everywhere(*NUM_EXPERTS), family.router.top_k
+    if top_k > num_experts:
+        problem = "more experts per token than there are"
+        raise CheckpointError(problem, where=where, given=f"num_experts_per_tok {top_k}", needed=f"1 to {num_experts}")
     return MoEConfig(
         family=values.model_type,
         num_layers=values.num_layers,
         moe_layers=moe_layers(values, model.layers),
-        num_experts=values.everywhere("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+        num_experts=num_experts,
         hidden=family.hidden or values.value("hidden_size", "d_model"),
         intermediate=values.everywhere("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size", "ffn_hidden_size"),
         routing=family.router.rule,
         activation=family.activation or values.activation_of(model.activation),
         block=only_block(find_blocks(names), where),
         interleaved=family.interleaved,
+        biased=family.biased,
         router_refusal=family.router.refusal,
-        known_top_k=family.router.top_k,
+        known_top_k=top_k,
         refused_layers=family.refused_layers,
     )
 
 
-def is_known(config: Mapping[str, Any]) -> bool:
+def is_known(config: Mapping[str, Any], where: str = "config.json") -> bool:
     """Whether `describe_moe` knows the family of a config.json."""
-    return Config(config, "config.json").model_type in _FAMILY_OF
+    return Config(config, where).model_type in _FAMILY_OF
 
 
 def tensor_names(model_type: str) -> TensorNames:

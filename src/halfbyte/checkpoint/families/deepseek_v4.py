@@ -9,7 +9,7 @@ from halfbyte.checkpoint.families.description import Config, Family, Model, Rout
 # Its own files call the correction bias gate.bias.
 MODEL_TYPES = {
     "deepseek_v4": Model(
-        {"num_experts_per_tok": 6, "norm_topk_prob": True, "routed_scaling_factor": 1.5, "scoring_func": "sqrtsoftplus", "swiglu_limit": 10.0},
+        {"num_experts_per_tok": 6},
         names=TensorNames(correction_bias=("gate.e_score_correction_bias", "gate.bias"), token_experts="gate.tid2eid"),
     )
 }
@@ -17,8 +17,8 @@ MODEL_TYPES = {
 
 def describe(config: Config, _: Model) -> Family:
     """Experts in every layer."""
-    function, renormalised = config.value("scoring_func"), config.value("norm_topk_prob")
-    router = Router(config.top_k, RoutingRule("deepseek_v4", config.top_k, scale=float(config.value("routed_scaling_factor"))))
+    function, renormalised = config.get("scoring_func", "sqrtsoftplus"), config.get("norm_topk_prob", True)
+    router = Router(config.top_k, RoutingRule("deepseek_v4", config.top_k, scale=config.get("routed_scaling_factor", 1.5)))
     if function != "sqrtsoftplus" or not renormalised:
         router = Router(config.top_k, refusal=f"its scores are {function!r}, norm_topk_prob {renormalised}")
-    return Family(router, activation=replace(config.activation, limit=config.value("swiglu_limit")))
+    return Family(router, activation=replace(config.activation, limit=config.get("swiglu_limit", 10.0)))

@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from halfbyte.errors import CheckpointError, UnsupportedError
+from halfbyte.checkpoint.document import LARGEST, Document
+from halfbyte.errors import UnsupportedError
 from halfbyte.experts import GEGLU, GEGLU_TANH, RELU2, SWIGLU, Activation
 
 ACTIVATIONS = {"silu": SWIGLU, "swish": SWIGLU, "gelu": GEGLU, "gelu_pytorch_tanh": GEGLU_TANH, "gelu_new": GEGLU_TANH, "relu2": RELU2}
+MAX_LAYERS = 1 << 16  # far above any model, and few enough to be counted one by one
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ class Family:
         router: of every MoE layer.
         activation: of the experts; None: what the configuration names.
         interleaved: stacked gate and up rows alternate.
+        biased: every matrix has a bias, so that one without is damaged.
         hidden: the width of the experts where it is not that of the model.
         refused_layers: layers whose experts compute something that `Activation` cannot say, and what.
     """
@@ -105,11 +108,12 @@ class Family:
     router: Router
     activation: Activation | None = None
     interleaved: bool = False
+    biased: bool = False
     hidden: int | None = None
     refused_layers: Mapping[int, str] = field(default_factory=dict)
 
 
-class Config:
+class Config(Document):
     """config.json read with clear errors; what its text_config says goes first.
 
     >>> config = Config({"model_type": "a", "text_config": {"hidden_size": 64}}, "config.json")
@@ -118,60 +122,56 @@ class Config:
     """
 
     def __init__(self, document: Mapping[str, Any], where: str):
-        """`where`: named by errors."""
-        self._values = {**document, **(document.get("text_config") or {})}
-        self.where = where
+        """`where`: named by errors.
+
+        Raises:
+            CheckpointError: text_config is no object.
+        """
+        text = Document(document, where).section("text_config")
+        super().__init__({**document, **text.values}, where)
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> Config:
         """The same, and `defaults` where a value is absent or null."""
-        return Config({**defaults, **{key: value for key, value in self._values.items() if value is not None}}, self.where)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """A value, `default` where it is absent or null."""
-        value = self._values.get(key)
-        return default if value is None else value
-
-    def value(self, *keys: str) -> Any:
-        """The value of the first key that has one.
-
-        Raises:
-            CheckpointError: none has.
-        """
-        value = next((self._values[key] for key in keys if self._values.get(key) is not None), None)
-        if value is None:
-            raise CheckpointError("missing value", where=self.where, needed=" or ".join(keys))
-        return value
+        own = {key: value for key, value in self.values.items() if value is not None and key != "text_config"}
+        return Config({**defaults, **own}, self.where)
 
     def mentions(self, word: str) -> bool:
         """Whether a key with `word` in it has a value."""
-        return any(word in key and value is not None for key, value in self._values.items())
+        return any(word in key and value is not None for key, value in self.values.items())
 
     @property
     def model_type(self) -> str:
-        return str(self.get("model_type"))
+        """What the model is; "None" where nothing says."""
+        return self.get("model_type", "None")
 
     @property
     def num_layers(self) -> int:
-        kinds = self.get("layers_block_type", ())  # Nemotron-H counts its layers by them
-        return len(kinds) or self.value("num_hidden_layers", "num_layers", "n_layers")
+        kinds = self.words("layers_block_type")  # Nemotron-H counts its layers by them
+        layers = len(kinds) or self.value("num_hidden_layers", "num_layers", "n_layers")
+        if layers > MAX_LAYERS:
+            raise self.misfit("num_hidden_layers", f"an integer from 1 to {MAX_LAYERS}")
+        return layers
 
     @property
     def top_k(self) -> int:
         return self.everywhere("num_experts_per_tok", "experts_per_token", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 
-    def everywhere(self, *keys: str) -> Any:
-        """The value of the first key that has one; of a list with a value for every layer, the one that they share.
+    def everywhere(self, *keys: str) -> int:
+        """The positive integer of the first key that has one; of a list with one for every layer, the one that they share.
 
         Raises:
-            CheckpointError: none has.
+            CheckpointError: none has, or it is something else.
             UnsupportedError: layers differ.
         """
-        value = self.value(*keys)
-        if not isinstance(value, list):
-            return value
-        if not value or any(item != value[0] for item in value):
-            raise UnsupportedError("layers differ", where=self.where, given=f"{' or '.join(keys)} {value}", needed="one value for all layers")
-        return value[0]
+        key = next((key for key in keys if isinstance(self.values.get(key), list)), None)
+        if key is None or next(given for given in keys if given in self) != key:
+            return self.value(*keys)
+        values = self.integers(key)
+        if len(values) < self.num_layers or not values[0]:
+            raise self.misfit(key, f"an integer from 1 to {LARGEST}, or a list with one for each layer")
+        if any(value != values[0] for value in values):
+            raise UnsupportedError("layers differ", where=self.where, given=f"{key} {list(values)}", needed="one value for all layers")
+        return values[0]
 
     @property
     def activation(self) -> Activation:
@@ -184,8 +184,8 @@ class Config:
         Raises:
             UnsupportedError: a function halfbyte does not compute.
         """
-        name = self.get(key, "silu")
-        name = name.get("name") if isinstance(name, Mapping) else name
+        named = isinstance(self.values.get(key), Mapping)  # {"name": "silu"} of DBRX
+        name = self.section(key).get("name", "silu") if named else self.get(key, "silu")
         if name not in ACTIVATIONS:
             raise UnsupportedError("unknown activation", where=self.where, given=f"{key} {name!r}", needed=", ".join(ACTIVATIONS))
         return ACTIVATIONS[name]

@@ -15,4 +15,5 @@ def describe(config: Config, _: Model) -> Family:
         Router(config.top_k, RoutingRule("renormalize", config.top_k)),
         activation=replace(config.activation, alpha=config.get("swiglu_alpha", 1.702), beta=1.0, limit=config.get("swiglu_limit", 7.0)),
         interleaved=True,
+        biased=True,
     )

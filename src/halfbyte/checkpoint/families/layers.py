@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from halfbyte.checkpoint.families.description import Config, LayerRule
-from halfbyte.errors import CheckpointError
 
 Layers = Sequence[int]
 
@@ -20,25 +19,30 @@ def moe_layers(config: Config, rule: LayerRule) -> tuple[int, ...]:
     (1, 2, 3)
     """
     layers = range(config.num_layers)
-    kinds = config.get("mlp_layer_types")
-    if kinds:
+    if kinds := config.words("mlp_layer_types"):
         _check_length(config, "mlp_layer_types", kinds, layers)
         return tuple(layer for layer in layers if kinds[layer] != "dense")
     return tuple(layer for layer in RULES[rule](config, layers) if layer in layers)
 
 
+def _check_length(config: Config, key: str, values: Sequence[object], layers: Layers) -> None:
+    """Raise CheckpointError where a list or a string of layers ends before they do; it may go on, for heads that predict further tokens."""
+    if len(values) < len(layers):
+        raise config.misfit(key, f"one entry for each of {len(layers)} layers")
+
+
 def _first_dense(config: Config, layers: Layers) -> Layers:
     """Dense up to `first_k_dense_replace`, then every `moe_layer_freq`-th, which may also be a list with 0 or 1 for every layer."""
-    frequency = config.get("moe_layer_freq", 1)
-    if isinstance(frequency, list):
-        _check_length(config, "moe_layer_freq", frequency, layers)
-        return [layer for layer in layers if frequency[layer]]
-    first = config.get("first_k_dense_replace", 0)
+    if isinstance(config.values.get("moe_layer_freq"), list):
+        of_layer = config.integers("moe_layer_freq")
+        _check_length(config, "moe_layer_freq", of_layer, layers)
+        return [layer for layer in layers if of_layer[layer]]
+    first, frequency = config.get("first_k_dense_replace", 0), config.get("moe_layer_freq", 1, low=1)
     return [layer for layer in layers if layer >= first and layer % frequency == 0]
 
 
 def _sparse_step(config: Config, layers: Layers) -> Layers:
-    dense, step = config.get("mlp_only_layers", ()), config.get("decoder_sparse_step") or 1
+    dense, step = frozenset(config.integers("mlp_only_layers")), config.get("decoder_sparse_step", 1, low=1)
     return [layer for layer in layers if layer not in dense and (layer + 1) % step == 0]
 
 
@@ -47,39 +51,39 @@ def _dense_layers(config: Config, layers: Layers) -> Layers:
 
 
 def _span(config: Config, layers: Layers) -> Layers:
-    first, last, step = config.get("moe_layer_start_index", 0), config.get("moe_layer_end_index", -1), config.get("moe_layer_interval", 1)
+    first, last = config.get("moe_layer_start_index", 0), config.get("moe_layer_end_index", -1, low=-1)
+    step = config.get("moe_layer_interval", 1, low=1)
     return [layer for layer in layers if first <= layer <= (last if last >= 0 else len(layers)) and (layer + 1) % step == 0]
 
 
 def _period(config: Config, layers: Layers) -> Layers:
-    period, offset = config.get("expert_layer_period", 1), config.get("expert_layer_offset", 0)
+    period, offset = config.get("expert_layer_period", 1, low=1), config.get("expert_layer_offset", 0)
     return [layer for layer in layers if layer % period == offset]
 
 
 def _interleaved(config: Config, layers: Layers) -> Layers:
-    step = config.get("interleave_moe_layer_step", 1)
-    return config.get("moe_layers") or layers[step - 1 :: step]
+    step = config.get("interleave_moe_layer_step", 1, low=1)
+    return config.integers("moe_layers") or layers[step - 1 :: step]
 
 
 def _pattern(config: Config, layers: Layers) -> Layers:
     """A list of layer kinds, or a string with a letter each: E has experts."""
-    kinds = config.get("layers_block_type") or config.get("layer_types") or list(config.value("hybrid_override_pattern"))
-    _check_length(config, "layers_block_type", kinds, layers)
+    key = next((key for key in ("layers_block_type", "layer_types") if config.words(key)), "hybrid_override_pattern")
+    kinds = config.get(key, "") if key == "hybrid_override_pattern" else config.words(key)
+    _check_length(config, key, kinds, layers)
     return [layer for layer in layers if kinds[layer] in ("moe", "E")]
 
 
 def _enumerated(config: Config, layers: Layers) -> Layers:
     """`moe_layers_enum`: a list, or a string with commas; all but the first three layers where it is absent."""
-    listed = config.get("moe_layers_enum")
-    if listed is None:
+    if "moe_layers_enum" not in config:
         return layers[3:]
-    return [int(item) for item in (listed.split(",") if isinstance(listed, str) else listed) if str(item).strip()]
-
-
-def _check_length(config: Config, key: str, of_layers: Sequence[object], layers: Layers) -> None:
-    """A list may go on behind the layers, for heads that predict further tokens."""
-    if len(of_layers) < len(layers):
-        raise CheckpointError("a list lacks layers", where=config.where, given=f"{key} of {len(of_layers)}", needed=f"{len(layers)} layers")
+    if not isinstance(config.values["moe_layers_enum"], str):
+        return config.integers("moe_layers_enum")
+    listed = [item.strip() for item in config.get("moe_layers_enum", "").split(",") if item.strip()]
+    if not all(item.isdecimal() and len(item) < 10 for item in listed):
+        raise config.misfit("moe_layers_enum", "integers with commas between them")
+    return [int(item) for item in listed]
 
 
 RULES: dict[LayerRule, Callable[[Config, Layers], Layers]] = {

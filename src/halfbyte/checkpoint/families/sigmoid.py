@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from halfbyte.checkpoint.families.description import Config, Family, Model, Router, RoutingRule
-from halfbyte.checkpoint.families.softmax import softmax_router
+from halfbyte.checkpoint.families.softmax import renormalisation, softmax_router
 from halfbyte.experts import SWIGLU
 
 _SCALE = "routed_scaling_factor"
@@ -19,7 +19,7 @@ _NEMOTRON = Model(
     {"num_experts_per_tok": 2, "norm_topk_prob": True, "mlp_hidden_act": "relu2"}, "norm_topk_prob", _SCALE, "pattern", "mlp_hidden_act"
 )
 _STEP = Model({"num_experts_per_tok": 8}, True, "moe_router_scaling_factor", "enumerated")
-_MINIMAX_M3 = Model({"num_experts_per_tok": 4, _SCALE: 2.0, "swiglu_alpha": 1.702, "swiglu_limit": 7.0}, True, _SCALE, "first dense")
+_MINIMAX_M3 = Model({"num_experts_per_tok": 4, _SCALE: 2.0}, True, _SCALE, "first dense")
 _BAILING = Model(scale=_SCALE, layers="first dense")
 _BAILING_HYBRID = Model(
     {"num_experts_per_token": 8, "num_expert_group": 8, "topk_group": 4, "moe_renormalize": True, _SCALE: 2.5, "first_k_dense_replace": 2},
@@ -58,11 +58,13 @@ def describe(config: Config, model: Model) -> Family:
     """Some differ in what their experts compute: MiniMax-M3 and Step-3.5 clamp, Nemotron works at another width."""
     router = _router(config, model)
     if model is _MINIMAX_M3:
-        return Family(router, replace(SWIGLU, alpha=config.value("swiglu_alpha"), beta=1.0, limit=config.value("swiglu_limit")))
+        return Family(router, replace(SWIGLU, alpha=config.get("swiglu_alpha", 1.702), beta=1.0, limit=config.get("swiglu_limit", 7.0)))
     if model is _STEP:
-        limits = config.get("swiglu_limits", [])
+        limits = config.values.get("swiglu_limits") or []
+        if not isinstance(limits, list):
+            raise config.misfit("swiglu_limits", "a list of numbers")
         return Family(router, refused_layers={layer: f"silu(gate) is clamped at {limit}" for layer, limit in enumerate(limits) if limit})
-    latent = config.get("moe_latent_size") if model is _NEMOTRON else None
+    latent = config.value("moe_latent_size") if model is _NEMOTRON and "moe_latent_size" in config else None
     if latent is not None:
         router = Router(router.top_k, refusal="its experts lie between two latent projections")
     return Family(router, hidden=latent)
@@ -79,9 +81,9 @@ def _router(config: Config, model: Model) -> Router:
         return Router(top_k, refusal="it caps its logits softly")
     if config.get("moe_apply_router_weight_on_input", False):
         return Router(top_k, refusal="it scales the input of the experts")
-    renormalised = config.value(model.renormalised) if isinstance(model.renormalised, str) else model.renormalised
-    if not renormalised:
+    if not renormalisation(config, model):
         return Router(top_k, refusal="its weights are sigmoid scores that are not renormalised")
-    groups, kept = config.get("n_group", config.get("num_expert_group", 1)), config.get("topk_group", 1)
-    scale = float(config.get(model.scale, 1.0)) if model.scale else 1.0
+    groups = config.get("n_group", config.get("num_expert_group", 1, low=1), low=1)
+    kept = config.get("topk_group", 1, low=1)
+    scale = config.get(model.scale, 1.0) if model.scale else 1.0
     return Router(top_k, RoutingRule("deepseek_v3", top_k, groups, kept, scale))

@@ -6,6 +6,7 @@ Renormalised over the k is softmax over their logits alone. Shared experts are n
 from __future__ import annotations
 
 from halfbyte.checkpoint.families.description import Config, Family, Model, Router, RoutingRule
+from halfbyte.errors import CheckpointError
 
 _SCALE = "routed_scaling_factor"
 _MISTRAL_LARGE_4 = Model({"num_experts_per_tok": 4, "first_k_dense_replace": 1}, renormalised=True, scale=_SCALE, layers="first dense")
@@ -42,22 +43,32 @@ def describe(config: Config, model: Model) -> Family:
 
 def softmax_router(config: Config, model: Model) -> Router:
     """The routing of a softmax router."""
-    renormalised, top_k = _renormalised(config, model), config.top_k
+    order, top_k = renormalisation(config, model), config.top_k
     function = config.get("expert_selection_fn", "softmax")
-    groups, kept = config.get("n_group", 1), config.get("topk_group", 1)
+    groups, kept = (config.get(key, 1, low=1) for key in ("n_group", "topk_group"))
     if groups > 1 and kept < groups and config.get("topk_method", "") != "greedy":
         return Router(top_k, refusal=f"it chooses {kept} of {groups} groups of experts by softmax scores")
-    if renormalised not in (False, True, 1):
-        return Router(top_k, refusal=f"it renormalises weights by their {renormalised}-norm")
+    if order not in (0, 1):
+        return Router(top_k, refusal=f"it renormalises weights by their {order}-norm")
     if function == "sigmoid":
-        return Router(top_k, RoutingRule("sigmoid_renorm" if renormalised else "topk_sigmoid", top_k))
+        return Router(top_k, RoutingRule("sigmoid_renorm" if order else "topk_sigmoid", top_k))
     if function != "softmax":
         return Router(top_k, refusal=f"its scores are expert_selection_fn {function!r}")
-    scale = float(config.get(model.scale, 1.0)) if model.scale else 1.0
+    scale = config.get(model.scale, 1.0) if model.scale else 1.0
     # Cohere's softmax is over the k, whatever norm_topk_prob says.
-    over_k = renormalised or config.get("expert_selection_fn") is not None
+    over_k = order or "expert_selection_fn" in config
     return Router(top_k, RoutingRule("renormalize" if over_k else "default", top_k, scale=scale))
 
 
-def _renormalised(config: Config, model: Model) -> object:
-    return config.value(model.renormalised) if isinstance(model.renormalised, str) else model.renormalised
+def renormalisation(config: Config, model: Model) -> float:
+    """0: the weights of the chosen experts are as they are; otherwise the order of the norm by which they are divided.
+
+    Raises:
+        CheckpointError: the configuration has to say it and does not, or says something else than its default is: a bool, or a number (DBRX).
+    """
+    key = model.renormalised
+    if not isinstance(key, str):
+        return float(key)
+    if key not in config:
+        raise CheckpointError("missing value", where=config.where, needed=key)
+    return float(config.get(key, model.defaults.get(key, True)))

@@ -41,7 +41,7 @@ def describe_unknown(config: Mapping[str, Any], shapes: Shapes, quantization: Qu
             needed=f"tensors layers.N.*.experts.*, or {_KNOWN_FAMILIES}",
         )
     block = only_block(blocks, where)
-    num_layers, parts_of = _find_layers(shapes, block, values.get("num_hidden_layers"))
+    num_layers, parts_of = _find_layers(shapes, block, values.num_layers if "num_hidden_layers" in values else None)
     activation = _find_activation(values)
     gated = activation is None or activation.gated
     sizes_of = {layer: _measure(shapes, block.format(layer=layer), parts, gated, quantization, where) for layer, parts in parts_of.items()}
@@ -165,4 +165,4 @@ def _matrix_shape(shapes: Shapes, module: str, quantization: Quantization, where
 
 def _find_activation(values: Config) -> Activation | None:
     """What hidden_act says; None where that is nothing known, or the configuration has constants that change it."""
-    return None if values.mentions("swiglu") else ACTIVATIONS.get(values.get("hidden_act"))
+    return None if values.mentions("swiglu") else ACTIVATIONS.get(values.get("hidden_act", ""))

@@ -60,7 +60,7 @@ class FP4Quantizer(HfQuantizer):
         super().__init__(config, **kwargs)
         fields = config.to_dict()
         nested = fields if "quantization" in fields else None  # hf_quant_config.json's form
-        self.description = describe_quantization({"quantization_config": fields}, nested, where="quantization_config")
+        self.description = describe_quantization({"quantization_config": fields}, nested)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return False
