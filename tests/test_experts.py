@@ -1,4 +1,4 @@
-"""`ExpertMap`: slices, placements and copies, and that every slot is somebody's exactly once."""
+"""`Activation`: its kinds. `ExpertMap`: slices, placements and copies, and that every slot is somebody's exactly once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from halfbyte.errors import InputError
-from halfbyte.experts import ExpertMap
+from halfbyte.experts import Activation, ExpertMap
+
+
+@pytest.mark.parametrize("kind", ["silu", "tanh", "gelu", "SwiGLU", "", None])
+def test_an_activation_of_a_kind_that_there_is(kind: str) -> None:
+    with pytest.raises(InputError, match=r"unknown activation .*needed swiglu, geglu, geglu_tanh, relu2"):
+        Activation(kind)
+    assert [Activation(known).gated for known in ("swiglu", "geglu", "geglu_tanh", "relu2")] == [True, True, True, False]
 
 
 def test_a_slice_counts_from_its_first_expert() -> None:

@@ -104,3 +104,20 @@ def test_unknown_layer(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(cf.dense().write(tmp_path))
     with pytest.raises(CheckpointError, match="there is no layer 9"):
         examine_layer(checkpoint, 9)
+
+
+def test_what_is_missing_and_what_is_too_much(tmp_path: Path) -> None:
+    files = same_gate_up(cf.nvfp4("modelopt"))
+    del files.tensors[f"{PREFIX}.1.down_proj.input_scale"]
+    (defect,) = defects(files, tmp_path / "warned")
+    assert (defect.severity, defect.layer) == ("warning", 1) and f"missing input scales: {PREFIX}.1.down_proj.input_scale;" in defect.message
+    files.tensors[f"{PREFIX}.2.down_proj.weight_packed"] = torch.ones(cf.I)
+    error, _ = defects(files, tmp_path / "refused")
+    assert error.severity == "error" and f"does not read: {PREFIX}.2.down_proj.weight_packed" in error.message
+
+
+def test_an_input_without_any_scale_has_no_statistics(tmp_path: Path) -> None:
+    files = same_gate_up(cf.nvfp4("modelopt"))
+    files.tensors = {name: tensor for name, tensor in files.tensors.items() if not name.endswith("down_proj.input_scale")}
+    (gate, _, down), (defect,) = examine_layer(Checkpoint.open(files.write(tmp_path)), 1)
+    assert down.input_scale is None and gate.input_scale is not None and defect.severity == "warning"

@@ -348,6 +348,7 @@ STEP = {
     "hidden_size": cf.H,
     "moe_intermediate_size": cf.I,
     "moe_num_experts": cf.E,
+    "moe_top_k": 2,
     "moe_layers_enum": "1",
 }
 
@@ -355,18 +356,18 @@ STEP = {
 @pytest.mark.parametrize("family", ["granitemoe", "step3p5"])
 def test_stacked_layouts_are_found_and_read_back(family: str, tmp_path: Path) -> None:
     files = cf.dense(GRANITE if family == "granitemoe" else STEP)
-    block = "model.layers.1.block_sparse_moe" if family == "granitemoe" else "model.layers.1.moe"
+    blocks = [f"model.layers.{layer}.block_sparse_moe" for layer in range(2)] if family == "granitemoe" else ["model.layers.1.moe"]
     w13, w2 = files.w13.bfloat16(), files.w2.bfloat16()
     named = {"input_linear": w13, "output_linear": w2, "router.layer": torch.randn(cf.E, cf.H)}
     if family == "step3p5":
         named = {"gate_proj": w13[:, : cf.I], "up_proj": w13[:, cf.I :], "down_proj": w2, "gate": torch.randn(cf.E, cf.H)}
     others = {"model.layers.1.shared_mlp.input_linear.weight": torch.randn(2 * cf.I, cf.H), "model.layers.1.mlp.gate_proj.weight": torch.randn(8, 64)}
-    files.tensors = {f"{block}.{name}.weight": tensor.contiguous() for name, tensor in named.items()} | others
+    files.tensors = {f"{block}.{name}.weight": tensor.clone().contiguous() for block in blocks for name, tensor in named.items()} | others
     source = files.write(tmp_path / "in")
     dense = load_experts(source, 1)
     assert_equal_bits(dense.w13, w13)
     assert_equal_bits(dense.w2, w2)
-    assert quantize_model(source, tmp_path / "out").matrices == 3 * cf.E
+    assert quantize_model(source, tmp_path / "out").matrices == 3 * cf.E * len(blocks)
     weights = load_experts(tmp_path / "out", 1).dequantize()
     assert_equal_bits(weights.w13, hb.quantize(w13, hb.NVFP4).dequantize())
     assert_equal_bits(weights.w2, hb.quantize(w2, hb.NVFP4).dequantize())

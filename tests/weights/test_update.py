@@ -100,6 +100,14 @@ BAD = {
 
 
 @pytest.mark.parametrize("layout", ["canonical", *LAYOUTS])
+@pytest.mark.parametrize("name", [name for name in BAD if "scale" in name])
+def test_prepare_refuses_the_same_scales(layout: str, name: str) -> None:
+    build, message = BAD[name]
+    with pytest.raises(InputError, match=message):
+        hb.prepare(build(), layout)
+
+
+@pytest.mark.parametrize("layout", ["canonical", *LAYOUTS])
 @pytest.mark.parametrize("name", BAD)
 def test_refused_and_nothing_written(layout: str, name: str) -> None:
     prepared = hb.prepare(make(1), layout)

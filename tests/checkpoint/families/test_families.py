@@ -50,7 +50,7 @@ def test_which_layers_are_moe() -> None:
     assert layers(cf.DEEPSEEK_V3, first_k_dense_replace=3) == (3, 4, 5)
     assert layers(cf.DEEPSEEK_V3, first_k_dense_replace=0, moe_layer_freq=2) == (0, 2, 4)
     assert layers(cf.MIXTRAL) == layers(cf.GPT_OSS) == layers(cf.DEEPSEEK_V4) == (0, 1, 2, 3, 4, 5)
-    with pytest.raises(CheckpointError, match=r"given mlp_layer_types of 2; needed 6 layers"):
+    with pytest.raises(CheckpointError, match=r"mlp_layer_types does not fit .*needed one entry for each of 6 layers"):
         layers(cf.DEEPSEEK_V4, mlp_layer_types=["moe", "moe"])
     assert layers(cf.DEEPSEEK_V4, mlp_layer_types=["dense"] + 6 * ["moe"]) == (1, 2, 3, 4, 5)  # the last is a head's
     assert layers(cf.DEEPSEEK_V4, mlp_layer_types=["dense", "hash_moe", "moe", "dense", "moe", "moe"]) == (1, 2, 4, 5)

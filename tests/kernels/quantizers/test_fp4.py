@@ -286,6 +286,11 @@ GOOD = {"x": torch.zeros(3, 32), "expert_offsets": offsets_of([1, 2]), "global_s
         ({"out": QuantizedExperts(*[torch.zeros(1)] * 3)}, "out does not fit"),
         ({"backend": "cutlass"}, "no kernel of quantize_experts has this name"),
         ({"global_scales": torch.ones(2, device="meta")}, "different devices"),
+        ({"global_scales": torch.tensor([1.0, float("nan")])}, "a global scale is not usable"),
+        ({"global_scales": torch.tensor([0.0, 1.0])}, "a global scale is not usable"),
+        ({"expert_offsets": torch.tensor([0, 2, 1], dtype=torch.int32)}, r"expert_offsets do not rise from 0 to the rows .given \[0, 2, 1\]"),
+        ({"expert_offsets": torch.tensor([-1, 2, 3], dtype=torch.int32)}, "expert_offsets do not rise"),
+        ({"expert_offsets": torch.tensor([0, 2, 4], dtype=torch.int32)}, r"expert_offsets do not rise .*within 0 \.\. 3"),
     ],
 )
 def test_bad_input_of_experts(change, message):
@@ -308,6 +313,26 @@ def test_bad_input_of_experts(change, message):
 def test_bad_input(x, format, options, message):
     with pytest.raises(InputError, match=message):
         hb.quantize(x, format, **options)
+
+
+UNUSABLE = [0, 0.0, -1.0, float("nan"), float("inf"), "1", torch.tensor(0.0), torch.tensor([1.0, 1.0, -1.0]), torch.tensor(float("nan"))]
+
+
+@pytest.mark.parametrize("scale", UNUSABLE, ids=repr)
+def test_a_global_scale_that_spoils_everything(scale):
+    x, message = torch.ones(3, 2, 32), "a global scale is not usable .*needed a finite number > 0"
+    with pytest.raises(InputError, match=message):
+        hb.quantize(x, hb.NVFP4, scale)
+    with pytest.raises(InputError, match=message):
+        hb.silu_mul_quantize(torch.ones(3, 2, 64), hb.NVFP4, scale)
+    with pytest.raises(InputError, match=message):
+        hb.rms_norm_quantize(x, torch.ones(32), hb.NVFP4, scale)
+
+
+def test_rows_that_no_expert_covers_are_no_error():
+    x, offsets = torch.randn(6, 32), torch.tensor([1, 1, 4], dtype=torch.int32)
+    q = hb.quantize_experts(x, offsets, torch.ones(2), scale_layout="linear")
+    assert_equal_bits(q.codes[1:4], codec(x[1:4], hb.NVFP4, torch.tensor(1.0)).codes)
 
 
 def test_the_table_prefers_it_on_a_gpu():

@@ -167,10 +167,10 @@ class Config(Document):
         if key is None or next(given for given in keys if given in self) != key:
             return self.value(*keys)
         values = self.integers(key)
-        if len(values) < self.num_layers or not values[0]:
-            raise self.misfit(key, f"an integer from 1 to {LARGEST}, or a list with one for each layer")
         if any(value != values[0] for value in values):
             raise UnsupportedError("layers differ", where=self.where, given=f"{key} {list(values)}", needed="one value for all layers")
+        if len(values) < self.num_layers or not values[0]:
+            raise self.misfit(key, f"an integer from 1 to {LARGEST}, or a list with one for each layer")
         return values[0]
 
     @property
