@@ -15,6 +15,15 @@ from halfbyte.errors import UnsupportedError
 from halfbyte.experts import GEGLU, GEGLU_TANH, RELU2, SWIGLU, Activation
 
 ACTIVATIONS = {"silu": SWIGLU, "swish": SWIGLU, "gelu": GEGLU, "gelu_pytorch_tanh": GEGLU_TANH, "gelu_new": GEGLU_TANH, "relu2": RELU2}
+TOP_K = (
+    "num_experts_per_tok",
+    "experts_per_token",
+    "num_experts_per_token",
+    "moe_topk",
+    "moe_top_k",
+    "moe_k",
+    "top_k_experts",
+)  # keys that may say it
 MAX_LAYERS = 1 << 16  # far above any model, and few enough to be counted one by one
 
 
@@ -131,8 +140,10 @@ class Config(Document):
         super().__init__({**document, **text.values}, where)
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> Config:
-        """The same, and `defaults` where a value is absent or null."""
+        """The same, and `defaults` where a value is absent or null; that of `TOP_K` where none of its names has a value."""
         own = {key: value for key, value in self.values.items() if value is not None and key != "text_config"}
+        if own.keys() & set(TOP_K):
+            defaults = {key: value for key, value in defaults.items() if key not in TOP_K}
         return Config({**defaults, **own}, self.where)
 
     def mentions(self, word: str) -> bool:
@@ -154,7 +165,7 @@ class Config(Document):
 
     @property
     def top_k(self) -> int:
-        return self.everywhere("num_experts_per_tok", "experts_per_token", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
+        return self.everywhere(*TOP_K)
 
     def everywhere(self, *keys: str) -> int:
         """The positive integer of the first key that has one; of a list with one for every layer, the one that they share.

@@ -77,7 +77,7 @@ def _pattern(config: Config, layers: Layers) -> Layers:
 def _enumerated(config: Config, layers: Layers) -> Layers:
     """`moe_layers_enum`: a list, or a string with commas; all but the first three layers where it is absent."""
     if "moe_layers_enum" not in config:
-        return layers[3:]
+        return layers[3:] or layers  # a model of experts has some
     if not isinstance(config.values["moe_layers_enum"], str):
         return config.integers("moe_layers_enum")
     listed = [item.strip() for item in config.get("moe_layers_enum", "").split(",") if item.strip()]
