@@ -138,6 +138,9 @@ def quantised(tensors: dict[str, torch.Tensor], config: dict, column: str) -> tu
         if not EXPERT.search(name):
             packed[name] = dense[name] = tensor
             continue
+        if (number := re.search(r"\.experts\.(\d+)\.", name)) and int(number[1]) >= E:
+            dense[name] = tensor  # one of LongCat's zero experts, which published files do not have
+            continue
         stem = name.removesuffix(".weight")
         dot = "." if stem != name else "_"
         matrices = tensor.unflatten(0, (E, I)) if model_type == "dbrx" else tensor
