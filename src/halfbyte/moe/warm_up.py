@@ -15,7 +15,7 @@ from halfbyte.errors import HalfbyteError, InputError
 from halfbyte.formats.activation_formats import ActivationFormat
 from halfbyte.kernels.problem import Problem, Size, layer_problem
 from halfbyte.kernels.table import KernelChoice, choose
-from halfbyte.moe.functional import check
+from halfbyte.moe.functional import check, check_prepared
 from halfbyte.weights import PreparedExperts
 
 
@@ -60,9 +60,7 @@ def warm_up(
     >>> w = halfbyte.ExpertWeights(*(halfbyte.quantize(torch.randn(4, n, 32), halfbyte.MXFP4) for n in (64, 32)))
     >>> halfbyte.warm_up(halfbyte.prepare(w), top_k=2)
     """
-    if not isinstance(experts, PreparedExperts):
-        given = type(experts).__name__
-        raise InputError("experts are not prepared", where="warm_up", given=given, needed="PreparedExperts", next_step="call halfbyte.prepare(w)")
+    check_prepared(experts, "warm_up")
     for name, value in (("top_k", top_k), ("max_tokens", max_tokens), ("threads", threads)):
         if value is not None and value < 1:
             raise InputError(f"{name} is too small", where="warm_up", given=value, needed="at least 1")
