@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# Waiting threads sleep: two test processes on two cores would otherwise spin against each other.
+export OMP_WAIT_POLICY ?= passive
+
 .PHONY: demo test check bench clean
 
 demo: $(STAMP)

@@ -24,12 +24,15 @@ def squeezed(text: str) -> list[str]:
 def test_report_of_a_sound_machine(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("HALFBYTE_CACHE_DIR", str(tmp_path / "not" / "yet"))
     assert main(["doctor", "--json"]) == 0
-    findings = {finding["name"]: finding for finding in json.loads(capsys.readouterr().out)}
+    document = json.loads(capsys.readouterr().out)
+    findings = {finding["name"]: finding for finding in document["findings"]}
+    assert document["verdict"] == "FP4 MoE runs here: CPU, no GPU found, plain torch, for trying out" and document["next_step"] == "halfbyte demo"
     assert findings["torch"]["value"] == torch.__version__
     assert "can be created" in findings["cache directory"]["value"] and not (tmp_path / "not").exists()
     assert findings["cpu fused_moe NVFP4 canonical"]["value"] == "reference: yes"
     assert main(["doctor"]) == 0
     lines = squeezed(capsys.readouterr().out)
+    assert lines[0] == document["verdict"] and lines[-1] == "Next: halfbyte demo"
     assert "cpu fused_moe MXFP4 canonical reference: yes" in lines and not any(line.startswith("!") for line in lines)
 
 
@@ -40,6 +43,7 @@ def test_prints_everything_else_without_torch(tmp_path):
     environment = {"PYTHONPATH": f"{tmp_path}:{Path(halfbyte.__file__).parent.parent}", "PATH": "", "HOME": str(tmp_path)}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert result.returncode == 1 and not result.stderr
+    assert result.stdout.startswith("FP4 MoE does not run here: torch, cuda, kernel table broken\n")
     broken = [line for line in result.stdout.splitlines() if line.startswith("! ")]
     assert {line.split()[1] for line in broken} >= {"torch", "cuda", "kernel"}
     assert all("libcudart" in line for line in broken if line.split()[1] in ("torch", "cuda", "kernel"))
@@ -83,3 +87,15 @@ def test_the_kernels_are_asked_about_bf16_activations() -> None:
     lines = [f"{finding.name} {finding.value}" for finding in doctor.report() if finding.section == "kernels"]
     assert "cpu fused_moe NVFP4 hopper hopper: no: needs a CUDA GPU, this is a CPU" in lines
     assert not any("not None" in line for line in lines)
+
+
+def test_the_verdict_counts_gpus_and_names_the_kernel(monkeypatch) -> None:
+    hopper = Target("NVIDIA H200", "sm_90", 132, 50 << 20, 4600.0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(Target, "of", staticmethod(lambda device: hopper))
+    assert doctor.verdict([]) == "FP4 MoE runs here: 2 x NVIDIA H200, kernel 'hopper'"
+
+
+def test_the_next_step_installs_what_the_demo_lacks(monkeypatch) -> None:
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    assert doctor.next_step() == "pip install 'halfbyte[demo]', then: halfbyte demo"

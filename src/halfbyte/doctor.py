@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import sys
@@ -57,6 +58,21 @@ def report() -> list[Finding]:
         except (ImportError, OSError, RuntimeError, AttributeError, HalfbyteError) as error:
             findings.append(Finding(section, name, f"broken: {type(error).__name__}: {error}", ok=False))
     return findings
+
+
+def verdict(findings: list[Finding]) -> str:
+    """In one line: whether FP4 MoE layers run here, on what, and how fast."""
+    broken = [finding.name for finding in findings if not finding.ok]
+    if any(name in broken for name in ("torch", "kernel table")):
+        return f"FP4 MoE does not run here: {', '.join(broken)} broken"
+    return f"FP4 MoE runs here: {'; '.join(_layer_kernels())}" + (f"; broken: {', '.join(broken)}" if broken else "")
+
+
+def next_step() -> str:
+    """What to try first on this machine."""
+    if not all(importlib.util.find_spec(name) for name in ("transformers", "matplotlib")):
+        return "pip install 'halfbyte[demo]', then: halfbyte demo"
+    return "halfbyte demo"
 
 
 def render(findings: list[Finding]) -> str:
@@ -120,6 +136,23 @@ def _cache_directory() -> Iterable[tuple[str, str]]:
 def _environment() -> Iterable[tuple[str, str]]:
     for variable in env.VARIABLES:
         yield variable.name, variable.get() or f"not set: {variable.meaning}"
+
+
+def _layer_kernels() -> Iterable[str]:
+    """Of every kind of device: the kernel of an NVFP4 layer prepared for it."""
+    import torch
+
+    from halfbyte.device import Target
+    from halfbyte.formats import NVFP4
+    from halfbyte.kernels.problem import Problem
+    from halfbyte.kernels.table import choose, wanted_layout
+
+    gpus = [Target.of(f"cuda:{index}") for index in range(torch.cuda.device_count())]
+    for target in dict.fromkeys(gpus) or [Target.of("cpu")]:
+        layout, _ = wanted_layout(NVFP4, target, "bf16")
+        kernel = choose(Problem("fused_moe", target, NVFP4, layout, "bf16", torch.bfloat16, num_experts=8, hidden=1024, intermediate=1024)).name
+        on = "CPU, no GPU found" if target.is_cpu else f"{gpus.count(target)} x {target.name}"
+        yield f"{on}, {'plain torch, for trying out' if kernel == 'reference' else f'kernel {kernel!r}'}"
 
 
 def _kernels() -> Iterable[tuple[str, str]]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
-import sys
 from contextlib import redirect_stderr
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
-import tqdm
+from tqdm import tqdm
 
+from halfbyte.cli import progress
 from halfbyte.cli.progress import Bar
 
 
@@ -20,7 +21,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def every_step_shows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tqdm, "tqdm", partial(tqdm.tqdm, mininterval=0, miniters=1))
+    monkeypatch.setattr(progress, "tqdm", partial(tqdm, mininterval=0, miniters=1))
 
 
 def last_bar(terminal: Terminal) -> str:
@@ -42,17 +43,13 @@ def test_reaches_what_the_work_tells(every_step_shows: None) -> None:
         assert "quantize:  75%" in last_bar(terminal) and "3.00k/4.00k" in last_bar(terminal)
 
 
-def test_silent_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    with Bar("evaluating", 4) as bar:
-        bar.update(1)
-        bar.reach(4, 4)
+def test_a_line_every_ten_seconds_without_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    clock = iter([0.0, 5.0, 11.0, 11.0, 15.0, 21.5, 21.5])  # what the bar asks for: at its start, at each step, and after a line
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with Bar("evaluating", 4000, unit="tokens") as bar:
+        bar.update(1000)
+        bar.update(1000)
+        bar.reach(3000, 4000)
+        bar.reach(4000, 4000)
     captured = capsys.readouterr()
-    assert (captured.out, captured.err) == ("", "")
-
-
-def test_says_once_that_tqdm_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setitem(sys.modules, "tqdm", None)
-    with Bar("evaluating", 4) as bar:
-        bar.update(1)
-        bar.reach(4, 4)
-    assert capsys.readouterr().err == "halfbyte: no progress bar, tqdm is not installed\n"
+    assert (captured.out, captured.err) == ("", "evaluating: 50% of 4,000 tokens\nevaluating: 100% of 4,000 tokens\n")

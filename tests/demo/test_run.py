@@ -1,10 +1,10 @@
 import json
 
 import pytest
-from tqdm import tqdm
 
 from halfbyte.checkpoint.source import Checkpoint
 from halfbyte.cli.main import main
+from halfbyte.cli.progress import Bar
 from halfbyte.demo import run
 from halfbyte.errors import CheckpointError, InputError
 from halfbyte.eval.data import load_questions
@@ -20,7 +20,7 @@ def demo(tmp_path_factory):
         patch.setattr(run, "WINDOWS", 2)
         patch.setattr(run, "_problems", lambda questions: [questions[1]])
         patch.setattr(run, "load_questions", lambda file, limit=None: [q for q in load_questions(file, limit=limit) if q.kind in ("story", "drill")])
-        result = run.run_demo(output, say=lines.append, stream=False, progress_bar=lambda total, label: tqdm(total=total, disable=True))
+        result = run.run_demo(output, say=lines.append, stream=False, progress_bar=Bar)
     return output, result, "\n".join(lines)
 
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 import importlib
 
+from halfbyte.cli.parser import Parser
+
+EXAMPLE = "halfbyte bench moe --name qwen3-30b --tokens 1,64,4096"
+
 # Each is a module halfbyte.cli.bench_NAME with add_arguments and run, like a command.
 BENCHMARKS = {
     "moe": "time the fused MoE layer and its peers, each after a correctness gate",
@@ -22,11 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     module = importlib.import_module(f"halfbyte.cli.bench_{args.benchmark}")
-    parser = argparse.ArgumentParser(
-        prog=f"halfbyte bench {args.benchmark}",
-        description=BENCHMARKS[args.benchmark],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser(prog=f"halfbyte bench {args.benchmark}", description=BENCHMARKS[args.benchmark], example=module.EXAMPLE)
     module.add_arguments(parser)
     try:
         return module.run(parser.parse_args(args.arguments))

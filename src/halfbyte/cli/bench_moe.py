@@ -25,6 +25,7 @@ from halfbyte.formats import BlockFormat
 from halfbyte.formats.activation_formats import ACTIVATION_FORMATS
 from halfbyte.kernels.table import PROVIDERS
 
+EXAMPLE = "halfbyte bench moe --name qwen3-30b --tokens 1,64,4096 --peers torch --out results.jsonl"
 _GPU_TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
 _CPU_TOKENS = (1, 4, 16)
 _GPU_SHAPE = "qwen3-30b"

@@ -11,6 +11,7 @@ from halfbyte.bench.shapes import NAMED_SHAPES, MoEShape
 from halfbyte.cli import bench_options as shared
 from halfbyte.cli.terminal import positive_int
 
+EXAMPLE = "halfbyte bench prepare --name qwen3-30b"
 _CPU_SHAPE = "256,128,16"  # that of the embedded demo model
 
 

@@ -15,6 +15,8 @@ from halfbyte.formats.scale_layout import LAYOUTS
 _GPU_ROWS, _CPU_ROWS = (64, 1024, 32768, 65536), (64,)
 _GPU_WIDTHS, _CPU_WIDTHS = (4096, 7168), (1024,)
 
+EXAMPLE = "halfbyte bench quantize --out results.jsonl"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=comma_list(positive_int), metavar="M,...", help="default 64,1024,32768,65536, on a CPU 64")

@@ -12,6 +12,8 @@ from halfbyte.bench.records import ROW_MODULES, Record, latest, read, render, ta
 from halfbyte.cli.bench_options import file_to_write
 from halfbyte.errors import InputError
 
+EXAMPLE = "halfbyte bench report results.jsonl --plot results.png"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE.jsonl", help="results of any benchmarks, the oldest first")

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import time
 from pathlib import Path
 
+from halfbyte.errors import UnsupportedError
+
+EXAMPLE = "halfbyte demo --output my-demo"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from halfbyte.cli.terminal import add_threads
+
     parser.add_argument("--full", action="store_true", help="measure on all 1,200 questions and all of the text")
     parser.add_argument("--output", type=Path, metavar="DIR", default=Path("demo-output"), help="where the models, plot and result go")
+    add_threads(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of the story")
 
 
@@ -21,14 +29,18 @@ def run(args: argparse.Namespace) -> int:
         InputError, CheckpointError: the output directory is taken or cannot be written.
         UnsupportedError: transformers or matplotlib is not installed.
     """
+    missing = [name for name in ("transformers", "matplotlib") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UnsupportedError("the demo needs a package", needed=" and ".join(missing), next_step="run: pip install 'halfbyte[demo]'")
     from halfbyte.cli.progress import Bar
-    from halfbyte.cli.terminal import quieten_transformers
+    from halfbyte.cli.terminal import quieten_transformers, set_threads
     from halfbyte.demo.run import run_demo
 
+    set_threads(args.threads)
     start = time.perf_counter()
     quieten_transformers()
     say = _silence if args.json else _say
-    result = run_demo(args.output, full=args.full, say=say, stream=not args.json, progress_bar=lambda total, label: Bar(label, total))
+    result = run_demo(args.output, full=args.full, say=say, stream=not args.json, progress_bar=lambda label: Bar(label, unit="tokens"))
     if args.json:
         print(json.dumps(result))
         return 0

@@ -6,7 +6,9 @@ import argparse
 import json
 from dataclasses import asdict
 
-from halfbyte.doctor import render, report
+from halfbyte.doctor import next_step, render, report, verdict
+
+EXAMPLE = "halfbyte doctor"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,5 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the report; 1 when something is broken, 0 otherwise."""
     findings = report()
-    print(json.dumps([asdict(finding) for finding in findings], indent=1) if args.json else render(findings))
+    if args.json:
+        document = {"verdict": verdict(findings), "findings": [asdict(finding) for finding in findings], "next_step": next_step()}
+        print(json.dumps(document, indent=1))
+    else:
+        print(f"{verdict(findings)}\n\n{render(findings)}\n\nNext: {next_step()}")
     return 0 if all(finding.ok for finding in findings) else 1

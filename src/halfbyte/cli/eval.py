@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from halfbyte.errors import InputError
-
 if TYPE_CHECKING:
     from halfbyte.formats.activation_formats import ActivationFormat
 
+EXAMPLE = "halfbyte eval demo-output/nvfp4 --questions demo --text demo --reference demo"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from halfbyte.cli.terminal import percent, positive_int
+    from halfbyte.cli.terminal import add_threads, percent, positive_int
 
     parser.add_argument("model", metavar="MODEL", help="a directory, a Hub name org/name, or demo (the embedded model)")
     parser.add_argument("--questions", metavar="FILE", help="JSONL of question and answer, optionally kind and solution; demo: the embedded file")
@@ -32,27 +33,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--budget", type=percent, metavar="PERCENT", default=0.5, help="auto: how much perplexity may rise (default: 0.5)")
     parser.add_argument("--device", help="torch device (default: the GPU where there is one)")
+    add_threads(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
 def run(args: argparse.Namespace) -> int:
     from halfbyte.checkpoint.source import DEMO_MODEL, demo_model_dir
     from halfbyte.cli.progress import Bar
-    from halfbyte.cli.terminal import load_model, usable_device
+    from halfbyte.cli.terminal import load_model, set_threads, usable_device
     from halfbyte.eval.activations import FASTEST_FIRST, choose_activations
     from halfbyte.eval.data import load_documents, load_questions
-    from halfbyte.eval.evaluate import evaluate, steps
+    from halfbyte.eval.evaluate import evaluate
     from halfbyte.eval.metrics import text_passages
     from halfbyte.integrations.transformers import set_activations
 
+    set_threads(args.threads)
     if args.model == DEMO_MODEL and args.questions is None and args.text is None:
         args.questions = args.text = DEMO_MODEL
     if args.questions is None and args.text is None:
-        raise InputError("nothing to measure on", where="halfbyte eval", needed="--questions FILE or --text FILE, or both")
+        raise argparse.ArgumentError(None, "nothing to measure on: give --questions FILE or --text FILE, or both")
     if args.reference is not None and args.text is None:
-        raise InputError("a reference is compared on a text", where="halfbyte eval", needed="--text FILE")
+        raise argparse.ArgumentError(None, "--reference is compared on a text: give --text FILE")
     if args.activations == "auto" and args.text is None:
-        raise InputError("activations are chosen by the perplexity of a text", where="halfbyte eval --activations auto", needed="--text FILE")
+        raise argparse.ArgumentError(None, "--activations auto chooses by the perplexity of a text: give --text FILE")
 
     def file(given: str, embedded: str) -> Path:
         return demo_model_dir() / embedded if given == DEMO_MODEL else Path(given)
@@ -67,15 +70,21 @@ def run(args: argparse.Namespace) -> int:
     passages = text_passages(tokenizer, documents, limit=args.windows) if documents else []
     tried: dict[ActivationFormat, float] = {}
     if is_auto:
-        with Bar("choosing activations", len(FASTEST_FIRST) * len(passages)) as bar:
+        rounds = itertools.count()
+        with Bar("choosing activations", unit="tokens") as bar:
 
             def perplexity_of(kind: ActivationFormat) -> float:
+                before = next(rounds)
                 set_activations(model, kind)
-                return cast(float, evaluate(model, tokenizer, passages=passages, advance=bar.update).perplexity)
+
+                def progress(done: int, total: int) -> None:
+                    bar.reach(before * total + done, len(FASTEST_FIRST) * total)
+
+                return cast(float, evaluate(model, tokenizer, passages=passages, progress=progress).perplexity)
 
             args.activations, tried = choose_activations(perplexity_of, args.budget / 100)
         set_activations(model, args.activations)
-    with Bar("evaluating", steps(questions, passages, reference)) as bar:
+    with Bar("evaluating", unit="tokens") as bar:
         report = evaluate(
             model,
             tokenizer,
@@ -84,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
             reference=reference,
             batch=args.batch,
             max_new_tokens=args.max_new_tokens,
-            advance=bar.update,
+            progress=bar.reach,
         )
     if args.json:
         choice = {"budget_percent": args.budget, "perplexities": tried} if is_auto else {}

@@ -7,17 +7,20 @@ import json
 import sys
 import time
 
+EXAMPLE = 'halfbyte generate demo-output/nvfp4 "Mia has 12 apples and eats 5. How many are left?"'
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from halfbyte.cli.terminal import positive_int
+    from halfbyte.cli.terminal import add_threads, positive_int, temperature
 
     parser.add_argument("model", metavar="MODEL", help="a directory, a Hub name org/name, or demo (the embedded model)")
     parser.add_argument("prompt", help="a question for the chat template, or with --raw the text to continue")
     parser.add_argument("--max-new-tokens", type=positive_int, metavar="N", default=256, help="longest continuation")
     parser.add_argument("--raw", action="store_true", help="give the model the prompt as it is")
-    parser.add_argument("--temperature", type=float, metavar="T", default=0.0, help="sample at this temperature; 0 takes the likeliest token")
+    parser.add_argument("--temperature", type=temperature, metavar="T", default=0.0, help="sample at this temperature; 0 takes the likeliest token")
     parser.add_argument("--activations", choices=("bf16", "fp8", "mxfp8", "nvfp4"), default="bf16", help="what packed experts compute on")
     parser.add_argument("--device", help="torch device (default: the GPU where there is one)")
+    add_threads(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of streaming")
 
 
@@ -25,15 +28,14 @@ def run(args: argparse.Namespace) -> int:
     """Stream the continuation to stdout, and its speed to stderr.
 
     Raises:
-        InputError: an empty prompt or a negative temperature.
+        InputError: an empty prompt.
         CheckpointError, UnsupportedError: the model cannot be loaded here.
     """
-    from halfbyte.cli.terminal import load_model, usable_device
+    from halfbyte.cli.terminal import load_model, set_threads, usable_device
     from halfbyte.errors import InputError
     from halfbyte.eval.generation import complete, prompt_ids
 
-    if args.temperature < 0:
-        raise InputError("a temperature is not negative", given=args.temperature)
+    set_threads(args.threads)
     model, tokenizer = load_model(args.model, usable_device(args.device), args.activations)
     ids = tokenizer(args.prompt)["input_ids"] if args.raw else prompt_ids(tokenizer, args.prompt)
     if not ids:

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 # First match wins; the order is also that of the printed table.
+EXAMPLE = "halfbyte inspect nvidia/Qwen3-30B-A3B-NVFP4"
 _KINDS = (
     ("shared experts", r"\.shared_experts?(_gate)?\."),
     ("experts", r"\.experts\."),

@@ -15,8 +15,11 @@ if TYPE_CHECKING:
 
     from halfbyte.checkpoint import Checkpoint
 
+EXAMPLE = "halfbyte prepare nvidia/Qwen3-30B-A3B-NVFP4 --compile bf16"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from halfbyte.cli.terminal import add_threads
     from halfbyte.formats.activation_formats import ACTIVATION_FORMATS
     from halfbyte.weights.layouts import LAYOUTS
 
@@ -40,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also compile the kernels for these activations: bf16, fp8, ...",
     )
     parser.add_argument("--fp8-error", action="store_true", help="also measure what Hopper's fp8 tensor cores round off (reads all experts)")
+    add_threads(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
@@ -51,9 +55,10 @@ def run(args: argparse.Namespace) -> int:
     """
     from halfbyte.checkpoint import Checkpoint
     from halfbyte.cli.progress import Bar
-    from halfbyte.cli.terminal import usable_device
+    from halfbyte.cli.terminal import set_threads, usable_device
     from halfbyte.loading.prepared import prepare_on_disk
 
+    set_threads(args.threads)
     device = usable_device(args.device)
     checkpoint = Checkpoint.open(args.model)
     layers = args.layers or checkpoint.moe.moe_layers

@@ -10,10 +10,13 @@ from pathlib import Path
 
 from halfbyte.errors import InputError
 
+EXAMPLE = "halfbyte quantize Qwen/Qwen3-30B-A3B Qwen3-30B-A3B-NVFP4 --format nvfp4 --device cuda"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from halfbyte.cli.terminal import add_threads
+
     parser.add_argument("source", metavar="SRC", help="model directory or Hub name org/name: bf16, fp16, fp32 or fp8-block weights")
     parser.add_argument("destination", metavar="DST", type=Path, help="new directory; repeat a command that was interrupted to continue it")
     parser.add_argument("--format", choices=("nvfp4", "mxfp4"), default="nvfp4", help="of the quantised weights")
@@ -37,13 +40,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-shard-size", type=parse_size, default="5GB", metavar="SIZE", help="of an output file: 5GB, 500MB")
     parser.add_argument("--device", default="cpu", help="where to compute: cpu, cuda")
     parser.add_argument("--dry-run", action="store_true", help="print what would be written")
+    add_threads(parser)
     parser.add_argument("--json", action="store_true", help="print the report as one JSON document")
 
 
 def run(args: argparse.Namespace) -> int:
     from halfbyte.cli.progress import Bar
+    from halfbyte.cli.terminal import set_threads
     from halfbyte.convert import QuantizeOptions, quantize_model
 
+    set_threads(args.threads)
     try:
         options = QuantizeOptions(
             format=args.format,

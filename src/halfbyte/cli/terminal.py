@@ -31,6 +31,25 @@ def percent(text: str) -> float:
     return value
 
 
+def temperature(text: str) -> float:
+    """An argparse type: a finite number of at least 0."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a temperature of 0 or more")
+    return value
+
+
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    """Add `--threads`, for `set_threads`."""
+    parser.add_argument("--threads", type=positive_int, metavar="N", help=f"CPU threads to compute with (default: {torch.get_num_threads()} here)")
+
+
+def set_threads(count: int | None) -> None:
+    """Let torch compute with so many threads in this process; None leaves it as it is."""
+    if count is not None:
+        torch.set_num_threads(count)
+
+
 def comma_list(item: Callable[[str], _Item]) -> Callable[[str], list[_Item]]:
     """An argparse type: items between commas, none twice."""
 

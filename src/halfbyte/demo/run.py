@@ -17,7 +17,7 @@ from halfbyte.convert.quantize_model import QuantizeOptions, quantize_model
 from halfbyte.demo.plot import plot_quality
 from halfbyte.errors import CheckpointError, InputError
 from halfbyte.eval.data import Question, is_correct, load_documents, load_questions
-from halfbyte.eval.evaluate import EvalReport, evaluate, steps
+from halfbyte.eval.evaluate import EvalReport, evaluate
 from halfbyte.eval.generation import complete, prompt_ids
 from halfbyte.eval.metrics import text_passages
 from halfbyte.integrations.transformers import load
@@ -27,7 +27,7 @@ QUESTIONS_A_KIND = 10  # and WINDOWS of 512 tokens of text: what two CPU cores m
 WINDOWS = 16
 RESULT = "demo.json"  # also marks a directory as ours, to be overwritten by the next demo
 
-ProgressBar = Callable[[int, str], AbstractContextManager[Any]]  # (total, label) to something with `update(count)`
+ProgressBar = Callable[[str], AbstractContextManager[Any]]  # from a label to something with `reach(done, total)`, in tokens
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ def run_demo(
     for variant in variants:
         model = models[variant.name][0]
         against = None if model is reference else reference
-        with _timed(seconds, f"measure {variant.name}"), progress_bar(steps(questions, passages, against), variant.name) as bar:
-            quality = evaluate(model, tokenizer, questions=questions, passages=passages, reference=against, batch=128, advance=bar.update)
+        with _timed(seconds, f"measure {variant.name}"), progress_bar(f"measuring {variant.name}") as bar:
+            quality = evaluate(model, tokenizer, questions=questions, passages=passages, reference=against, batch=128, progress=bar.reach)
         measured.append(Variant(variant.name, variant.directory, variant.disk_bytes, variant.expert_bytes, quality))
     say(f"\n{table(measured)}\n\n{NOTE}")
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
 
 from halfbyte.eval.data import Question, is_correct, kinds_of
-from halfbyte.eval.generation import Advance, generate_answers, no_progress
+from halfbyte.eval.generation import generate_answers
 from halfbyte.eval.metrics import Passage, answer_passage, kl_divergence, negative_log_likelihood
+
+Progress = Callable[[int, int], object]  # called with what is done, and how much there is
+
+
+def no_progress(done: int, total: int) -> None:
+    """The `progress` of a caller that shows none."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +60,6 @@ class EvalReport:
         return "\n".join(lines)
 
 
-def steps(questions: Sequence[Question], passages: Sequence[Passage], reference: object) -> int:
-    """How often `evaluate` advances in all, for a progress bar."""
-    return 2 * len(questions) + len(passages) * (1 if reference is None else 2)
-
-
 def evaluate(
     model: Any,
     tokenizer: Any,
@@ -68,7 +69,7 @@ def evaluate(
     reference: Any = None,
     batch: int = 64,
     max_new_tokens: int = 256,
-    advance: Advance = no_progress,
+    progress: Progress = no_progress,
 ) -> EvalReport:
     """Measure `model` on questions and on text passages (`text_passages`), the latter against `reference` too when there is one.
 
@@ -76,16 +77,24 @@ def evaluate(
         model, reference: causal language models of transformers.
         batch: questions generated together.
         max_new_tokens: a longer completion is cut, and usually wrong then.
-        advance: called with the number of sequences just done; `steps` of them in all.
+        progress: called with the tokens generated and read so far, and how many there are in all.
 
     Raises:
         InputError: the reference has another vocabulary.
         UnsupportedError: the chat template leaves no boundary between prompt and answer.
     """
+    answers = [answer_passage(tokenizer, question) for question in questions]
+    readings = [*answers, *passages, *(passages if reference is not None else ())]
+    total, done = len(questions) * max_new_tokens + sum(len(passage.ids) for passage in readings), 0
+
+    def advance(tokens: int) -> None:
+        nonlocal done
+        done += tokens
+        progress(done, total)
+
     kinds: dict[str, KindScore] = {}
     if questions:
         completions = generate_answers(model, tokenizer, questions, batch=batch, max_new_tokens=max_new_tokens, advance=advance)
-        answers = [answer_passage(tokenizer, question) for question in questions]
         nll = negative_log_likelihood(model, answers, advance=advance)
         for kind in kinds_of(questions):
             members = [index for index, question in enumerate(questions) if question.kind == kind]

@@ -9,7 +9,7 @@ import torch
 
 from halfbyte.eval.data import Question
 
-Advance = Callable[[int], object]  # called with the number of sequences just done, as tqdm's `update` is
+Advance = Callable[[int], object]  # called with the number of tokens just generated or read, as tqdm's `update` is
 GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}  # None: a checkpoint's sampling defaults would draw warnings
 
 
@@ -26,18 +26,40 @@ def prompt_ids(tokenizer: Any, text: str) -> list[int]:
 def generate_answers(
     model: Any, tokenizer: Any, questions: Sequence[Question], *, batch: int = 64, max_new_tokens: int = 256, advance: Advance = no_progress
 ) -> list[str]:
-    """Return the greedy completion of each question's prompt, without special tokens."""
+    """Return the greedy completion of each question's prompt, without special tokens. Advances by `max_new_tokens` per question in all."""
+    from transformers import StoppingCriteriaList
+
     prompts = [prompt_ids(tokenizer, question.text) for question in questions]
     answers = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     for start in range(0, len(order), batch):
         indices = order[start : start + batch]
         ids, mask = pad([prompts[index] for index in indices], model.device, left=True)
-        output = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=_pad_id(tokenizer), **GREEDY)
+        steps = _Steps(lambda: advance(len(indices)))  # noqa: B023 (called before the next round)
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=_pad_id(tokenizer),
+            stopping_criteria=StoppingCriteriaList([steps]),
+            **GREEDY,
+        )
         for index, text in zip(indices, tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True), strict=True):
             answers[index] = text
-        advance(len(indices))
+        advance((max_new_tokens - steps.count) * len(indices))  # what was never generated is done too
     return answers
+
+
+class _Steps:
+    """A stopping criterion of transformers' `generate` that never stops: it counts the steps and tells of each."""
+
+    def __init__(self, tell: Callable[[], object]):
+        self.count, self._tell = 0, tell
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **options: Any) -> torch.Tensor:
+        self.count += 1
+        self._tell()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 @torch.inference_mode()

@@ -88,7 +88,7 @@ def negative_log_likelihood(model: Any, passages: Sequence[Passage], *, advance:
             first, end = passages[index].first, len(passages[index].ids)
             losses = F.cross_entropy(logits[row, first - 1 : end - 1].float(), ids[row, first:end], reduction="none")
             totals[index] = losses.sum(dtype=torch.float64).item()
-        advance(len(indices))
+        advance(sum(len(passages[index].ids) for index in indices))
     return totals
 
 
@@ -109,7 +109,7 @@ def kl_divergence(model: Any, reference: Any, passages: Sequence[Passage], *, ad
             scored = slice(passages[index].first - 1, len(passages[index].ids) - 1)
             log_p, log_q = expected[row, scored].float().log_softmax(-1), logits[row, scored].float().log_softmax(-1)
             total += F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(dtype=torch.float64).item()
-        advance(len(indices))
+        advance(sum(len(passages[index].ids) for index in indices))
     return total / sum(passage.scored for passage in passages)
 
 
