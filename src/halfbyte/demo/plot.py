@@ -1,4 +1,4 @@
-"""The picture of a demo: quality over size."""
+"""The picture of a demo: size and quality, side by side."""
 
 from __future__ import annotations
 
@@ -13,48 +13,46 @@ from halfbyte.eval.evaluate import EvalReport
 try:
     from matplotlib.figure import Figure
 except ImportError as error:
-    raise UnsupportedError("the plot needs matplotlib", where=__name__, next_step="run: pip install 'halfbyte[bench]'") from error
+    raise UnsupportedError("the plot needs matplotlib", where=__name__, next_step="run: pip install 'halfbyte[demo]'") from error
 
-# Colour, and the side of the point its label stands on: the two FP4 models are of nearly one size.
-_STYLES = {"bf16": ("#4d4d4d", "right"), "NVFP4": ("#1b7837", "right"), "MXFP4": ("#2166ac", "left")}
+_COLOURS = {"bf16": "#4d4d4d", "NVFP4": "#1b7837", "MXFP4": "#2166ac"}
 
 
 def plot_quality(rows: Sequence[tuple[str, int, EvalReport]], file: Path) -> None:
-    """Plot perplexity and exact match of (name, bytes on disk, quality) over size, as a PNG.
+    """Plot size, exact match and perplexity of (name, bytes on disk, quality) as three rows of bars from zero, a PNG.
 
-    The bar on exact match is one standard error of a mean over that many questions.
+    The whisker on exact match is one standard error of a mean over that many questions.
     """
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    best = min(quality.perplexity or math.inf for _, _, quality in rows)
-    for name, size, quality in rows:
-        perplexity, exact_match = quality.perplexity or math.nan, 100 * (quality.exact_match or 0)
-        _point(left, name, size / 1e6, perplexity, 0, f"{perplexity:.2f} ({perplexity / best - 1:+.1%})")
-        _point(right, name, size / 1e6, exact_match, 100 * _standard_error(quality), f"{exact_match:.1f} %")
-    left.set(title="Perplexity of held-out text: lower is better", ylabel="perplexity")
-    right.set(title="Exact match, mean of six kinds: higher is better", ylabel="% of questions")
-    for axes in (left, right):
-        axes.set(xlabel="model on disk, MB", xlim=(0, 1.4 * max(size for _, size, _ in rows) / 1e6))
-        axes.title.set_size("medium")
-        axes.margins(y=0.25)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle("FP4 experts in the halfbyte demo model (no measure of GSM8K ability)")
+    names = [name for name, _, _ in rows]
+    sizes = [size / 1e6 for _, size, _ in rows]
+    perplexities = [quality.perplexity or math.nan for _, _, quality in rows]
+    matches = [100 * (quality.exact_match or 0) for _, _, quality in rows]
+    errors = [100 * _standard_error(quality) for _, _, quality in rows]
+    questions = sum(kind.questions for kind in rows[0][2].kinds.values())
+
+    figure = Figure(figsize=(11, 2.9), layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True)
+    _bars(panels[0], names, sizes, [f"{size:.1f} MB" for size in sizes], "Model on disk: smaller is better")
+    labels = [f"{match:.1f} ± {error:.1f} %" for match, error in zip(matches, errors, strict=True)]
+    _bars(panels[1], names, matches, labels, "Questions answered exactly: more is better", errors)
+    labels = [f"{value:.2f} ({value / perplexities[0] - 1:+.1%})" for value in perplexities]
+    _bars(panels[2], names, perplexities, labels, "Perplexity of held-out text: lower is better")
+    panels[0].invert_yaxis()  # shared: the first row on top
+    figure.suptitle("FP4 experts in the halfbyte demo model", size="large")
+    note = f"± is one standard error with {questions} questions. They come from 11 story families: no measure of GSM8K ability."
+    figure.supxlabel(note, size="small", color="0.35")
     figure.savefig(file, dpi=150)
 
 
-def _point(axes: Any, name: str, x: float, y: float, error: float, value: str) -> None:
-    colour, side = _STYLES[name]
-    axes.errorbar(x, y, yerr=error or None, fmt="o", markersize=8, capsize=4, color=colour)
-    axes.annotate(
-        f"{name}, {x:.1f} MB\n{value}",
-        (x, y),
-        xytext=(10 if side == "right" else -10, 0),
-        textcoords="offset points",
-        va="center",
-        ha="left" if side == "right" else "right",
-        color=colour,
-    )
+def _bars(axes: Any, names: list[str], values: list[float], labels: list[str], title: str, errors: list[float] | None = None) -> None:
+    axes.barh(names, values, height=0.62, color=[_COLOURS[name] for name in names], xerr=errors, ecolor="0.2", capsize=3)
+    ends = [value + error for value, error in zip(values, errors or [0.0] * len(values), strict=True)]
+    for row, (end, label) in enumerate(zip(ends, labels, strict=True)):
+        axes.annotate(label, (end, row), xytext=(5, 0), textcoords="offset points", va="center", size="small")
+    axes.set(xlim=(0, 1.5 * max(ends)), xticks=[])
+    axes.set_title(title, size="medium", loc="left")
+    axes.tick_params(length=0)
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
 
 
 def _standard_error(quality: EvalReport) -> float:
