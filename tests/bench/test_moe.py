@@ -195,6 +195,7 @@ def test_no_row_at_all_is_exit_3(quick, capsys):
         (["bench", "prepare", "--model", "x", "--layer", "0", "--format", "nvfp4"], "halfbyte bench prepare: error: --model has the format"),
         (["bench", "moe", "--out", "no/such/directory/rows.jsonl"], "argument --out: no directory for no/such/directory/rows.jsonl"),
         (["bench", "moe", "--plot", "no/such/directory/plot.png"], "argument --plot: no directory for"),
+        (["bench", "moe", "--name", "dsr1,qwen3-30b,mixtral,gptoss", "--format", "nvfp4,mxfp4", "--plot", "plot.png"], "shows at most 6 tables"),
         (["bench", "report", "rows.jsonl", "--plot", "no/such/directory/plot.png"], "argument --plot: no directory for"),
         (["bench", "prepare", "--out", "no/such/directory/rows.jsonl"], "argument --out: no directory for"),
         (["bench", "prepare", "--shape", "64,64,4,2"], "not three integers H,I,E: hidden, intermediate, experts"),

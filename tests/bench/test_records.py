@@ -188,6 +188,9 @@ def test_plot(tmp_path, record, of_each):
     other = [replace(record, row=replace(ROW, shape=f"s{index}")) for index in range(3)]
     plot_fractions(tables([*of_each, replace(record, row=REFUSED), compute, *other]), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    many = [replace(record, row=replace(REFUSED, activations=name)) for name in "abcdefg"]
+    with pytest.raises(InputError, match="too many tables for one plot"):
+        plot_fractions(tables(many), tmp_path / "many.png")
     with pytest.raises(InputError, match="nothing to plot"):
         plot_fractions(tables(of_each[1:]), tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
@@ -223,6 +226,8 @@ def test_report_refuses_what_it_cannot_show(tmp_path, capsys):
     assert captured.out == ""
     assert main(["bench", "report", str(RESULTS / "prepare-h100.jsonl"), "--plot", str(tmp_path / "plot.png")]) == 1
     assert "nothing to plot" in capsys.readouterr().err and not (tmp_path / "plot.png").exists()
+    assert main(["bench", "report", str(RESULTS / "prepare-h100.jsonl"), "--only", "no such layer"]) == 1
+    assert "prepare-h100.jsonl: no results about 'no such layer'" in capsys.readouterr().err
     (tmp_path / "empty.jsonl").touch()
     assert main(["bench", "report", str(tmp_path / "empty.jsonl")]) == 1
     assert "empty.jsonl: no results" in capsys.readouterr().err

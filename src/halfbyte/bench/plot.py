@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from halfbyte.bench.moe import MoERow
-from halfbyte.bench.records import Record
+from halfbyte.bench.records import MOST_PANELS, Record
 from halfbyte.errors import InputError, UnsupportedError
 
 try:
@@ -32,12 +32,14 @@ def plot_fractions(groups: Sequence[list[Record]], file: Path) -> None:
     The dotted line parts memory-bound from compute-bound numbers of tokens. Tables of other benchmarks than the MoE layer's are left out.
 
     Raises:
-        InputError: there is no row of the MoE layer.
+        InputError: there is no row of the MoE layer, or there are more than six tables.
     """
     tables = [_Table(group[0].environment["device"], _moe_rows(group)) for group in groups if _moe_rows(group)]
     if not tables:
         raise InputError("nothing to plot", given="no row of the MoE layer", needed="rows of halfbyte bench moe", next_step="leave --plot out")
-    columns = min(_COLUMNS, len(tables))
+    if len(tables) > MOST_PANELS:
+        raise InputError("too many tables for one plot", given=len(tables), needed=f"at most {MOST_PANELS}", next_step="choose some with --only")
+    columns = 2 if len(tables) == 4 else min(_COLUMNS, len(tables))
     lines = math.ceil(len(tables) / columns)
     figure = Figure(figsize=(5.2 * columns, 4.0 * lines), layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False).flatten()
@@ -47,7 +49,7 @@ def plot_fractions(groups: Sequence[list[Record]], file: Path) -> None:
         _panel(axes, table, colours)
     for axes in panels[len(tables) :]:
         axes.set_axis_off()
-    figure.suptitle("Share of the measured floor")
+    figure.suptitle("Share of the measured floor; dotted: memory is the limit on the left, arithmetic on the right")
     lines_of = {line.get_label(): line for axes in panels for line in axes.lines if not line.get_label().startswith("_")}
     if lines_of:
         figure.legend(handles=list(lines_of.values()), loc="outside lower center", ncols=len(lines_of), frameon=False)
@@ -69,7 +71,9 @@ def _panel(axes: Any, table: _Table, colours: dict[str, str]) -> None:
         axes.axvline(boundary, color="0.5", linestyle=":", linewidth=1)
     tokens = sorted({row.num_tokens for row in rows})
     axes.set_xscale("log", base=2)
-    axes.set_xticks(tokens, [str(number) for number in tokens], rotation=45)
+    ticks = [number for index, number in enumerate(tokens) if index in (0, len(tokens) - 1) or number * 3 <= tokens[-1]]  # labels apart
+    axes.set_xticks(ticks, [f"{number:,}" for number in ticks])
+    axes.tick_params(labelsize="small")
     axes.minorticks_off()
     axes.set(title=f"{rows[0].subject}\n{table.device}", xlabel="tokens", ylabel="% of floor", ylim=(0, 105))
     axes.title.set_size("small")

@@ -27,6 +27,8 @@ Status = Literal["ok", "refused", "skipped"]
 # Benchmark -> the module of its rows, imported when a file has some.
 ROW_MODULES = {"moe": "halfbyte.bench.moe", "prepare": "halfbyte.bench.prepare", "quantize": "halfbyte.bench.quantize"}
 
+MOST_PANELS = 6  # of a plot; more are too small to read
+
 
 @dataclass(frozen=True)
 class Column:

@@ -15,7 +15,7 @@ from halfbyte.bench.gate import GLOBAL_LIMIT
 from halfbyte.bench.inputs import ROUTING_KINDS, model_experts, random_experts
 from halfbyte.bench.moe import LayerSource, Options, bench_moe
 from halfbyte.bench.peers import Peer, find_peer
-from halfbyte.bench.records import tables
+from halfbyte.bench.records import MOST_PANELS, tables
 from halfbyte.bench.shapes import NAMED_SHAPES, MoEShape
 from halfbyte.cli import bench_options as shared
 from halfbyte.cli.terminal import comma_list, positive_int
@@ -105,6 +105,8 @@ def parse_peer(text: str) -> Peer:
 def _check(args: argparse.Namespace) -> None:
     """Raises argparse.ArgumentError when arguments contradict each other, each being right alone."""
     shared.check_model(args, args.formats)
+    if args.plot and len(args.shapes or (None,)) * len(args.formats or (None,)) > MOST_PANELS:
+        raise argparse.ArgumentError(None, f"--plot shows at most {MOST_PANELS} tables: name fewer layers, or plot some of them with bench report")
     for shape in args.shapes or ():
         for format in args.formats or (shape.published,):
             if shape.hidden % format.block or shape.intermediate % format.block:

@@ -18,7 +18,10 @@ EXAMPLE = "halfbyte bench report results.jsonl --plot results.png"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE.jsonl", help="results of any benchmarks, the oldest first")
     parser.add_argument("--all", action="store_true", help="every run; otherwise the last one of each benchmark, device and subject")
-    parser.add_argument("--plot", type=file_to_write, metavar="FILE.png", help="plot the MoE layer's share of the floor over tokens")
+    parser.add_argument("--only", metavar="TEXT", help="only tables whose heading has this text: 'NVFP4, bf16'")
+    parser.add_argument(
+        "--plot", type=file_to_write, metavar="FILE.png", help="plot the MoE layer's share of the floor over tokens, at most six tables"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
@@ -29,9 +32,10 @@ def run(args: argparse.Namespace) -> int:
         InputError: a file is not there or holds something else; there is nothing to print, or to plot.
         UnsupportedError: matplotlib is not installed.
     """
-    groups = tables(record for file in args.files for record in read(file))
+    groups = tables(record for file in args.files for record in read(file) if (args.only or "") in record.row.subject)
     if not groups:
-        raise InputError("no results", where=", ".join(map(str, args.files)))
+        about = f" about {args.only!r}" if args.only else ""
+        raise InputError(f"no results{about}", where=", ".join(map(str, args.files)))
     if not args.all:
         groups = latest(groups)
     if args.plot:
