@@ -5,6 +5,6 @@ from halfbyte.moe.functional import fused_moe
 from halfbyte.moe.module import MoE
 from halfbyte.moe.routing import Routing, route
 from halfbyte.moe.stages import SortedSlots, combine, expert_rows, sort
-from halfbyte.moe.warm_up import warm_up
+from halfbyte.moe.warm import warm_up
 
 __all__ = ["MoE", "Routing", "SortedSlots", "combine", "expert_rows", "fused_moe", "route", "sort", "warm_up"]

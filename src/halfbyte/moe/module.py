@@ -16,7 +16,7 @@ from halfbyte.loading import load_prepared
 from halfbyte.loading.prepared import CacheUse
 from halfbyte.moe.functional import fused_moe
 from halfbyte.moe.routing import Routing, invariant_linear, route
-from halfbyte.moe.warm_up import warm_up
+from halfbyte.moe.warm import warm_up
 from halfbyte.weights import PreparedExperts
 from halfbyte.weights.prepared import keep_address
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from random_experts import make_experts
 import halfbyte as hb
 from halfbyte.errors import InputError, UnsupportedError
 from halfbyte.formats.activation_formats import ACTIVATION_FORMATS
+from halfbyte.moe import warm
 
 triton = pytest.importorskip("triton")
 
@@ -130,13 +130,12 @@ def test_more_rows_than_fit_32_bits_are_combined_by_the_same_kernel() -> None:
 
 
 def test_an_error_in_a_thread_is_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules["halfbyte.moe.warm_up"]
-    choose = module.choose
+    choose = warm.choose
 
     def refuse(*tensors: torch.Tensor, **options: object) -> None:
         raise UnsupportedError(f"not in thread {threading.current_thread().name}")
 
-    monkeypatch.setattr(module, "choose", lambda problem: replace(choose(problem), run=refuse))
+    monkeypatch.setattr(warm, "choose", lambda problem: replace(choose(problem), run=refuse))
     with pytest.raises(UnsupportedError, match="not in thread ThreadPool"), compiling(90):
         hb.warm_up(layer("hopper"), TOP_K)
 
