@@ -206,7 +206,7 @@ class ExpertMap:
             raise InputError("experts that no rank holds", where="ExpertMap", given=missing, needed="every expert on one rank at least")
         most = max(map(len, places))
         table = torch.tensor([found + [-1] * (most - len(found)) for found in places], dtype=torch.int32, device=device)
-        return ExpertMap(0, table, torch.tensor([len(found) for found in places], device=device))
+        return ExpertMap(0, table, torch.tensor([len(found) for found in places], dtype=torch.int64, device=device))
 
     @property
     def is_slice(self) -> bool:
@@ -218,7 +218,7 @@ class ExpertMap:
             return topk_ids - self.first
         is_expert = (topk_ids >= 0) & (topk_ids < len(self.copies))
         expert = torch.where(is_expert, topk_ids, 0).long()
-        copy = torch.arange(len(topk_ids), device=topk_ids.device).unsqueeze(1) % self.copies[expert]
+        copy = torch.arange(len(topk_ids), dtype=torch.int64, device=topk_ids.device).unsqueeze(1) % self.copies[expert]
         return torch.where(is_expert, self.local_of_copy[expert, copy], -1)
 
 

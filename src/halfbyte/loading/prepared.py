@@ -67,7 +67,7 @@ def prepare(
     >>> halfbyte.prepare(w).layout
     'canonical'
     """
-    place = w.device if device is None else torch.empty(0, device=device).device
+    place = w.device if device is None else torch.empty(0, dtype=torch.uint8, device=device).device
     if in_place and place != w.device:
         raise InputError("weights cannot be arranged in place on another device", where="prepare", given=f"{place}", needed=f"{w.device}")
     layout, reason = _resolve_layout(layout, policy, w.format, Target.of(place), activations)

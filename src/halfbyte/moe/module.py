@@ -95,7 +95,7 @@ class MoE(torch.nn.Module):
         >>> from pathlib import Path
         >>> halfbyte.MoE.from_checkpoint(Path(halfbyte.__file__).parent / "demo_model", 0).warm_up(max_tokens=8192)
         """
-        self.route(torch.zeros((1, self.experts.hidden), device=self.experts.device))
+        self.route(torch.zeros((1, self.experts.hidden), dtype=torch.float32, device=self.experts.device))
         settings: dict[str, Any] = {"activations": self.activations, "batch_invariant": self.batch_invariant}
         warm_up(self.experts, self.router.rule.top_k, **settings, **options)
 
