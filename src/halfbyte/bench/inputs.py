@@ -54,11 +54,9 @@ def random_experts(shape: MoEShape, format: BlockFormat, device: torch.device, s
         low, high = _SCALE_BYTES[format.name]
         codes = torch.randint(0, 256, (experts, rows, columns // 2), dtype=torch.uint8, device=device, generator=generator)
         scales = torch.randint(low, high + 1, (experts, rows, columns // format.block), dtype=torch.uint8, device=device, generator=generator)
-        global_scale = (
-            (0.5 + torch.rand(global_shape, dtype=torch.float32, device=device, generator=generator)) * _NVFP4_GLOBAL_SCALE
-            if format.has_global_scale
-            else None
-        )
+        global_scale = None
+        if format.has_global_scale:
+            global_scale = (0.5 + torch.rand(global_shape, dtype=torch.float32, device=device, generator=generator)) * _NVFP4_GLOBAL_SCALE
         return QuantTensor(codes, scales, global_scale, format)
 
     def bias(rows: int) -> torch.Tensor | None:
