@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from halfbyte.bench.shapes import NAMED_SHAPES, MoEShape
 from halfbyte.checkpoint.source import Checkpoint
-from halfbyte.loading.prepared import load_prepared, prepare_on_disk
+from halfbyte.loading.prepared import Wanted, load_prepared, prepare_on_disk
 from halfbyte.loading.tensor_files import memory_of
 
 BLOCK_BYTES = 16 << 20
@@ -114,7 +114,7 @@ def measure_cached_start(
     checkpoint.fingerprint  # noqa: B018  # cached by the checkpoint
     open_s = time.perf_counter() - started
     layers = checkpoint.moe.moe_layers
-    kept = [prepare_on_disk(checkpoint, layer, device=device, layout=LAYOUT, cache_dir=cache_dir, verify=True) for layer in layers]
+    kept = [prepare_on_disk(checkpoint, layer, Wanted(device, LAYOUT, cache_dir=cache_dir), verify=True) for layer in layers]
     files = [layer.file for layer in kept]
     sources = {checkpoint.file_of(name) for name in checkpoint.names}
 

@@ -7,13 +7,14 @@ from pathlib import Path
 
 from halfbyte.checkpoint import Checkpoint
 from halfbyte.loading import tensor_files
-from halfbyte.loading.prepared import CachedLayer, prepare_on_disk
+from halfbyte.loading.prepared import CachedLayer, Wanted, prepare_on_disk
 
 LAYOUT = "hopper"
 
 
 def prepare(model: Path, directory: Path, **options: object) -> CachedLayer:
-    return prepare_on_disk(Checkpoint.open(model), 1, **{"layout": LAYOUT, "cache_dir": directory, **options})
+    flags = {name: options.pop(name) for name in ("force", "verify", "progress") if name in options}
+    return prepare_on_disk(Checkpoint.open(model), 1, Wanted(**{"layout": LAYOUT, "cache_dir": directory, **options}), **flags)
 
 
 def write_and_wait(model: Path, directory: Path, started: object) -> None:

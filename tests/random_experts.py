@@ -16,8 +16,9 @@ def make_experts(num_experts: int, hidden: int, intermediate: int, format: hb.Bl
         codes = torch.randint(0, 256, (num_experts, rows, columns // 2), dtype=torch.uint8, generator=random)
         low, high = (1, 0x7F) if format is hb.NVFP4 else (90, 130)
         scales = torch.randint(low, high, (num_experts, rows, columns // format.block), dtype=torch.uint8, generator=random)
-        scale = torch.rand((num_experts, groups) if groups > 1 else (num_experts,), generator=random) + 0.5 if format is hb.NVFP4 else None
+        shape = (num_experts, groups) if groups > 1 else (num_experts,)
+        scale = torch.rand(shape, generator=random, dtype=torch.float32) + 0.5 if format is hb.NVFP4 else None
         return hb.QuantTensor(codes, scales, scale, format)
 
-    bias13, bias2 = torch.randn(num_experts, halves * intermediate, generator=random), torch.randn(num_experts, hidden, generator=random)
+    bias13, bias2 = (torch.randn(num_experts, rows, generator=random, dtype=torch.float32) for rows in (halves * intermediate, hidden))
     return ExpertWeights(matrix(halves * intermediate, hidden, halves), matrix(hidden, intermediate, 1), activation, bias13, bias2)

@@ -1,4 +1,4 @@
-"""`Activation`: its kinds. `ExpertMap`: slices, placements and copies, and that every slot is somebody's exactly once."""
+"""`Activation` kinds; orders and scales of engine tensors; `ExpertMap`: slices, placements, copies, every slot somebody's once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import random
 
 import pytest
 import torch
+from random_experts import make_experts
 
+import halfbyte as hb
 from halfbyte.errors import InputError
 from halfbyte.experts import Activation, ExpertMap
 
@@ -62,3 +64,65 @@ def test_two_copies_on_one_rank_share_its_tokens() -> None:
 def test_bad_placements(ranks: list[list[int]], rank: int, message: str) -> None:
     with pytest.raises(InputError, match=message):
         ExpertMap.placed(ranks, rank, 3)
+
+
+class EngineParameter(torch.nn.Parameter):
+    """Engines keep their tensors in Parameters of classes of their own."""
+
+
+def engine_tensors(w: hb.ExpertWeights) -> dict[str, torch.Tensor]:
+    return {name: EngineParameter(tensor.clone(), requires_grad=False) for name, tensor in w.tensors.items()}
+
+
+FORMATS = pytest.mark.parametrize("format", [hb.NVFP4, hb.MXFP4], ids=repr)
+
+
+@FORMATS
+def test_engine_tensors_are_shared_and_plain(format: hb.BlockFormat) -> None:
+    w = make_experts(4, 64, 32, format)
+    tensors = engine_tensors(w)
+    result = hb.ExpertWeights.from_engine_tensors(tensors, format, first_expert=4, num_global_experts=16)
+    assert (result.first_expert, result.num_global_experts) == (4, 16) and result.tensors.keys() == w.tensors.keys()
+    for name, tensor in result.tensors.items():
+        assert (
+            type(tensor) is torch.Tensor and tensor.data_ptr() == tensors[name].data_ptr() and torch.equal(tensor, w.tensors[name].view(tensor.dtype))
+        )
+
+
+@FORMATS
+@pytest.mark.parametrize("order", ["up_gate", "interleaved"])
+def test_rows_in_another_order_are_moved_where_they_lie(format: hb.BlockFormat, order: str) -> None:
+    w = make_experts(3, 64, 32, format)
+    tensors = engine_tensors(w)
+    for name in ("w13.codes", "w13.scales", "w13_bias"):
+        gate, up = tensors[name].data.view(torch.uint8 if tensors[name].element_size() == 1 else tensors[name].dtype).chunk(2, dim=1)
+        moved = torch.cat((up, gate), 1) if order == "up_gate" else torch.stack((gate, up), 2).flatten(1, 2)
+        tensors[name] = EngineParameter(moved.view(tensors[name].dtype), requires_grad=False)
+    if format is hb.NVFP4 and order == "up_gate":
+        tensors["w13.global_scale"] = tensors["w13.global_scale"].flip(1)
+    assert not torch.equal(tensors["w13.codes"], w.w13.codes)
+    result = hb.ExpertWeights.from_engine_tensors(tensors, format, w13_order=order)
+    assert result.w13.codes.data_ptr() == tensors["w13.codes"].data_ptr()
+    for name, tensor in w.tensors.items():
+        assert torch.equal(result.tensors[name].view(tensor.dtype), tensor), name
+
+
+def test_global_scales_of_engines() -> None:
+    w = make_experts(4, 64, 32, hb.NVFP4)
+    tensors = {**engine_tensors(w), "w2.global_scale": w.w2.global_scale.unsqueeze(1)}
+    one = {**tensors, "w13.global_scale": w.w13.global_scale[:, 0].contiguous()}
+    assert torch.equal(hb.ExpertWeights.from_engine_tensors(one, hb.NVFP4).w13.global_scale, w.w13.global_scale[:, :1].expand(4, 2))
+    inverse = {name: 1 / tensor if name.endswith("global_scale") else tensor for name, tensor in tensors.items()}
+    result = hb.ExpertWeights.from_engine_tensors(inverse, hb.NVFP4, inverse_global_scales=True)
+    torch.testing.assert_close(result.w13.global_scale, w.w13.global_scale, rtol=1e-6, atol=0)
+    torch.testing.assert_close(result.w2.global_scale, w.w2.global_scale, rtol=1e-6, atol=0)
+
+
+def test_missing_and_unknown_engine_tensors() -> None:
+    tensors = engine_tensors(make_experts(4, 64, 32, hb.NVFP4))
+    with pytest.raises(InputError, match=r"missing.*w2.scales"):
+        hb.ExpertWeights.from_engine_tensors({**tensors, "w2.scales": None}, hb.NVFP4)
+    with pytest.raises(InputError, match=r"unknown.*w13_weight"):
+        hb.ExpertWeights.from_engine_tensors({**tensors, "w13_weight": torch.zeros(1)}, hb.NVFP4)
+    with pytest.raises(InputError, match=r"unknown.*global_scale"):  # which MXFP4 has not
+        hb.ExpertWeights.from_engine_tensors(tensors, hb.MXFP4)

@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from halfbyte.experts import Activation, ExpertMap, ExpertWeights
     from halfbyte.formats import MXFP4, NVFP4, BlockFormat, Fp8Tensor, QuantTensor, swizzle_scales, unswizzle_scales
     from halfbyte.kernels.quantize import QuantizedExperts, quantize, quantize_experts, quantize_fp8, rms_norm_quantize, silu_mul_quantize
+    from halfbyte.kernels.workspace import Workspace
     from halfbyte.loading import iter_prepared, load_prepared, prepare
-    from halfbyte.moe import MoE, Routing, fused_moe, route, warm_up
-    from halfbyte.weights import PreparedExperts, trtllm_gen_row_order
+    from halfbyte.moe import MoE, Routing, fused_moe, route, warm_up, workspace_nbytes
+    from halfbyte.weights import PreparedExperts, ScaleChecks, trtllm_gen_row_order
 
 __all__ = [
     "MXFP4",
@@ -28,7 +29,9 @@ __all__ = [
     "QuantTensor",
     "QuantizedExperts",
     "Routing",
+    "ScaleChecks",
     "Target",
+    "Workspace",
     "__version__",
     "fused_moe",
     "iter_prepared",
@@ -46,6 +49,7 @@ __all__ = [
     "trtllm_gen_row_order",
     "unswizzle_scales",
     "warm_up",
+    "workspace_nbytes",
 ]
 
 # Public name -> home. Resolved on first use, so that `halfbyte --help` and the plug-ins of the engines do not wait for torch.
@@ -55,9 +59,10 @@ _HOMES = {
     "halfbyte.device": ("Target",),
     "halfbyte.formats": ("MXFP4", "NVFP4", "BlockFormat", "Fp8Tensor", "QuantTensor", "swizzle_scales", "unswizzle_scales"),
     "halfbyte.kernels.quantize": ("QuantizedExperts", "quantize", "quantize_experts", "quantize_fp8", "rms_norm_quantize", "silu_mul_quantize"),
-    "halfbyte.moe": ("MoE", "Routing", "fused_moe", "route", "warm_up"),
+    "halfbyte.kernels.workspace": ("Workspace",),
+    "halfbyte.moe": ("MoE", "Routing", "fused_moe", "route", "warm_up", "workspace_nbytes"),
     "halfbyte.loading": ("iter_prepared", "load_prepared", "prepare"),
-    "halfbyte.weights": ("PreparedExperts", "trtllm_gen_row_order"),
+    "halfbyte.weights": ("PreparedExperts", "ScaleChecks", "trtllm_gen_row_order"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

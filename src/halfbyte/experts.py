@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -13,6 +13,7 @@ from halfbyte.formats import BlockFormat, QuantTensor
 
 ActivationKind = Literal["swiglu", "geglu", "geglu_tanh", "relu2"]
 _KINDS: tuple[str, ...] = get_args(ActivationKind)
+W13Order = Literal["gate_up", "up_gate", "interleaved"]
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,64 @@ class ExpertWeights:
             raise InputError(
                 "w13 and w2 are in different formats", given=f"{_format_name(self.w13)} and {_format_name(self.w2)}", needed="one format"
             )
+
+    @staticmethod
+    def from_engine_tensors(
+        tensors: Mapping[str, torch.Tensor | None],
+        format: BlockFormat,
+        activation: Activation | None = None,
+        *,
+        w13_order: W13Order = "gate_up",
+        inverse_global_scales: bool = False,
+        first_expert: int = 0,
+        num_global_experts: int | None = None,
+    ) -> ExpertWeights:
+        """The experts of one layer from the tensors in which an engine holds them, sharing their memory.
+
+        Args:
+            tensors: by the names of `tensors`: "w13.codes" [E, 2I, H/2], "w13.scales" [E, 2I, H/block], "w2.codes", "w2.scales"; for NVFP4 also
+                "w13.global_scale" [E, 2], [E, 1] or [E] and "w2.global_scale" [E] or [E, 1]; "w13_bias", "w2_bias", "w13_input_scale" and
+                "w2_input_scale" where there are some. Parameters of any subclass are taken as plain tensors, and one byte per element in any dtype
+                as what it is here. None stands for a tensor that is not there.
+            format, activation, first_expert, num_global_experts: as in `ExpertWeights`.
+            w13_order: how the rows of w13 lie: gate rows then up rows; "up_gate", the other way round; or "interleaved", gate and up in turns.
+                Unless they lie as here already, the rows (biases and scales too) are moved *within the engine's tensors*, one expert at a time.
+            inverse_global_scales: global and input scales are encode multipliers, as compressed-tensors stores them; the result has the reciprocals.
+
+        Raises:
+            InputError: a tensor is missing or unknown, or does not fit.
+
+        >>> q13, q2 = halfbyte.quantize(torch.randn(4, 64, 32), halfbyte.NVFP4), halfbyte.quantize(torch.randn(4, 32, 32), halfbyte.NVFP4)
+        >>> parameter = torch.nn.Parameter(q13.codes, requires_grad=False)  # as engines hold it
+        >>> tensors = {"w13.codes": parameter, "w13.scales": q13.scales, "w13.global_scale": q13.global_scale.unsqueeze(1).expand(4, 2)}
+        >>> tensors |= {"w2.codes": q2.codes, "w2.scales": q2.scales, "w2.global_scale": q2.global_scale}
+        >>> w = halfbyte.ExpertWeights.from_engine_tensors(tensors, halfbyte.NVFP4)
+        >>> w.intermediate, w.w13.codes.data_ptr() == parameter.data_ptr()
+        (32, True)
+        """
+        activation = Activation() if activation is None else activation
+        plain: dict[str, torch.Tensor] = {name: tensor.detach().as_subclass(torch.Tensor) for name, tensor in tensors.items() if tensor is not None}
+        _check_engine_names(plain, format)
+        if w13_order != "gate_up" and activation.gated:
+            for name in ("w13.codes", "w13.scales", "w13_bias"):
+                if name in plain:
+                    _gate_rows_first(plain[name], w13_order)
+            if w13_order == "up_gate":
+                plain |= {name: plain[name].flip(1) for name in ("w13.global_scale", "w13_input_scale") if name in plain and plain[name].ndim == 2}
+        for name in plain:
+            if name.endswith(("global_scale", "input_scale")):
+                scale = plain[name].float()
+                scale = scale.squeeze(1) if scale.ndim == 2 and scale.shape[1] == 1 else scale
+                plain[name] = scale.reciprocal() if inverse_global_scales else scale
+        if activation.gated and "w13.global_scale" in plain and plain["w13.global_scale"].ndim == 1:
+            plain["w13.global_scale"] = plain["w13.global_scale"].unsqueeze(1).expand(-1, 2).contiguous()
+
+        def matrix(side: str) -> QuantTensor:
+            codes, scales = plain[f"{side}.codes"].view(torch.uint8), plain[f"{side}.scales"]
+            return QuantTensor(codes, scales.view(format.scale_dtype), plain.get(f"{side}.global_scale"), format)
+
+        vectors = {name: plain.get(name) for name in _TENSOR_FIELDS[2:]}
+        return ExpertWeights(matrix("w13"), matrix("w2"), activation, **vectors, first_expert=first_expert, num_global_experts=num_global_experts)
 
     @property
     def num_experts(self) -> int:
@@ -206,7 +265,7 @@ class ExpertMap:
             raise InputError("experts that no rank holds", where="ExpertMap", given=missing, needed="every expert on one rank at least")
         most = max(map(len, places))
         table = torch.tensor([found + [-1] * (most - len(found)) for found in places], dtype=torch.int32, device=device)
-        return ExpertMap(0, table, torch.tensor([len(found) for found in places], device=device))
+        return ExpertMap(0, table, torch.tensor([len(found) for found in places], dtype=torch.int64, device=device))
 
     @property
     def is_slice(self) -> bool:
@@ -218,11 +277,26 @@ class ExpertMap:
             return topk_ids - self.first
         is_expert = (topk_ids >= 0) & (topk_ids < len(self.copies))
         expert = torch.where(is_expert, topk_ids, 0).long()
-        copy = torch.arange(len(topk_ids), device=topk_ids.device).unsqueeze(1) % self.copies[expert]
+        copy = torch.arange(len(topk_ids), dtype=torch.int64, device=topk_ids.device).unsqueeze(1) % self.copies[expert]
         return torch.where(is_expert, self.local_of_copy[expert, copy], -1)
 
 
 _TENSOR_FIELDS = ("w13", "w2", "w13_bias", "w2_bias", "w13_input_scale", "w2_input_scale")
+
+
+def _check_engine_names(tensors: Mapping[str, torch.Tensor], format: BlockFormat) -> None:
+    needed = {f"{side}.{part}" for side in ("w13", "w2") for part in ("codes", "scales", *(("global_scale",) if format.has_global_scale else ()))}
+    for problem, names in (("tensors are missing", needed - tensors.keys()), ("unknown tensors", tensors.keys() - needed - {*_TENSOR_FIELDS[2:]})):
+        if names:
+            raise InputError(problem, where="ExpertWeights.from_engine_tensors", given=", ".join(sorted(names)), needed=", ".join(sorted(needed)))
+
+
+def _gate_rows_first(tensor: torch.Tensor, order: W13Order) -> None:
+    """Bring the rows, dimension 1, of each expert into the order gate then up, through a copy of one expert."""
+    for expert in tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor:  # not every device can index fp8
+        half = len(expert) // 2
+        gate, up = (expert[half:], expert[:half]) if order == "up_gate" else (expert[::2], expert[1::2])
+        expert.copy_(torch.cat((gate, up)))
 
 
 def _dense(weight: QuantTensor | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -123,7 +123,7 @@ def test_compile_asks_for_every_kind_of_layer_before_anything_is_written(
 
     def warm_up(experts: hb.PreparedExperts, top_k: int, **options: object) -> None:
         assert not cache_dir.exists()
-        calls.append((experts.layout, experts.num_experts, top_k, options["activations"], options["ids_dtype"]))
+        calls.append((experts.layout, experts.num_experts, top_k, experts.activations, options["ids_dtype"]))
 
     monkeypatch.setattr("halfbyte.moe.warm_up", warm_up)
     compiled = report(capsys, "demo", "--experts", "4:8", "--compile", "bf16,fp8")["compiled"]

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
+from random_experts import make_experts
 
 import halfbyte as hb
 from halfbyte.errors import InputError, UnsupportedError
+
+DEMO_MODEL = Path(hb.__file__).parent / "demo_model"
 
 
 @pytest.fixture
@@ -62,3 +69,60 @@ def test_unknown_names(w):
         hb.prepare(w, "blackwell")
     with pytest.raises(InputError, match=r"unknown residency policy .*'dense'"):
         hb.prepare(w, policy="dense")
+
+
+def test_calls_compute_on_what_the_experts_were_prepared_for(w):
+    hidden, routing = torch.randn(5, 32).bfloat16(), hb.route(torch.randn(5, 4), 2)
+    fp8, bf16 = hb.prepare(w, activations="fp8"), hb.prepare(w)
+    told = hb.fused_moe(hidden, bf16, *routing, activations="fp8")
+    assert torch.equal(hb.fused_moe(hidden, fp8, *routing), told)
+    assert torch.equal(hb.fused_moe(hidden, fp8, *routing, activations="bf16"), hb.fused_moe(hidden, bf16, *routing))
+    assert not torch.equal(told, hb.fused_moe(hidden, bf16, *routing))
+    slots = hb.moe.sort(routing.ids, fp8)
+    assert slots.activations == "fp8"
+    assert hb.load_prepared(DEMO_MODEL, 0, experts=range(2), activations="fp8").activations == "fp8"
+    assert hb.MoE.from_checkpoint(DEMO_MODEL, 0, activations="fp8").experts.activations == "fp8"
+
+
+@pytest.mark.parametrize(("hidden", "reused"), [(256, {"w13.codes", "w13.scales", "w2.codes"}), (96, set())])
+def test_what_was_arranged_in_place_is_said(hidden, reused):
+    w = make_experts(2, hidden, 64, hb.NVFP4)
+    places = {name: tensor.data_ptr() for name, tensor in w.tensors.items()}
+    prepared = hb.prepare(w, "hopper", in_place=True)
+    assert set(prepared.reused) == reused
+    lies_in = {name for name, place in places.items() for tensor in prepared.storage.tensors.values() if tensor.data_ptr() == place}
+    assert lies_in == reused
+    assert hb.prepare(make_experts(2, hidden, 64, hb.NVFP4), "hopper").reused == ()
+
+
+def test_canonical_experts_lie_in_all_of_their_tensors(w):
+    assert set(hb.prepare(w).reused) == set(w.tensors) and hb.prepare(w).to("cpu").reused == ()
+
+
+@pytest.mark.parametrize("layout", ["canonical", "hopper"])
+@pytest.mark.parametrize("name", ["w13.scales", "w2.scales", "w13.global_scale", "w2_input_scale"])
+def test_checks_that_are_read_together_name_the_layers(layout, name):
+    def layer(bad: bool) -> hb.ExpertWeights:
+        w = replace(make_experts(2, 256, 64, hb.NVFP4), w2_input_scale=torch.ones(2))
+        if bad:
+            tensor = w.tensors[name]
+            tensor.view(torch.uint8 if tensor.element_size() == 1 else tensor.dtype).flatten()[-1] = 0xFF if tensor.element_size() == 1 else -1.0
+        return w
+
+    checks = hb.ScaleChecks()
+    hb.prepare(layer(False), layout, scale_check=checks.of("layer 0"))
+    checks.wait()
+    kept = layer(True)
+    before = kept.w13.codes.clone()
+    hb.prepare(kept, layout, in_place=True, scale_check=checks.of("layer 1"))  # does not raise
+    hb.prepare(layer(False), layout, scale_check=checks.of("layer 2"))
+    with pytest.raises(InputError, match=r"^layer 1: scales are negative or not finite"):
+        checks.wait()
+    assert torch.equal(kept.w13.codes, before)  # nothing was packed
+    checks.wait()  # forgotten
+    with pytest.raises(InputError, match=re.escape(name.split(".")[0])):
+        hb.prepare(kept, layout)
+    prepared = hb.prepare(layer(False), layout)
+    prepared.update_(layer(True), scale_check=checks.of("layer 3"))
+    with pytest.raises(InputError, match="layer 3"):
+        checks.wait()

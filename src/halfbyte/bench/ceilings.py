@@ -50,8 +50,8 @@ def measure_copy_gbps(device: torch.device) -> float:
 
 def _cpu_ceilings() -> Ceilings:
     cpu = torch.device("cpu")
-    source = torch.ones(_CPU_BYTES // 4)
-    matrix = torch.randn(_CPU_SIDE, _CPU_SIDE)
+    source = torch.ones(_CPU_BYTES // 4, dtype=torch.float32)
+    matrix = torch.randn(_CPU_SIDE, _CPU_SIDE, dtype=torch.float32)
     read_us = time_calls([source.sum], cpu).median_us
     matmul_us = time_calls([lambda: matrix @ matrix.T], cpu).median_us
     return Ceilings(_gbps(_CPU_BYTES, read_us), measure_copy_gbps(cpu), _tflops(_CPU_SIDE, matmul_us), None)
@@ -60,11 +60,11 @@ def _cpu_ceilings() -> Ceilings:
 def _cuda_ceilings(device: torch.device) -> Ceilings:
     read_gbps, copy_gbps = _cuda_bandwidth(device)
     # Random numbers: on zeros the multipliers draw less power and the card clocks higher than any real work lets it.
-    a, b = (torch.randn(_CUDA_SIDE, _CUDA_SIDE, device=device).bfloat16() for _ in range(2))
+    a, b = (torch.randn(_CUDA_SIDE, _CUDA_SIDE, dtype=torch.bfloat16, device=device) for _ in range(2))
     bf16_us = time_calls([lambda: a @ b.T], device, sample_ms=300).median_us
     fp8_tflops = None
     if torch.cuda.get_device_capability(device) >= (8, 9):
-        a8, b8, one = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn), torch.ones((), device=device)
+        a8, b8, one = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn), torch.ones((), dtype=torch.float32, device=device)
 
         def product() -> torch.Tensor:
             return torch._scaled_mm(a8, b8.T, one, one, out_dtype=torch.bfloat16, use_fast_accum=True)

@@ -70,7 +70,7 @@ def expected_output(experts: ExpertWeights, call: Call, activations: ActivationF
     Needs one dequantised expert and its rows beside the result.
     """
     values = round_to_fp8 if fp8_weights else QuantTensor.dequantize
-    output = torch.zeros(call.hidden.shape, device=call.hidden.device)
+    output = torch.zeros(call.hidden.shape, dtype=torch.float32, device=call.hidden.device)
     input_scales = [None if scale is None else scale.max() for scale in (experts.w13_input_scale, experts.w2_input_scale)]
     with _exact_matmuls():
         for expert in call.ids.unique().tolist():

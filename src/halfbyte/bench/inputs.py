@@ -54,11 +54,13 @@ def random_experts(shape: MoEShape, format: BlockFormat, device: torch.device, s
         low, high = _SCALE_BYTES[format.name]
         codes = torch.randint(0, 256, (experts, rows, columns // 2), dtype=torch.uint8, device=device, generator=generator)
         scales = torch.randint(low, high + 1, (experts, rows, columns // format.block), dtype=torch.uint8, device=device, generator=generator)
-        global_scale = (0.5 + torch.rand(global_shape, device=device, generator=generator)) * _NVFP4_GLOBAL_SCALE if format.has_global_scale else None
+        global_scale = None
+        if format.has_global_scale:
+            global_scale = (0.5 + torch.rand(global_shape, dtype=torch.float32, device=device, generator=generator)) * _NVFP4_GLOBAL_SCALE
         return QuantTensor(codes, scales, global_scale, format)
 
     def bias(rows: int) -> torch.Tensor | None:
-        return (0.1 * torch.randn(experts, rows, device=device, generator=generator)).bfloat16() if shape.has_bias else None
+        return (0.1 * torch.randn(experts, rows, dtype=torch.float32, device=device, generator=generator)).bfloat16() if shape.has_bias else None
 
     w13 = quantised(rows13, shape.hidden, (experts, 2) if shape.halves == 2 else (experts,))
     w2 = quantised(shape.hidden, shape.intermediate, (experts,))
@@ -91,14 +93,14 @@ def random_call(shape: MoEShape, num_tokens: int, routing: RoutingKind, device: 
     generator = torch.Generator(device).manual_seed(seed)
 
     def uniform(*sizes: int) -> torch.Tensor:
-        return torch.rand(sizes, device=device, generator=generator).clamp_(min=1e-12)
+        return torch.rand(sizes, dtype=torch.float32, device=device, generator=generator).clamp_(min=1e-12)
 
     scores = -torch.log(-torch.log(uniform(num_tokens, shape.num_experts)))  # Gumbel: the top k of score + log p are a draw by p without replacement
     if routing == "skewed":
-        scores -= torch.log(1.0 + torch.randperm(shape.num_experts, device=device, generator=generator))
+        scores -= torch.log(1.0 + torch.randperm(shape.num_experts, dtype=torch.int64, device=device, generator=generator))
     elif routing == "one-expert":
-        scores[:, torch.randint(shape.num_experts, (1,), device=device, generator=generator)] = torch.inf
+        scores[:, torch.randint(shape.num_experts, (1,), dtype=torch.int64, device=device, generator=generator)] = torch.inf
     ids = scores.topk(shape.top_k, dim=1).indices.int()
-    weights = torch.randn(num_tokens, shape.top_k, device=device, generator=generator).softmax(dim=1)
-    hidden = torch.randn(num_tokens, shape.hidden, device=device, generator=generator).bfloat16()
+    weights = torch.randn(num_tokens, shape.top_k, dtype=torch.float32, device=device, generator=generator).softmax(dim=1)
+    hidden = torch.randn(num_tokens, shape.hidden, dtype=torch.float32, device=device, generator=generator).bfloat16()
     return Call(hidden, ids, weights)

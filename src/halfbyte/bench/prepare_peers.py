@@ -28,7 +28,7 @@ def torch_hopper(w: ExpertWeights) -> HopperExperts:
     """Pack with vectorised torch, one expert at a time."""
     out = allocate(w, w.device)
     for side, q, matrix in _sides(w, out):
-        rows = torch.tensor([_source_row(w, side, row) for row in range(matrix.row_tiles * _TILE)], device=w.device)
+        rows = torch.tensor([_source_row(w, side, row) for row in range(matrix.row_tiles * _TILE)], dtype=torch.int64, device=w.device)
         for expert in range(w.num_experts):
             matrix.words[expert] = _words(q, _padded(q.codes[expert], rows), _padded(_raw(q)[expert], rows))
             matrix.scales[expert] = _scale_words(q, _padded(_raw(q)[expert], rows))

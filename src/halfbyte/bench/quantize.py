@@ -165,9 +165,9 @@ def _inputs(case: QuantizeCase, device: torch.device, seed: int) -> list[torch.T
 def _experts(case: QuantizeCase, device: torch.device, seed: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Offsets of experts drawn at random for every row, and their global scales."""
     generator = torch.Generator().manual_seed(seed)
-    counts = torch.randint(case.num_experts, (case.num_rows,), generator=generator).bincount(minlength=case.num_experts)
+    counts = torch.randint(case.num_experts, (case.num_rows,), dtype=torch.int64, generator=generator).bincount(minlength=case.num_experts)
     offsets = torch.cat((torch.zeros(1, dtype=torch.int64), counts.cumsum(0))).int()
-    scales = (1 + torch.rand(case.num_experts, generator=generator)) * _GLOBAL_SCALE
+    scales = (1 + torch.rand(case.num_experts, dtype=torch.float32, generator=generator)) * _GLOBAL_SCALE
     return offsets.to(device), scales.to(device) if case.block_format.has_global_scale else None
 
 
@@ -183,7 +183,7 @@ def _call_of(system: str, case: QuantizeCase, device: torch.device, seed: int) -
         if system == "halfbyte":
             return lambda x: halfbyte.quantize_experts(x, offsets, scales, format, scale_layout=layout)[:2]
         return _grouped_kernel(offsets, scales, format, layout, scan=system == "scan")
-    scale = torch.tensor(_GLOBAL_SCALE, device=device) if format.has_global_scale else None
+    scale = torch.tensor(_GLOBAL_SCALE, dtype=torch.float32, device=device) if format.has_global_scale else None
     if system == "halfbyte":
         return lambda x: _parts(halfbyte.quantize(x, format, scale, scale_layout=layout))
     if scale is None or layout == "8x4" or torch.cuda.get_device_capability(device) < (8, 9):

@@ -126,7 +126,7 @@ class LayerTensors:
         if self.format is None or not self.format.has_global_scale:
             return None
         matrices = [(expert, projection) for expert in experts for projection in self.projections]
-        values = torch.empty(len(matrices))
+        values = torch.empty(len(matrices), dtype=torch.float32)
         names = [self.name(*matrix, self.dialect.global_scale) for matrix in matrices]
         for index, (matrix, name) in enumerate(zip(matrices, names, strict=True)):
             if name not in self.checkpoint:
@@ -153,7 +153,7 @@ class LayerTensors:
             for projection in self.projections:
                 name = self.name(expert, projection, self.dialect.input_scale)
                 values.append(self._positive(name, *self._scalar(name, expert, projection)) if name in self.checkpoint else torch.nan)
-        scales = torch.tensor(values).view(-1, len(self.projections))
+        scales = torch.tensor(values, dtype=torch.float32).view(-1, len(self.projections))
         for same_input in (scales[:, :-1], scales[:, -1:]):
             known = same_input[~same_input.isnan()]
             if len(known):

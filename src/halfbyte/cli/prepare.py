@@ -7,13 +7,13 @@ import json
 import re
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import torch
-
     from halfbyte.checkpoint import Checkpoint
+    from halfbyte.loading.prepared import Wanted
 
 EXAMPLE = "halfbyte prepare nvidia/Qwen3-30B-A3B-NVFP4 --compile bf16"
 
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     from halfbyte.checkpoint import Checkpoint
     from halfbyte.cli.progress import Bar
     from halfbyte.cli.terminal import set_threads, usable_device
-    from halfbyte.loading.prepared import prepare_on_disk
+    from halfbyte.loading.prepared import Wanted, prepare_on_disk
 
     set_threads(args.threads)
     device = usable_device(args.device)
@@ -64,17 +64,10 @@ def run(args: argparse.Namespace) -> int:
     layers = args.layers or checkpoint.moe.moe_layers
     for layer in layers:
         checkpoint.moe.block_of(layer)  # before any work: a layer that is not there
-    options: dict[str, Any] = {
-        "layout": args.layout,
-        "activations": args.activations,
-        "experts": args.experts,
-        "cache_dir": args.cache_dir,
-        "force": args.force,
-        "verify": args.verify,
-    }
+    wanted = Wanted(device, args.layout, activations=args.activations, experts=args.experts, cache_dir=args.cache_dir)
     start, rows = time.perf_counter(), []
     if args.compile:
-        _compile(checkpoint, layers, args, device)
+        _compile(checkpoint, layers, wanted, args.compile)
         compiled_s = time.perf_counter() - start
     with Bar("prepare", unit="B") as bar:
         for index, layer in enumerate(layers):
@@ -82,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
             def progress(done: int, total: int, before: int = index) -> None:
                 bar.reach(before * total + done, len(layers) * total)
 
-            rows.append(prepare_on_disk(checkpoint, layer, device=device, progress=progress, **options))
+            rows.append(prepare_on_disk(checkpoint, layer, wanted, force=args.force, verify=args.verify, progress=progress))
     report = {
         "model": str(checkpoint.path),
         "device": str(device),
@@ -103,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _compile(checkpoint: Checkpoint, layers: Sequence[int], args: argparse.Namespace, device: torch.device) -> None:
+def _compile(checkpoint: Checkpoint, layers: Sequence[int], wanted: Wanted, kinds_of_activations: Sequence[Any]) -> None:
     """Compile what `route` and the routers of transformers ask of layers like these."""
     import torch
 
@@ -112,11 +105,11 @@ def _compile(checkpoint: Checkpoint, layers: Sequence[int], args: argparse.Names
     from halfbyte.moe import warm_up
 
     dtypes = ((torch.int32, torch.float32), (torch.int64, torch.float32), (torch.int64, torch.bfloat16))
-    for activations in args.compile:
-        for kind in kinds_of_layers(checkpoint, layers, device=device, layout=args.layout, activations=activations, experts=args.experts):
+    for activations in kinds_of_activations:
+        for kind in kinds_of_layers(checkpoint, layers, replace(wanted, activations=activations)):
             with Bar(f"compile {activations}", len(dtypes), "pass") as bar:
                 for ids_dtype, weights_dtype in dtypes:
-                    warm_up(kind, checkpoint.moe.top_k, activations=activations, ids_dtype=ids_dtype, weights_dtype=weights_dtype)
+                    warm_up(kind, checkpoint.moe.top_k, ids_dtype=ids_dtype, weights_dtype=weights_dtype)
                     bar.update(1)
 
 

@@ -79,7 +79,7 @@ def usable_device(name: str | None) -> torch.device:
     """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
+        return torch.empty(0, dtype=torch.uint8, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UnsupportedError(f"cannot use the device: {str(error).splitlines()[0]}", given=name, next_step="run: halfbyte doctor") from error
 

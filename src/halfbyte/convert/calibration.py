@@ -71,7 +71,7 @@ def calibrate(model_dir: Path, matrices: Sequence[Matrix], file: Path, *, device
         tokenizer = AutoTokenizer.from_pretrained(model_dir)
         with recorder.attached(model, matrices), torch.inference_mode():
             for window in _windows(texts, tokenizer):
-                model(torch.tensor([window], device=device), use_cache=False)
+                model(torch.tensor([window], dtype=torch.int64, device=device), use_cache=False)
                 recorder.tokens += len(window)
     finally:
         del ALL_EXPERTS_FUNCTIONS[_IMPLEMENTATION]

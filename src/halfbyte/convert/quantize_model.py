@@ -204,7 +204,7 @@ class _Converter:
 
     def _group_scale(self, group: str) -> torch.Tensor | None:
         """The common global scale of the group's matrices (None for MXFP4), after checking that they are finite."""
-        amax = torch.zeros((), device=self.options.device)
+        amax = torch.zeros((), dtype=torch.float32, device=self.options.device)
         for matrix in self.groups[group]:
             weight = matrix.source.read(self.checkpoint).to(self.options.device)
             if count := count_nonfinite(weight):
@@ -302,7 +302,7 @@ def _packed_bytes(shape: tuple[int, ...], dialect: Dialect, calibrated: bool) ->
     format = dialect.format
     assert format
     *rows, columns = shape
-    scalar = torch.empty(shape[:-2], device="meta")
+    scalar = torch.empty(shape[:-2], dtype=torch.float32, device="meta")
     codes = torch.empty(*rows, columns // 2, dtype=torch.uint8, device="meta")
     scales = torch.empty(*rows, columns // format.block, dtype=format.scale_dtype, device="meta")
     q = QuantTensor(codes, scales, scalar if format.has_global_scale else None, format)

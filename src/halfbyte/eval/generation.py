@@ -101,5 +101,5 @@ def pad(rows: Sequence[list[int]], device: torch.device, *, left: bool) -> tuple
     ids, mask = torch.zeros(2, len(rows), longest, dtype=torch.int64)
     for index, row in enumerate(rows):
         place = slice(longest - len(row), longest) if left else slice(len(row))
-        ids[index, place], mask[index, place] = torch.tensor(row), 1
+        ids[index, place], mask[index, place] = torch.tensor(row, dtype=torch.int64), 1
     return ids.to(device), mask.to(device)

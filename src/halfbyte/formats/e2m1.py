@@ -73,6 +73,6 @@ def decode_packed(packed: torch.Tensor) -> torch.Tensor:
 @functools.cache
 def _table(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """fp32 value of each code [16], and the two values of each byte [256], as one int64 because CPUs gather scalars faster than rows."""
-    values = torch.tensor(VALUES, device=device)
-    byte = torch.arange(256, device=device)
+    values = torch.tensor(VALUES, dtype=torch.float32, device=device)
+    byte = torch.arange(256, dtype=torch.int64, device=device)
     return values, torch.stack((values[byte & 0xF], values[byte >> 4]), dim=-1).view(torch.int64).squeeze(-1)

@@ -47,7 +47,7 @@ def encode(amax: torch.Tensor, element_max: float, rule: ScaleRule = "ceil") -> 
         InputError: the rule has no such name.
     """
     amax = amax.float()
-    element_exponent = int(torch.tensor(element_max).log2().floor())
+    element_exponent = int(torch.tensor(element_max, dtype=torch.float32).log2().floor())
     if rule == "ceil":
         byte = _ceil_exponent(divide(amax, element_max))
     elif rule == "floor":

@@ -173,6 +173,11 @@ class Provider(Protocol):
         return frozenset()
 
     @staticmethod
+    def workspace_nbytes(problem: Problem, size: Size, config: Hashable | None) -> int:
+        """The most that a call takes of a `workspace.Workspace`; a kernel that leaves it out takes its memory from torch."""
+        return 0
+
+    @staticmethod
     def rounds_weights(problem: Problem, size: Size) -> bool:
         """Whether it multiplies by weights rounded to e4m3 (`weights.hopper.rounding_fp8`) instead of by the FP4 values."""
         return False

@@ -42,6 +42,7 @@ class KernelChoice:
     configs: Callable[[Problem], tuple[Hashable, ...]]
     choose_config: Callable[[Problem, Size], Hashable | None]
     variants: Callable[[Problem, Size, Hashable | None], frozenset[Hashable]]
+    workspace_nbytes: Callable[[Problem, Size, Hashable | None], int]
     rounds_weights: Callable[[Problem, Size], bool]
 
 

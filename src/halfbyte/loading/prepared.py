@@ -23,8 +23,9 @@ from halfbyte.formats.activation_formats import ActivationFormat, check_activati
 from halfbyte.kernels.table import wanted_layout
 from halfbyte.loading.cache import CacheEntry
 from halfbyte.loading.stream import Progress, stream_experts
+from halfbyte.weights.checks import ScaleCheck
 from halfbyte.weights.layouts import LAYOUTS, check_names
-from halfbyte.weights.prepared import PreparedExperts, arrange
+from halfbyte.weights.prepared import ChosenLayout, PreparedExperts, arrange
 
 CacheUse = Literal["read", "write", "off"]
 CACHE_USES: tuple[str, ...] = get_args(CacheUse)
@@ -39,6 +40,7 @@ def prepare(
     activations: ActivationFormat = "bf16",
     in_place: bool = False,
     device: torch.device | str | None = None,
+    scale_check: ScaleCheck | None = None,
 ) -> PreparedExperts:
     """Arrange expert weights for the kernels of the device they are on, or of `device`.
 
@@ -49,13 +51,16 @@ def prepare(
             while `w` is alive; the latter two are read by the engines they are named after, not by `fused_moe`); or "auto": for FP4 experts on a
             GPU of compute capability 9.0 hopper, or hopper_fp8 where `activations` are, else canonical.
         policy: "packed".
-        activations: what `fused_moe` will mostly be called with; for layout "auto". "hopper" and "hopper_fp8" hold the same values and serve all
-            activations, the latter faster on fp8 tensor cores and slower with few tokens and in bf16 (docs/kernels.md).
+        activations: what the result is for: layout "auto" is chosen by them, and `fused_moe` and `warm_up` take them unless told otherwise. "hopper"
+            and "hopper_fp8" hold the same values and serve all activations, the latter faster on fp8 tensor cores and slower with few tokens and in
+            bf16 (docs/kernels.md).
         in_place: consume `w`. Its tensors become the result wherever they have the right size, and afterwards hold bytes that mean nothing as
-            canonical weights; drop `w` then. "hopper" reuses codes when H and I are multiples of 64, scales when they are multiples of 256. Memory
-            needed beside `w`: what is not reused, and a buffer of 32 MiB or one expert where the kernel that does without cannot run.
+            canonical weights; drop `w` then. `PreparedExperts.reused` says which. "hopper" reuses codes when H and I are multiples of 64, scales when
+            they are multiples of 256. Memory needed beside `w`: what is not reused, and a buffer of 32 MiB or one expert where the kernel that does
+            without cannot run.
             "canonical" shares storage in any case.
         device: where the result goes; by default where `w` is. Host weights stream to a GPU through a buffer of 32 MiB or one expert.
+        scale_check: for many layers, one of `ScaleChecks`: the host then does not wait for the check of the scales, and `ScaleChecks.wait` raises.
 
     Raises:
         InputError: no such layout, policy or activations; the layout does not hold these weights; a scale is negative or not finite; in place on
@@ -67,18 +72,31 @@ def prepare(
     >>> halfbyte.prepare(w).layout
     'canonical'
     """
-    place = w.device if device is None else torch.empty(0, device=device).device
+    place = w.device if device is None else torch.empty(0, dtype=torch.uint8, device=device).device
     if in_place and place != w.device:
         raise InputError("weights cannot be arranged in place on another device", where="prepare", given=f"{place}", needed=f"{w.device}")
-    layout, reason = _resolve_layout(layout, policy, w.format, Target.of(place), activations)
-    return arrange(w, layout, policy, reason, in_place=in_place, device=place)
+    chosen = _choose_layout(layout, policy, w.format, Target.of(place), activations)
+    return arrange(w, chosen, place, in_place=in_place, scale_check=scale_check)
 
 
-def _resolve_layout(layout: str, policy: str, format: BlockFormat | None, target: Target, activations: ActivationFormat) -> tuple[str, str]:
-    """The layout that was asked for or, for "auto", that the kernels of the target want; and why."""
+def _choose_layout(layout: str, policy: str, format: BlockFormat | None, target: Target, activations: ActivationFormat) -> ChosenLayout:
+    """The layout that was asked for or, for "auto", that the kernels of the target want."""
     check_activations(activations, "prepare")
     layout = check_names(layout, policy)
-    return wanted_layout(format, target, activations) if layout == "auto" else (layout, "asked for")
+    layout, reason = wanted_layout(format, target, activations) if layout == "auto" else (layout, "asked for")
+    return ChosenLayout(layout, policy, target, reason, activations)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be prepared of a layer, and how; the fields are arguments of `load_prepared`."""
+
+    device: torch.device | str = "cpu"
+    layout: str = "auto"
+    policy: str = "packed"
+    activations: ActivationFormat = "bf16"
+    experts: range | None = None
+    cache_dir: Path | None = None
 
 
 def load_prepared(
@@ -121,7 +139,7 @@ def load_prepared(
     if cache not in CACHE_USES:
         raise InputError("unknown use of the cache", where="load_prepared", given=repr(cache), needed=" or ".join(map(repr, CACHE_USES)))
     checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.open(model)
-    plan = _Plan.of(checkpoint, layer, device, layout, policy, activations, experts, cache_dir)
+    plan = _Plan.of(checkpoint, layer, Wanted(device, layout, policy, activations, experts, cache_dir))
     storage = plan.allocate(device)
     if cache != "off" and plan.entry.file.exists():
         try:
@@ -166,13 +184,8 @@ class CachedLayer:
 def prepare_on_disk(
     checkpoint: Checkpoint,
     layer: int,
+    wanted: Wanted,
     *,
-    device: torch.device | str = "cpu",
-    layout: str = "auto",
-    policy: str = "packed",
-    activations: ActivationFormat = "bf16",
-    experts: range | None = None,
-    cache_dir: Path | None = None,
     force: bool = False,
     verify: bool = False,
     progress: Progress | None = None,
@@ -180,41 +193,32 @@ def prepare_on_disk(
     """Write the file that `load_prepared` with the same arguments reads, unless it is there.
 
     Args:
-        checkpoint ... cache_dir, progress: as in `load_prepared`.
+        checkpoint, layer, wanted, progress: as in `load_prepared`.
         force: write it again in any case.
         verify: look at every byte of a file that is there, not only at its header.
 
     Raises:
         CheckpointError, UnsupportedError, InputError: as `load_prepared`; the file cannot be written.
     """
-    plan = _Plan.of(checkpoint, layer, device, layout, policy, activations, experts, cache_dir)
+    plan = _Plan.of(checkpoint, layer, wanted)
     entry = plan.entry
     reason = "forced" if force else "not there"
     if not force and entry.file.exists():
         try:
             if verify:
-                entry.load_into(plan.allocate(device).tensors)
+                entry.load_into(plan.allocate(wanted.device).tensors)
             else:
                 entry.check(plan.allocate("meta").tensors)
-            return CachedLayer(layer, plan.layout, entry.file, entry.file.stat().st_size, False, "verified" if verify else "there already")
+            return CachedLayer(layer, plan.chosen.layout, entry.file, entry.file.stat().st_size, False, "verified" if verify else "there already")
         except CheckpointError as error:
             reason = str(error)
-    storage = plan.allocate(device)
+    storage = plan.allocate(wanted.device)
     plan.stream_into(storage, progress)
     entry.save(storage.tensors)
-    return CachedLayer(layer, plan.layout, entry.file, entry.file.stat().st_size, True, reason)
+    return CachedLayer(layer, plan.chosen.layout, entry.file, entry.file.stat().st_size, True, reason)
 
 
-def kinds_of_layers(
-    checkpoint: Checkpoint,
-    layers: Iterable[int],
-    *,
-    device: torch.device | str = "cpu",
-    layout: str = "auto",
-    policy: str = "packed",
-    activations: ActivationFormat = "bf16",
-    experts: range | None = None,
-) -> Iterator[PreparedExperts]:
+def kinds_of_layers(checkpoint: Checkpoint, layers: Iterable[int], wanted: Wanted) -> Iterator[PreparedExperts]:
     """Yield one layer of each kind among what `load_prepared` would return, with uninitialised weights: what `warm_up` needs to compile for them all.
 
     Raises:
@@ -222,12 +226,12 @@ def kinds_of_layers(
     """
     seen = set()
     for layer in layers:
-        plan = _Plan.of(checkpoint, layer, device, layout, policy, activations, experts, None)
+        plan = _Plan.of(checkpoint, layer, wanted)
         outline = plan.result(plan.allocate("meta"))
         kind = (outline.description, *((tensor.dtype, tensor.shape) for tensor in outline.storage.tensors.values()))
         if kind not in seen:
             seen.add(kind)
-            yield plan.result(plan.allocate(device))
+            yield plan.result(plan.allocate(wanted.device))
 
 
 @dataclass(frozen=True)
@@ -235,35 +239,23 @@ class _Plan:
     """One layer's experts on their way from a checkpoint to a layout, and the cached file that says the same."""
 
     reader: ExpertReader
-    layout: str
-    policy: str
-    target: Target
-    reason: str
+    chosen: ChosenLayout
     entry: CacheEntry
 
     @classmethod
-    def of(
-        cls,
-        checkpoint: Checkpoint,
-        layer: int,
-        device: torch.device | str,
-        layout: str,
-        policy: str,
-        activations: ActivationFormat,
-        experts: range | None,
-        cache_dir: Path | None,
-    ) -> _Plan:
-        reader, target = ExpertReader(checkpoint, layer, experts), Target.of(device)
-        layout, reason = _resolve_layout(layout, policy, reader.format, target, activations)
-        entry = CacheEntry.of(checkpoint, layer, reader.experts, layout, policy, target.arch, cache_dir)
-        return cls(reader, layout, policy, target, reason, entry)
+    def of(cls, checkpoint: Checkpoint, layer: int, wanted: Wanted) -> _Plan:
+        reader, target = ExpertReader(checkpoint, layer, wanted.experts), Target.of(wanted.device)
+        chosen = _choose_layout(wanted.layout, wanted.policy, reader.format, target, wanted.activations)
+        return cls(reader, chosen, CacheEntry.of(checkpoint, layer, reader.experts, chosen.layout, chosen.policy, target.arch, wanted.cache_dir))
 
     def allocate(self, device: torch.device | str) -> Any:
         """Uninitialised storage in the layout; canonical storage is an ExpertWeights."""
-        return self.reader.allocate(device) if self.layout == "canonical" else LAYOUTS[self.layout].allocate(self.reader.allocate("meta"), device)
+        layout = LAYOUTS.get(self.chosen.layout)
+        return self.reader.allocate(device) if layout is None else layout.allocate(self.reader.allocate("meta"), device)
 
     def stream_into(self, storage: Any, progress: Progress | None) -> None:
-        stream_experts(self.reader, storage, None if self.layout == "canonical" else LAYOUTS[self.layout].pack, progress)
+        layout = LAYOUTS.get(self.chosen.layout)
+        stream_experts(self.reader, storage, None if layout is None else layout.pack, progress)
 
     def result(self, storage: Any) -> PreparedExperts:
-        return PreparedExperts(storage, self.layout, self.policy, self.target, self.reason)
+        return self.chosen.result(storage)

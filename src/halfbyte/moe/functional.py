@@ -17,6 +17,7 @@ from halfbyte.formats import QuantTensor
 from halfbyte.formats.activation_formats import ActivationFormat, check_activations
 from halfbyte.kernels.problem import Hidden, Size, layer_problem, quantized_format
 from halfbyte.kernels.table import choose
+from halfbyte.kernels.workspace import Workspace, lend
 from halfbyte.weights import PreparedExperts
 from halfbyte.weights.layouts import Storage
 
@@ -48,12 +49,13 @@ def fused_moe(
     topk_ids: torch.Tensor,
     topk_weights: torch.Tensor,
     *,
-    activations: ActivationFormat = "bf16",
+    activations: ActivationFormat | None = None,
     out: torch.Tensor | None = None,
     expert_map: ExpertMap | None = None,
     expert_offset: int | None = None,
     backend: str | None = None,
     batch_invariant: bool = False,
+    workspace: Workspace | None = None,
     config: Hashable | None = None,
 ) -> torch.Tensor:
     """sum over j of topk_weights[t, j] * expert(topk_ids[t, j])(hidden[t]), accumulated in fp32 and rounded once.
@@ -67,14 +69,17 @@ def fused_moe(
             ranks, the results are the whole layer.
         topk_weights: [T, k] fp32 (bf16 and fp16 are widened).
         activations: what the two matrix products see of their inputs: "bf16" (their own dtype), "fp8", "nvfp4" or "mxfp8"
-            (`formats.activation_formats`). With "fp8" and many tokens, the Hopper kernels also round the weights to e4m3: no change for MXFP4 but in
-            freak rows, 2 % of the weights' norm for NVFP4 (`weights.hopper.rounding_fp8.weight_error` measures it).
+            (`formats.activation_formats`); by default what the experts were prepared for. With "fp8" and many tokens, the Hopper kernels also round
+            the weights to e4m3: no change for MXFP4 but in freak rows, 2 % of the weights' norm for NVFP4
+            (`weights.hopper.rounding_fp8.weight_error` measures it).
         out: [T, H] to write to; hidden's dtype (bf16 where it is quantised), or fp32 for partial sums that are rounded later.
         expert_map: which experts are held here, where they are not a contiguous slice.
         expert_offset: id of the first expert held here, the short form of a map; by default what the weights say (0 for a whole layer).
         backend: the name of the only kernel allowed; by default the table chooses.
         batch_invariant: a token's result does not depend, bit for bit, on which other tokens are in the call, nor on how many. Costs speed, because
             kernels and tiles no longer follow the number of tokens.
+        workspace: memory for what lies between hidden and the result, which the calls of many layers may share: one per device and stream, of
+            `workspace_nbytes`. By default from torch's allocator. Not under torch.compile.
         config: one of the kernel's configurations, for tuning; by default it picks one by the number of tokens. Not under torch.compile.
 
     Returns:
@@ -92,11 +97,12 @@ def fused_moe(
     torch.Size([3, 32])
     """
     check_prepared(experts, "fused_moe")
+    activations = experts.activations if activations is None else activations
     expert_map = resolve_map(experts.storage, expert_map, expert_offset)
     if torch.compiler.is_compiling():
-        if config is not None or not isinstance(hidden, torch.Tensor):
-            given = "config=" if config is not None else type(hidden).__name__
-            raise UnsupportedError("not traced by torch.compile", where="fused_moe", given=given, needed="floats, and no config=")
+        if config is not None or workspace is not None or not isinstance(hidden, torch.Tensor):
+            given = "config=" if config is not None else type(hidden).__name__ if workspace is None else "workspace="
+            raise UnsupportedError("not traced by torch.compile", where="fused_moe", given=given, needed="floats, no config= and no workspace=")
         held = (expert_map.first, expert_map.local_of_copy, expert_map.copies)
         arguments = (experts.description, experts.layout, topk_ids, topk_weights, activations, *held, backend, batch_invariant)
         tensors = list(experts.storage.tensors.values())
@@ -105,7 +111,30 @@ def fused_moe(
         torch.ops.halfbyte.fused_moe_out(hidden, tensors, *arguments, out)
         return out
     call = Call(experts.layout, experts.target, activations, batch_invariant, backend, config, expert_map)
-    return run(hidden, experts.storage, topk_ids, topk_weights, call, out)
+    with lend(workspace):
+        return run(hidden, experts.storage, topk_ids, topk_weights, call, out)
+
+
+def workspace_nbytes(
+    experts: PreparedExperts, max_tokens: int, top_k: int, *, activations: ActivationFormat | None = None, batch_invariant: bool = False
+) -> int:
+    """The bytes of a `Workspace` that hold all that calls of up to `max_tokens` tokens need between their input and their result.
+
+    The largest over several layers serves them all. 0 where the kernel of these experts takes its memory from torch in any case.
+
+    Raises:
+        InputError, UnsupportedError: as `fused_moe`.
+
+    >>> w = halfbyte.ExpertWeights(*(halfbyte.quantize(torch.randn(4, n, 32), halfbyte.MXFP4) for n in (64, 32)))
+    >>> halfbyte.workspace_nbytes(halfbyte.prepare(w), max_tokens=8192, top_k=2)
+    0
+    """
+    check_prepared(experts, "workspace_nbytes")
+    activations = experts.activations if activations is None else activations
+    problem = layer_problem("fused_moe", experts.storage, experts.target, experts.layout, activations, batch_invariant=batch_invariant)
+    kernel = choose(problem)
+    most = {kernel.choose_config(problem, Size(num_tokens, top_k)): Size(num_tokens, top_k) for num_tokens in range(1, max_tokens + 1)}
+    return max((kernel.workspace_nbytes(problem, size, config) for config, size in most.items()), default=0)
 
 
 def run(

@@ -16,7 +16,7 @@ from halfbyte.loading import load_prepared
 from halfbyte.loading.prepared import CacheUse
 from halfbyte.moe.functional import fused_moe
 from halfbyte.moe.routing import Routing, invariant_linear, route
-from halfbyte.moe.warm_up import warm_up
+from halfbyte.moe.warm import warm_up
 from halfbyte.weights import PreparedExperts
 from halfbyte.weights.prepared import keep_address
 
@@ -29,9 +29,9 @@ class MoE(torch.nn.Module):
     """
 
     def __init__(
-        self, router: RouterWeights, experts: PreparedExperts, *, activations: ActivationFormat = "bf16", batch_invariant: bool = False
+        self, router: RouterWeights, experts: PreparedExperts, *, activations: ActivationFormat | None = None, batch_invariant: bool = False
     ) -> None:
-        """Hold `router` and `experts`, which lie on one device; `batch_invariant` as `fused_moe`, routing included.
+        """Hold `router` and `experts`, which lie on one device; `activations` and `batch_invariant` as `fused_moe`, routing included.
 
         Raises:
             UnsupportedError: the layer chooses experts by token id (DeepSeek-V4's first layers) and so cannot be run from hidden states.
@@ -43,7 +43,8 @@ class MoE(torch.nn.Module):
                 where="MoE",
                 next_step="look the ids up in RouterWeights.token_experts and call halfbyte.fused_moe",
             )
-        self.router, self.experts, self.activations, self.batch_invariant = router, experts, activations, batch_invariant
+        self.router, self.batch_invariant, self.top_k = router, batch_invariant, router.rule.top_k
+        self.experts = experts if activations is None else replace(experts, activations=activations)
         self._keep_addresses()
 
     @classmethod
@@ -67,8 +68,8 @@ class MoE(torch.nn.Module):
         torch.Size([2, 5, 256])
         """
         checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.open(model)
-        router, experts = load_router(checkpoint, layer, device), load_prepared(checkpoint, layer, device=device, cache=cache)
-        return cls(router, experts, activations=activations, batch_invariant=batch_invariant)
+        experts = load_prepared(checkpoint, layer, device=device, activations=activations, cache=cache)
+        return cls(load_router(checkpoint, layer, device), experts, batch_invariant=batch_invariant)
 
     def route(self, hidden: torch.Tensor) -> Routing:
         """Choose experts for hidden [T, H]; the logits are computed in fp32 whatever the dtype of the router's weight."""
@@ -85,7 +86,7 @@ class MoE(torch.nn.Module):
         """hidden [..., H] bf16, fp16 or fp32 to the same shape and dtype."""
         tokens = hidden.reshape(-1, hidden.shape[-1])
         routing = self.route(tokens)
-        result = fused_moe(tokens, self.experts, *routing, activations=self.activations, batch_invariant=self.batch_invariant)
+        result = fused_moe(tokens, self.experts, *routing, batch_invariant=self.batch_invariant)
         return result.view(hidden.shape)
 
     @torch.no_grad()
@@ -95,15 +96,14 @@ class MoE(torch.nn.Module):
         >>> from pathlib import Path
         >>> halfbyte.MoE.from_checkpoint(Path(halfbyte.__file__).parent / "demo_model", 0).warm_up(max_tokens=8192)
         """
-        self.route(torch.zeros((1, self.experts.hidden), device=self.experts.device))
-        settings: dict[str, Any] = {"activations": self.activations, "batch_invariant": self.batch_invariant}
-        warm_up(self.experts, self.router.rule.top_k, **settings, **options)
+        self.route(torch.zeros((1, self.experts.hidden), dtype=torch.float32, device=self.experts.device))
+        warm_up(self.experts, self.top_k, batch_invariant=self.batch_invariant, **options)
 
     def extra_repr(self) -> str:
         w, rule = self.experts, self.router.rule
         sizes = f"{w.num_experts} experts {repr(w.format) if w.format else 'dense'}, hidden {w.hidden}, intermediate {w.intermediate}"
         invariant = ", batch invariant" if self.batch_invariant else ""
-        return f"{sizes}, {rule.method} top-{rule.top_k}, activations {self.activations}{invariant}"
+        return f"{sizes}, {rule.method} top-{rule.top_k}, activations {w.activations}{invariant}"
 
     def _keep_addresses(self) -> None:
         for tensor in (self.router.weight, self.router.logit_bias, self.router.correction_bias):

@@ -43,7 +43,7 @@ def sort(
     topk_ids: torch.Tensor,
     experts: PreparedExperts,
     *,
-    activations: ActivationFormat = "bf16",
+    activations: ActivationFormat | None = None,
     expert_map: ExpertMap | None = None,
     expert_offset: int | None = None,
     config: Hashable | None = None,
@@ -58,6 +58,7 @@ def sort(
     [2, 0, 1, 3]
     """
     check_prepared(experts, "sort")
+    activations = experts.activations if activations is None else activations
     check_tensor("topk_ids", topk_ids, IDS, None, None, experts.device, "sort")
     check_activations(activations, "sort")
     expert_map = resolve_map(experts.storage, expert_map, expert_offset)

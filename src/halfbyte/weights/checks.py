@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,6 +33,54 @@ def fp4_matrices(w: ExpertWeights, layout: str) -> tuple[QuantTensor, QuantTenso
 def largest_valid_scale(format: BlockFormat) -> int:
     """The byte of the largest finite scale; above it lie NaN and, for e4m3, the negative half."""
     return 0x7E if format == NVFP4 else 0xFE
+
+
+ScaleCheck = Callable[[torch.Tensor], None]
+"""Takes the flag, bool or uint8 [] on any device, that says whether the scales of some experts are unusable."""
+
+
+class ScaleChecks:
+    """The checks of many layers, whose results are read together: the host waits once, not once per layer.
+
+    >>> w = halfbyte.ExpertWeights(*(halfbyte.quantize(torch.randn(4, n, 32), halfbyte.MXFP4) for n in (64, 32)))
+    >>> checks = halfbyte.ScaleChecks()
+    >>> model = [halfbyte.prepare(w, scale_check=checks.of(f"layer {i}")) for i in range(3)]
+    >>> checks.wait()
+    """
+
+    def __init__(self) -> None:
+        self._flags: list[tuple[str, torch.Tensor]] = []
+
+    def of(self, name: str) -> ScaleCheck:
+        """What `prepare` and `update_` take as their `scale_check`; an error will call the experts `name`."""
+        return functools.partial(self._add, name)
+
+    def _add(self, name: str, flag: torch.Tensor) -> None:
+        self._flags.append((name, flag))
+
+    def wait(self) -> None:
+        """Read the results, and forget them.
+
+        Raises:
+            InputError: scales are negative or not finite; the message names the experts, whose packed codes mean nothing.
+        """
+        flags, self._flags = self._flags, []
+        host = [flag.to("cpu", non_blocking=True) for _, flag in flags]
+        for device in {flag.device for _, flag in flags if flag.is_cuda}:
+            torch.cuda.synchronize(device)
+        bad = [name for (name, _), flag in zip(flags, host, strict=True) if flag]
+        if bad:
+            next_step = "run `halfbyte inspect` on the checkpoint"
+            raise InputError("scales are negative or not finite", where=", ".join(bad), needed="finite scales >= 0", next_step=next_step)
+
+
+def has_unusable_scales(w: ExpertWeights) -> torch.Tensor:
+    """bool [] on the device of `w`, for which the host has not waited: whether any scale, of a block or other, is negative or not finite."""
+    flag = has_unusable_scalars(w)
+    for matrix in (w.w13, w.w2):
+        if isinstance(matrix, QuantTensor) and matrix.scales.numel():
+            flag = flag | (matrix.scales.view(torch.uint8).amax() > largest_valid_scale(matrix.format))
+    return flag
 
 
 def has_unusable_scalars(w: ExpertWeights) -> torch.Tensor:

@@ -28,7 +28,8 @@ class Layout:
         purpose: what it is, and who reads it.
         storage: the class of what holds it.
         allocate: (w, device) to uninitialised storage for the experts of w.
-        pack: (w, storage, first) arranges the experts of w, one at a time, as experts `first` and following of the storage.
+        pack: (w, storage, first) arranges the experts of w, one at a time, as experts `first` and following of the storage. Where the layout is not
+            foreign, a fourth argument takes the check of the scales (`checks.ScaleCheck`).
         unpack: storage to canonical experts.
         reused: canonical tensor in whose storage each tensor may lie while `pack` runs, where the sizes are the same.
         foreign: no kernel of halfbyte reads it, only the engine it is named after.
@@ -37,7 +38,7 @@ class Layout:
     purpose: str
     storage: type
     allocate: Callable[[ExpertWeights, torch.device | str], Any]
-    pack: Callable[[ExpertWeights, Any, int], None]
+    pack: Callable[..., None]
     unpack: Callable[[Any], ExpertWeights]
     reused: Mapping[str, str] = field(default_factory=dict)
     foreign: bool = False

@@ -11,9 +11,10 @@ from halfbyte.device import Target
 from halfbyte.errors import UnsupportedError
 from halfbyte.experts import Activation, ExpertWeights
 from halfbyte.formats import BlockFormat
-from halfbyte.weights.checks import check_same_kind, check_scales
+from halfbyte.formats.activation_formats import ActivationFormat
+from halfbyte.weights.checks import ScaleCheck, check_same_kind, check_scales, has_unusable_scales
 from halfbyte.weights.description import describe
-from halfbyte.weights.layouts import LAYOUTS, Storage
+from halfbyte.weights.layouts import LAYOUTS, Layout, Storage
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class PreparedExperts:
         policy: how the weights reside in memory; "packed" keeps 4 bits.
         target: the hardware they lie on.
         reason: why this layout was taken.
+        activations: what calls compute on unless they say otherwise; the layout was taken for them.
+        reused: canonical tensors ("w13.codes", ...) whose memory `storage` lies in, where it was made in place; all of them for "canonical".
         description: what `fused_moe` passes to its op under torch.compile beside the tensors; see `weights.description`.
     """
 
@@ -35,6 +38,8 @@ class PreparedExperts:
     policy: str
     target: Target
     reason: str
+    activations: ActivationFormat = "bf16"
+    reused: tuple[str, ...] = ()
     description: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -74,18 +79,18 @@ class PreparedExperts:
     def to(self, device: torch.device | str) -> PreparedExperts:
         """Copy every tensor to `device`, in the same layout: prepare again for a device of another kind."""
         moved = {name: tensor.to(device) for name, tensor in self.storage.tensors.items()}
-        return replace(self, storage=self.storage.with_tensors(moved), target=Target.of(device))
+        return replace(self, storage=self.storage.with_tensors(moved), target=Target.of(device), reused=())
 
     def unprepare(self) -> ExpertWeights:
         """Return the canonical experts: every value exactly."""
         return self.storage if isinstance(self.storage, ExpertWeights) else LAYOUTS[self.layout].unpack(self.storage)
 
     @torch.no_grad()
-    def update_(self, w: ExpertWeights) -> None:
+    def update_(self, w: ExpertWeights, *, scale_check: ScaleCheck | None = None) -> None:
         """Replace the weights by those of `w`, in place: no address changes, so CUDA graphs captured with these experts go on with the new ones.
 
         The work is queued on the current stream of the device, like any kernel. `w` may lie on another device, and may have been loaded in any format
-        of file; it must be what these experts were prepared from in all but the values.
+        of file; it must be what these experts were prepared from in all but the values. `scale_check`: as in `prepare`.
 
         Raises:
             InputError: another format, size, activation, range of experts or set of tensors, or unusable scales; nothing was written.
@@ -97,9 +102,9 @@ class PreparedExperts:
         layout = LAYOUTS.get(self.layout)
         check_same_kind(self.storage, w if layout is None else layout.allocate(w, "meta"))
         if layout is not None:
-            layout.pack(w, self.storage, 0)
+            _pack(layout, w, self.storage, scale_check)
             return
-        check_scales(w)
+        _check_scales(w, scale_check)
         for name, tensor in self.storage.tensors.items():
             tensor.copy_(w.tensors[name])
 
@@ -112,28 +117,59 @@ def keep_address(tensor: torch.Tensor) -> None:
     tensor._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
 
 
-def arrange(w: ExpertWeights, layout: str, policy: str, reason: str, *, in_place: bool, device: torch.device) -> PreparedExperts:
-    """Arrange `w` in a layout that has been chosen; arguments and errors as `loading.prepare`."""
-    target = Target.of(device)
-    if layout == "canonical":
+@dataclass(frozen=True)
+class ChosenLayout:
+    """How experts are to lie and why: what `PreparedExperts` says of itself beside its storage."""
+
+    layout: str
+    policy: str
+    target: Target
+    reason: str
+    activations: ActivationFormat
+
+    def result(self, storage: Storage, reused: tuple[str, ...] = ()) -> PreparedExperts:
+        return PreparedExperts(storage, self.layout, self.policy, self.target, self.reason, self.activations, reused)
+
+
+def arrange(
+    w: ExpertWeights, chosen: ChosenLayout, device: torch.device, *, in_place: bool, scale_check: ScaleCheck | None = None
+) -> PreparedExperts:
+    """Arrange `w` in a layout that has been chosen; the other arguments and errors as `loading.prepare`."""
+    if chosen.layout == "canonical":
+        _check_scales(w, scale_check)
+        return chosen.result(w, tuple(w.tensors)) if device == w.device else chosen.result(w.to(device))
+    layout = LAYOUTS[chosen.layout]
+    storage, reused = _storage_within(w, chosen.layout) if in_place else (layout.allocate(w, device), ())
+    _pack(layout, w, storage, scale_check)
+    return chosen.result(storage, reused)
+
+
+def _pack(layout: Layout, w: ExpertWeights, storage: Any, scale_check: ScaleCheck | None) -> None:
+    if scale_check is None or layout.foreign:  # the layouts of other engines check more, and at once
+        layout.pack(w, storage, 0)
+    else:
+        layout.pack(w, storage, 0, scale_check)
+
+
+def _check_scales(w: ExpertWeights, scale_check: ScaleCheck | None) -> None:
+    if scale_check is None:
         check_scales(w)
-        return PreparedExperts(w if device == w.device else w.to(device), layout, policy, target, reason)
-    storage = _storage_within(w, layout) if in_place else LAYOUTS[layout].allocate(w, device)
-    LAYOUTS[layout].pack(w, storage, 0)
-    return PreparedExperts(storage, layout, policy, target, reason)
+    else:
+        scale_check(has_unusable_scales(w))
 
 
-def _storage_within(w: ExpertWeights, layout: str) -> Any:
-    """Storage of the layout that lies in the tensors of `w` where those have the right size."""
-    reused, sources = LAYOUTS[layout].reused, w.tensors
-    if not reused:
+def _storage_within(w: ExpertWeights, layout: str) -> tuple[Any, tuple[str, ...]]:
+    """Storage of the layout that lies in the tensors of `w` where those have the right size, and which these are."""
+    places, sources = LAYOUTS[layout].reused, w.tensors
+    if not places:
         raise UnsupportedError(f"layout {layout!r} is not arranged in place", where="prepare", needed="in_place=False")
     wanted = LAYOUTS[layout].allocate(w, "meta")
-
-    def storage(name: str, meta: torch.Tensor) -> torch.Tensor:
-        source = sources.get(reused.get(name, ""))
+    tensors, reused = {}, []
+    for name, meta in wanted.tensors.items():
+        source = sources.get(places.get(name, ""))
         if source is None or source.nbytes != meta.nbytes or not source.is_contiguous() or source.data_ptr() % 16:  # kernels read 16 bytes at a time
-            return torch.empty(meta.shape, dtype=meta.dtype, device=w.device)
-        return source.view(torch.uint8).flatten().view(meta.dtype).view(meta.shape)
-
-    return wanted.with_tensors({name: storage(name, meta) for name, meta in wanted.tensors.items()})
+            tensors[name] = torch.empty(meta.shape, dtype=meta.dtype, device=w.device)
+        else:
+            tensors[name] = source.view(torch.uint8).flatten().view(meta.dtype).view(meta.shape)
+            reused.append(places[name])
+    return wanted.with_tensors(tensors), tuple(reused)

@@ -43,7 +43,7 @@ def _apply_gate(module: ExpertsModule, gate_up: torch.Tensor) -> torch.Tensor:
 def _every_expert(self: ExpertsModule, hidden_states: torch.Tensor) -> torch.Tensor:
     """[E * T, H], the tokens once for every expert, to the same shape. Rows of zeros, of tokens routed elsewhere, are not computed."""
     rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-    expert = torch.arange(self.num_experts, device=rows.device).repeat_interleave(len(rows) // self.num_experts)
+    expert = torch.arange(self.num_experts, dtype=torch.int64, device=rows.device).repeat_interleave(len(rows) // self.num_experts)
     ids = torch.where((rows != 0).any(-1), expert, -1).unsqueeze(-1)
     return experts_forward(self, rows, ids, rows.new_ones(ids.shape))
 

@@ -86,7 +86,7 @@ def _grouped_linear(
 
 def _dense(weight: QuantTensor | torch.Tensor, block: list[int]) -> torch.Tensor:
     """weight[block] in fp32."""
-    index = torch.tensor(block, device=weight.device)
+    index = torch.tensor(block, dtype=torch.int64, device=weight.device)
     if not isinstance(weight, QuantTensor):
         return weight[index].float()
     scales = weight.scales.view(torch.uint8)[index]  # as bytes: not every device can index fp8

@@ -45,4 +45,4 @@ def run(
         scales[start : start + part.scales.shape[0]] = part.scales
         starts.append(starts[-1] + -(-(end - first) // tile) * tile)
     if scale_layout != "linear":
-        scale_offsets.copy_(torch.tensor(starts))
+        scale_offsets.copy_(torch.tensor(starts, dtype=torch.int64))

@@ -24,6 +24,7 @@ import triton.language as tl
 from halfbyte.formats import QuantTensor
 from halfbyte.formats.fp8_tensor import Fp8Tensor
 from halfbyte.kernels.quantizers.blocks import e2m1_value, pack
+from halfbyte.kernels.workspace import scratch
 
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -79,8 +80,8 @@ def decode_rows(hidden: QuantTensor | Fp8Tensor) -> tuple[torch.Tensor, torch.Te
         given, block = hidden.global_scale, hidden.format.block
     else:
         given, block = (scales, 0) if hidden.scaling == "token" else (None, 32)
-    out = torch.empty((num_rows, 2 * pairs), dtype=torch.bfloat16, device=codes.device)
-    row_scale = None if given is None else torch.empty(num_rows, dtype=torch.float32, device=codes.device)
+    out = scratch((num_rows, 2 * pairs), torch.bfloat16, codes.device)
+    row_scale = None if given is None else scratch((num_rows,), torch.float32, codes.device)
     if num_rows == 0:
         return out, row_scale
     padded = triton.next_power_of_2(pairs)

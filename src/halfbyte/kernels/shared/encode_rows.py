@@ -34,6 +34,7 @@ from halfbyte.formats.activation_formats import ActivationFormat
 from halfbyte.kernels.quantizers.blocks import amax8, e2m1_value, half, pack
 from halfbyte.kernels.quantizers.chunk import load_words, nvfp4_block, prepare_global
 from halfbyte.kernels.quantizers.fp8 import divide, e4m3_bytes, fp32_scale, mx_scale, prepare_division
+from halfbyte.kernels.workspace import scratch
 from halfbyte.weights.hopper.fragment_order import PAIR_STEP, first_position_of
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -183,8 +184,8 @@ def encode_rows(
     if activations == "bf16":
         return x, None
     num_rows, columns = x.shape
-    out = torch.empty((num_rows, columns), dtype=torch.bfloat16, device=x.device) if out is None else out
-    scales = None if activations == "mxfp8" else torch.empty(num_rows, dtype=torch.float32, device=x.device)
+    out = scratch((num_rows, columns), torch.bfloat16, x.device) if out is None else out
+    scales = None if activations == "mxfp8" else scratch((num_rows,), torch.float32, x.device)
     if num_rows == 0:
         return out, scales
     words = x.view(torch.int32)

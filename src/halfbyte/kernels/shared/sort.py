@@ -20,6 +20,7 @@ from triton.language.extra.cuda import gdc
 
 from halfbyte.kernels.problem import Problem, Support, needs_capability
 from halfbyte.kernels.work_list import WorkList, max_entries
+from halfbyte.kernels.workspace import aligned, scratch
 
 ITEM_ALIGNMENT = 16  # cut experts at multiples of this many rows
 MAX_SINGLE_SLOTS = 8192
@@ -184,6 +185,15 @@ def _place(
             _store_row_start(row_start_ptr, experts, start + counts, NUM_EXPERTS)
 
 
+def workspace_nbytes(num_slots: int, num_experts: int, max_rows: int) -> int:
+    """What `run` takes of a workspace."""
+    _, single, block = variant(num_slots, num_experts, max_rows)
+    sizes = [4 * (2 * -(-num_slots // 4) * 4 + 4), 16 * max_entries(num_slots, num_experts, max_rows)]
+    if not single:
+        sizes.append(4 * (triton.cdiv(num_slots, block) + 1) * max(32, triton.next_power_of_2(num_experts)))
+    return sum(map(aligned, sizes))
+
+
 def supports(problem: Problem) -> Support:
     return needs_capability(problem.target, 80) or Support.yes("Triton, one launch or three")
 
@@ -204,8 +214,8 @@ def run(
     ordered, single, block = variant(num_slots, num_experts, max_rows)
     aligned_slots = -(-num_slots // 4) * 4  # 16 bytes: Triton compiles anew for other pointers
     sizes = [aligned_slots, aligned_slots, 4]
-    token_of_row, row_of_slot, num_entries = torch.empty(sum(sizes), dtype=torch.int32, device=device).split(sizes)
-    entries = torch.empty((max_entries(num_slots, num_experts, max_rows), 4), dtype=torch.int32, device=device)
+    token_of_row, row_of_slot, num_entries = scratch((sum(sizes),), torch.int32, device).split(sizes)
+    entries = scratch((max_entries(num_slots, num_experts, max_rows), 4), torch.int32, device)
     starts = torch.empty(num_experts + 1, dtype=torch.int32, device=device) if row_start else None
     padded = max(32, triton.next_power_of_2(num_experts))
     layout = (topk_ids.shape[1], max_rows, ITEM_ALIGNMENT, ordered)
@@ -217,7 +227,7 @@ def run(
         )  # fmt: skip
     else:
         chunks = triton.cdiv(num_slots, block)
-        counts = torch.empty((chunks + 1, padded), dtype=torch.int32, device=device)
+        counts = scratch((chunks + 1, padded), torch.int32, device)
         totals = counts[chunks]
         _count[(chunks,)](topk_ids, row_of_slot, counts, num_slots, expert_offset, num_experts, padded, block, launch_early, num_warps=8, **pdl)
         _sum_before[(padded // EXPERTS_SUMMED,)](counts, totals, chunks, padded, EXPERTS_SUMMED, CHUNKS_SUMMED, launch_early, num_warps=4, **pdl)

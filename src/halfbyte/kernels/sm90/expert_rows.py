@@ -14,8 +14,8 @@ h gets one scale per row, which needs the largest value of the whole row and so 
 operations: at 3 TB/s and 1.3 Pflop/s 650 / H of GEMM2's time, 3 % of a DeepSeek-R1 layer and 10 % of a Qwen3-30B one. A scale for every 64 columns
 would save 2 of the 3 bytes and cost GEMM2 a multiply-add on every accumulator at every step: at 128 tokens 64 of them per thread, twice the decoding.
 
-Workspace, from torch's allocator: with R = T * k rows, 2 R I bytes, 2 R H bytes (direct: 4 R H per part), and for prefill 2 R H more (fp8: R H and
-R I).
+Workspace, `scratch`: with R = T * k rows, 2 R I bytes and 2 R H bytes (direct: 4 R H per part), and for fp8 R I more: `workspace_nbytes`. The rows
+that prefill's GEMM1 reads lie where those of GEMM2 will.
 """
 
 from __future__ import annotations
@@ -32,16 +32,17 @@ from halfbyte.gluon_compat import fix_cache_keys, tma_descriptor
 from halfbyte.kernels.problem import Hidden, Problem, Size, Support, layer_problem
 from halfbyte.kernels.shared.decode_rows import decode_rows
 from halfbyte.kernels.shared.encode_rows import encode_rows
-from halfbyte.kernels.sm90.configs import Config, PrefillConfig, choose_config, configs, rounds_weights
+from halfbyte.kernels.sm90.configs import DIRECT, Config, PrefillConfig, choose_config, configs, rounds_weights
 from halfbyte.kernels.sm90.epilogue import KINDS
 from halfbyte.kernels.sm90.gather import gather
 from halfbyte.kernels.sm90.gemm_decode import NUM_WARPS, grouped_gemm_w4a16_decode
 from halfbyte.kernels.sm90.gemm_prefill import grouped_gemm_prefill
 from halfbyte.kernels.sm90.quantize_rows import gather_codes, quantize_rows, quantize_tokens
 from halfbyte.kernels.work_list import WorkList
+from halfbyte.kernels.workspace import aligned, scratch
 from halfbyte.weights.hopper.layout import HopperExperts, HopperMatrix, padded_size
 
-__all__ = ["choose_config", "configs", "layout", "rounds_weights", "run", "supports"]  # what the table reads
+__all__ = ["choose_config", "configs", "layout", "rounds_weights", "run", "supports", "workspace_nbytes"]  # what the table reads
 
 fix_cache_keys(grouped_gemm_w4a16_decode, grouped_gemm_prefill)
 
@@ -94,22 +95,46 @@ def run(
     num_rows, device = work.numel() if isinstance(work, torch.Tensor) else work.row_of_slot.shape[0], experts.device
     if config is None:
         config = choose_config(problem_of("expert_rows", hidden, experts, activations), Size(num_rows))
-    h = torch.empty((num_rows, padded_size(experts.intermediate)), dtype=torch.bfloat16, device=device)
+    h = scratch((num_rows, padded_size(experts.intermediate)), torch.bfloat16, device)
     if not isinstance(config, PrefillConfig):
         parts = W2_PARTS if config.direct and experts.intermediate >= MIN_COLUMNS_OF_PARTS else 1
-        rows = torch.empty((parts * num_rows, experts.hidden), dtype=torch.float32 if config.direct else torch.bfloat16, device=device)
+        rows = scratch((parts * num_rows, experts.hidden), torch.float32 if config.direct else torch.bfloat16, device)
         x, x_scale = _encoded(hidden, activations, experts)
         _decode_gemm(x, x_scale, experts.w13, h, experts, work, expert_offset, is_w13=True)
         _, h_scale = encode_rows(h, activations, experts.w2_input_scale, out=h, launch_early=True)
         _decode_gemm(h, h_scale, experts.w2, rows, experts, work, expert_offset, is_w13=False)
         return rows
     assert not isinstance(work, torch.Tensor), "only the direct kernel finds its rows in the ids"
-    rows = torch.empty((num_rows, experts.hidden), dtype=torch.bfloat16, device=device)
+    rows = scratch((num_rows, experts.hidden), torch.bfloat16, device)
     if config.fp8:
         _prefill_fp8(hidden, experts, work, h, rows, config)
     else:
         _prefill(hidden, experts, work, h, rows, activations, config)
     return rows
+
+
+def workspace_nbytes(problem: Problem, size: Size, config: Config) -> int:
+    """What `run` takes of a workspace."""
+    rows, tokens, hidden = size.num_rows, size.num_tokens, problem.hidden
+    intermediate = padded_size(problem.intermediate)
+    parts = W2_PARTS if config == DIRECT and problem.intermediate >= MIN_COLUMNS_OF_PARTS else 1
+    sizes = [2 * rows * intermediate, parts * rows * hidden * (4 if config == DIRECT else 2)]
+    if isinstance(config, PrefillConfig) and config.fp8:
+        return sum(map(aligned, (*sizes, rows * intermediate, 4 * rows, 4 * rows)))
+    if problem.quantized is not None or problem.activations != "bf16":
+        sizes.append(2 * tokens * hidden)
+    if isinstance(config, PrefillConfig) and padded_size(hidden) > hidden:
+        sizes.append(2 * rows * padded_size(hidden))
+    scales = [4 * tokens, 4 * rows, 4 * rows]  # of hidden, of x and of h, where there are some
+    return sum(map(aligned, (*sizes, *scales)))
+
+
+def _in_memory_of(rows: torch.Tensor, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """The input of GEMM1, in memory that GEMM2 will write to, if there is enough of it."""
+    nbytes = rows.shape[0] * columns * dtype.itemsize
+    if nbytes > rows.nbytes:
+        return scratch((rows.shape[0], columns), dtype, rows.device)
+    return rows.view(torch.uint8).flatten()[:nbytes].view(dtype).view(-1, columns)
 
 
 def _encoded(hidden: Hidden, activations: ActivationFormat, experts: HopperExperts) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -143,19 +168,20 @@ def _prefill(
     hidden: Hidden, experts: HopperExperts, work: WorkList, h: torch.Tensor, rows: torch.Tensor, activations: ActivationFormat, config: PrefillConfig
 ) -> None:
     codes, scales = _encoded(hidden, activations, experts)
-    x, x_scale = gather(codes, work, padded_size(experts.hidden), scales, launch_early=True)
+    x = _in_memory_of(rows, padded_size(experts.hidden), torch.bfloat16)
+    x, x_scale = gather(codes, work, x.shape[1], scales, out=x, launch_early=True)
     _prefill_gemm(x, x_scale, experts.w13, h, experts, work, config, is_w13=True)
     _, h_scale = encode_rows(h, activations, experts.w2_input_scale, in_fragment_order=True, out=h)
     _prefill_gemm(h, h_scale, experts.w2, rows, experts, work, config, is_w13=False)
 
 
 def _prefill_fp8(hidden: Hidden, experts: HopperExperts, work: WorkList, h: torch.Tensor, rows: torch.Tensor, config: PrefillConfig) -> None:
-    padded = padded_size(experts.hidden)
+    x = _in_memory_of(rows, padded_size(experts.hidden), torch.float8_e4m3fn)
     if isinstance(hidden, Fp8Tensor):
-        x, x_scale = gather_codes(hidden, work, padded)
+        x, x_scale = gather_codes(hidden, work, x.shape[1], out=x)
     else:
         assert isinstance(hidden, torch.Tensor), "configs.takes_fp8 lets nothing else through"
-        x, x_scale = quantize_tokens(hidden, work, padded, launch_early=True)
+        x, x_scale = quantize_tokens(hidden, work, x.shape[1], out=x, launch_early=True)
     _prefill_gemm(x, x_scale, experts.w13, h, experts, work, config, is_w13=True)
     h_codes, h_scale = quantize_rows(h)
     _prefill_gemm(h_codes, h_scale, experts.w2, rows, experts, work, config, is_w13=False)

@@ -6,7 +6,7 @@
 Nothing synchronises with the host, and launch shapes depend on the number of tokens alone, so a captured CUDA graph serves any routing. Every sum has
 a fixed order: equal inputs give equal bits. Consecutive kernels overlap by programmatic dependent launch, except around prefill GEMMs.
 
-Workspace of a call, from torch's allocator: that of `expert_rows`, and of the sort 8 R bytes and its list; R = T * k.
+Workspace of a call: that of `expert_rows`, and of the sort 8 R bytes and its list; R = T * k.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from halfbyte.kernels.shared.combine import block_size, combine_direct
 from halfbyte.kernels.shared.combine import run as combine
 from halfbyte.kernels.shared.sort import run as sort
 from halfbyte.kernels.shared.sort import variant
+from halfbyte.kernels.shared.sort import workspace_nbytes as sort_nbytes
 from halfbyte.kernels.sm90.configs import DIRECT, Config, choose_config, configs, rounds_weights
 from halfbyte.kernels.sm90.expert_rows import layout, problem_of, supports
 from halfbyte.kernels.sm90.expert_rows import run as expert_rows
+from halfbyte.kernels.sm90.expert_rows import workspace_nbytes as expert_rows_nbytes
 from halfbyte.weights.hopper.layout import HopperExperts
 
-__all__ = ["choose_config", "configs", "layout", "rounds_weights", "run", "supports", "variants"]  # what the table reads
+__all__ = ["choose_config", "configs", "layout", "rounds_weights", "run", "supports", "variants", "workspace_nbytes"]  # what the table reads
 
 
 def variants(problem: Problem, size: Size, config: Config) -> frozenset[Hashable]:
@@ -36,6 +38,12 @@ def variants(problem: Problem, size: Size, config: Config) -> frozenset[Hashable
     if config == DIRECT:
         return frozenset((combined,))
     return frozenset((combined, (config.max_rows, *variant(size.num_rows, problem.num_experts, config.max_rows))))
+
+
+def workspace_nbytes(problem: Problem, size: Size, config: Config) -> int:
+    """What `run` takes of a workspace."""
+    nbytes = expert_rows_nbytes(problem, size, config)
+    return nbytes if config == DIRECT else nbytes + sort_nbytes(size.num_rows, problem.num_experts, config.max_rows)
 
 
 def run(

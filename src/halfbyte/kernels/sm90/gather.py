@@ -16,6 +16,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc
 
 from halfbyte.kernels.work_list import WorkList
+from halfbyte.kernels.workspace import scratch
 from halfbyte.weights.hopper.fragment_order import pair_at
 
 
@@ -40,16 +41,22 @@ def _gather(
 
 
 def gather(
-    hidden: torch.Tensor, work: WorkList, padded: int, scales: torch.Tensor | None = None, *, launch_early: bool = False
+    hidden: torch.Tensor,
+    work: WorkList,
+    padded: int,
+    scales: torch.Tensor | None = None,
+    *,
+    out: torch.Tensor | None = None,
+    launch_early: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """hidden [T, H] (16-bit, contiguous, H even) to [T * k, padded]: columns in bf16 fragment order (`weights.hopper.layout`), zeros beyond H.
 
-    `scales` fp32 [T], if given, go with their tokens: fp32 [T * k].
+    `scales` fp32 [T], if given, go with their tokens: fp32 [T * k]. `out`: where the rows go.
     """
     num_tokens = hidden.shape[0]
     top_k = work.row_of_slot.shape[0] // num_tokens
-    out = torch.empty((num_tokens * top_k, padded), dtype=hidden.dtype, device=hidden.device)
-    out_scales = None if scales is None else torch.empty(num_tokens * top_k, dtype=torch.float32, device=hidden.device)
+    out = scratch((num_tokens * top_k, padded), hidden.dtype, hidden.device) if out is None else out
+    out_scales = None if scales is None else scratch((num_tokens * top_k,), torch.float32, hidden.device)
     pairs = padded // 2
     block = min(1024, triton.next_power_of_2(pairs))
     _gather[(num_tokens, triton.cdiv(pairs, block))](

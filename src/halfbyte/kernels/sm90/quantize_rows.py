@@ -19,6 +19,7 @@ from triton.language.extra.cuda import gdc
 from halfbyte.formats.fp8_tensor import Fp8Tensor
 from halfbyte.kernels.quantizers.fp8 import divide, e4m3_bytes, fp32_scale, prepare_division
 from halfbyte.kernels.work_list import WorkList
+from halfbyte.kernels.workspace import scratch
 from halfbyte.weights.hopper.fragment_order import pair_of_fp8_word
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -122,9 +123,14 @@ def _quantize_rows(h_ptr, codes_ptr, scales_ptr, num_rows, EIGHTS: tl.constexpr,
     tl.store(scales_ptr + rows, scale, mask=rows < num_rows)
 
 
-def quantize_tokens(hidden: torch.Tensor, work: WorkList, padded: int, *, launch_early: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """hidden [T, H] bf16 (contiguous, H even) to codes e4m3 [T * k, padded] and scales fp32 [T * k], in the rows of `work`; zeros beyond H."""
-    codes, scales = _allocate(work.row_of_slot.shape[0], padded, hidden.device)
+def quantize_tokens(
+    hidden: torch.Tensor, work: WorkList, padded: int, *, out: torch.Tensor | None = None, launch_early: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """hidden [T, H] bf16 (contiguous, H even) to codes e4m3 [T * k, padded] and scales fp32 [T * k], in the rows of `work`; zeros beyond H.
+
+    `out`: where the codes go.
+    """
+    codes, scales = _allocate(work.row_of_slot.shape[0], padded, hidden.device, out)
     words = padded // 4
     _quantize_tokens[(hidden.shape[0],)](
         hidden.view(torch.int32), work.row_of_slot, codes.view(torch.int32), scales,
@@ -134,9 +140,9 @@ def quantize_tokens(hidden: torch.Tensor, work: WorkList, padded: int, *, launch
     return codes, scales
 
 
-def gather_codes(hidden: Fp8Tensor, work: WorkList, padded: int) -> tuple[torch.Tensor, torch.Tensor]:
+def gather_codes(hidden: Fp8Tensor, work: WorkList, padded: int, *, out: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """The same of hidden states [T, H] that are e4m3 with one scale per token already (H a multiple of 4): their bits, moved."""
-    codes, scales = _allocate(work.row_of_slot.shape[0], padded, hidden.codes.device)
+    codes, scales = _allocate(work.row_of_slot.shape[0], padded, hidden.codes.device, out)
     num_tokens, width = hidden.codes.shape
     words = padded // 4
     _gather_codes[(num_tokens,)](
@@ -159,5 +165,6 @@ def quantize_rows(h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return codes, scales
 
 
-def _allocate(num_rows: int, padded: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty((num_rows, padded), dtype=torch.float8_e4m3fn, device=device), torch.empty(num_rows, dtype=torch.float32, device=device)
+def _allocate(num_rows: int, padded: int, device: torch.device, codes: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    codes = scratch((num_rows, padded), torch.float8_e4m3fn, device) if codes is None else codes
+    return codes, scratch((num_rows,), torch.float32, device)

@@ -155,7 +155,7 @@ class Arrangement:
 
         rows = (2 if gated else 1) * intermediate
         (w13_codes, w13_scales), (w2_codes, w2_scales) = matrix(rows, hidden), matrix(hidden, intermediate)
-        nowhere = torch.empty(num_experts, device="meta")  # just to learn which scalars there are
+        nowhere = torch.empty(num_experts, dtype=torch.float32, device="meta")  # just to learn which scalars there are
         scalars, _ = self.scalars(Multipliers(nowhere, nowhere, nowhere, nowhere, nowhere), w.activation)
         return EngineExperts(
             w13_codes,
@@ -287,7 +287,7 @@ def _check_scalars(w: ExpertWeights, arrangement: Arrangement) -> None:
 
 
 def _multipliers(w: ExpertWeights) -> Multipliers:
-    ones = torch.ones(w.num_experts, device=w.device)
+    ones = torch.ones(w.num_experts, dtype=torch.float32, device=w.device)
 
     def input_scale(scale: torch.Tensor | None) -> torch.Tensor:
         return ones.new_ones(()) if scale is None or not scale.numel() else scale.float().amax()

@@ -50,7 +50,7 @@ def trtllm_gen_row_order(rows: int, gated: bool) -> torch.Tensor:
     """
     if rows < 0 or rows % BLOCK_ROWS:
         raise InputError("rows do not divide into blocks", where="trtllm_gen_row_order", given=rows, needed=f"a multiple of {BLOCK_ROWS}")
-    old = torch.arange(rows)
+    old = torch.arange(rows, dtype=torch.int64)
     blocks = rows // BLOCK_ROWS
     if gated:
         return old.view(2, blocks, 8, 2).permute(1, 3, 0, 2).reshape(-1)  # h, b, i, p to b, p, h, i

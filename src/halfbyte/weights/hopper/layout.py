@@ -177,7 +177,7 @@ def source_rows(order: RowOrder, rows: int) -> torch.Tensor:
     [0, 1, 16, 17, 32, 33, 48, 49, 64, 65]
     """
     size = rows // 2 if order == "gate_up" else rows
-    row = torch.arange(padded_size(size))
+    row = torch.arange(padded_size(size), dtype=torch.int64)
     if order != "straight":
         row = row.view(-1, TILE)[:, list(FRAGMENT_COLUMN_BF16)].reshape(-1)
     row = torch.where(row < size, row, -1)

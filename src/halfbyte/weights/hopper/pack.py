@@ -17,7 +17,7 @@ import torch
 from halfbyte.device import Target
 from halfbyte.experts import ExpertWeights
 from halfbyte.formats import MXFP4, NVFP4, QuantTensor
-from halfbyte.weights.checks import check_scales, fp4_matrices, has_unusable_scalars, largest_valid_scale
+from halfbyte.weights.checks import ScaleCheck, check_scales, fp4_matrices, has_unusable_scalars, largest_valid_scale
 from halfbyte.weights.hopper import pack_torch
 from halfbyte.weights.hopper.bits import WordsFor
 from halfbyte.weights.hopper.layout import (
@@ -34,7 +34,7 @@ from halfbyte.weights.hopper.layout import (
 BUFFER_BYTES = 32 << 20  # on a GPU, for weights from elsewhere; fits the L2 of an sm_90 GPU: what goes through it is read from there
 
 
-def pack(w: ExpertWeights, out: HopperExperts, first: int = 0) -> None:
+def pack(w: ExpertWeights, out: HopperExperts, first: int = 0, scale_check: ScaleCheck | None = None) -> None:
     """Arrange the experts of `w` in tiles and write them to the experts `first` and following of `out`.
 
     `w` may lie on another device than `out`, and `out` may lie in the storage of `w`, expert upon expert (`layout.REUSED`). On a GPU a kernel reads
@@ -43,6 +43,8 @@ def pack(w: ExpertWeights, out: HopperExperts, first: int = 0) -> None:
     of it.
 
     Exact: `unpack` gives every value back, and every byte except codes under a zero scale, which become zero.
+
+    `scale_check`, where given, gets the flag that says whether a scale is unusable; then the host does not wait for it.
 
     Raises:
         InputError: a scale is negative or not finite; nothing was written.
@@ -54,13 +56,15 @@ def pack(w: ExpertWeights, out: HopperExperts, first: int = 0) -> None:
         sides = ((w13, w.w13_bias, w13_order(w.activation), out.w13), (w2, w.w2_bias, straight, out.w2))
         refused = has_unusable_scalars(w).to(torch.uint8)
         largest = [_executor(w.device).largest_of_rows(*_raw_scales(matrix), refused) for matrix, _, _, _ in sides]
-        is_refused = _read_later(refused)
+        is_refused = _read_later(refused) if scale_check is None else None
+        if scale_check is not None:
+            scale_check(refused)
         pack_matrix = _pack_matrix_on_gpu if _has_kernels(out.device) else pack_torch.pack_matrix
         refused = refused.to(out.device)  # who packs looks at it and need not wait for the host
         for matrix, _, order, packed in sides:
             scales = matrix.scales.view(torch.uint8)
             pack_matrix(matrix.codes, scales, packed.words[here], packed.scales[here], order, out.words_for, refused)
-        if is_refused():
+        if is_refused is not None and is_refused():
             check_scales(w)
         for (matrix, bias, order, packed), bytes_of_rows in zip(sides, largest, strict=True):
             _pack_vectors(matrix, bias, order, bytes_of_rows, packed, here)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,11 +18,18 @@ from random_experts import make_experts
 import halfbyte as hb
 from halfbyte.errors import InputError, UnsupportedError
 from halfbyte.formats.activation_formats import ACTIVATION_FORMATS
+from halfbyte.moe import warm
 
 triton = pytest.importorskip("triton")
 
 HOPPER = hb.Target("NVIDIA H100", "sm_90", 132, 50 << 20, 3350.0)
 EXPERTS, TOP_K = 8, 2
+
+
+@pytest.fixture(autouse=True)
+def cold() -> None:
+    """As a new process would be."""
+    warm.WARM.clear()
 
 
 def layer(layout: str, *, hidden: int = 128, intermediate: int = 64, device: str = "cpu") -> hb.PreparedExperts:
@@ -77,6 +83,7 @@ def test_a_largest_number_of_tokens_spares_the_kernels_for_more() -> None:
     experts = layer("hopper")
     with compiling(90), missed(compile=False) as few:
         hb.warm_up(experts, TOP_K, max_tokens=16)
+    warm.WARM.clear()
     with compiling(90), missed(compile=False) as many:
         hb.warm_up(experts, TOP_K)
     assert few < many
@@ -100,9 +107,55 @@ def test_compiled_kernels_are_in_memory_and_on_disk(tmp_path: Path, monkeypatch:
             call(experts, 120)
         assert keys  # the negative control: more tokens than were asked for
     hits.clear()
+    warm.WARM.clear()
     with compiling(90):  # another device, as another process would be
         hb.warm_up(experts, TOP_K, max_tokens=40)
     assert hits and all(hits)
+
+
+def test_what_is_warm_is_passed_over() -> None:
+    experts, calls = layer("hopper"), []
+
+    def count(what: Any, **options: Any) -> int:
+        calls.clear()
+        hb.warm_up(what, TOP_K, max_tokens=40, progress=lambda *counts: calls.append(counts), **options)
+        return len(calls)
+
+    other = layer("hopper", intermediate=128)
+    with compiling(90):
+        assert count(experts) == 3
+        assert count(layer("hopper")) == 0  # of the same kind
+        assert count([experts, other, other]) == 3  # one of two kinds
+        assert count(experts, activations="nvfp4") == 3
+        assert count(experts, ids_dtype=torch.int64) == 3
+
+
+def test_a_model_is_all_its_layers() -> None:
+    class Layer(torch.nn.Module):
+        def __init__(self, experts: hb.PreparedExperts, top_k: int | None) -> None:
+            super().__init__()
+            self.held, self.top_k = experts, top_k
+
+    model = torch.nn.Sequential(Layer(layer("hopper"), 2), torch.nn.Linear(2, 2), Layer(layer("hopper_fp8"), 4))
+    with compiling(90), missed(compile=False) as compiled:
+        hb.warm_up(model, max_tokens=40)
+    warm.WARM.clear()
+    with compiling(90), missed(compile=False) as one_by_one:
+        hb.warm_up(model[0].held, 2, max_tokens=40)
+        hb.warm_up(model[2].held, 4, max_tokens=40)
+    assert compiled == one_by_one
+    with pytest.raises(InputError, match="experts per token are not known"):
+        hb.warm_up(torch.nn.Sequential(Layer(layer("hopper"), None)))
+
+
+def test_experts_are_warmed_for_what_they_were_prepared_for() -> None:
+    experts = layer("hopper_fp8")
+    with compiling(90), missed(compile=False) as remembered:
+        hb.warm_up(replace(experts, activations="fp8"), TOP_K, max_tokens=1600)
+    warm.WARM.clear()
+    with compiling(90), missed(compile=False) as told:
+        hb.warm_up(experts, TOP_K, activations="fp8", max_tokens=1600)
+    assert remembered == told
 
 
 def test_other_dtypes_are_other_kernels() -> None:
@@ -130,13 +183,12 @@ def test_more_rows_than_fit_32_bits_are_combined_by_the_same_kernel() -> None:
 
 
 def test_an_error_in_a_thread_is_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules["halfbyte.moe.warm_up"]
-    choose = module.choose
+    choose = warm.choose
 
     def refuse(*tensors: torch.Tensor, **options: object) -> None:
         raise UnsupportedError(f"not in thread {threading.current_thread().name}")
 
-    monkeypatch.setattr(module, "choose", lambda problem: replace(choose(problem), run=refuse))
+    monkeypatch.setattr(warm, "choose", lambda problem: replace(choose(problem), run=refuse))
     with pytest.raises(UnsupportedError, match="not in thread ThreadPool"), compiling(90):
         hb.warm_up(layer("hopper"), TOP_K)
 
