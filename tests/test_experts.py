@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +21,44 @@ def test_an_activation_of_a_kind_that_there_is(kind: str) -> None:
     with pytest.raises(InputError, match=r"unknown activation .*needed swiglu, geglu, geglu_tanh, relu2"):
         Activation(kind)
     assert [Activation(known).gated for known in ("swiglu", "geglu", "geglu_tanh", "relu2")] == [True, True, True, False]
+
+
+@pytest.mark.parametrize("format", [hb.NVFP4, hb.MXFP4])
+@pytest.mark.parametrize("layout", ["canonical", "hopper"])
+def test_experts_print_compare_and_travel(format: hb.BlockFormat, layout: str) -> None:
+    w = make_experts(4, 64, 32, format)
+    for value, other in ((w, w[1:]), (hb.prepare(w, layout), hb.prepare(w[1:], layout))):
+        assert len(repr(value).splitlines()) <= 10
+        assert value != other and value != "w"
+        for copied in (pickle.loads(pickle.dumps(value)), copy.deepcopy(value)):
+            assert copied == value and copied.format is format
+        with pytest.raises(TypeError, match="unhashable"):
+            hash(value)
+    changed = replace(w, w2=replace(w.w2, codes=w.w2.codes ^ 1))
+    assert changed != w and hb.prepare(changed, layout) != hb.prepare(w, layout)
+
+
+def test_strings_name_formats_and_activations() -> None:
+    x = torch.randn(2, 32)
+    assert hb.quantize(x, "nvfp4") == hb.quantize(x, hb.NVFP4) != hb.quantize(x, "mxfp4")
+    assert hb.ExpertWeights(torch.randn(2, 32, 32), torch.randn(2, 32, 32), "relu2").activation == Activation("relu2")
+    with pytest.raises(InputError, match=r"quantize: unknown format \(given 'fp4'; needed nvfp4 or mxfp4\)"):
+        hb.quantize(x, "fp4")
+
+
+@pytest.mark.parametrize("index", [0, [0, 1], torch.tensor([0])])
+def test_experts_are_taken_in_slices(index: object) -> None:
+    with pytest.raises(InputError, match="needed a slice"):
+        make_experts(4, 64, 32, hb.NVFP4)[index]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_numbers_that_are_none_are_refused_when_asked(value: float) -> None:
+    x = torch.ones(2, 32)
+    hb.quantize(x, hb.NVFP4, check=True)
+    x[1, 3] = value
+    with pytest.raises(InputError, match=r"x has NaN or infinity \(given 1 of 64 elements"):
+        hb.quantize(x, hb.NVFP4, check=True)
 
 
 def test_a_slice_counts_from_its_first_expert() -> None:

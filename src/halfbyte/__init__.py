@@ -8,6 +8,7 @@ from halfbyte.version import __version__
 if TYPE_CHECKING:
     from halfbyte.checkpoint import load_experts, load_router
     from halfbyte.device import Target
+    from halfbyte.errors import CheckpointError, HalfbyteError, InputError, UnsupportedError
     from halfbyte.experts import Activation, ExpertMap, ExpertWeights
     from halfbyte.formats import MXFP4, NVFP4, BlockFormat, Fp8Tensor, QuantTensor, swizzle_scales, unswizzle_scales
     from halfbyte.kernels.quantize import QuantizedExperts, quantize, quantize_experts, quantize_fp8, rms_norm_quantize, silu_mul_quantize
@@ -21,9 +22,12 @@ __all__ = [
     "NVFP4",
     "Activation",
     "BlockFormat",
+    "CheckpointError",
     "ExpertMap",
     "ExpertWeights",
     "Fp8Tensor",
+    "HalfbyteError",
+    "InputError",
     "MoE",
     "PreparedExperts",
     "QuantTensor",
@@ -31,6 +35,7 @@ __all__ = [
     "Routing",
     "ScaleChecks",
     "Target",
+    "UnsupportedError",
     "Workspace",
     "__version__",
     "fused_moe",
@@ -57,6 +62,7 @@ _HOMES = {
     "halfbyte.checkpoint": ("load_experts", "load_router"),
     "halfbyte.experts": ("Activation", "ExpertMap", "ExpertWeights"),
     "halfbyte.device": ("Target",),
+    "halfbyte.errors": ("CheckpointError", "HalfbyteError", "InputError", "UnsupportedError"),
     "halfbyte.formats": ("MXFP4", "NVFP4", "BlockFormat", "Fp8Tensor", "QuantTensor", "swizzle_scales", "unswizzle_scales"),
     "halfbyte.kernels.quantize": ("QuantizedExperts", "quantize", "quantize_experts", "quantize_fp8", "rms_norm_quantize", "silu_mul_quantize"),
     "halfbyte.kernels.workspace": ("Workspace",),

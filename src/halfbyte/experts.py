@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 
+from halfbyte.arguments import as_device, check_tensors, same_bits
 from halfbyte.errors import InputError
 from halfbyte.formats import BlockFormat, QuantTensor
 
@@ -48,7 +49,7 @@ GEGLU_TANH = Activation("geglu_tanh")
 RELU2 = Activation("relu2")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ExpertWeights:
     """The experts of one layer; E experts, hidden size H, intermediate size I.
 
@@ -56,7 +57,7 @@ class ExpertWeights:
         w13: [E, 2I, H], gate rows then up rows ([E, I, H] when the activation has no gate). A QuantTensor in scale layout "linear", whose
             NVFP4 global scale is [E, 2] (gate, up) for gated and [E] for plain experts; or a dense bf16/fp16/fp32 tensor.
         w2: [E, H, I], likewise; NVFP4 global scale [E].
-        activation: what lies between the two.
+        activation: what lies between the two, or its kind.
         w13_bias, w2_bias: [E, 2I] (same row order as w13) and [E, H], or None.
         w13_input_scale, w2_input_scale: fp32 decode multipliers of calibrated NVFP4 activations, one an expert of the *whole* layer:
             [E_global, 2] (gate, up; [E_global] when plain) and [E_global]; None where the checkpoint has none.
@@ -74,6 +75,12 @@ class ExpertWeights:
     num_global_experts: int | None = None
 
     def __post_init__(self) -> None:
+        """Raises InputError for matrices and biases that do not belong together."""
+        if isinstance(self.activation, str):
+            object.__setattr__(self, "activation", Activation(cast(ActivationKind, self.activation)))
+        for name, weight in (("w13", self.w13), ("w2", self.w2)):
+            if not isinstance(weight, QuantTensor):
+                check_tensors("ExpertWeights", **{name: weight})
         if self.num_global_experts is None:
             object.__setattr__(self, "num_global_experts", self.num_experts)
         if len(self.w13.shape) != 3 or len(self.w2.shape) != 3:
@@ -154,6 +161,29 @@ class ExpertWeights:
         vectors = {name: plain.get(name) for name in _TENSOR_FIELDS[2:]}
         return ExpertWeights(matrix("w13"), matrix("w2"), activation, **vectors, first_expert=first_expert, num_global_experts=num_global_experts)
 
+    def __repr__(self) -> str:
+        return "\n".join(["ExpertWeights(", *(f"  {line}," for line in self._facts()), ")"])
+
+    def _facts(self) -> Iterator[str]:
+        held = f"{self.first_expert} .. {self.first_expert + self.num_experts - 1} of {self.num_global_experts}"
+        yield f"{self.num_experts} experts ({held}), hidden {self.hidden}, intermediate {self.intermediate}, {self.activation}"
+        for name in _TENSOR_FIELDS:
+            value = getattr(self, name)
+            if value is not None:
+                yield f"{name}: {value!r}" if isinstance(value, QuantTensor) else f"{name}: {value.dtype} {list(value.shape)}, {value.device}"
+
+    def __eq__(self, other: object) -> bool:
+        """Whether formats, sizes, activation, place in the layer and every bit are the same."""
+        if not isinstance(other, ExpertWeights):
+            return NotImplemented
+
+        def tags(w: ExpertWeights) -> tuple[object, ...]:
+            return w.format, w.activation, w.first_expert, w.num_global_experts
+
+        return tags(self) == tags(other) and same_bits(self.tensors, other.tensors)
+
+    __hash__ = None  # type: ignore[assignment]  # tensors can change
+
     @property
     def num_experts(self) -> int:
         """Experts held here (E)."""
@@ -207,6 +237,8 @@ class ExpertWeights:
 
     def __getitem__(self, experts: slice) -> ExpertWeights:
         """The experts of a contiguous slice, sharing storage; input scales go on to cover all experts of the layer."""
+        if not isinstance(experts, slice):
+            raise InputError("experts are taken in slices", where="ExpertWeights", given=repr(experts), needed="a slice, w[2:4]")
         first, last, step = experts.indices(self.num_experts)
         if step != 1:
             raise InputError("experts are taken in contiguous slices", given=experts, needed="a step of 1")
@@ -214,8 +246,9 @@ class ExpertWeights:
         return replace(self.with_tensors(parts), first_expert=self.first_expert + first)
 
     def to(self, device: torch.device | str) -> ExpertWeights:
-        """Copy every tensor to `device`."""
-        return self.with_tensors({name: tensor.to(device) for name, tensor in self.tensors.items()})
+        """Copy every tensor to `device`; UnsupportedError where there is no such device."""
+        place = as_device(device, "ExpertWeights.to")
+        return self.with_tensors({name: tensor.to(place) for name, tensor in self.tensors.items()})
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> ExpertWeights:
         """Return the same experts dense in `dtype`."""

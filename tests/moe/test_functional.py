@@ -25,6 +25,9 @@ def good():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        ({"hidden": [1.0]}, "hidden is no tensor .*given list; needed torch.Tensor, QuantTensor or Fp8Tensor"),
+        ({"topk_ids": hb.Routing(torch.zeros(5, 2), torch.ones(5, 2))}, "topk_ids is no tensor .*given Routing"),
+        ({"topk_weights": None}, "topk_weights is no tensor .*given NoneType"),
         ({"hidden": torch.randn(5, 40)}, r"hidden does not fit .*\(5, 40\) on cpu; .*\[any, 48\]"),
         ({"hidden": torch.randn(5, 1, HIDDEN)}, r"hidden does not fit .*\(5, 1, 48\)"),
         ({"hidden": torch.zeros(5, HIDDEN, dtype=torch.int8)}, "given torch.int8"),
@@ -56,3 +59,25 @@ def test_accepts_what_hosts_pass(good):
     weights = torch.rand(5, 2).bfloat16()
     expected = hb.fused_moe(**{**good, "topk_weights": weights.float()})
     assert torch.equal(hb.fused_moe(**{**good, "topk_ids": good["topk_ids"].long(), "topk_weights": weights}), expected)
+
+
+@pytest.mark.parametrize("wrong", [4, -2])
+def test_ids_are_checked_when_asked(good, wrong):
+    good["topk_ids"][3, 1] = wrong
+    hb.fused_moe(**good)  # an expert of another rank, for all that it knows
+    with pytest.raises(InputError, match=rf"ids name no expert \(given \[{wrong}\]; needed 0 .. 3, or -1 for none\)"):
+        hb.fused_moe(**good, check_ids=True)
+    good["topk_ids"][3, 1] = -1
+    hb.fused_moe(**good, check_ids=True)
+
+
+@pytest.mark.parametrize("name", ["hidden", "topk_weights"])
+def test_a_gradient_is_an_error_when_it_is_asked_for(good, name):
+    expected = hb.fused_moe(**good)
+    good[name].requires_grad_()
+    result = hb.fused_moe(**good)
+    assert torch.equal(result, expected) and result.requires_grad
+    with pytest.raises(InputError, match="fused_moe: has no gradient"):
+        result.sum().backward()
+    with torch.no_grad():
+        assert not hb.fused_moe(**good).requires_grad

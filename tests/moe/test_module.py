@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def test_biases_of_the_router(layer):
 
 def test_moves_between_devices_but_keeps_its_bits(layer):
     moved = hb.MoE(layer.router, layer.experts).to(torch.float16)
-    assert moved.experts is layer.experts and not moved.state_dict() and not list(moved.parameters())
+    assert moved.experts is layer.experts and not list(moved.parameters())
     # Only "meta" is there to move to on every machine; `Target` refuses it, which shows that the move was made.
     with pytest.raises(InputError, match="given meta"):
         moved.to("meta")
@@ -67,3 +68,31 @@ def test_layer_without_a_router_of_its_own(layer):
 
 def test_describes_itself(layer):
     assert repr(layer) == "MoE(16 experts dense, hidden 256, intermediate 128, renormalize top-4, activations bf16)"
+
+
+def test_its_state_is_its_tensors(layer, tmp_path):
+    """Saved and loaded as any module, into the same addresses; another layer's state, or half of one, is an error."""
+    torch.save(layer.state_dict(), tmp_path / "layer.pt")
+    other = copy.deepcopy(layer)
+    addresses = {name: tensor.data_ptr() for name, tensor in other.state_dict().items()}
+    for tensor in other.state_dict().values():
+        tensor.zero_()
+    hidden = torch.randn(3, 256)
+    assert not torch.equal(other(hidden), layer(hidden))
+    state = torch.load(tmp_path / "layer.pt")
+    assert set(state) == {"router.weight", "experts.w13", "experts.w2"}
+    torch.nn.Sequential(other).load_state_dict({f"0.{name}": tensor for name, tensor in state.items()})
+    assert torch.equal(other(hidden), layer(hidden))
+    assert {name: tensor.data_ptr() for name, tensor in other.state_dict().items()} == addresses
+    for wrong, message in (
+        ({"experts.w2": state["experts.w2"][1:]}, "needed"),
+        ({"more": hidden}, "Unexpected key"),
+        ({"router.weight": None}, "Missing key"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            other.load_state_dict({name: tensor for name, tensor in (state | wrong).items() if tensor is not None})
+
+
+def test_hidden_states_of_another_width(layer):
+    with pytest.raises(InputError, match=r"MoE: hidden does not fit \(given \(2, 10\); needed \[..., 256\]\)"):
+        layer(torch.randn(2, 10))

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from halfbyte.errors import UnsupportedError
+from halfbyte.arguments import as_device
 
 _Item = TypeVar("_Item")
 _TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json", "tokenization_*.py")
@@ -77,11 +77,7 @@ def usable_device(name: str | None) -> torch.device:
     Raises:
         UnsupportedError: this machine, or this build of torch, has no such device.
     """
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, dtype=torch.uint8, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UnsupportedError(f"cannot use the device: {str(error).splitlines()[0]}", given=name, next_step="run: halfbyte doctor") from error
+    return as_device(name or ("cuda" if torch.cuda.is_available() else "cpu"), "--device")
 
 
 def load_model(model: str, device: torch.device, activations: Any = "bf16") -> tuple[Any, Any]:

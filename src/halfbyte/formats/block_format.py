@@ -31,6 +31,9 @@ class BlockFormat:
     def __repr__(self) -> str:
         return self.name.upper()
 
+    def __reduce__(self) -> tuple[object, tuple[str, str]]:
+        return as_format, (self.name, "pickle")  # there is one object of each format
+
     def decode_scales(self, scales: torch.Tensor) -> torch.Tensor:
         """Return block scales as fp32 of the same shape."""
         return e4m3.as_e4m3(scales).float() if self.has_global_scale else e8m0.decode(scales)
@@ -44,6 +47,23 @@ class BlockFormat:
 NVFP4 = BlockFormat("nvfp4", block=16, scale_dtype=torch.float8_e4m3fn, has_global_scale=True)
 MXFP4 = BlockFormat("mxfp4", block=32, scale_dtype=torch.uint8, has_global_scale=False)
 FORMATS = {format.name: format for format in (NVFP4, MXFP4)}
+
+
+def as_format(format: BlockFormat | str, where: str) -> BlockFormat:
+    """The format itself, or the one that is called so.
+
+    Raises:
+        InputError: there is no such format.
+
+    >>> as_format("NVFP4", "here")
+    NVFP4
+    """
+    if isinstance(format, BlockFormat):
+        return format
+    if not isinstance(format, str) or format.lower() not in FORMATS:
+        raise InputError("unknown format", where=where, given=repr(format), needed=" or ".join(FORMATS))
+    return FORMATS[format.lower()]
+
 
 # The largest block scale of plain NVFP4 and of four-over-six, whose amax/4 candidate needs head room: 1.5 * 256 = 384 <= 448.
 NVFP4_MAX_SCALE = e4m3.MAX

@@ -17,6 +17,7 @@ from typing import Literal, get_args
 
 import torch
 
+from halfbyte.arguments import check_tensors, same_bits
 from halfbyte.errors import InputError
 from halfbyte.formats import e4m3, e8m0
 from halfbyte.formats.ieee import divide
@@ -29,7 +30,7 @@ BLOCKS = {"block": 128, "mx": 32}
 _SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Fp8Tensor:
     """A tensor [..., N, K] held in e4m3.
 
@@ -44,6 +45,26 @@ class Fp8Tensor:
     scales: torch.Tensor
     scaling: Fp8Scaling
     scale_layout: ScaleLayout = "linear"
+
+    def __post_init__(self) -> None:
+        check_tensors("Fp8Tensor", codes=self.codes, scales=self.scales)
+        if self.codes.dtype == torch.uint8:
+            object.__setattr__(self, "codes", self.codes.view(torch.float8_e4m3fn))
+
+    def __repr__(self) -> str:
+        return f"Fp8Tensor({list(self.codes.shape)}, scales per {self.scaling}, {self.scale_layout}, {self.codes.device})"
+
+    def __eq__(self, other: object) -> bool:
+        """Whether scaling, layout and every bit are the same."""
+        if not isinstance(other, Fp8Tensor):
+            return NotImplemented
+        tags = (self.scaling, self.scale_layout) == (other.scaling, other.scale_layout)
+        return tags and same_bits({"codes": self.codes, "scales": self.scales}, {"codes": other.codes, "scales": other.scales})
+
+    __hash__ = None  # type: ignore[assignment]  # tensors can change
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return Fp8Tensor, (self.codes.view(torch.uint8), self.scales, self.scaling, self.scale_layout)  # bytes: torch does not pickle 8-bit floats
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """code * scale, rounded to `dtype`: [..., N, K].
@@ -63,6 +84,7 @@ class Fp8Tensor:
 def check_fp8(x: torch.Tensor, scaling: str, scale_layout: ScaleLayout) -> None:
     """Raise InputError for what `quantize_fp8` cannot do."""
     where = "quantize_fp8"
+    check_tensors(where, x=x)
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or x.ndim < 2:
         raise InputError("cannot quantise this", where=where, given=f"{x.dtype} {tuple(x.shape)}", needed="float32, bfloat16 or float16 [..., N, K]")
     if scaling not in SCALINGS:

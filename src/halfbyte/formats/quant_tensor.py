@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
+from halfbyte.arguments import as_device, check_tensors, same_bits
 from halfbyte.errors import InputError
 from halfbyte.formats import e2m1
-from halfbyte.formats.block_format import BlockFormat, check_blocks
+from halfbyte.formats.block_format import BlockFormat, as_format, check_blocks
 from halfbyte.formats.scale_layout import ScaleLayout, padded_shape, swizzle_scales, unswizzle_scales
 
 # Elements processed at a time: the working set of quantise and dequantise stays under about 40 bytes each, 160 MiB, whatever the tensor.
 CHUNK_ELEMENTS = 1 << 22
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class QuantTensor:
     """A tensor [..., N, K] held in FP4.
 
@@ -36,6 +38,8 @@ class QuantTensor:
     scale_layout: ScaleLayout = "linear"
 
     def __post_init__(self) -> None:
+        check_tensors("QuantTensor", codes=self.codes, scales=self.scales)
+        object.__setattr__(self, "format", as_format(self.format, "QuantTensor"))
         if self.codes.dtype != torch.uint8:
             object.__setattr__(self, "codes", self.codes.view(torch.uint8))  # float4_e2m1fn_x2, int8
         if self.scales.dtype != self.format.scale_dtype:
@@ -68,6 +72,28 @@ class QuantTensor:
         if not (per_matrix or per_group):
             raise InputError("global scale does not fit", given=tuple(scale.shape), needed=f"{batch} or {(*batch, 'G')} with G dividing {rows} rows")
 
+    def __repr__(self) -> str:
+        return f"QuantTensor({self.format!r} {list(self.shape)}, scales {self.scale_layout}, {self.device})"
+
+    def __eq__(self, other: object) -> bool:
+        """Whether format, layout and every bit are the same."""
+        if not isinstance(other, QuantTensor):
+            return NotImplemented
+        tags = (self.format, self.scale_layout) == (other.format, other.scale_layout)
+        return tags and same_bits(self.tensors, other.tensors)
+
+    __hash__ = None  # type: ignore[assignment]  # tensors can change
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        # Bytes: torch does not pickle tensors of 8-bit floats.
+        return QuantTensor, (self.codes, self.scales.view(torch.uint8), self.global_scale, self.format, self.scale_layout)
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Codes, scales and global scale by name, as far as there are some."""
+        tensors = {"codes": self.codes, "scales": self.scales, "global_scale": self.global_scale}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
     @property
     def shape(self) -> torch.Size:
         """Logical shape [..., N, K]."""
@@ -80,7 +106,7 @@ class QuantTensor:
     @property
     def nbytes(self) -> int:
         """Bytes of codes, scales and global scale together."""
-        return self.codes.nbytes + self.scales.nbytes + (0 if self.global_scale is None else self.global_scale.nbytes)
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def __getitem__(self, index: int | slice) -> QuantTensor:
         """Select along the first leading (expert) dimension; shares storage.
@@ -94,8 +120,14 @@ class QuantTensor:
         return replace(self, codes=self.codes[index], scales=self.scales[index], global_scale=None if scale is None else scale[index])
 
     def to(self, device: torch.device | str) -> QuantTensor:
-        scale = self.global_scale
-        return replace(self, codes=self.codes.to(device), scales=self.scales.to(device), global_scale=None if scale is None else scale.to(device))
+        """Copy every tensor to `device`.
+
+        Raises:
+            UnsupportedError: there is no such device.
+        """
+        place = as_device(device, "QuantTensor.to")
+        moved: dict[str, Any] = {name: tensor.to(place) for name, tensor in self.tensors.items()}
+        return replace(self, **moved)
 
     def with_scale_layout(self, layout: ScaleLayout) -> QuantTensor:
         """Return the same values with scales rearranged into `layout` (itself when it already is)."""

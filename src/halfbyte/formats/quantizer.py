@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import torch
 
+from halfbyte.arguments import check_tensors
 from halfbyte.errors import InputError
 from halfbyte.formats import e2m1, e4m3, e8m0
 from halfbyte.formats.block_format import NVFP4, BlockFormat, check_blocks, nvfp4_decode_scale
@@ -154,6 +155,7 @@ def _squared_error(values: torch.Tensor, codes: torch.Tensor, scales: torch.Tens
 def check_arguments(x: torch.Tensor, format: BlockFormat, global_scale: object, four_over_six: bool, scale_rule: str) -> None:
     """Raise InputError for what `quantize` cannot do."""
     where = "quantize"
+    check_tensors(where, x=x)
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise InputError("cannot quantise this dtype", where=where, given=x.dtype, needed="float32, bfloat16 or float16")
     if x.ndim < 2:

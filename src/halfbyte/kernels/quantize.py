@@ -7,14 +7,15 @@ from typing import NamedTuple
 
 import torch
 
+from halfbyte.arguments import check_tensors
 from halfbyte.device import Target
 from halfbyte.errors import InputError
 from halfbyte.experts import SWIGLU, Activation
 from halfbyte.formats import NVFP4, BlockFormat, QuantTensor
-from halfbyte.formats.block_format import check_blocks
+from halfbyte.formats.block_format import as_format, check_blocks
 from halfbyte.formats.e8m0 import ScaleRule
 from halfbyte.formats.fp8_tensor import Fp8Scaling, Fp8Tensor, check_fp8
-from halfbyte.formats.quantizer import check_arguments
+from halfbyte.formats.quantizer import check_arguments, count_nonfinite
 from halfbyte.formats.scale_layout import ScaleLayout, check_scale_layout, max_padded_rows, padded_shape, tile_rows
 from halfbyte.kernels.problem import Problem
 from halfbyte.kernels.table import choose
@@ -22,44 +23,49 @@ from halfbyte.kernels.table import choose
 
 def quantize(
     x: torch.Tensor,
-    format: BlockFormat,
+    format: BlockFormat | str,
     global_scale: torch.Tensor | float | None = None,
     *,
     four_over_six: bool = False,
     scale_rule: ScaleRule = "ceil",
     scale_layout: ScaleLayout = "linear",
+    check: bool = False,
     backend: str | None = None,
 ) -> QuantTensor:
     """Quantise x [..., N, K] to `format`, blocks along K. The bits are the same on every device and with every kernel.
 
     Args:
         x: fp32, bf16 or fp16, [..., N, K]; K a multiple of the block (16 or 32). On a GPU, bf16 and fp16 take one pass.
-        format: NVFP4 or MXFP4.
+        format: NVFP4 or MXFP4, or its name.
         global_scale: NVFP4 only: the fp32 *decode* multiplier, > 0, one a matrix [...] or one a row group [..., G]; None computes it from the
             finite values of each matrix, in passes of its own.
         four_over_six: NVFP4 only: choose per block between mapping its maximum to 6 and to 4, by squared error.
         scale_rule: MXFP4 only: "ceil", "floor" or "even" (see `formats.e8m0`).
         scale_layout: layout of the returned scales: "linear", "128x4" or "8x4"; padding is zero.
+        check: refuse NaN and infinity, which otherwise become ordinary numbers (6 times the scale of their block, or 0). Waits for the device.
         backend: the only kernel allowed.
 
     Raises:
-        InputError: dtype not floating point, fewer than two dimensions, K not a multiple of the block, an option of the other format, or a global
+        InputError: x is no tensor of floats, fewer than two dimensions, K not a multiple of the block, an option of the other format, or a global
             scale that is not finite and > 0 (not looked at on a GPU).
 
     >>> q = halfbyte.quantize(torch.linspace(-1, 1, 64).view(2, 32), halfbyte.MXFP4)
     >>> q.codes.shape, q.scales.shape, q.global_scale
     (torch.Size([2, 16]), torch.Size([2, 1]), None)
     """
+    format = as_format(format, "quantize")
     check_arguments(x, format, global_scale, four_over_six, scale_rule)
     _check_global_scale(global_scale, "quantize")
     check_scale_layout(scale_layout)
+    if check and (bad := count_nonfinite(x)):
+        raise InputError("x has NaN or infinity", where="quantize", given=f"{bad} of {x.numel()} elements", needed="finite numbers")
     kernel = choose(Problem("quantize", Target.of(x.device), format, dtype=x.dtype), backend)
     return kernel.run(x, format, global_scale, four_over_six=four_over_six, scale_rule=scale_rule, scale_layout=scale_layout)
 
 
 def silu_mul_quantize(
     gate_up: torch.Tensor,
-    format: BlockFormat,
+    format: BlockFormat | str,
     global_scale: torch.Tensor | float | None = None,
     *,
     activation: Activation = SWIGLU,
@@ -75,7 +81,7 @@ def silu_mul_quantize(
 
     Args:
         gate_up: fp32, bf16 or fp16 [..., N, 2K]; K a multiple of the block.
-        format: NVFP4 or MXFP4.
+        format: NVFP4 or MXFP4, or its name.
         global_scale: NVFP4 only, and needed: nobody knows the largest product yet. As in `quantize`.
         activation: any of kind "swiglu", with its alpha, beta and limit.
         four_over_six, scale_rule, scale_layout, backend: as in `quantize`.
@@ -88,6 +94,8 @@ def silu_mul_quantize(
     [0.0, 120.0]
     """
     where = "silu_mul_quantize"
+    format = as_format(format, where)
+    check_tensors(where, gate_up=gate_up)
     _check_activation(gate_up, activation, where)
     check_arguments(gate_up[..., : gate_up.shape[-1] // 2], format, global_scale, four_over_six, scale_rule)
     if format.has_global_scale and global_scale is None:
@@ -102,7 +110,7 @@ def silu_mul_quantize(
 def rms_norm_quantize(
     x: torch.Tensor,
     weight: torch.Tensor,
-    format: BlockFormat,
+    format: BlockFormat | str,
     global_scale: torch.Tensor | float | None = None,
     *,
     eps: float = 1e-6,
@@ -119,7 +127,7 @@ def rms_norm_quantize(
     Args:
         x: fp32, bf16 or fp16 [..., N, K]; K a multiple of the block.
         weight: [K], dtype and device of x.
-        format: NVFP4 or MXFP4.
+        format: NVFP4 or MXFP4, or its name.
         global_scale: NVFP4 only, and needed. As in `quantize`.
         eps: added to the mean square.
         four_over_six, scale_rule, scale_layout, backend: as in `quantize`.
@@ -131,6 +139,8 @@ def rms_norm_quantize(
     1.0
     """
     where = "rms_norm_quantize"
+    format = as_format(format, where)
+    check_tensors(where, weight=weight)
     check_arguments(x, format, global_scale, four_over_six, scale_rule)
     if weight.shape != x.shape[-1:] or weight.dtype != x.dtype or weight.device != x.device:
         given = f"{weight.dtype} {tuple(weight.shape)} on {weight.device}"
@@ -208,7 +218,7 @@ def quantize_experts(
     x: torch.Tensor,
     expert_offsets: torch.Tensor,
     global_scales: torch.Tensor | None,
-    format: BlockFormat = NVFP4,
+    format: BlockFormat | str = NVFP4,
     *,
     scale_layout: ScaleLayout = "128x4",
     activation: Activation | None = None,
@@ -225,7 +235,7 @@ def quantize_experts(
         x: fp32, bf16 or fp16 [M, K], K a multiple of the block.
         expert_offsets: int32 [E + 1], rising, within 0 .. M; checked where they are on a CPU, since nothing waits for a GPU.
         global_scales: NVFP4 only: fp32 [E], decode multipliers, > 0.
-        format: NVFP4 or MXFP4.
+        format: NVFP4 or MXFP4, or its name.
         scale_layout: "128x4", "8x4" or "linear".
         activation: x is [M, 2K], gate columns then up columns, and this is applied first, as in `silu_mul_quantize`.
         out: the result of an earlier call with the same sizes, to write into.
@@ -239,6 +249,8 @@ def quantize_experts(
     >>> q.codes.shape, q.scales.shape, q.scale_offsets.tolist()
     (torch.Size([3, 16]), torch.Size([384, 4]), [0, 128, 128, 256])
     """
+    format = as_format(format, "quantize_experts")
+    check_tensors("quantize_experts", x=x, expert_offsets=expert_offsets, **({} if global_scales is None else {"global_scales": global_scales}))
     if activation is not None:
         _check_activation(x, activation, "quantize_experts")
     _check_experts(x, expert_offsets, global_scales, format, halves=1 if activation is None else 2)

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from halfbyte.arguments import as_device
 from halfbyte.checkpoint.load import ExpertReader
 from halfbyte.checkpoint.source import Checkpoint
 from halfbyte.device import Target
@@ -72,7 +73,9 @@ def prepare(
     >>> halfbyte.prepare(w).layout
     'canonical'
     """
-    place = w.device if device is None else torch.empty(0, dtype=torch.uint8, device=device).device
+    if not isinstance(w, ExpertWeights):
+        raise InputError("no expert weights", where="prepare", given=type(w).__name__, needed="ExpertWeights")
+    place = w.device if device is None else as_device(device, "prepare")
     if in_place and place != w.device:
         raise InputError("weights cannot be arranged in place on another device", where="prepare", given=f"{place}", needed=f"{w.device}")
     chosen = _choose_layout(layout, policy, w.format, Target.of(place), activations)

@@ -6,14 +6,15 @@ Under torch.compile it is one op, `halfbyte::fused_moe` of `moe.ops`, which the 
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
+from halfbyte.arguments import check_tensors
 from halfbyte.device import Target, current
 from halfbyte.errors import InputError, UnsupportedError
 from halfbyte.experts import ExpertMap
-from halfbyte.formats import QuantTensor
+from halfbyte.formats import Fp8Tensor, QuantTensor
 from halfbyte.formats.activation_formats import ActivationFormat, check_activations
 from halfbyte.kernels.problem import Hidden, Size, layer_problem, quantized_format
 from halfbyte.kernels.table import choose
@@ -56,6 +57,7 @@ def fused_moe(
     backend: str | None = None,
     batch_invariant: bool = False,
     workspace: Workspace | None = None,
+    check_ids: bool = False,
     config: Hashable | None = None,
 ) -> torch.Tensor:
     """sum over j of topk_weights[t, j] * expert(topk_ids[t, j])(hidden[t]), accumulated in fp32 and rounded once.
@@ -80,6 +82,8 @@ def fused_moe(
             kernels and tiles no longer follow the number of tokens.
         workspace: memory for what lies between hidden and the result, which the calls of many layers may share: one per device and stream, of
             `workspace_nbytes`. By default from torch's allocator. Not under torch.compile.
+        check_ids: refuse ids that name no expert of the layer, other than -1; otherwise they contribute nothing, like experts of other ranks. Waits
+            for the device. Not under torch.compile.
         config: one of the kernel's configurations, for tuning; by default it picks one by the number of tokens. Not under torch.compile.
 
     Returns:
@@ -100,9 +104,10 @@ def fused_moe(
     activations = experts.activations if activations is None else activations
     expert_map = resolve_map(experts.storage, expert_map, expert_offset)
     if torch.compiler.is_compiling():
-        if config is not None or workspace is not None or not isinstance(hidden, torch.Tensor):
-            given = "config=" if config is not None else type(hidden).__name__ if workspace is None else "workspace="
-            raise UnsupportedError("not traced by torch.compile", where="fused_moe", given=given, needed="floats, no config= and no workspace=")
+        given = [f"{name}=" for name, value in (("config", config), ("workspace", workspace), ("check_ids", check_ids or None)) if value is not None]
+        if given or not isinstance(hidden, torch.Tensor):
+            needed = "floats, and no config=, workspace= or check_ids="
+            raise UnsupportedError("not traced by torch.compile", where="fused_moe", given=", ".join(given) or type(hidden).__name__, needed=needed)
         held = (expert_map.first, expert_map.local_of_copy, expert_map.copies)
         arguments = (experts.description, experts.layout, topk_ids, topk_weights, activations, *held, backend, batch_invariant)
         tensors = list(experts.storage.tensors.values())
@@ -111,8 +116,24 @@ def fused_moe(
         torch.ops.halfbyte.fused_moe_out(hidden, tensors, *arguments, out)
         return out
     call = Call(experts.layout, experts.target, activations, batch_invariant, backend, config, expert_map)
+    if check_ids:
+        _check_ids(topk_ids, experts.storage)
     with lend(workspace):
-        return run(hidden, experts.storage, topk_ids, topk_weights, call, out)
+        result = run(hidden, experts.storage, topk_ids, topk_weights, call, out)
+    floats = [tensor for tensor in (hidden, topk_weights) if isinstance(tensor, torch.Tensor) and tensor.requires_grad]
+    return _NoGradient.apply(result.detach(), *floats) if floats and torch.is_grad_enabled() else result
+
+
+class _NoGradient(torch.autograd.Function):
+    """The first argument, as a function of the others whose gradient is an error instead of a silent zero."""
+
+    @staticmethod
+    def forward(ctx: Any, result: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
+        return result.view_as(result)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        raise InputError("has no gradient", where="fused_moe", next_step="train on dense weights, or detach hidden and topk_weights")
 
 
 def workspace_nbytes(
@@ -161,6 +182,14 @@ def resolve_map(experts: Storage, expert_map: ExpertMap | None, expert_offset: i
     return expert_map
 
 
+def _check_ids(topk_ids: torch.Tensor, experts: Storage) -> None:
+    num_experts = cast(int, experts.num_global_experts)
+    check_tensors("fused_moe", topk_ids=topk_ids)
+    wrong = topk_ids[(topk_ids < -1) | (topk_ids >= num_experts)]
+    if wrong.numel():
+        raise InputError("ids name no expert", where="fused_moe", given=wrong.unique()[:8].tolist(), needed=f"0 .. {num_experts - 1}, or -1 for none")
+
+
 def check_prepared(experts: object, where: str) -> None:
     if not isinstance(experts, PreparedExperts):
         given = type(experts).__name__
@@ -188,6 +217,9 @@ def check_hidden(hidden: Hidden, experts: Storage, num_tokens: int | None = None
     if isinstance(hidden, torch.Tensor):
         check_tensor("hidden", hidden, FLOATS, num_tokens, experts.hidden, experts.device)
         return hidden.shape[0]
+    if not isinstance(hidden, QuantTensor | Fp8Tensor):
+        needed = "torch.Tensor, QuantTensor or Fp8Tensor"
+        raise InputError("hidden is no tensor", where="fused_moe", given=type(hidden).__name__, needed=needed)
     quantized_format(hidden)
     num_columns = hidden.codes.shape[-1] * (2 if isinstance(hidden, QuantTensor) else 1)
     fits = hidden.codes.ndim == 2 and num_columns == experts.hidden and num_tokens in (None, hidden.codes.shape[0])
@@ -208,6 +240,8 @@ def check_tensor(
     where: str = "fused_moe",
 ) -> None:
     """Raise InputError unless `tensor` is [num_rows, num_columns], None for any number, of one of the dtypes, on the device."""
+    if not isinstance(tensor, torch.Tensor):
+        check_tensors(where, **{name: tensor})
     shape = tensor.shape
     fits = len(shape) == 2 and num_rows in (None, shape[0]) and num_columns in (None, shape[1])
     if fits and tensor.dtype in dtypes and tensor.device == device:

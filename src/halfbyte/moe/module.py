@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from halfbyte.arguments import check_tensors
 from halfbyte.checkpoint import Checkpoint, RouterWeights, load_router
-from halfbyte.errors import UnsupportedError
+from halfbyte.errors import InputError, UnsupportedError
 from halfbyte.formats.activation_formats import ActivationFormat
 from halfbyte.loading import load_prepared
 from halfbyte.loading.prepared import CacheUse
@@ -24,8 +25,10 @@ from halfbyte.weights.prepared import keep_address
 class MoE(torch.nn.Module):
     """y = sum over the chosen experts of weight * expert(hidden).
 
-    Inference only: no parameters, an empty state_dict (the checkpoint is the stored form). `.to(device)` moves the weights; `.to(dtype)` leaves
-    them as they are, because their bits are a format. *Not* part of it: shared experts, the residual, the norm before the layer.
+    Inference only: no parameters. The state_dict has every tensor as it lies in memory, and loads into a layer of the same layout. `.to(device)`
+    moves the weights; `.to(dtype)` leaves them as they are, because their bits are a format.
+
+    *Not* part of it: shared experts, the residual, the norm before the layer.
     """
 
     def __init__(
@@ -84,6 +87,9 @@ class MoE(torch.nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [..., H] bf16, fp16 or fp32 to the same shape and dtype."""
+        check_tensors("MoE", hidden=hidden)
+        if hidden.ndim == 0 or hidden.shape[-1] != self.experts.hidden:
+            raise InputError("hidden does not fit", where="MoE", given=tuple(hidden.shape), needed=f"[..., {self.experts.hidden}]")
         tokens = hidden.reshape(-1, hidden.shape[-1])
         routing = self.route(tokens)
         result = fused_moe(tokens, self.experts, *routing, batch_invariant=self.batch_invariant)
@@ -106,9 +112,33 @@ class MoE(torch.nn.Module):
         return f"{sizes}, {rule.method} top-{rule.top_k}, activations {w.activations}{invariant}"
 
     def _keep_addresses(self) -> None:
-        for tensor in (self.router.weight, self.router.logit_bias, self.router.correction_bias):
-            if tensor is not None:
-                keep_address(tensor)
+        for tensor in self._router_tensors().values():
+            keep_address(tensor)
+
+    def _router_tensors(self) -> dict[str, torch.Tensor]:
+        tensors = {name: getattr(self.router, name) for name in ("weight", "logit_bias", "correction_bias")}
+        return {f"router.{name}": tensor for name, tensor in tensors.items() if tensor is not None}
+
+    def _all_tensors(self) -> dict[str, torch.Tensor]:
+        return self._router_tensors() | {f"experts.{name}": tensor for name, tensor in self.experts.storage.tensors.items()}
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Tensors are the module's state, though none is a parameter: `experts.*` in the layout in which they are held."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({prefix + name: tensor for name, tensor in self._all_tensors().items()})
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        """Copy into the tensors that are here, so that no address changes; another layout, shape or dtype is an error of `load_state_dict`."""
+        _, strict, missing, unexpected, errors = rest
+        tensors = {prefix + name: tensor for name, tensor in self._all_tensors().items()}
+        missing += [name for name in tensors if name not in state_dict] if strict else []
+        unexpected += [name for name in state_dict if name.startswith(prefix) and name not in tensors] if strict else []
+        for name in tensors.keys() & state_dict.keys():
+            given, tensor = state_dict[name], tensors[name]
+            if (given.shape, given.dtype) == (tensor.shape, tensor.dtype):
+                tensor.copy_(given)
+            else:
+                errors.append(f"{name}: given {given.dtype} {list(given.shape)}, needed {tensor.dtype} {list(tensor.shape)}")
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> MoE:
         # nn.Module.to, .cuda and .cpu all come through here. The probe is an integer tensor, so a change of dtype does not touch it.

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from halfbyte.arguments import check_tensors
 from halfbyte.device import Target
 from halfbyte.errors import InputError
 from halfbyte.kernels.problem import Problem
@@ -71,6 +72,7 @@ def run(
 def check(logits: torch.Tensor, top_k: int, method: str, bias: torch.Tensor | None, num_groups: int, top_k_groups: int) -> None:
     """Raise what `route` raises for these arguments."""
     where = "route"
+    check_tensors(where, logits=logits, **({} if bias is None else {"bias": bias}))
     if method not in METHODS:
         raise InputError("unknown routing method", where=where, given=repr(method), needed=" or ".join(METHODS))
     rule = METHODS[method]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 
+from halfbyte.arguments import as_device, same_bits
 from halfbyte.device import Target
 from halfbyte.errors import UnsupportedError
 from halfbyte.experts import Activation, ExpertWeights
@@ -17,7 +18,7 @@ from halfbyte.weights.description import describe
 from halfbyte.weights.layouts import LAYOUTS, Layout, Storage
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PreparedExperts:
     """The experts of one layer, ready for `fused_moe`.
 
@@ -46,6 +47,26 @@ class PreparedExperts:
         object.__setattr__(self, "description", describe(self.storage))
         for tensor in self.storage.tensors.values():
             keep_address(tensor)
+
+    def __repr__(self) -> str:
+        sizes = f"{self.num_experts} experts {self.format or 'dense'!r}, hidden {self.hidden}, intermediate {self.intermediate}, {self.activation}"
+        place = f"layout {self.layout!r} ({self.reason}), for {self.activations} activations, {self.nbytes / 2**20:.1f} MiB, {self.device}"
+        return f"PreparedExperts(\n  {sizes},\n  {place},\n)"
+
+    def __eq__(self, other: object) -> bool:
+        """Whether layout, activations, description and every bit are the same."""
+        if not isinstance(other, PreparedExperts):
+            return NotImplemented
+
+        def tags(p: PreparedExperts) -> tuple[object, ...]:
+            return p.layout, p.policy, p.target, p.activations, p.description
+
+        return tags(self) == tags(other) and same_bits(self.storage.tensors, other.storage.tensors)
+
+    __hash__ = None  # type: ignore[assignment]  # tensors can change
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return PreparedExperts, tuple(getattr(self, part.name) for part in fields(self) if part.init)  # constructed, so that addresses are kept
 
     @property
     def activation(self) -> Activation:
@@ -78,8 +99,9 @@ class PreparedExperts:
 
     def to(self, device: torch.device | str) -> PreparedExperts:
         """Copy every tensor to `device`, in the same layout: prepare again for a device of another kind."""
-        moved = {name: tensor.to(device) for name, tensor in self.storage.tensors.items()}
-        return replace(self, storage=self.storage.with_tensors(moved), target=Target.of(device), reused=())
+        place = as_device(device, "PreparedExperts.to")
+        moved = {name: tensor.to(place) for name, tensor in self.storage.tensors.items()}
+        return replace(self, storage=self.storage.with_tensors(moved), target=Target.of(place), reused=())
 
     def unprepare(self) -> ExpertWeights:
         """Return the canonical experts: every value exactly."""
