@@ -7,13 +7,16 @@ STAMP := $(VENV)/.installed
 # Waiting threads sleep: two test processes on two cores would otherwise spin against each other.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test check bench clean
+.PHONY: demo test test-gpu check bench clean
 
 demo: $(STAMP)
 	$(BIN)/halfbyte demo
 
 test: check
 	$(BIN)/pytest -n 2 --dist loadscope
+
+test-gpu: $(STAMP)
+	$(BIN)/pytest -n 14 -m gpu
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -22,7 +25,7 @@ check: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
-	$(BIN)/halfbyte bench moe --peers torch,reference --peer-limit 7e-3
+	$(BIN)/halfbyte bench moe --peers torch,reference
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist demo-output

@@ -34,7 +34,7 @@ def write_and_wait(model: Path, directory: Path, started: object) -> None:
 
 
 def write_often(model: Path, directory: Path, barrier: object, failures: object) -> None:
-    barrier.wait(timeout=60)
+    barrier.wait(timeout=1800)
     for _ in range(20):
         prepare(model, directory, force=True)
         if prepare(model, directory, verify=True).written:

@@ -41,7 +41,7 @@ def test_prints_everything_else_without_torch(tmp_path):
     (tmp_path / "torch.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file')")
     code = "import sys; from halfbyte.cli.main import main; sys.exit(main(['doctor']))"
     environment = {"PYTHONPATH": f"{tmp_path}:{Path(halfbyte.__file__).parent.parent}", "PATH": "", "HOME": str(tmp_path)}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=1800)
     assert result.returncode == 1 and not result.stderr
     assert result.stdout.startswith("FP4 MoE does not run here: torch, cuda, kernel table broken\n")
     broken = [line for line in result.stdout.splitlines() if line.startswith("! ")]

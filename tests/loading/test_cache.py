@@ -259,7 +259,7 @@ def test_a_killed_process_leaves_no_file_of_that_name(model: Path, directory: Pa
     process = context.Process(target=cache_processes.write_and_wait, args=(model, directory, started))
     process.start()
     try:
-        assert started.wait(timeout=60)
+        assert started.wait(timeout=1800)
     finally:
         os.kill(process.pid, signal.SIGKILL)
         process.join()
@@ -281,7 +281,7 @@ def test_two_processes_at_once(model: Path, directory: Path) -> None:
     for process in processes:
         process.start()
     for process in processes:
-        process.join(timeout=120)
+        process.join(timeout=1800)
     assert [process.exitcode for process in processes] == [0, 0] and failures.empty()
     assert len(files_in(directory)) == 1
     assert_right(loaded(model, directory), model)

@@ -84,7 +84,7 @@ def test_the_next_experts_are_read_while_others_are_packed(tmp_path: Path, monke
         return original(self, name)
 
     def pack(w: hb.ExpertWeights, storage: object, first: int) -> None:
-        assert first > 0 or second_read.wait(timeout=30)  # while expert 0 is here, a thread comes to expert 1
+        assert first > 0 or second_read.wait(timeout=1800)  # while expert 0 is here, a thread comes to expert 1
 
     monkeypatch.setattr(Checkpoint, "read", read)
     reader = stream.ExpertReader(Checkpoint.open(cf.nvfp4("modelopt").write(tmp_path)), 1)

@@ -15,7 +15,7 @@ import torch
 
 import halfbyte
 from halfbyte.bench.ceilings import Ceilings
-from halfbyte.bench.gate import FP8_GLOBAL_LIMIT, FP8_TOKEN_LIMIT, GLOBAL_LIMIT, TOKEN_LIMIT, expected_output, judge, poison_free_memory
+from halfbyte.bench.gate import FP8_GLOBAL_LIMIT, FP8_TOKEN_LIMIT, GLOBAL_LIMIT, PEER_LIMIT, TOKEN_LIMIT, expected_output, judge, poison_free_memory
 from halfbyte.bench.inputs import Call, RoutingKind, random_call
 from halfbyte.bench.peers import Build, Layer, Peer
 from halfbyte.bench.records import Column, Status
@@ -118,7 +118,7 @@ class Options:
     activations: ActivationFormat = "bf16"
     routing: RoutingKind = "uniform"
     backend: str | None = None
-    peer_limit: float = GLOBAL_LIMIT
+    peer_limit: float = PEER_LIMIT
     seed: int = 0
     budget_s: float = math.inf
 

@@ -11,7 +11,7 @@ from dataclasses import asdict
 import torch
 
 from halfbyte.bench import ceilings
-from halfbyte.bench.gate import GLOBAL_LIMIT
+from halfbyte.bench.gate import PEER_LIMIT
 from halfbyte.bench.inputs import ROUTING_KINDS, model_experts, random_experts
 from halfbyte.bench.moe import LayerSource, Options, bench_moe
 from halfbyte.bench.peers import Peer, find_peer
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--routing", choices=ROUTING_KINDS, default="uniform", help="how tokens choose experts")
     parser.add_argument("--peers", type=comma_list(parse_peer), metavar="NAME,...", default=[], help="torch, reference, FILE.py:FUNCTION")
     parser.add_argument(
-        "--peer-limit", type=float, metavar="X", default=GLOBAL_LIMIT, help="relative error over all tokens that peers are allowed; halfbyte is not"
+        "--peer-limit", type=float, metavar="X", default=PEER_LIMIT, help="relative error over all tokens that peers are allowed; halfbyte is not"
     )
     parser.add_argument("--backend", choices=backends, help="the only kernel halfbyte may use")
     parser.add_argument("--plot", type=shared.file_to_write, metavar="FILE.png", help="plot the share of the floor over tokens")

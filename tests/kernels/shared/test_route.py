@@ -208,7 +208,7 @@ def test_the_table_prefers_it_on_a_gpu():
 
 def test_importing_halfbyte_does_not_import_triton():
     code = "import sys, halfbyte as hb; hb.route; sys.exit('halfbyte.kernels.table' not in sys.modules or 'triton' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], timeout=1800, check=False).returncode == 0
 
 
 @not_interpreted
