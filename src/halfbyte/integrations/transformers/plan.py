@@ -31,6 +31,9 @@ from halfbyte.checkpoint.source import TensorInfo
 from halfbyte.errors import CheckpointError, UnsupportedError
 from halfbyte.integrations.transformers.stored import Stored, find_stored, missing_tensor
 
+# Transformers renames experts alike whatever their number, so that one of a layer speaks for all: R1 has 178,176 names, and 696 such templates.
+_EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
+_MTP, _LAYER = re.compile(r"(^|\.)mtp\."), re.compile(r"(^|\.)layers\.(\d+)\.")
 _QUANTISED_DTYPES = (*CODE_DTYPES, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -70,23 +73,30 @@ class Names:
         self._converter_of = {pattern: entry for entry in self.converters for pattern in entry.source_patterns}
         self._ignored = re.compile("|".join(model._keys_to_ignore_on_load_unexpected or ("$^",)))
         self._places: dict[str, tuple[str, Any, int]] = {}
+        self._renamed: dict[str, str] = {}
         self._is_predictor = _predictor(model.config.get_text_config())
 
     def place(self, name: str) -> tuple[str, Any, int]:
         """The parameter that the dense tensor `name` goes to, by which converter (None), and as which of its sources."""
-        if name not in self._places:
-            target, pattern = rename_source_key(name, self.renamings, self.converters, self.prefix, self.dense)
-            if target not in self.dense and name in self.dense:
-                target, pattern = name, None
+        template, number = _template(name)
+        if template not in self._places:
+            target, pattern = rename_source_key(template, self.renamings, self.converters, self.prefix, self.dense)
+            if target not in self.dense and template in self.dense:
+                target, pattern = template, None
             converter = self._converter_of.get(pattern)
-            self._places[name] = target, converter, converter.source_patterns.index(pattern) if converter else 0
-        return self._places[name]
+            self._places[template] = target, converter, converter.source_patterns.index(pattern) if converter else 0
+        target, converter, part = self._places[template]
+        return _numbered(target, number), converter, part
 
     def renamed(self, name: str) -> str:
         """`name` as the converters see it."""
-        for renaming in self.renamings:
-            name, _ = renaming.rename_source_key(name)
-        return name
+        template, number = _template(name)
+        if template not in self._renamed:
+            renamed = template
+            for renaming in self.renamings:
+                renamed, _ = renaming.rename_source_key(renamed)
+            self._renamed[template] = renamed
+        return _numbered(self._renamed[template], number)
 
     def ignored(self, name: str, target: str) -> bool:
         """Whether transformers leaves the tensor out: layers that predict further tokens, and what a class says."""
@@ -101,7 +111,7 @@ def find_packed(model: Any, names: Names, tensors: Mapping[str, TensorInfo]) -> 
         UnsupportedError: a packed tensor has no place in this model class, or a layer is quantised in another format.
     """
     packed: dict[str, PackedParameter] = {}
-    for stem, stored in sorted(find_stored(_wanted(names, tensors)).items(), key=lambda item: dot_natural_key(item[0])):
+    for stem, stored in sorted(find_stored(tensors, lambda name: not names.ignored(name, names.place(name)[0])).items()):
         target, converter, part = names.place(stored.dense_name)
         merges = converter is not None and merges_experts(converter)
         if converter is not None and all(isinstance(operation, Transpose) for operation in converter.operations):
@@ -186,8 +196,18 @@ def _joins_rows(operation: Any) -> bool:
     return type(operation) is Concatenate and operation.dim == 1
 
 
-def _wanted(names: Names, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    return {name: info for name, info in tensors.items() if not names.ignored(name, names.place(name)[0])}
+def _template(name: str) -> tuple[str, str]:
+    """`name` for expert 0, and the number that stood there; "" where there was none.
+
+    >>> _template("layers.3.mlp.experts.17.up_proj.weight")
+    ('layers.3.mlp.experts.0.up_proj.weight', '17')
+    """
+    match = _EXPERT.search(name)
+    return (name, "") if match is None else (f"{name[: match.start()]}0{name[match.end() :]}", match[0])
+
+
+def _numbered(template: str, number: str) -> str:
+    return _EXPERT.sub(number, template, count=1) if number else template
 
 
 def _place_by_name(model: Any, names: Names, stored: Stored) -> tuple[str, int, bool]:
@@ -228,9 +248,9 @@ def _predictor(config: Any) -> Callable[[str], bool]:
     layers, further = (getattr(config, field, None) or 0 for field in ("num_hidden_layers", "num_nextn_predict_layers"))
 
     def is_predictor(name: str) -> bool:
-        if re.search(r"(^|\.)mtp\.", name):
+        if _MTP.search(name):
             return True
-        match = re.search(r"(^|\.)layers\.(\d+)\.", name) if further else None
+        match = _LAYER.search(name) if further else None
         return match is not None and layers <= int(match[2]) < layers + further
 
     return is_predictor

@@ -7,7 +7,7 @@ another way, or lacks a companion, is an error here, before anything is loaded.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -60,8 +60,8 @@ class Stored:
         return self.dialect.format is None
 
 
-def find_stored(tensors: Mapping[str, TensorInfo]) -> dict[str, Stored]:
-    """The quantised matrices of `tensors` by stem.
+def find_stored(tensors: Mapping[str, TensorInfo], is_wanted: Callable[[str], bool]) -> dict[str, Stored]:
+    """The quantised matrices of `tensors` by stem; those among them whose codes, by name, are wanted.
 
     Raises:
         CheckpointError: a scale is missing or has the wrong dtype or shape.
@@ -69,12 +69,10 @@ def find_stored(tensors: Mapping[str, TensorInfo]) -> dict[str, Stored]:
     """
     found = {}
     for name, info in tensors.items():
-        if info.dtype in CODE_DTYPES:
-            stored = _fp4(name, tensors)
-        elif info.dtype == torch.float8_e4m3fn and not is_scale(name):
-            stored = _fp8(name, tensors)
-        else:
+        is_fp4 = info.dtype in CODE_DTYPES
+        if not is_fp4 and (info.dtype != torch.float8_e4m3fn or is_scale(name)):
             continue
+        stored = (_fp4 if is_fp4 else _fp8)(name, tensors) if is_wanted(name) else None
         if stored is not None:
             found[stored.stem] = stored
     return found
