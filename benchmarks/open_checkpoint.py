@@ -2,8 +2,9 @@
 
     python benchmarks/open_checkpoint.py --dir /tmp/headers [--layers 61]
 
-`library` opens the directory and describes its experts. `transformers` does what the plug-in does before `from_pretrained` loads: it reads the headers
-and plans the load. Each runs in a process of its own; memory is the peak of that process, and what it had before. The files are sparse and stay there.
+`library` opens the directory and describes its experts. `transformers` does what the plug-in does before `from_pretrained` loads: it reads the
+headers and plans the load. Each runs in a process of its own; memory is the peak of that process, and what it had before. The files are sparse, and
+stay there.
 """
 
 from __future__ import annotations

@@ -125,6 +125,12 @@ def restore_canonical(module: Module) -> None:
     packing.prepared, packing.prepared_for, packing.replaced = None, "", {}
 
 
+def canonical_parameters(module: Module) -> dict[str, torch.Tensor]:
+    """The Parameters that `pack_in_place` replaced, by name, made anew; none where the module is not packed. Errors as `packed_tensors`."""
+    packing = module.halfbyte
+    return _canonical_parameters(module, _packed(module)) if packing.replaced else {}
+
+
 def packed_tensors(module: Module) -> dict[str, torch.Tensor]:
     """The buffers that hold the packed experts, by the names of the layout.
 
@@ -165,8 +171,7 @@ def _canonical_parameters(module: Module, packed: PreparedExperts) -> dict[str, 
 
 
 def _save_canonical(module: Module, state_dict: dict[str, torch.Tensor], prefix: str, _: object) -> None:
-    if module.halfbyte.replaced:
-        state_dict.update({prefix + name: tensor for name, tensor in _canonical_parameters(module, _packed(module)).items()})
+    state_dict.update({prefix + name: tensor for name, tensor in canonical_parameters(module).items()})
 
 
 def _load_canonical(module: Module, *_: object) -> None:

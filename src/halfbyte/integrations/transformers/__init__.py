@@ -5,7 +5,7 @@
 loads ModelOpt NVFP4, compressed-tensors nvfp4-pack-quantized and mxfp4-pack-quantized, AMD Quark MXFP4, and gpt-oss MXFP4 checkpoints, with FP8
 layers beside them or without. Their experts stay in 4 bits, on the model's own Experts modules. Every other format, and
 `Mxfp4Config(dequantize=True)`, stays with transformers. Registering is the only thing the import changes; it includes a `get_hf_quantizer` that
-also sees hf_quant_config.json.
+also sees hf_quant_config.json, and a `save_pretrained` that writes packed models as they were.
 
 On a GPU of compute capability 9.0 the experts are rearranged for its kernels, at the first call and in the memory they have (`set_layout`).
 
@@ -16,7 +16,7 @@ On a GPU of compute capability 9.0 the experts are rearranged for its kernels, a
 | Quark MXFP4 | needs its package | runs |
 | gpt-oss MXFP4 | dense bf16 unless a hub kernel fits the device | runs in 4 bits on any device |
 
-Not supported: saving, training.
+Not supported: training.
 """
 
 from __future__ import annotations
@@ -33,7 +33,14 @@ from halfbyte.errors import InputError, UnsupportedError
 
 try:
     import transformers.modeling_utils
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoTokenizer,
+        PreTrainedModel,
+    )
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
     from transformers.utils import cached_file
@@ -44,6 +51,7 @@ from halfbyte.formats.activation_formats import ActivationFormat, check_activati
 from halfbyte.integrations.packing import is_attached, restore_canonical
 from halfbyte.integrations.transformers.modules import experts_forward
 from halfbyte.integrations.transformers.quantizers import IMPLEMENTATION, FP4Config, FP4Quantizer, is_compressed_fp4, is_quark_fp4
+from halfbyte.integrations.transformers.saving import save_packed
 
 # Of `cached_file`: a file that is not there, or cannot be asked for, is None.
 _OPTIONAL = {f"_raise_exceptions_for_{reason}": False for reason in ("missing_entries", "connection_errors", "gated_repo")}
@@ -70,6 +78,7 @@ def register() -> None:
         return stock_mxfp4(config, pre_quantized=pre_quantized, **kwargs)
 
     transformers.modeling_utils.get_hf_quantizer = _reading_hf_quant_config(transformers.modeling_utils.get_hf_quantizer)
+    PreTrainedModel.save_pretrained = _saving_packed(PreTrainedModel.save_pretrained)
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
     AUTO_QUANTIZATION_CONFIG_MAPPING.update(
         {
@@ -103,6 +112,17 @@ def _add_hf_quant_config(config: Any) -> None:
     file = cached_file(config._name_or_path, "hf_quant_config.json", revision=getattr(config, "_commit_hash", None), **_OPTIONAL)
     if file is not None:
         config.quantization_config = {**read_json(Path(file)), "quant_method": "modelopt"}
+
+
+def _saving_packed(stock: Callable[..., None]) -> Callable[..., None]:
+    """`save_pretrained` that also writes packed models."""
+
+    @wraps(stock)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> None:
+        is_packed = isinstance(getattr(self, "hf_quantizer", None), FP4Quantizer) and not getattr(self, "_hf_peft_config_loaded", False)
+        return save_packed(stock, self, *args, **kwargs) if is_packed else stock(self, *args, **kwargs)
+
+    return save_pretrained
 
 
 def _fp4_or(stock: Any, is_fp4: Callable[[Mapping[str, Any]], bool]) -> Any:

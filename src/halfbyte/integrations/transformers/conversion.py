@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from transformers.core_model_loading import MergeModulelist, WeightConverter
 
+from halfbyte.checkpoint.source import TensorInfo
 from halfbyte.integrations.transformers.plan import PackedParameter
 from halfbyte.integrations.transformers.stored import BLOCK_SCALE, CODES, GLOBAL_SCALE, INPUT_SCALE, PRE_QUANT_SCALE, Stored
 from halfbyte.integrations.transformers.values import (
@@ -45,14 +46,36 @@ class Recipe(NamedTuple):
     alternating: bool = False
     transposed: bool = False
 
+    @property
+    def matrices(self) -> Iterator[tuple[tuple[int, int], Stored]]:
+        """Those that the module computes with, by (expert, part); LongCat's files may hold rows for its zero experts, which nothing reads."""
+        return ((place, stored) for place, stored in self.parameter.places.items() if not self.experts or place[0] < self.experts)
+
+    @property
+    def stored_names(self) -> Iterator[str]:
+        """The tensors of the files that have this role."""
+        role = self.role
+        return (stored.tensors[role] for _, stored in self.matrices if role is not None and role in stored.tensors)
+
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """What is loaded packed: `targets` by the names that tensors of the files have when converters see them; `recipes` by target; where they lie."""
+    """What is loaded packed.
+
+    Attributes:
+        targets: names in the model by those that tensors of the files have when converters see them.
+        recipes: by name in the model.
+        files, headers: where the tensors of the files lie, and what they are.
+        others: the tensors of the model that come dense.
+        kept: tensors that scale activations and that the model has no place for, as they are in the files.
+    """
 
     targets: Mapping[str, str]
     recipes: Mapping[str, Recipe]
     files: Mapping[str, Path]
+    headers: Mapping[str, TensorInfo]
+    others: tuple[str, ...]
+    kept: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def read(self, name: str) -> torch.Tensor:
         with safe_open(self.files[name], framework="pt") as file:
@@ -137,7 +160,7 @@ def _stack(recipe: Recipe, tensors: _Arriving) -> torch.Tensor:
         halves = [_as_canonical(recipe, tensors.take(stored, role)) for _, stored in sorted(parameter.places.items(), key=lambda item: item[0])]
         return halves[0] if len(halves) == 1 else torch.cat(halves, dim=1)
     out = None
-    for (expert, part), stored in _wanted(recipe):
+    for (expert, part), stored in recipe.matrices:
         tensor = tensors.take(stored, role)
         rows = tensor.shape[0] if tensor.ndim else 1
         if out is None:
@@ -145,11 +168,6 @@ def _stack(recipe: Recipe, tensors: _Arriving) -> torch.Tensor:
         out[expert, part * rows : (part + 1) * rows] = tensor
     assert out is not None
     return out.squeeze(-1) if out.shape == (recipe.experts, 1) else out
-
-
-def _wanted(recipe: Recipe) -> Iterator[tuple[tuple[int, int], Stored]]:
-    """The matrices of the experts that the module computes; LongCat's files may hold rows for its zero experts, which nothing reads."""
-    return ((place, stored) for place, stored in recipe.parameter.places.items() if place[0] < recipe.experts)
 
 
 def _as_canonical(recipe: Recipe, tensor: torch.Tensor) -> torch.Tensor:
@@ -181,7 +199,7 @@ def _input_scales(recipe: Recipe, tensors: _Arriving) -> torch.Tensor:
         halves = [_as_canonical(recipe, scale) for _, scale in sorted(taken.items(), key=lambda item: item[0])]
         return torch.cat(halves, dim=1) if len(halves) > 1 else halves[0]
     largest = torch.stack(list(taken.values())).max()
-    missing = [stored.stem + stored.dialect.input_scale for place, stored in _wanted(recipe) if place not in taken]
+    missing = [stored.stem + stored.dialect.input_scale for place, stored in recipe.matrices if place not in taken]
     if missing:
         _log.warning(
             "no input scale for %s: bf16 activations do not use it; quantised ones take the largest of the layer, %g",
@@ -241,3 +259,12 @@ def halves_from_alternating(x: torch.Tensor, dim: int) -> torch.Tensor:
     [0, 1, 10, 11]
     """
     return x.unflatten(dim, (-1, 2)).transpose(dim, dim + 1).flatten(dim, dim + 1)
+
+
+def alternating_from_halves(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """The inverse of `halves_from_alternating`.
+
+    >>> alternating_from_halves(torch.tensor([0, 1, 10, 11]), dim=0).tolist()
+    [0, 10, 1, 11]
+    """
+    return x.unflatten(dim, (2, -1)).transpose(dim, dim + 1).flatten(dim, dim + 1)

@@ -21,7 +21,7 @@ from halfbyte.formats import BlockFormat, QuantTensor
 from halfbyte.integrations.packing import Host, Packing, attach, circumstances, packed_tensors, prepared_experts
 from halfbyte.integrations.transformers.conversion import Recipe, dequantize_fp8, halves_from_alternating
 from halfbyte.integrations.transformers.plan import PackedParameter
-from halfbyte.integrations.transformers.stored import BLOCK_SCALE, CODES, GLOBAL_SCALE, INPUT_SCALE, PRE_QUANT_SCALE, Stored
+from halfbyte.integrations.transformers.stored import BLOCK_SCALE, CODES, GLOBAL_SCALE, INPUT_SCALE, PRE_QUANT_SCALE, Stored, parameter_dtype
 from halfbyte.kernels.reference.activation import activate
 from halfbyte.moe import fused_moe
 
@@ -147,17 +147,16 @@ def _register(
     """Give `module` empty meta Parameters for codes and scales of a matrix [..., N, K]. Parameters, because transformers shards no buffers."""
     *leading, columns = shape
     roles = {role for stored in recipe.parameter.places.values() for role in stored.tensors}
-    scale_dtype = torch.float8_e4m3fn if format.has_global_scale else torch.uint8
     tensors = {
-        CODES: (name, torch.uint8, (*leading, columns // 2)),
-        BLOCK_SCALE: (name + BLOCK_SCALE, scale_dtype, (*leading, columns // format.block)),
-        GLOBAL_SCALE: (name + GLOBAL_SCALE, torch.float32, groups),
-        INPUT_SCALE: ((scalars_of + INPUT_SCALE).lstrip("_"), torch.float32, groups),
-        PRE_QUANT_SCALE: ((scalars_of + PRE_QUANT_SCALE).lstrip("_"), torch.float32, (columns,)),
+        CODES: (name, (*leading, columns // 2)),
+        BLOCK_SCALE: (name + BLOCK_SCALE, (*leading, columns // format.block)),
+        GLOBAL_SCALE: (name + GLOBAL_SCALE, groups),
+        INPUT_SCALE: ((scalars_of + INPUT_SCALE).lstrip("_"), groups),
+        PRE_QUANT_SCALE: ((scalars_of + PRE_QUANT_SCALE).lstrip("_"), (columns,)),
     }
     wanted = {role: tensor for role, tensor in tensors.items() if role in roles}
-    _add_parameters(module, {parameter: (dtype, shape) for parameter, dtype, shape in wanted.values()})
-    return {parameter: recipe._replace(role=role) for role, (parameter, _, _) in wanted.items()}
+    _add_parameters(module, {parameter: (parameter_dtype(role, format), shape) for role, (parameter, shape) in wanted.items()})
+    return {parameter: recipe._replace(role=role) for role, (parameter, _) in wanted.items()}
 
 
 def _add_parameters(module: Any, tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:

@@ -127,14 +127,16 @@ def find_packed(model: Any, names: Names, tensors: Mapping[str, TensorInfo]) -> 
     return packed
 
 
-def check_complete(model: Any, names: Names, tensors: Mapping[str, TensorInfo], packed: Mapping[str, PackedParameter]) -> None:
+def check_complete(model: Any, names: Names, tensors: Mapping[str, TensorInfo], packed: Mapping[str, PackedParameter]) -> list[str]:
     """Refuse a checkpoint of which a quantised tensor would not be used, or which leaves parameters of the model without a value.
+
+    The tensors that only scale activations, which engines with a quantised KV cache or quantised activations read, are no error: their names.
 
     Raises:
         CheckpointError: naming the first tensor or parameter.
     """
     used = {name for parameter in packed.values() for stored in parameter.places.values() for name in stored.tensors.values()}
-    filled = set(packed)
+    filled, of_activations = set(packed), []
     for name in sorted(tensors.keys() - used, key=dot_natural_key):
         target, converter, _ = names.place(name)
         targets = [target] if converter is None else [target.replace(converter.target_patterns[0], other) for other in converter.target_patterns]
@@ -144,7 +146,11 @@ def check_complete(model: Any, names: Names, tensors: Mapping[str, TensorInfo], 
             if tensors[name].dtype in _QUANTISED_DTYPES and names.dense[target].is_floating_point():
                 raise missing_tensor(name + FP8_STACKED.scales[0], f"{name} is {tensors[name].dtype}")
             filled.update(targets)
-        elif _means_something(name, tensors[name]) and not names.ignored(name, target):
+        elif names.ignored(name, target):
+            continue
+        elif scales_activations(name):
+            of_activations.append(name)
+        elif belongs_to_quantized(name) or tensors[name].dtype in _QUANTISED_DTYPES:
             raise CheckpointError(
                 f"{type(model).__name__} has no place for this tensor of a quantised layer",
                 where=name,
@@ -163,6 +169,7 @@ def check_complete(model: Any, names: Names, tensors: Mapping[str, TensorInfo], 
             given=f"{len(missing)} such parameters",
             next_step="download the missing files, or correct config.json",
         )
+    return of_activations
 
 
 def check_described(quantization: Quantization, tensors: Mapping[str, TensorInfo]) -> None:
@@ -234,13 +241,6 @@ def _place_by_name(model: Any, names: Names, stored: Stored) -> tuple[str, int, 
 def _expert_of(stem: str) -> int:
     """The number of the expert: the last segment of the name that is one."""
     return int(next(segment for segment in reversed(stem.split(".")) if segment.isdigit()))
-
-
-def _means_something(name: str, info: TensorInfo) -> bool:
-    """Whether a tensor belongs to a quantised layer, or is a bias; dropping it would change the model."""
-    if scales_activations(name):
-        return False
-    return belongs_to_quantized(name) or info.dtype in _QUANTISED_DTYPES
 
 
 def _predictor(config: Any) -> Callable[[str], bool]:

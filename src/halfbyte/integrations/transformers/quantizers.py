@@ -15,7 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from halfbyte.checkpoint.dialects import OUTPUTS
 from halfbyte.checkpoint.quantization import describe_quantization
-from halfbyte.checkpoint.source import TensorInfo, read_header
+from halfbyte.checkpoint.source import TensorInfo, read_header, read_json
 from halfbyte.errors import UnsupportedError
 from halfbyte.integrations.transformers.conversion import LoadPlan, PackedWeights, Recipe
 from halfbyte.integrations.transformers.modules import FP8Linear, QuantLinear, first_projection, is_dispatched, pack_experts, packed_parameters
@@ -51,7 +51,7 @@ def is_quark_fp4(config: Mapping[str, Any]) -> bool:
 
 
 class FP4Quantizer(HfQuantizer):
-    """Loads FP4 experts, FP4 and FP8 linear layers as they are. Loading only: such a model is neither trained nor saved."""
+    """Loads FP4 experts, FP4 and FP8 linear layers as they are; such a model is saved (`saving`), not trained."""
 
     requires_calibration = True  # transformers' word for "the checkpoint must already be quantised"
     is_trainable = False
@@ -61,9 +61,10 @@ class FP4Quantizer(HfQuantizer):
         fields = config.to_dict()
         nested = fields if "quantization" in fields else None  # hf_quant_config.json's form
         self.description = describe_quantization({"quantization_config": fields}, nested)
+        self.hf_quant_config = {key: value for key, value in nested.items() if key != "quant_method"} if nested else None
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        return False
+        return False  # by what transformers has for it; see `saving`
 
     def _convert_model_for_quantization(self, model: Any) -> None:
         """Keep the model's own modules: transformers would turn Llama 4 experts into one linear layer an expert."""
@@ -80,7 +81,10 @@ class FP4Quantizer(HfQuantizer):
         names = Names(model)
         packed = find_packed(model, names, tensors)
         recipes = _replace_modules(model, packed, tensors)
-        check_complete(model, names, tensors, packed)
+        of_activations = check_complete(model, names, tensors, packed)
+        beside = Path(checkpoint_files[0]).with_name("hf_quant_config.json")
+        if beside.exists():
+            self.hf_quant_config = read_json(beside)
         targets = {
             names.renamed(stored.tensors[role]): target
             for target, recipe in recipes.items()
@@ -88,7 +92,9 @@ class FP4Quantizer(HfQuantizer):
             for role in ((CODES, BLOCK_SCALE) if recipe.role is None else (recipe.role,))
             if role in stored.tensors
         }
-        self.plan = LoadPlan(targets, recipes, files)
+        others = tuple(name for name in names.dense if name not in packed)
+        self.plan = LoadPlan(targets, recipes, files, tensors, others)
+        self.plan.kept.update({name: self.plan.read(name) for name in of_activations})
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """Put ours first: at most one converter takes a tensor."""
@@ -104,6 +110,8 @@ class FP4Quantizer(HfQuantizer):
         for name, tensor in model.state_dict(keep_vars=True).items():
             if name not in packed and tensor.dtype != self.dtypes.get(name, tensor.dtype):
                 tensor.data = tensor.to(self.dtypes[name])
+        # What is left in the files' own form is what `save_pretrained` has to revert; ours, `saving` does.
+        model._weight_conversions = [entry for entry in model._weight_conversions if not isinstance(entry, PackedWeights)]
         return model.requires_grad_(False)
 
 

@@ -29,7 +29,7 @@ from halfbyte.checkpoint.dialects import (
 )
 from halfbyte.checkpoint.source import TensorInfo
 from halfbyte.errors import CheckpointError, UnsupportedError
-from halfbyte.formats import NVFP4
+from halfbyte.formats import NVFP4, BlockFormat
 from halfbyte.formats.fp8_block import scale_shape
 
 # Codes are looked for in this order; a suffix and the size of a block tell them apart.
@@ -58,6 +58,15 @@ class Stored:
     @property
     def is_fp8(self) -> bool:
         return self.dialect.format is None
+
+
+def parameter_dtype(role: str, format: BlockFormat | None) -> torch.dtype:
+    """What the Parameter for `role` holds; `format` None is FP8."""
+    if role == CODES:
+        return torch.uint8 if format else torch.float8_e4m3fn
+    if role == BLOCK_SCALE and format:
+        return format.scale_dtype
+    return torch.float32
 
 
 def find_stored(tensors: Mapping[str, TensorInfo], is_wanted: Callable[[str], bool]) -> dict[str, Stored]:
