@@ -22,7 +22,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import halfbyte as hb
 import halfbyte.integrations.transformers  # registers halfbyte
 from halfbyte.errors import CheckpointError, UnsupportedError
-from halfbyte.integrations.transformers.conversion import dequantize_fp8
 from halfbyte.integrations.transformers.modules import FP8Linear, QuantLinear
 
 Tensors = dict[str, torch.Tensor]
@@ -198,13 +197,6 @@ def test_fp8_layers_beside_packed_experts(kind: str, tmp_path: Path) -> None:
     model = load(save(fp4, packed, fp4_config))
     assert sum(isinstance(module, FP8Linear) for module in model.modules()) == 8
     assert_close_rel(logits(model), logits(load(save(dense, values, dense_config))), **EXACT)
-
-
-def test_fp8_scales_of_tiles_reach_the_edges() -> None:
-    weight = torch.randn(130, 200).to(torch.float8_e4m3fn)
-    scales = torch.tensor([[1.0, 2.0], [4.0, 8.0]])
-    expected = torch.tensor([[weight[r, c].float() * scales[r // 128, c // 128] for c in range(200)] for r in range(130)])
-    assert torch.equal(dequantize_fp8(weight, scales, torch.float32), expected)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from safetensors import safe_open
 from transformers.core_model_loading import MergeModulelist, WeightConverter
 
 from halfbyte.checkpoint.source import TensorInfo
+from halfbyte.integrations.transformers import fp8
 from halfbyte.integrations.transformers.plan import PackedParameter
 from halfbyte.integrations.transformers.stored import BLOCK_SCALE, CODES, GLOBAL_SCALE, INPUT_SCALE, PRE_QUANT_SCALE, Stored
 from halfbyte.integrations.transformers.values import (
@@ -220,7 +220,7 @@ def _dense(recipe: Recipe, tensors: _Arriving, target: str, model: Any, config: 
     for (_, part), stored in sorted(parameter.places.items(), key=lambda item: item[0]):
         weight, scales = tensors.take(stored, CODES), tensors.take(stored, BLOCK_SCALE)
         pattern = parameter.converter.source_patterns[part] if parameter.converter else target
-        sources.setdefault(pattern, []).append(dequantize_fp8(weight, scales, dtype))
+        sources.setdefault(pattern, []).append(fp8.dequantize(weight, scales, dtype))
     if parameter.converter is None:
         return sources[target][0]
     converted: Any = sources
@@ -236,20 +236,6 @@ def _dense(recipe: Recipe, tensors: _Arriving, target: str, model: Any, config: 
         )
     (result,) = converted.values()
     return result
-
-
-def dequantize_fp8(weight: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """e4m3 [..., N, K] times fp32 scales, rounded to `dtype`: one; [..., N, 1]; [E, 1, 1]; or [..., N/128, K/128], rounded up.
-
-    >>> dequantize_fp8(torch.ones(2, 3).to(torch.float8_e4m3fn), torch.tensor([[2.0], [4.0]]), torch.float32)[:, 0].tolist()
-    [2.0, 4.0]
-    """
-    rows, columns = weight.shape[-2:]
-    if math.prod(scales.shape) == 1:
-        scales = scales.reshape(())
-    elif scales.shape[-2:] not in ((rows, 1), (1, 1)):
-        scales = scales.repeat_interleave(128, -2)[..., :rows, :].repeat_interleave(128, -1)[..., :columns]
-    return (weight.float() * scales).to(dtype)
 
 
 def halves_from_alternating(x: torch.Tensor, dim: int) -> torch.Tensor:

@@ -19,7 +19,8 @@ from halfbyte.errors import CheckpointError, UnsupportedError
 from halfbyte.experts import GEGLU, GEGLU_TANH, RELU2, Activation, ExpertWeights
 from halfbyte.formats import BlockFormat, QuantTensor
 from halfbyte.integrations.packing import Host, Packing, attach, circumstances, packed_tensors, prepared_experts
-from halfbyte.integrations.transformers.conversion import Recipe, dequantize_fp8, halves_from_alternating
+from halfbyte.integrations.transformers import fp8
+from halfbyte.integrations.transformers.conversion import Recipe, halves_from_alternating
 from halfbyte.integrations.transformers.plan import PackedParameter
 from halfbyte.integrations.transformers.stored import BLOCK_SCALE, CODES, GLOBAL_SCALE, INPUT_SCALE, PRE_QUANT_SCALE, Stored, parameter_dtype
 from halfbyte.kernels.reference.activation import activate
@@ -195,7 +196,7 @@ class QuantLinear(nn.Module):
 
 
 class FP8Linear(nn.Module):
-    """y = x W^T + b with W [N, K] held in e4m3 and dequantised at each call; activations are not quantised.
+    """y = x W^T + b with W [N, K] held in e4m3; `fp8` says which device multiplies it as it is, and which dequantises it at each call.
 
     weight e4m3 [N, K]; weight_scale fp32 [], [N, 1] or [N/128, K/128], rounded up.
     """
@@ -219,7 +220,7 @@ class FP8Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] to [..., N], computed in the dtype of x."""
-        return F.linear(x, dequantize_fp8(self.get_parameter("weight"), self.get_parameter("weight" + BLOCK_SCALE), x.dtype), self.bias)
+        return fp8.linear(x, self.get_parameter("weight"), self.get_parameter("weight" + BLOCK_SCALE), self.bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

@@ -1,7 +1,7 @@
 """`save_pretrained` of a packed model: a checkpoint in the dialect, layout and names it was loaded from.
 
-Packed tensors go back module by module, so that memory holds one module's more than the model; everything else goes back as transformers' own
-conversions, reversed, have it. What the model has no tensors for is not written: layers that predict several tokens, as transformers leaves them out.
+Packed tensors go back module by module as their file is written, so that memory holds one file more than the model. Everything else goes back
+through transformers' own conversions, reversed. What the model has no tensors for is not written: layers that predict several tokens.
 """
 
 from __future__ import annotations
