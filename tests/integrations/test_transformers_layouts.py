@@ -293,6 +293,27 @@ def test_missing_input_scales_are_said_and_filled(sound: tuple[Path, Path], tmp_
     assert_close_rel(logits(model), logits(load(sound[1])), **EXACT)
 
 
+@pytest.mark.parametrize("name", ["model.layers.1.self_attn.o_proj", "model.layers.0.mlp.experts.5.down_proj"])
+def test_one_missing_input_scale_is_said(sound: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str) -> None:
+    with caplog.at_level(logging.WARNING, "halfbyte"):
+        model = load(changed(sound[0], tmp_path, lambda tensors: tensors.pop(f"{name}.input_scale")))
+    assert [record.getMessage() for record in caplog.records if f"no input scale for {name}.input_scale: " in record.getMessage()]
+    assert len(caplog.records) == 1
+    assert_close_rel(logits(model), logits(load(sound[1])), **EXACT)
+
+
+def test_a_projection_without_input_scales_is_said(sound: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Scales of gate and up alone. Where no matrix has one the files are weight-only, and nothing is said."""
+    with caplog.at_level(logging.WARNING, "halfbyte"):
+        load(changed(sound[0], tmp_path / "some", drop(r"layers\.1\..*down_proj\.input_scale")))
+        assert len(caplog.records) == 1
+        assert "model.layers.1.mlp.experts.0.down_proj.input_scale" in caplog.text and "more" not in caplog.text
+        caplog.clear()
+        model = load(changed(sound[0], tmp_path / "none", drop(r"input_scale")))
+    assert not caplog.records
+    assert_close_rel(logits(model), logits(load(sound[1])), **EXACT)
+
+
 def test_hf_quant_config_alone(sound: tuple[Path, Path], tmp_path: Path) -> None:
     config = json.loads((sound[0] / "config.json").read_text())
     config.pop("quantization_config")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -26,7 +25,6 @@ from halfbyte.integrations.transformers.values import (
 )
 
 _PATTERN = "halfbyte"  # the key of our converter in transformers' tables; no name is matched against it
-_log = logging.getLogger("halfbyte")
 
 
 class Recipe(NamedTuple):
@@ -186,7 +184,7 @@ def _as_canonical(recipe: Recipe, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _input_scales(recipe: Recipe, tensors: _Arriving) -> torch.Tensor:
-    """Calibrated input scales; experts that calibration gave no tokens have none, and get the largest of the layer.
+    """Calibrated input scales; experts that calibration gave no tokens have none, and get the largest of the layer. The plan has named them.
 
     Raises:
         CheckpointError: one is not a positive finite number.
@@ -199,13 +197,6 @@ def _input_scales(recipe: Recipe, tensors: _Arriving) -> torch.Tensor:
         halves = [_as_canonical(recipe, scale) for _, scale in sorted(taken.items(), key=lambda item: item[0])]
         return torch.cat(halves, dim=1) if len(halves) > 1 else halves[0]
     largest = torch.stack(list(taken.values())).max()
-    missing = [stored.stem + stored.dialect.input_scale for place, stored in recipe.matrices if place not in taken]
-    if missing:
-        _log.warning(
-            "no input scale for %s: bf16 activations do not use it; quantised ones take the largest of the layer, %g",
-            ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else ""),
-            float(largest),
-        )
     out = largest.expand(recipe.experts, recipe.parts).clone()
     for (expert, part), scale in taken.items():
         if expert < recipe.experts:

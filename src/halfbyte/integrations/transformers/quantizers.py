@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -20,10 +21,12 @@ from halfbyte.errors import UnsupportedError
 from halfbyte.integrations.transformers.conversion import LoadPlan, PackedWeights, Recipe
 from halfbyte.integrations.transformers.modules import FP8Linear, QuantLinear, first_projection, is_dispatched, pack_experts, packed_parameters
 from halfbyte.integrations.transformers.plan import Names, PackedParameter, check_complete, check_described, find_packed
-from halfbyte.integrations.transformers.stored import BLOCK_SCALE, CODES
+from halfbyte.integrations.transformers.stored import BLOCK_SCALE, CODES, INPUT_SCALE, Stored
 from halfbyte.integrations.transformers.undecorated import adapt
 
 IMPLEMENTATION = "halfbyte"
+_MOST_LISTED = 8
+_log = logging.getLogger("halfbyte")
 _COMPRESSED = {dialect.name for dialect in OUTPUTS["compressed-tensors"]}
 
 
@@ -82,6 +85,7 @@ class FP4Quantizer(HfQuantizer):
         packed = find_packed(model, names, tensors)
         recipes = _replace_modules(model, packed, tensors)
         of_activations = check_complete(model, names, tensors, packed)
+        _warn_of_missing_input_scales(recipes)
         beside = Path(checkpoint_files[0]).with_name("hf_quant_config.json")
         if beside.exists():
             self.hf_quant_config = read_json(beside)
@@ -147,6 +151,23 @@ def _replace_modules(model: Any, packed: Mapping[str, PackedParameter], tensors:
     if any(hasattr(model.get_submodule(name), "config") for name in experts):  # decorated
         model.set_experts_implementation(IMPLEMENTATION)
     return recipes
+
+
+def _warn_of_missing_input_scales(recipes: Mapping[str, Recipe]) -> None:
+    """Name the matrices without an input scale where others of the layer, or of the linear layers of the model, have one."""
+    groups: dict[str, list[Stored]] = defaultdict(list)
+    for target, recipe in recipes.items():
+        if recipe.role == CODES:
+            group = target.rpartition(".")[0] if recipe.experts else "linear layers"
+            groups[group] += [stored for _, stored in recipe.matrices if stored.dialect.input_scale]
+    for group, matrices in groups.items():
+        missing = [stored.stem + stored.dialect.input_scale for stored in matrices if INPUT_SCALE not in stored.tensors]
+        if 0 < len(missing) < len(matrices):
+            _log.warning(
+                "%s: no input scale for %s: bf16 activations do not use it; of experts, quantised ones take the largest of the layer",
+                group,
+                ", ".join(missing[:_MOST_LISTED]) + (f" and {len(missing) - _MOST_LISTED} more" if len(missing) > _MOST_LISTED else ""),
+            )
 
 
 def _planned(plan: dict[str, torch.dtype], name: str, dtype: torch.dtype) -> torch.dtype:
