@@ -16,45 +16,68 @@ from halfbyte.kernels.quantize import quantize_fp8
 HOPPER = replace(Target.of("cpu"), arch="sm_90")
 
 
-def weight_of(rows: int, columns: int, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """e4m3 codes [N, K] and scales [] or [N, 1], rows of very different sizes."""
+def weight_of(rows: int, columns: int, kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """e4m3 codes [N, K], scales [], [N, 1] or [N/128, K/128], and the value in fp64; rows of very different sizes."""
     weight = torch.randn(rows, columns) * torch.logspace(-2, 2, rows).unsqueeze(1)
-    scales = (weight.abs().amax(1, keepdim=True) if kind == "row" else weight.abs().max()) / 448
-    return (weight / scales).to(torch.float8_e4m3fn), scales
+    if kind == "block":
+        scales = weight.unflatten(0, (-1, 128)).unflatten(2, (-1, 128)).abs().amax((1, 3)) / 448
+        full = torch.stack([torch.stack([scales[r // 128, c // 128] for c in range(columns)]) for r in range(rows)])
+    else:
+        full = scales = (weight.abs().amax(1, keepdim=True) if kind == "row" else weight.abs().max()) / 448
+    codes = (weight / full).to(torch.float8_e4m3fn)
+    return codes, scales, codes.double() * full.double()
 
 
-def rounded(x: torch.Tensor) -> torch.Tensor:
-    """x [T, K] as e4m3 with amax / 448 of each row as its scale holds it, in fp64."""
-    scales = x.double().abs().amax(1, keepdim=True) / 448
-    return (x.double() / scales).float().to(torch.float8_e4m3fn).double() * scales
+def rounded(x: torch.Tensor, block: int = 0) -> torch.Tensor:
+    """x [T, K] as e4m3 holds it, with amax / 448 of each row (or block of it) as the scale; in fp64."""
+    groups = x.float().unflatten(-1, (-1, block or x.shape[-1]))
+    scales = groups.abs().amax(-1, keepdim=True) / 448
+    return ((groups / scales).to(torch.float8_e4m3fn).double() * scales.double()).flatten(-2)
 
 
-def check_product(x: torch.Tensor, kind: str, device: str, bias: bool) -> None:
-    weight, scales = weight_of(48, x.shape[-1], kind)
-    added = torch.randn(48).bfloat16() if bias else None
+def check_product(x: torch.Tensor, rows: int, kind: str, device: str, bias: bool) -> None:
+    weight, scales, value = weight_of(rows, x.shape[-1], kind)
+    added = torch.randn(rows).bfloat16() if bias else None
     y = fp8.scaled_product(x.to(device), weight.to(device), scales.to(device), None if added is None else added.to(device)).cpu()
-    expected = rounded(x.flatten(0, -2)) @ (weight.double() * scales.double()).T + (0 if added is None else added.double())
-    assert y.shape == (*x.shape[:-1], 48) and y.dtype == x.dtype
+    tokens = rounded(x.flatten(0, -2), 128 if kind == "block" else 0)
+    expected = tokens @ value.T + (0 if added is None else added.double())
+    assert y.shape == (*x.shape[:-1], rows) and y.dtype == x.dtype
     assert_close_rel(y.flatten(0, -2), expected.float())
     with pytest.raises(AssertionError):  # scales of 1
-        assert_close_rel(y.flatten(0, -2), (rounded(x.flatten(0, -2)) @ weight.double().T).float())
+        assert_close_rel(y.flatten(0, -2), (tokens @ weight.double().T).float())
 
 
-@pytest.mark.parametrize("kind", ["tensor", "row"])
+def scaled_mm(a: torch.Tensor, b: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor, out_dtype: torch.dtype, bias=None) -> torch.Tensor:
+    """What torch._scaled_mm means: a e4m3 [M, K] row-major, b e4m3 [K, N] column-major, fp32 scales of rows and columns, or of blocks of 128."""
+    assert a.dtype == b.dtype == torch.float8_e4m3fn and a.is_contiguous() and b.t().is_contiguous()
+    (m, k), n = a.shape, b.shape[1]
+    if scale_a.shape != (m, 1):
+        assert scale_a.shape == (m, k // 128) and scale_a.stride() == (1, m) and m % 16 == 0
+        assert scale_b.shape == (k // 128, n // 128) and scale_b.stride() == (1, k // 128)
+        scale_a, scale_b = scale_a.repeat_interleave(128, 1), scale_b.repeat_interleave(128, 0).repeat_interleave(128, 1)
+    else:
+        assert scale_b.shape == (1, n) and scale_b.is_contiguous()
+    y = (a.double() * scale_a.double()) @ (b.double() * scale_b.double())
+    return (y if bias is None else y + bias).to(out_dtype)
+
+
+@pytest.mark.parametrize("kind", ["tensor", "row", "block"])
 @pytest.mark.parametrize("bias", [False, True])
-def test_scaled_product(kind: str, bias: bool) -> None:
+def test_scaled_product(kind: str, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the definition in the place of torch's product, which few CPUs have."""
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
     torch.manual_seed(0)
-    check_product(torch.randn(3, 5, 64).bfloat16(), kind, "cpu", bias)
+    check_product(torch.randn(3, 5, 512).bfloat16(), 256, kind, "cpu", bias)
 
 
 @on_hopper
-@pytest.mark.parametrize("kind", ["tensor", "row"])
-@pytest.mark.parametrize("tokens", [1, 7, 300])
+@pytest.mark.parametrize("kind", ["tensor", "row", "block"])
+@pytest.mark.parametrize("tokens", [1, 7, 16, 300])
 def test_scaled_product_on_hopper(kind: str, tokens: int) -> None:
     torch.manual_seed(0)
-    x = torch.randn(tokens, 256).bfloat16()
-    check_product(x, kind, "cuda", True)
-    weight, scales = (tensor.cuda() for tensor in weight_of(48, 256, kind))
+    x = torch.randn(tokens, 512).bfloat16()
+    check_product(x, 256, kind, "cuda", True)
+    weight, scales, _ = (tensor.cuda() for tensor in weight_of(256, 512, kind))
     assert torch.equal(fp8.linear(x.cuda(), weight, scales, None), fp8.scaled_product(x.cuda(), weight, scales, None))
 
 
@@ -63,7 +86,11 @@ def test_scaled_product_on_hopper(kind: str, tokens: int) -> None:
     [
         (HOPPER, torch.bfloat16, (64, 128), (), True),
         (HOPPER, torch.bfloat16, (64, 128), (64, 1), True),
+        (HOPPER, torch.bfloat16, (256, 1024), (2, 8), True),
         (HOPPER, torch.bfloat16, (256, 256), (2, 2), False),
+        (HOPPER, torch.bfloat16, (192, 512), (2, 4), False),
+        (replace(HOPPER, arch="sm_100"), torch.bfloat16, (256, 1024), (2, 8), False),
+        (replace(HOPPER, arch="sm_100"), torch.bfloat16, (64, 128), (), True),
         (HOPPER, torch.bfloat16, (16, 2048), (1, 16), False),
         (HOPPER, torch.bfloat16, (64, 72), (), False),
         (HOPPER, torch.bfloat16, (72, 64), (72, 1), False),
@@ -78,11 +105,11 @@ def test_where_it_runs(target: Target, dtype: torch.dtype, shape: tuple, scales:
 
 def test_elsewhere_the_weight_is_dequantised() -> None:
     torch.manual_seed(0)
-    weight, scales = weight_of(48, 64, "row")
+    weight, scales, value = weight_of(48, 64, "row")
     x = torch.randn(5, 64)
     y = fp8.linear(x, weight, scales, None)
-    assert_close_rel(y, (x.double() @ (weight.double() * scales.double()).T).float(), token=1e-6, overall=1e-6)
-    assert relative_errors(y, (rounded(x) @ (weight.double() * scales.double()).T).float())[1] > 0.005  # inputs are not rounded
+    assert_close_rel(y, (x.double() @ value.T).float(), token=1e-6, overall=1e-6)
+    assert relative_errors(y, (rounded(x) @ value.T).float())[1] > 0.005  # inputs are not rounded
 
 
 def test_rounding_of_inputs_is_that_of_the_library() -> None:

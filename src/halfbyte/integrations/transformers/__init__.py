@@ -50,7 +50,7 @@ except ImportError as error:
 from halfbyte.formats.activation_formats import ActivationFormat, check_activations
 from halfbyte.integrations.packing import is_attached, restore_canonical
 from halfbyte.integrations.transformers.modules import experts_forward
-from halfbyte.integrations.transformers.quantizers import IMPLEMENTATION, FP4Config, FP4Quantizer, is_compressed_fp4, is_quark_fp4
+from halfbyte.integrations.transformers.quantizers import IMPLEMENTATION, FP4Config, FP4Quantizer, is_compressed_fp4, is_fp8_beside_fp4, is_quark_fp4
 from halfbyte.integrations.transformers.saving import save_packed
 
 # Of `cached_file`: a file that is not there, or cannot be asked for, is None.
@@ -63,14 +63,7 @@ def register() -> None:
     """Put halfbyte's experts implementation and quantizers into transformers' tables. The import does it; again is harmless."""
     if IMPLEMENTATION in ALL_EXPERTS_FUNCTIONS:
         return
-    stock_compressed, stock_mxfp4 = AUTO_QUANTIZER_MAPPING["compressed-tensors"], AUTO_QUANTIZER_MAPPING["mxfp4"]
-    stock_quark = AUTO_QUANTIZER_MAPPING["quark"]
-
-    def compressed_quantizer(config: Any, **kwargs: Any) -> Any:
-        return FP4Quantizer(config, **kwargs) if isinstance(config, FP4Config) else stock_compressed(config, **kwargs)
-
-    def quark_quantizer(config: Any, **kwargs: Any) -> Any:
-        return FP4Quantizer(config, **kwargs) if isinstance(config, FP4Config) else stock_quark(config, **kwargs)
+    stock_mxfp4 = AUTO_QUANTIZER_MAPPING["mxfp4"]
 
     def mxfp4_quantizer(config: Any, *, pre_quantized: bool = True, **kwargs: Any) -> Any:
         if pre_quantized and not config.dequantize:
@@ -80,25 +73,26 @@ def register() -> None:
     transformers.modeling_utils.get_hf_quantizer = _reading_hf_quant_config(transformers.modeling_utils.get_hf_quantizer)
     PreTrainedModel.save_pretrained = _saving_packed(PreTrainedModel.save_pretrained)
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
-    AUTO_QUANTIZATION_CONFIG_MAPPING.update(
-        {
-            "modelopt": FP4Config,
-            "compressed-tensors": _fp4_or(AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"], is_compressed_fp4),
-            "quark": _fp4_or(AUTO_QUANTIZATION_CONFIG_MAPPING["quark"], is_quark_fp4),
-        }
-    )
-    AUTO_QUANTIZER_MAPPING.update(
-        {"modelopt": FP4Quantizer, "compressed-tensors": compressed_quantizer, "quark": quark_quantizer, "mxfp4": mxfp4_quantizer}
-    )
+    for method, is_fp4 in {"compressed-tensors": is_compressed_fp4, "quark": is_quark_fp4, "fp8": is_fp8_beside_fp4}.items():
+        AUTO_QUANTIZATION_CONFIG_MAPPING[method] = _fp4_or(AUTO_QUANTIZATION_CONFIG_MAPPING[method], is_fp4)
+        AUTO_QUANTIZER_MAPPING[method] = _quantizer_or(AUTO_QUANTIZER_MAPPING[method])
+    AUTO_QUANTIZATION_CONFIG_MAPPING["modelopt"] = FP4Config
+    AUTO_QUANTIZER_MAPPING.update({"modelopt": FP4Quantizer, "mxfp4": mxfp4_quantizer})
 
 
 def _reading_hf_quant_config(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """`get_hf_quantizer` that also sees hf_quant_config.json where config.json says nothing: transformers has no table for that."""
+    """`get_hf_quantizer` that also sees hf_quant_config.json where config.json says nothing, and `expert_dtype` wherever a config has it.
+
+    Transformers has no table for these.
+    """
 
     @wraps(stock)
     def get_hf_quantizer(config: Any, quantization_config: Any, *args: Any, **kwargs: Any) -> Any:
         if quantization_config is None:
             _add_hf_quant_config(config)
+            described = getattr(config, "quantization_config", None)
+            if isinstance(described, dict) and getattr(config, "expert_dtype", None) is not None:
+                config.quantization_config = {"expert_dtype": config.expert_dtype, **described}
         return stock(config, quantization_config, *args, **kwargs)
 
     return get_hf_quantizer
@@ -112,6 +106,15 @@ def _add_hf_quant_config(config: Any) -> None:
     file = cached_file(config._name_or_path, "hf_quant_config.json", revision=getattr(config, "_commit_hash", None), **_OPTIONAL)
     if file is not None:
         config.quantization_config = {**read_json(Path(file)), "quant_method": "modelopt"}
+
+
+def _quantizer_or(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Our quantizer for our config class; transformers' own for the rest."""
+
+    def quantizer(config: Any, **kwargs: Any) -> Any:
+        return (FP4Quantizer if isinstance(config, FP4Config) else stock)(config, **kwargs)
+
+    return quantizer
 
 
 def _saving_packed(stock: Callable[..., None]) -> Callable[..., None]:

@@ -14,9 +14,10 @@ from transformers.core_model_loading import MergeModulelist, WeightConverter
 
 from halfbyte.checkpoint.source import TensorInfo
 from halfbyte.integrations.transformers import fp8
-from halfbyte.integrations.transformers.plan import PackedParameter
+from halfbyte.integrations.transformers.plan import Names, PackedParameter
 from halfbyte.integrations.transformers.stored import BLOCK_SCALE, CODES, GLOBAL_SCALE, INPUT_SCALE, PRE_QUANT_SCALE, Stored
 from halfbyte.integrations.transformers.values import (
+    powers_of_two,
     usable_block_scales,
     usable_fp8_scales,
     usable_fp8_weight,
@@ -64,7 +65,7 @@ class LoadPlan:
         targets: names in the model by those that tensors of the files have when converters see them.
         recipes: by name in the model.
         files, headers: where the tensors of the files lie, and what they are.
-        others: the tensors of the model that come dense.
+        names: what transformers calls them; others: the tensors of the model that come dense.
         kept: tensors that scale activations and that the model has no place for, as they are in the files.
     """
 
@@ -72,6 +73,7 @@ class LoadPlan:
     recipes: Mapping[str, Recipe]
     files: Mapping[str, Path]
     headers: Mapping[str, TensorInfo]
+    names: Names
     others: tuple[str, ...]
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -132,7 +134,7 @@ class _Arriving:
         if role == CODES:
             return tensor.view(torch.uint8)
         if role == BLOCK_SCALE:
-            scales = tensor.view(format.scale_dtype)
+            scales = powers_of_two(tensor, name) if tensor.dtype == torch.float32 else tensor.view(format.scale_dtype)
             return usable_block_scales(scales, lambda: self._codes_like(codes, scales.shape), format, name)
         if role == PRE_QUANT_SCALE:
             return usable_input_multiplier(tensor.float(), name)

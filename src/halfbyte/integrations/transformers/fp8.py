@@ -2,10 +2,12 @@
 
 | device | scales | what happens |
 |---|---|---|
-| GPU of compute capability 9.0 or newer, bf16 inputs, N and K multiples of 16 | one, one a row | torch._scaled_mm, inputs rounded to e4m3 by token |
+| GPU of compute capability 9.0 or newer, bf16 x, N and K multiples of 16 | one, one a row | torch._scaled_mm, x in e4m3 with a scale per token |
+| GPU of compute capability 9.0, bf16 x, N a multiple of 128 and K of 512 | blocks | the same, with a scale per token and 128 columns |
 | any other | all | W is dequantised to the dtype of x at each call |
 
-Checkpoints with such layers were made for e4m3 inputs. One scale per token loses less than the one of a calibration, which is therefore not used.
+Checkpoints with such layers were made for e4m3 inputs. Scales of their own lose less than the one of a calibration, which is therefore not used.
+One token on an H200 (2026-11-30, torch 2.11, W [7168, 2048]): 14 us, dequantised 119.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 
 from halfbyte.device import Target
 from halfbyte.formats import fp8_tensor
+from halfbyte.formats.fp8_block import TILE
 from halfbyte.kernels.problem import needs_capability
 from halfbyte.kernels.quantize import quantize_fp8
 
@@ -36,16 +39,28 @@ def multiplies_fp8(target: Target, dtype: torch.dtype, shape: torch.Size, scales
     """
     if target.is_cpu or dtype != torch.bfloat16 or needs_capability(target, 90):
         return False
-    return (math.prod(scales) == 1 or tuple(scales) == (shape[0], 1)) and shape[0] % 16 == 0 and shape[1] % 16 == 0
+    if _in_blocks(shape, scales):  # torch has this product for one architecture, and wants scales of whole 16 bytes a row
+        return target.arch == "sm_90" and shape[0] % TILE == 0 and shape[1] % (4 * TILE) == 0
+    return shape[0] % 16 == 0 and shape[1] % 16 == 0
 
 
 def scaled_product(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`linear` on fp8 tensor cores: x bf16 [..., K] in e4m3 with one scale per token; `scales` [] or [N, 1]."""
+    """`linear` on fp8 tensor cores: x bf16 [..., K] in e4m3, by token for `scales` [] and [N, 1], else by token and 128 columns."""
     quantize = fp8_tensor.quantize_fp8 if torch.compiler.is_compiling() else quantize_fp8  # the compiler fuses the definition itself
-    rows = quantize(x.reshape(-1, x.shape[-1]))
-    of_columns = scales.reshape(1, -1).expand(1, len(weight)).contiguous()
-    y = torch._scaled_mm(rows.codes, weight.t(), scale_a=rows.scales, scale_b=of_columns, bias=bias, out_dtype=x.dtype)
+    rows = x.reshape(-1, x.shape[-1])
+    if _in_blocks(weight.shape, scales.shape):
+        blocks = quantize(F.pad(rows, (0, 0, 0, -len(rows) % 16)), "block")  # of fewer tokens the strides of scales are ambiguous
+        column_major = blocks.scales.t().contiguous().t()
+        y = torch._scaled_mm(blocks.codes, weight.t(), scale_a=column_major, scale_b=scales.t(), out_dtype=x.dtype)[: len(rows)]
+        y = y if bias is None else y + bias
+    else:
+        tokens, of_columns = quantize(rows), scales.reshape(1, -1).expand(1, len(weight)).contiguous()
+        y = torch._scaled_mm(tokens.codes, weight.t(), scale_a=tokens.scales, scale_b=of_columns, bias=bias, out_dtype=x.dtype)
     return y.view(*x.shape[:-1], len(weight))
+
+
+def _in_blocks(shape: torch.Size, scales: torch.Size) -> bool:
+    return math.prod(scales) != 1 and tuple(scales) != (shape[0], 1)
 
 
 def dequantize(weight: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -58,5 +73,5 @@ def dequantize(weight: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -
     if math.prod(scales.shape) == 1:
         scales = scales.reshape(())
     elif scales.shape[-2:] not in ((rows, 1), (1, 1)):
-        scales = scales.repeat_interleave(128, -2)[..., :rows, :].repeat_interleave(128, -1)[..., :columns]
+        scales = scales.repeat_interleave(TILE, -2)[..., :rows, :].repeat_interleave(TILE, -1)[..., :columns]
     return (weight.float() * scales).to(dtype)

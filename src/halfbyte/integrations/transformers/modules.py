@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping
@@ -29,6 +30,7 @@ from halfbyte.moe import fused_moe
 # A module of a class decorated with transformers' use_experts_implementation; no common base class says what that adds.
 ExpertsModule = Any
 Headers = Mapping[str, TensorInfo]  # of the files
+_HELD = "held_weight"
 
 
 def first_projection(module: ExpertsModule) -> str:
@@ -204,19 +206,7 @@ class FP8Linear(nn.Module):
     def __init__(self, linear: nn.Linear, parameter: PackedParameter, headers: Headers):
         super().__init__()
         self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
-        stored = parameter.first
-        if stored.shape != (self.out_features, self.in_features):
-            raise CheckpointError(
-                "a weight has another shape than the model's",
-                where=stored.tensors[CODES],
-                given=stored.shape,
-                needed=(self.out_features, self.in_features),
-            )
-        scales = headers[stored.tensors[BLOCK_SCALE]].shape
-        scale_shape = () if math.prod(scales) == 1 else (*scales, 1)[:2]
-        tensors = {"weight": (torch.float8_e4m3fn, stored.shape), "weight" + BLOCK_SCALE: (torch.float32, scale_shape)}
-        _add_parameters(self, tensors)
-        self.recipes = {name: Recipe(parameter, role) for name, role in zip(tensors, (CODES, BLOCK_SCALE), strict=True)}
+        self.recipes = _register_fp8(self, "weight", (self.out_features, self.in_features), parameter, headers)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] to [..., N], computed in the dtype of x."""
@@ -224,6 +214,34 @@ class FP8Linear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def hold_fp8_weight(linear: Any, parameter: PackedParameter, headers: Headers) -> dict[str, Recipe]:
+    """Keep the weight of a linear layer with a forward of its own in e4m3: `weight` is dequantised at each use. Recipes by parameter name."""
+    shape, linear.weight_dtype = tuple(linear.weight.shape), linear.weight.dtype
+    delattr(linear, "weight")
+    stock: Any = type(linear)
+    linear.__class__ = _holding_fp8(stock)
+    return _register_fp8(linear, _HELD, shape, parameter, headers)
+
+
+@functools.cache
+def _holding_fp8(stock: Any) -> Any:
+    def weight(self: Any) -> torch.Tensor:
+        return fp8.dequantize(self.get_parameter(_HELD), self.get_parameter(_HELD + BLOCK_SCALE), self.weight_dtype)
+
+    return type(stock.__name__, (stock,), {"weight": property(weight)})
+
+
+def _register_fp8(module: Any, name: str, shape: tuple[int, ...], parameter: PackedParameter, headers: Headers) -> dict[str, Recipe]:
+    """Give `module` empty meta Parameters for an e4m3 matrix [N, K] and its scales."""
+    stored = parameter.first
+    if stored.shape != shape:
+        raise CheckpointError("a weight has another shape than the model's", where=stored.tensors[CODES], given=stored.shape, needed=shape)
+    scales = headers[stored.tensors[BLOCK_SCALE]].shape
+    shapes = {CODES: shape, BLOCK_SCALE: () if math.prod(scales) == 1 else (*scales, 1)[:2]}
+    _add_parameters(module, {name + role: (parameter_dtype(role, None), held) for role, held in shapes.items()})
+    return {name + role: Recipe(parameter, role) for role in shapes}
 
 
 def packed_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:

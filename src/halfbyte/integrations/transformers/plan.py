@@ -88,6 +88,11 @@ class Names:
         target, converter, part = self._places[template]
         return _numbered(target, number), converter, part
 
+    def key(self, name: str) -> tuple[str, int, str]:
+        """What two names of one tensor share: its parameter, the source of it, and the expert."""
+        target, _, part = self.place(name)
+        return target, part, _template(name)[1]
+
     def renamed(self, name: str) -> str:
         """`name` as the converters see it."""
         template, number = _template(name)

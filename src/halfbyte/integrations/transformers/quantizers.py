@@ -19,7 +19,15 @@ from halfbyte.checkpoint.quantization import describe_quantization
 from halfbyte.checkpoint.source import TensorInfo, read_header, read_json
 from halfbyte.errors import UnsupportedError
 from halfbyte.integrations.transformers.conversion import LoadPlan, PackedWeights, Recipe
-from halfbyte.integrations.transformers.modules import FP8Linear, QuantLinear, first_projection, is_dispatched, pack_experts, packed_parameters
+from halfbyte.integrations.transformers.modules import (
+    FP8Linear,
+    QuantLinear,
+    first_projection,
+    hold_fp8_weight,
+    is_dispatched,
+    pack_experts,
+    packed_parameters,
+)
 from halfbyte.integrations.transformers.plan import Names, PackedParameter, check_complete, check_described, find_packed
 from halfbyte.integrations.transformers.stored import BLOCK_SCALE, CODES, INPUT_SCALE, Stored
 from halfbyte.integrations.transformers.undecorated import adapt
@@ -51,6 +59,11 @@ def is_quark_fp4(config: Mapping[str, Any]) -> bool:
     """Whether a Quark config stores weights in FP4; what does not stays with transformers."""
     weights = (config.get("global_quant_config") or {}).get("weight") or {}
     return isinstance(weights, dict) and weights.get("dtype") == "fp4"
+
+
+def is_fp8_beside_fp4(config: Mapping[str, Any]) -> bool:
+    """Whether an FP8 config stores the experts in FP4, as DeepSeek-V4's do; what does not stays with transformers."""
+    return config.get("expert_dtype") == "fp4" or "NVFP4" in str(config.get("moe_quant_algo", "")).upper()
 
 
 class FP4Quantizer(HfQuantizer):
@@ -97,7 +110,7 @@ class FP4Quantizer(HfQuantizer):
             if role in stored.tensors
         }
         others = tuple(name for name in names.dense if name not in packed)
-        self.plan = LoadPlan(targets, recipes, files, tensors, others)
+        self.plan = LoadPlan(targets, recipes, files, tensors, names, others)
         self.plan.kept.update({name: self.plan.read(name) for name in of_activations})
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
@@ -126,11 +139,15 @@ def _replace_modules(model: Any, packed: Mapping[str, PackedParameter], tensors:
     for parameter_name, parameter in packed.items():
         module_name, _, name = parameter_name.rpartition(".")
         module = model.get_submodule(module_name)
-        is_linear = isinstance(module, nn.Linear) and name == "weight" and parameter.converter is None
+        is_weight = isinstance(module, nn.Linear) and name == "weight" and parameter.converter is None
         is_fp8 = all(stored.is_fp8 for stored in parameter.places.values())
         if not is_fp8:
             adapt(module)
-        if is_linear:
+        if is_weight and type(module).forward is not nn.Linear.forward:  # it uses its weight in a way of its own
+            if not is_fp8:
+                raise _no_place(module, parameter_name, parameter, "nn.Linear itself")
+            recipes |= {f"{module_name}.{tensor}": recipe for tensor, recipe in hold_fp8_weight(module, parameter, tensors).items()}
+        elif is_weight:
             linear = (FP8Linear if is_fp8 else QuantLinear)(module, parameter, tensors)
             model.set_submodule(module_name, linear)
             recipes |= {f"{module_name}.{tensor}": recipe for tensor, recipe in linear.recipes.items()}
@@ -139,18 +156,17 @@ def _replace_modules(model: Any, packed: Mapping[str, PackedParameter], tensors:
         elif is_dispatched(module) and name in (first_projection(module), "down_proj") and parameter.holds_experts:
             experts[module_name][name] = parameter
         else:
-            raise UnsupportedError(
-                f"{type(module).__name__} has no place for packed weights",
-                where=parameter.first.stem,
-                given=parameter_name,
-                needed="experts decorated with use_experts_implementation, or nn.Linear",
-            )
+            raise _no_place(module, parameter_name, parameter, "experts decorated with use_experts_implementation, or nn.Linear")
     for module_name, projections in experts.items():
         made = pack_experts(model.get_submodule(module_name), projections, tensors, module_name)
         recipes |= {f"{module_name}.{tensor}": recipe for tensor, recipe in made.items()}
     if any(hasattr(model.get_submodule(name), "config") for name in experts):  # decorated
         model.set_experts_implementation(IMPLEMENTATION)
     return recipes
+
+
+def _no_place(module: nn.Module, name: str, parameter: PackedParameter, needed: str) -> UnsupportedError:
+    return UnsupportedError(f"{type(module).__name__} has no place for packed weights", where=parameter.first.stem, given=name, needed=needed)
 
 
 def _warn_of_missing_input_scales(recipes: Mapping[str, Recipe]) -> None:

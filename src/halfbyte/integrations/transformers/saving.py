@@ -27,7 +27,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from halfbyte.checkpoint.source import INDEX, TensorInfo
 from halfbyte.checkpoint.writer import make_directory, plan_shards, replacing, shard_name
 from halfbyte.errors import CheckpointError, InputError, UnsupportedError
-from halfbyte.formats import encode_scale_from_decode
+from halfbyte.formats import e8m0, encode_scale_from_decode
 from halfbyte.integrations.packing import canonical_parameters, is_attached
 from halfbyte.integrations.transformers.conversion import LoadPlan, Recipe, alternating_from_halves
 from halfbyte.integrations.transformers.stored import BLOCK_SCALE, CODES, GLOBAL_SCALE, INPUT_SCALE, Stored, parameter_dtype
@@ -171,9 +171,9 @@ def stored_tensors(recipe: Recipe, tensor: torch.Tensor, headers: Mapping[str, T
             yield name, _as_stored(recipe, stored, pieces[place], name, headers[name])
 
 
-def _as_stored(recipe: Recipe, stored: Stored, tensor: torch.Tensor, name: str, info: TensorInfo) -> torch.Tensor:
+def _as_stored(recipe: Recipe, matrix: Stored, tensor: torch.Tensor, name: str, info: TensorInfo) -> torch.Tensor:
     """One tensor of a file: the inverse of `_Arriving.take` and `_as_canonical`."""
-    role, dialect = recipe.role, stored.dialect
+    role, dialect = recipe.role, matrix.dialect
     if role in (GLOBAL_SCALE, INPUT_SCALE):
         count = math.prod(info.shape)
         columns = tensor.reshape(1 if tensor.numel() == 1 else recipe.experts, -1)
@@ -188,15 +188,22 @@ def _as_stored(recipe: Recipe, stored: Stored, tensor: torch.Tensor, name: str, 
         tensor = alternating_from_halves(tensor, dim=1)
     if recipe.transposed:
         tensor = tensor.transpose(1, 2)
-    keeps_bytes = role == CODES or (role == BLOCK_SCALE and dialect.format is not None)
-    return (tensor.contiguous().view(info.dtype) if keeps_bytes else tensor.to(info.dtype)).reshape(info.shape)
+    if role == CODES or (role == BLOCK_SCALE and dialect.format is not None):
+        stored = e8m0.decode(tensor) if info.dtype == torch.float32 else tensor.contiguous().view(info.dtype)
+    else:
+        stored = tensor.to(info.dtype)
+    return stored.reshape(info.shape)
 
 
 def _unpacked_tensors(model: Any, plan: LoadPlan) -> Tensors:
     """Everything that is not packed, by the names that it has in files."""
     state = {name: model.get_parameter_or_buffer(name).detach() for name in plan.others if name not in (model._keys_to_ignore_on_save or ())}
     state = remove_tied_weights_from_state_dict(state, model)
-    return revert_weight_conversion(model, {name: _value(model, name) for name in state})
+    reverted = revert_weight_conversion(model, {name: _value(model, name) for name in state})
+    # Transformers adds the prefix of a base model on loading, and some names of other versions, but does not take them away again.
+    packed = {name for recipe in plan.recipes.values() for name in recipe.stored_names}
+    files = {plan.names.key(name): name for name in plan.headers if name not in packed}
+    return {name if name in plan.headers else files.get(plan.names.key(name), name): tensor for name, tensor in reverted.items()}
 
 
 def _value(model: Any, name: str) -> torch.Tensor:

@@ -14,6 +14,7 @@ import torch
 
 from halfbyte.checkpoint.dialects import (
     CODE_DTYPES,
+    DEEPSEEK_V4,
     FP8,
     FP8_STACKED,
     GPT_OSS,
@@ -29,16 +30,14 @@ from halfbyte.checkpoint.dialects import (
 )
 from halfbyte.checkpoint.source import TensorInfo
 from halfbyte.errors import CheckpointError, UnsupportedError
-from halfbyte.formats import NVFP4, BlockFormat
+from halfbyte.formats import BlockFormat
 from halfbyte.formats.fp8_block import scale_shape
 
 # Codes are looked for in this order; a suffix and the size of a block tell them apart.
-FP4_DIALECTS = (NVFP4_PACK, MXFP4_PACK, STACKED_NVFP4_PACK, STACKED_MXFP4_PACK, GPT_OSS, MODELOPT, QUARK, STACKED_MODELOPT)
+FP4_DIALECTS = (NVFP4_PACK, MXFP4_PACK, STACKED_NVFP4_PACK, STACKED_MXFP4_PACK, GPT_OSS, MODELOPT, QUARK, DEEPSEEK_V4, STACKED_MODELOPT)
 # What a tensor of a quantised matrix is for; also the suffix of the Parameter that holds it, behind the name of the matrix.
 CODES, BLOCK_SCALE, GLOBAL_SCALE, INPUT_SCALE, PRE_QUANT_SCALE = "", "_scale", "_scale_2", "_input_scale", "_pre_quant_scale"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-# Block scales as the Parameters of `modules` can hold them.
-_BYTE_SCALES = (torch.uint8, torch.float8_e8m0fnu)
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ def _readings(name: str) -> Iterator[tuple[Dialect, str]]:
 
 
 def _with_companions(stem: str, dialect: Dialect, codes: str, scales: str, tensors: Mapping[str, TensorInfo]) -> Stored:
-    _check_dtype(tensors, scales, (torch.float8_e4m3fn, torch.uint8) if dialect.format is NVFP4 else _BYTE_SCALES)
+    _check_dtype(tensors, scales, dialect.scale_dtypes)
     names = {CODES: codes, BLOCK_SCALE: scales}
     if dialect.global_scale:
         names[GLOBAL_SCALE] = stem + dialect.global_scale
@@ -137,7 +136,7 @@ def _fp8(name: str, tensors: Mapping[str, TensorInfo]) -> Stored:
     if scales is None:
         raise missing_tensor(stem + dialect.scales[0], "an e4m3 tensor means nothing without its scale")
     info, shape = tensors[scales], tensors[name].shape
-    if info.dtype not in _FLOATS or len(shape) not in (2, 3) or not _fp8_scales_fit(shape, info.shape):
+    if info.dtype not in (*_FLOATS, torch.float8_e8m0fnu) or len(shape) not in (2, 3) or not _fp8_scales_fit(shape, info.shape):
         raise UnsupportedError(
             "this layer is quantised in another format",
             where=scales,

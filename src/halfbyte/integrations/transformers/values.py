@@ -18,6 +18,20 @@ _AGAIN = "quantise the model again, or download the file again"
 _MAGNITUDES = 0x77  # of the two codes in a byte: all bits but the signs
 
 
+def powers_of_two(scales: torch.Tensor, name: str) -> torch.Tensor:
+    """fp32 block scales as e8m0 bytes.
+
+    Raises:
+        CheckpointError: one is no power of two that e8m0 has.
+    """
+    bits = scales.view(torch.int32)
+    exponents = bits >> 23
+    bad = (bits & 0x7FFFFF).bool() | (exponents < 1) | (exponents > 0xFE)
+    if bad.any():
+        raise CheckpointError("a block scale is no power of two", where=name, given=scales[bad][0].item(), needed="2^-126 .. 2^127", next_step=_AGAIN)
+    return exponents.to(torch.uint8)
+
+
 def usable_block_scales(scales: torch.Tensor, codes: ReadCodes, format: BlockFormat, name: str) -> torch.Tensor:
     """Block scales [..., N, K/block] as bytes or floats of one byte; those of blocks of zeros are made usable.
 
