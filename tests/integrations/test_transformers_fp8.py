@@ -81,26 +81,43 @@ def test_scaled_product_on_hopper(kind: str, tokens: int) -> None:
     assert torch.equal(fp8.linear(x.cuda(), weight, scales, None), fp8.scaled_product(x.cuda(), weight, scales, None))
 
 
+def test_compiled_without_a_break() -> None:
+    torch.manual_seed(0)
+    weight, scales, _ = weight_of(48, 64, "row")
+    x = torch.randn(5, 64)
+    compiled = torch.compile(fp8.linear, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x, weight, scales, None), fp8.linear(x, weight, scales, None))
+
+
+@on_hopper
+@pytest.mark.parametrize("kind", ["tensor", "row", "block"])
+def test_compiled_on_hopper(kind: str) -> None:
+    torch.manual_seed(0)
+    weight, scales, _ = (tensor.cuda() for tensor in weight_of(256, 512, kind))
+    x = torch.randn(7, 512).bfloat16().cuda()
+    compiled = torch.compile(fp8.linear, fullgraph=True)
+    assert_close_rel(compiled(x, weight, scales, None).cpu(), fp8.linear(x, weight, scales, None).float().cpu())
+
+
 @pytest.mark.parametrize(
-    ("target", "dtype", "shape", "scales", "runs"),
+    ("target", "shape", "scales", "runs"),
     [
-        (HOPPER, torch.bfloat16, (64, 128), (), True),
-        (HOPPER, torch.bfloat16, (64, 128), (64, 1), True),
-        (HOPPER, torch.bfloat16, (256, 1024), (2, 8), True),
-        (HOPPER, torch.bfloat16, (256, 256), (2, 2), False),
-        (HOPPER, torch.bfloat16, (192, 512), (2, 4), False),
-        (replace(HOPPER, arch="sm_100"), torch.bfloat16, (256, 1024), (2, 8), False),
-        (replace(HOPPER, arch="sm_100"), torch.bfloat16, (64, 128), (), True),
-        (HOPPER, torch.bfloat16, (16, 2048), (1, 16), False),
-        (HOPPER, torch.bfloat16, (64, 72), (), False),
-        (HOPPER, torch.bfloat16, (72, 64), (72, 1), False),
-        (HOPPER, torch.float32, (64, 128), (), False),
-        (replace(HOPPER, arch="sm_80"), torch.bfloat16, (64, 128), (), False),
-        (Target.of("cpu"), torch.bfloat16, (64, 128), (), False),
+        (HOPPER, (64, 128), (), True),
+        (HOPPER, (64, 128), (64, 1), True),
+        (HOPPER, (256, 1024), (2, 8), True),
+        (HOPPER, (256, 256), (2, 2), False),
+        (HOPPER, (192, 512), (2, 4), False),
+        (HOPPER, (16, 2048), (1, 16), False),
+        (HOPPER, (64, 72), (), False),
+        (HOPPER, (72, 64), (72, 1), False),
+        (replace(HOPPER, arch="sm_100"), (256, 1024), (2, 8), False),
+        (replace(HOPPER, arch="sm_100"), (64, 128), (), True),
+        (replace(HOPPER, arch="sm_80"), (64, 128), (), False),
+        (Target.of("cpu"), (64, 128), (), False),
     ],
 )
-def test_where_it_runs(target: Target, dtype: torch.dtype, shape: tuple, scales: tuple, runs: bool) -> None:
-    assert fp8.multiplies_fp8(target, dtype, torch.Size(shape), torch.Size(scales)) is runs
+def test_where_it_runs(target: Target, shape: tuple, scales: tuple, runs: bool) -> None:
+    assert fp8.multiplies_fp8(fp8.capability(target), torch.Size(shape), torch.Size(scales)) is runs
 
 
 def test_elsewhere_the_weight_is_dequantised() -> None:

@@ -26,22 +26,32 @@ from halfbyte.kernels.quantize import quantize_fp8
 
 def linear(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x [..., K] times the transpose of e4m3 `weight` [N, K] times its scales, to [..., N] in the dtype of x."""
-    if multiplies_fp8(Target.of(x.device), x.dtype, weight.shape, scales.shape):
+    if x.dtype == torch.bfloat16 and multiplies_fp8(_capability_of(x.device.type, x.device.index), weight.shape, scales.shape):
         return scaled_product(x, weight, scales, bias)
     return F.linear(x, dequantize(weight, scales, x.dtype), bias)
 
 
-def multiplies_fp8(target: Target, dtype: torch.dtype, shape: torch.Size, scales: torch.Size) -> bool:
-    """Whether `scaled_product` runs on this device, for inputs of this dtype and a weight and scales of these shapes.
+@torch.compiler.assume_constant_result
+def _capability_of(device: str, index: int | None) -> str:
+    return capability(Target.of(device if index is None else f"{device}:{index}"))
 
-    >>> multiplies_fp8(Target.of("cpu"), torch.bfloat16, torch.Size((64, 64)), torch.Size(()))
-    False
+
+def capability(target: Target) -> str:
+    """Which scales torch._scaled_mm takes on this device: "rows" (of matrices, too), "rows and blocks", or "none"."""
+    if target.is_cpu or needs_capability(target, 90):
+        return "none"
+    return "rows and blocks" if target.arch == "sm_90" else "rows"
+
+
+def multiplies_fp8(capability: str, shape: torch.Size, scales: torch.Size) -> bool:
+    """Whether `scaled_product` takes a weight and scales of these shapes.
+
+    >>> multiplies_fp8("rows", torch.Size((64, 64)), torch.Size(())), multiplies_fp8("rows", torch.Size((256, 512)), torch.Size((2, 4)))
+    (True, False)
     """
-    if target.is_cpu or dtype != torch.bfloat16 or needs_capability(target, 90):
-        return False
-    if _in_blocks(shape, scales):  # torch has this product for one architecture, and wants scales of whole 16 bytes a row
-        return target.arch == "sm_90" and shape[0] % TILE == 0 and shape[1] % (4 * TILE) == 0
-    return shape[0] % 16 == 0 and shape[1] % 16 == 0
+    if _in_blocks(shape, scales):  # scales of 16 whole bytes a row
+        return capability == "rows and blocks" and shape[0] % TILE == 0 and shape[1] % (4 * TILE) == 0
+    return capability != "none" and shape[0] % 16 == 0 and shape[1] % 16 == 0
 
 
 def scaled_product(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
