@@ -17,7 +17,8 @@ def read_tensors(directory: Path) -> Tensors:
 
 
 def assert_same_checkpoint(saved: Path, source: Path, *, absent: frozenset[str] = frozenset()) -> None:
-    """The same names, dtypes, shapes and bytes, without `absent`; the same words on quantisation. Encode multipliers mean the same in fp32."""
+    """The same names, dtypes, shapes and bytes, without `absent`; the same words on quantisation, but for what
+    is null or false. Encode multipliers mean the same in fp32."""
     expected, given = read_tensors(source), read_tensors(saved)
     assert given.keys() == expected.keys() - absent
     for name, tensor in given.items():
@@ -28,7 +29,8 @@ def assert_same_checkpoint(saved: Path, source: Path, *, absent: frozenset[str] 
             assert_equal_bits(torch.atleast_1d(tensor), torch.atleast_1d(expected[name]))
     for file, key in (("config.json", "quantization_config"), ("hf_quant_config.json", "quantization")):
         documents = [json.loads((path / file).read_text()).get(key) if (path / file).exists() else None for path in (saved, source)]
-        assert documents[0] == documents[1], file
+        said, meant = ({name: value for name, value in (document or {}).items() if value not in (None, False)} for document in documents)
+        assert said == meant, file
 
 
 def assert_same_state(model: torch.nn.Module, other: torch.nn.Module) -> None:
