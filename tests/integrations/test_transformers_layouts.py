@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_close_rel
+from accelerate import cpu_offload
+from devices import on_hopper
+from helpers import assert_close_rel, relative_errors
 from safetensors.torch import load_file, save_file
 from saved_models import assert_same_checkpoint
 from tiny_models import COMMON, build, write
@@ -52,7 +54,7 @@ def load(directory: Path, **options: object) -> torch.nn.Module:
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
-        return model(IDS, use_cache=False).logits.float().flatten(0, 1)
+        return model(IDS, use_cache=False).logits.float().flatten(0, 1).cpu()
 
 
 def save(directory: Path, tensors: Tensors, config: dict) -> Path:
@@ -322,9 +324,29 @@ def test_hf_quant_config_alone(sound: tuple[Path, Path], tmp_path: Path) -> None
     assert_close_rel(logits(load(tmp_path)), logits(load(sound[1])), **EXACT)
 
 
-def test_a_layer_on_disk(sound: tuple[Path, Path], tmp_path: Path) -> None:
-    parts = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
-    model = load(sound[0], device_map=dict.fromkeys(parts, "cpu") | {"model.layers.1": "disk"}, offload_folder=str(tmp_path))
+@pytest.mark.parametrize("where", ["disk", "cpu"])
+def test_an_offloaded_layer(sound: tuple[Path, Path], tmp_path: Path, where: str) -> None:
+    """accelerate brings its tensors at every call; its experts stay canonical, since what is packed would be gone at the next."""
+    if where == "disk":
+        parts = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
+        model = load(sound[0], device_map=dict.fromkeys(parts, "cpu") | {"model.layers.1": "disk"}, offload_folder=str(tmp_path))
+    else:
+        model = load(sound[0])
+        cpu_offload(model.model.layers[1], execution_device=torch.device("cpu"))
+    experts = model.model.layers[1].mlp.experts
+    assert experts.down_proj.device.type == "meta" and not experts.halfbyte.host.keeps_storage(experts)
     expected = logits(load(sound[1]))
     for _ in range(2):
         assert_close_rel(logits(model), expected, **EXACT)
+
+
+@on_hopper
+def test_a_layer_offloaded_from_a_gpu(sound: tuple[Path, Path]) -> None:
+    parts = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
+    exact = logits(load(sound[1]))
+    limit = 2 * relative_errors(logits(AutoModelForCausalLM.from_pretrained(sound[0], dtype=torch.bfloat16)), exact)[1]
+    assert limit < 0.2
+    model = AutoModelForCausalLM.from_pretrained(sound[0], dtype=torch.bfloat16, device_map=dict.fromkeys(parts, 0) | {"model.layers.1": "cpu"})
+    for _ in range(2):
+        assert relative_errors(logits(model), exact)[1] < limit
+    assert [model.model.layers[layer].mlp.experts.halfbyte.prepared.layout for layer in (0, 1)] == ["hopper", "canonical"]

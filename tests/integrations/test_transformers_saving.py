@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from helpers import assert_equal_bits
 from safetensors.torch import load_file, save_file
 from saved_models import assert_same_checkpoint, assert_same_state, read_tensors
@@ -124,8 +125,6 @@ def test_offloaded_layers(written, tmp_path: Path, offloaded: str) -> None:
         device_map = dict.fromkeys(parts, "cpu") | {"model.layers.1": "disk"}
         model = load(source, device_map=device_map, offload_folder=str(tmp_path / "offload"))
     else:
-        from accelerate import cpu_offload
-
         model = load(source)
         cpu_offload(model.model.layers[1], execution_device=torch.device("cpu"))
     assert model.model.layers[1].mlp.experts.down_proj.device.type == "meta"

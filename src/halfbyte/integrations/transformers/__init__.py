@@ -2,8 +2,8 @@
 
     model = AutoModelForCausalLM.from_pretrained(DIR)
 
-loads ModelOpt NVFP4, compressed-tensors nvfp4-pack-quantized and mxfp4-pack-quantized, AMD Quark MXFP4, and gpt-oss MXFP4 checkpoints, with FP8
-layers beside them or without. Their experts stay in 4 bits, on the model's own Experts modules. Every other format, and
+loads ModelOpt NVFP4, compressed-tensors nvfp4-pack-quantized and mxfp4-pack-quantized, AMD Quark MXFP4, gpt-oss MXFP4 and DeepSeek-V4 checkpoints,
+with FP8 layers beside them or without. Their experts stay in 4 bits, on the model's own Experts modules. Every other format, and
 `Mxfp4Config(dequantize=True)`, stays with transformers. Registering is the only thing the import changes; it includes a `get_hf_quantizer` that
 also sees hf_quant_config.json, and a `save_pretrained` that writes packed models as they were.
 

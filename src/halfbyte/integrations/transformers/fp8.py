@@ -4,7 +4,7 @@
 |---|---|---|
 | GPU of compute capability 9.0 or newer, bf16 x, N and K multiples of 16 | one, one a row | torch._scaled_mm, x in e4m3 with a scale per token |
 | GPU of compute capability 9.0, bf16 x, N a multiple of 128 and K of 512 | blocks | the same, with a scale per token and 128 columns |
-| any other | all | W is dequantised to the dtype of x at each call |
+| any other, and blocks under torch.compile | all | W is dequantised to the dtype of x at each call |
 
 Checkpoints with such layers were made for e4m3 inputs. Scales of their own lose less than the one of a calibration, which is therefore not used.
 One token on an H200 (2026-11-30, torch 2.11, W [7168, 2048]): 14 us, dequantised 119.
@@ -26,7 +26,10 @@ from halfbyte.kernels.quantize import quantize_fp8
 
 def linear(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x [..., K] times the transpose of e4m3 `weight` [N, K] times its scales, to [..., N] in the dtype of x."""
-    if x.dtype == torch.bfloat16 and multiplies_fp8(_capability_of(x.device.type, x.device.index), weight.shape, scales.shape):
+    can = _capability_of(x.device.type, x.device.index)
+    if torch.compiler.is_compiling():
+        can = can.removesuffix(" and blocks")  # Inductor of torch 2.11 refuses their scales
+    if x.dtype == torch.bfloat16 and multiplies_fp8(can, weight.shape, scales.shape):
         return scaled_product(x, weight, scales, bias)
     return F.linear(x, dequantize(weight, scales, x.dtype), bias)
 
@@ -56,14 +59,14 @@ def multiplies_fp8(capability: str, shape: torch.Size, scales: torch.Size) -> bo
 
 def scaled_product(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """`linear` on fp8 tensor cores: x bf16 [..., K] in e4m3, by token for `scales` [] and [N, 1], else by token and 128 columns."""
-    quantize = fp8_tensor.quantize_fp8 if torch.compiler.is_compiling() else quantize_fp8  # the compiler fuses the definition itself
     rows = x.reshape(-1, x.shape[-1])
     if _in_blocks(weight.shape, scales.shape):
-        blocks = quantize(F.pad(rows, (0, 0, 0, -len(rows) % 16)), "block")  # of fewer tokens the strides of scales are ambiguous
+        blocks = quantize_fp8(F.pad(rows, (0, 0, 0, -len(rows) % 16)), "block")  # of fewer tokens the strides of scales are ambiguous
         column_major = blocks.scales.t().contiguous().t()
         y = torch._scaled_mm(blocks.codes, weight.t(), scale_a=column_major, scale_b=scales.t(), out_dtype=x.dtype)[: len(rows)]
         y = y if bias is None else y + bias
     else:
+        quantize = fp8_tensor.quantize_fp8 if torch.compiler.is_compiling() else quantize_fp8  # the compiler fuses the definition itself
         tokens, of_columns = quantize(rows), scales.reshape(1, -1).expand(1, len(weight)).contiguous()
         y = torch._scaled_mm(tokens.codes, weight.t(), scale_a=tokens.scales, scale_b=of_columns, bias=bias, out_dtype=x.dtype)
     return y.view(*x.shape[:-1], len(weight))

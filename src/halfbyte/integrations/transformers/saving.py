@@ -10,7 +10,6 @@ import copy
 import inspect
 import json
 import math
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -23,6 +22,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
+from transformers.utils.hub import convert_file_size_to_int
 
 from halfbyte.checkpoint.source import INDEX, TensorInfo
 from halfbyte.checkpoint.writer import make_directory, plan_shards, replacing, shard_name
@@ -34,7 +34,6 @@ from halfbyte.integrations.transformers.stored import BLOCK_SCALE, CODES, GLOBAL
 
 Tensors = dict[str, torch.Tensor]
 Part = tuple[int, Callable[[], Tensors]]  # tensors that go into one file: their bytes, and what makes them
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def save_packed(stock: Callable[..., None], model: Any, *args: Any, **kwargs: Any) -> None:
@@ -82,10 +81,10 @@ def _arguments(stock: Callable[..., None], model: Any, args: tuple[Any, ...], kw
 
 
 def _parse_bytes(size: int | str) -> int:
-    match = re.fullmatch(r"(\d+) ?([KMGT]B)?", str(size))
-    if match is None:
-        raise InputError("not a size", where="max_shard_size", given=repr(size), needed="a number of bytes, or such as '5GB'")
-    return int(match[1]) * _UNITS[match[2] or ""]
+    try:
+        return int(convert_file_size_to_int(size))
+    except ValueError as error:
+        raise InputError("not a size", where="max_shard_size", given=repr(size), needed="a number of bytes, or such as '5GB'") from error
 
 
 def _check_free(directory: Path) -> None:
