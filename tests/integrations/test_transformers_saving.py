@@ -223,6 +223,24 @@ def test_refused_before_anything_is_written(written, tmp_path: Path, change: Cal
     assert not (tmp_path / "saved").exists()
 
 
+def test_a_configuration_that_transformers_refuses(written, tmp_path: Path) -> None:
+    model = load(written("qwen3_moe", "modelopt"))
+    model.generation_config.temperature = -1.0
+    model.generation_config.do_sample = False
+    with pytest.raises(ValueError, match="temperature"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_model_that_was_pickled_is_saved(written, tmp_path: Path) -> None:
+    model = load(written("qwen3_moe", "modelopt"))
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert_same_state(again, model)
+    again.save_pretrained(tmp_path / "saved")
+    assert_same_checkpoint(tmp_path / "saved", written("qwen3_moe", "modelopt"))
+
+
 def test_a_layer_that_was_dequantised_is_refused(source: Path, tmp_path: Path) -> None:
     """FP8 experts, which no module holds, became dense."""
 

@@ -8,7 +8,7 @@ the matrix says its place. Whatever cannot be placed, or is missing, is an error
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,7 +74,8 @@ class Names:
         self._ignored = re.compile("|".join(model._keys_to_ignore_on_load_unexpected or ("$^",)))
         self._places: dict[str, tuple[str, Any, int]] = {}
         self._renamed: dict[str, str] = {}
-        self._is_predictor = _predictor(model.config.get_text_config())
+        fields = (getattr(model.config.get_text_config(), field, None) or 0 for field in ("num_hidden_layers", "num_nextn_predict_layers"))
+        self._layers, self._further_layers = fields
 
     def place(self, name: str) -> tuple[str, Any, int]:
         """The parameter that the dense tensor `name` goes to, by which converter (None), and as which of its sources."""
@@ -105,7 +106,13 @@ class Names:
 
     def ignored(self, name: str, target: str) -> bool:
         """Whether transformers leaves the tensor out: layers that predict further tokens, and what a class says."""
-        return bool(self._ignored.search(target)) or self._is_predictor(name)
+        return bool(self._ignored.search(target)) or self._predicts_further_tokens(name)
+
+    def _predicts_further_tokens(self, name: str) -> bool:
+        if _MTP.search(name):
+            return True
+        match = _LAYER.search(name) if self._further_layers else None
+        return match is not None and 0 <= int(match[2]) - self._layers < self._further_layers
 
 
 def find_packed(model: Any, names: Names, tensors: Mapping[str, TensorInfo]) -> dict[str, PackedParameter]:
@@ -246,16 +253,3 @@ def _place_by_name(model: Any, names: Names, stored: Stored) -> tuple[str, int, 
 def _expert_of(stem: str) -> int:
     """The number of the expert: the last segment of the name that is one."""
     return int(next(segment for segment in reversed(stem.split(".")) if segment.isdigit()))
-
-
-def _predictor(config: Any) -> Callable[[str], bool]:
-    """Whether a tensor belongs to the layers that predict several tokens, which transformers does not have."""
-    layers, further = (getattr(config, field, None) or 0 for field in ("num_hidden_layers", "num_nextn_predict_layers"))
-
-    def is_predictor(name: str) -> bool:
-        if _MTP.search(name):
-            return True
-        match = _LAYER.search(name) if further else None
-        return match is not None and layers <= int(match[2]) < layers + further
-
-    return is_predictor

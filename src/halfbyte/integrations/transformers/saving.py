@@ -10,10 +10,12 @@ import copy
 import inspect
 import json
 import math
+import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -28,7 +30,7 @@ from halfbyte.checkpoint.source import INDEX, TensorInfo
 from halfbyte.checkpoint.writer import make_directory, plan_shards, replacing, shard_name
 from halfbyte.errors import CheckpointError, InputError, UnsupportedError
 from halfbyte.formats import e8m0, encode_scale_from_decode
-from halfbyte.integrations.packing import canonical_parameters, is_attached
+from halfbyte.integrations.packing import canonical_parameters, is_attached, packed_tensors
 from halfbyte.integrations.transformers.conversion import LoadPlan, Recipe, alternating_from_halves
 from halfbyte.integrations.transformers.stored import BLOCK_SCALE, CODES, GLOBAL_SCALE, INPUT_SCALE, Stored, parameter_dtype
 
@@ -55,9 +57,13 @@ def save_packed(stock: Callable[..., None], model: Any, *args: Any, **kwargs: An
     for name, recipes in modules.items():
         nbytes = sum(plan.headers[stored].nbytes for recipe in recipes.values() for stored in recipe.stored_names)
         parts.append((nbytes, partial(_module_tensors, model, name, recipes, plan)))
-    make_directory(directory)
-    _write_shards(directory, parts, max_bytes)
-    _write_configs(directory, model)
+    with TemporaryDirectory() as configs:
+        _write_configs(Path(configs), model)  # which transformers may refuse
+        make_directory(directory)
+        _write_shards(directory, parts, max_bytes)
+        for file in sorted(Path(configs).iterdir(), key=lambda file: file.name == "config.json"):  # last: a directory that loads is a complete one
+            with replacing(directory / file.name) as whole:
+                shutil.copyfile(file, whole)
 
 
 def _arguments(stock: Callable[..., None], model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Path | None, int]:
@@ -88,9 +94,7 @@ def _parse_bytes(size: int | str) -> int:
 
 
 def _check_free(directory: Path) -> None:
-    held = (
-        sorted(file.name for pattern in ("*.safetensors", "*.index.json", "*.bin") for file in directory.glob(pattern)) if directory.is_dir() else []
-    )
+    held = sorted(file.name for pattern in ("*.safetensors", "*.index.json", "*.bin") for file in directory.glob(pattern))
     if held or directory.is_file():
         raise CheckpointError(
             "the destination holds weights, which are never overwritten",
@@ -120,8 +124,10 @@ def _packed_modules(model: Any, plan: LoadPlan) -> dict[str, dict[str, Recipe]]:
             )
         modules[module_name][name] = recipe
         module = model.get_submodule(module_name)
-        held = module.halfbyte.replaced.get(name) if is_attached(module) else None
-        dtype = held or module.get_parameter(name).dtype
+        if is_attached(module) and name in module.halfbyte.replaced:
+            packed_tensors(module)  # raises where they were cast
+            continue
+        dtype = module.get_parameter(name).dtype
         if dtype != parameter_dtype(recipe.role, stored.dialect.format):
             raise UnsupportedError(
                 "packed tensors that were cast cannot be saved",
@@ -218,8 +224,8 @@ def _write_shards(directory: Path, parts: list[Part], max_bytes: int) -> None:
     for index, shard in enumerate(shards):
         name = shard_name(index, len(shards)) if len(shards) > 1 else "model.safetensors"
         tensors = {key: tensor.cpu().contiguous() for part in shard for key, tensor in parts[part][1]().items()}
-        with replacing(directory / name) as partial:
-            save_file(tensors, partial, metadata={"format": "pt"})
+        with replacing(directory / name) as whole:
+            save_file(tensors, whole, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
         total += sum(tensor.nbytes for tensor in tensors.values())
     if len(shards) > 1:
@@ -227,7 +233,6 @@ def _write_shards(directory: Path, parts: list[Part], max_bytes: int) -> None:
 
 
 def _write_configs(directory: Path, model: Any) -> None:
-    """config.json last: a directory that loads is a complete one."""
     config = copy.deepcopy(model.config)
     config.dtype = str(model.dtype).removeprefix("torch.")
     config.architectures = [type(model).__name__]
@@ -244,5 +249,5 @@ def _write_configs(directory: Path, model: Any) -> None:
 
 
 def _write_json(file: Path, document: Mapping[str, Any]) -> None:
-    with replacing(file) as partial:
-        partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    with replacing(file) as whole:
+        whole.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
