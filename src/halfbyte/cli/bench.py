@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 
+from halfbyte.cli import engine_options
 from halfbyte.cli.parser import Parser
 
 EXAMPLE = "halfbyte bench moe --name qwen3-30b --tokens 1,64,4096"
@@ -29,6 +30,6 @@ def run(args: argparse.Namespace) -> int:
     parser = Parser(prog=f"halfbyte bench {args.benchmark}", description=BENCHMARKS[args.benchmark], example=module.EXAMPLE)
     module.add_arguments(parser)
     try:
-        return module.run(parser.parse_args(args.arguments))
+        return module.run(engine_options.parse(parser, args.arguments))
     except argparse.ArgumentError as error:  # arguments that contradict each other
         parser.error(str(error))
