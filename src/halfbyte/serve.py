@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -185,13 +185,16 @@ def reserve_port(host: str, port: int) -> socket.socket:
 
 
 class Server:
-    """A running engine. What it prints goes to `log`; of that the last lines are kept for the error that says how it ended."""
+    """A running engine. What it prints goes to `log`; of that the last lines are kept for the error that says how it ended.
 
-    def __init__(self, command: Sequence[str], launch: Launch, log: IO[bytes] | None = None):
+    `environment` replaces that of this process.
+    """
+
+    def __init__(self, command: Sequence[str], launch: Launch, log: IO[bytes] | None = None, environment: Mapping[str, str] | None = None):
         self.launch = launch
         self._tail = b""
         # A session of its own: a Ctrl-C in the terminal reaches this process alone, which passes it on once.
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
         self._pump = threading.Thread(target=self._copy, args=(log or sys.stderr.buffer,), daemon=True)
         self._pump.start()
 

@@ -25,7 +25,12 @@ from halfbyte.errors import InputError
 Status = Literal["ok", "refused", "skipped"]
 
 # Benchmark -> the module of its rows, imported when a file has some.
-ROW_MODULES = {"moe": "halfbyte.bench.moe", "prepare": "halfbyte.bench.prepare", "quantize": "halfbyte.bench.quantize"}
+ROW_MODULES = {
+    "moe": "halfbyte.bench.moe",
+    "prepare": "halfbyte.bench.prepare",
+    "quantize": "halfbyte.bench.quantize",
+    "serve": "halfbyte.bench.serve_rows",
+}
 
 MOST_PANELS = 6  # of a plot; more are too small to read
 

@@ -15,6 +15,7 @@ BENCHMARKS = {
     "moe": "time the fused MoE layer and its peers, each after a correctness gate",
     "prepare": "time the arranging of weights, beside the slow ways to do it",
     "quantize": "time the quantisers of activations against the copy bandwidth, each after comparing its bits",
+    "serve": "time a model in vLLM or SGLang, with halfbyte and without, after comparing its layers with fp32",
     "report": "print what `bench ... --out` collected, and plot the MoE layer's",
 }
 
