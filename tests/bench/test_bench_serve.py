@@ -170,7 +170,7 @@ def test_prompts_are_the_same_in_every_process_and_differ_by_seed() -> None:
 def test_command_writes_rows_that_report_reads(engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     engine("vllm")
     out = tmp_path / "rows.jsonl"
-    command = ["bench", "serve", "--geometry", "tiny", "--engine", "vllm", "--prefill", "2x8", "--decode", "none", "--device", "cpu", "--json"]
+    command = ["bench", "serve", "--geometry", "tiny", "--engine", "vllm", "--prefill", "2x8", "--decode", "none", "--json"]
     assert main([*command, "--out", str(out), "--", "--max-model-len", "64"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [row["system"] for row in rows] == ["stock", "stock", "halfbyte", "halfbyte"]

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
 
+import torch
+
+from halfbyte.bench.records import environment
 from halfbyte.bench.serve import Options, System, bench_serve
 from halfbyte.bench.serve_client import Goodput, Requests
 from halfbyte.bench.serve_engines import BACKENDS, OFFLINE
@@ -13,6 +21,8 @@ from halfbyte.cli import bench_options as shared
 from halfbyte.cli.engine_options import add_engine_options
 from halfbyte.cli.terminal import comma_list, one_of, positive_int
 from halfbyte.formats.activation_formats import ACTIVATION_FORMATS
+
+EXAMPLE = "halfbyte bench serve --geometry qwen3-30b --engine vllm --against stock,humming --activations bf16,fp8 --out results.jsonl"
 
 _PREFILL = "64x1024,256x1024"
 _DECODE = "1x128x128,16x128x128,64x128x128,256x128x256"
@@ -34,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--goodput", type=_goodput, metavar="ttft:MS,tpot:MS", help="--server: what a good request takes at most")
     parser.add_argument("--repeats", type=positive_int, default=2, metavar="N", help="how often each is timed; the shortest counts")
     parser.add_argument("--limit-s", type=float, metavar="S", help="end a system after this many seconds; what it has measured stays")
-    shared.add_output(parser, seed="of weights and prompts")
+    shared.add_output(parser, seed="of weights and prompts", chooses_device=False)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -49,7 +59,6 @@ def run(args: argparse.Namespace) -> int:
 
     _check(args)
     engine = choose_engine(args.engine)
-    _, described = shared.start(args)
     options = Options(
         engine=engine.name,
         version=engine.version,
@@ -64,8 +73,16 @@ def run(args: argparse.Namespace) -> int:
         limit_s=args.limit_s,
     )
     systems = [*map(System, args.against), *(System("halfbyte", kind) for kind in args.activations)]
-    about = {"benchmark": "serve", "environment": described, "ceilings": {}}
+    about = {"benchmark": "serve", "environment": _environment(["halfbyte", *sys.argv[1:]]), "ceilings": {}}
     return shared.finish(args, about, shared.collect(args, about, bench_serve(options, systems)))
+
+
+def _environment(command: Sequence[str]) -> dict[str, Any]:
+    """As `records.environment`; on a GPU found out by a process of its own, for a CUDA context in this one would take memory from the engine."""
+    if not torch.cuda.is_available():
+        return environment(torch.device("cpu"), command)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(environment, torch.device("cuda"), command).result()
 
 
 def _check(args: argparse.Namespace) -> None:
