@@ -227,6 +227,7 @@ def write_stand_in(directory: Path, engine: str) -> None:
         f"{engine}-1.0.dist-info/METADATA": f"Metadata-Version: 2.1\nName: {engine}\nVersion: 1.0\n",
         f"{engine}-1.0.dist-info/entry_points.txt": f"[{group}]\nhalfbyte = halfbyte.integrations.stand_in:register\n",
     }
+    info[f"{engine}-1.0.dist-info/top_level.txt"] = engine
     for name, source in {**files, **info, "sitecustomize.py": _ADD_TINY}.items():
         file = directory / name
         file.parent.mkdir(parents=True, exist_ok=True)

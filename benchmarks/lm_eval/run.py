@@ -1,6 +1,6 @@
-"""lm-eval with halfbyte in transformers: `python benchmarks/lm_eval/run.py MODEL... [--limit N]`, in the repository's root.
+"""lm-eval with halfbyte in transformers or vLLM: `python benchmarks/lm_eval/run.py MODEL... [--limit N]`, in the repository's root.
 
-Runs both tasks of this folder with lm-eval's backend `hf`, on each model in turn, and prints one table; `make lm-eval` is the whole set-up.
+Runs both tasks of this folder on each model in turn, and prints one table; `make lm-eval` is the whole set-up for the demo model on a CPU.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from pathlib import Path
 import lm_eval
 from lm_eval.tasks import TaskManager
 
-import halfbyte.integrations.transformers  # noqa: F401 - registers
+import halfbyte.integrations.transformers  # noqa: F401 - registers; vLLM finds its plug-in itself
 
 _HERE = Path(__file__).parent
+# Prompts bring their <bos>; scores need no compiled graphs.
+_MODEL_ARGS = {"hf": {"dtype": "auto"}, "vllm": {"dtype": "auto", "max_model_len": 1024, "add_bos_token": False, "enforce_eager": True}}
 _SHOWN = (
     ("exact match", "halfbyte_questions", "exact_match,none", ".3f"),
     ("standard error", "halfbyte_questions", "exact_match_stderr,none", ".3f"),
@@ -27,6 +29,7 @@ def main() -> None:
     parser.add_argument("models", nargs="+", metavar="MODEL", help="a directory or a Hub name")
     parser.add_argument("--limit", type=int, metavar="N", help="the first N of the 1,200 questions")
     parser.add_argument("--batch", type=int, default=64, metavar="N", help="questions at a time")
+    parser.add_argument("--backend", choices=_MODEL_ARGS, default="hf", help="of lm-eval")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="keep the scores")
     args = parser.parse_args()
@@ -34,8 +37,8 @@ def main() -> None:
     print(f"| model | {' | '.join(head for head, *_ in _SHOWN)} |\n|{'---|' * (1 + len(_SHOWN))}", flush=True)
     for model in args.models:
         results = lm_eval.simple_evaluate(
-            model="hf",
-            model_args={"pretrained": model, "dtype": "auto"},
+            model=args.backend,
+            model_args={"pretrained": model, **_MODEL_ARGS[args.backend]},
             tasks=["halfbyte_questions", "halfbyte_solutions"],
             task_manager=TaskManager(include_path=str(_HERE), include_defaults=False),
             batch_size=args.batch,

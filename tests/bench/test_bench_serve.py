@@ -64,7 +64,7 @@ def test_each_system_runs_alone_on_the_same_weights(engine) -> None:
     for row in timed:
         assert row.samples == 2 and row.spread >= 0 and row.tokens_per_s == pytest.approx(row.workload.tokens / row.seconds)
         base = next(one for one in timed if one.workload == row.workload)
-        assert row.speedup == pytest.approx(base.seconds / row.seconds)
+        assert row.speedup == (None if row is base else pytest.approx(base.seconds / row.seconds))
 
 
 def test_sglangs_own_process_is_watched(engine) -> None:
@@ -91,6 +91,13 @@ def test_what_is_wrong_gets_no_time(engine, mode: str, status: str, reason: str)
     for row in (start, first, second):
         assert row.system == "halfbyte" and row.status == status and reason in row.reason
     assert first.seconds is None and second.seconds is None
+
+
+def test_without_the_first_system_there_is_no_speed_up(engine) -> None:
+    engine("vllm")
+    given = options("vllm", engine_options=("--stand-in", "broken"), workloads=WORKLOADS[:1])
+    rows = list(bench_serve(given, [System("halfbyte"), System("stock")]))
+    assert [(row.system, row.status) for row in rows] == [("halfbyte", "skipped")] * 2 + [("stock", "ok")] * 2 and rows[-1].speedup is None
 
 
 def test_an_engine_of_its_own_may_repeat_nothing_and_is_told() -> None:

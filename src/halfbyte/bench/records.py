@@ -234,7 +234,7 @@ def _run_line(record: Record) -> str:
     env, ceilings = record.environment, record.ceilings
     measured = ", ".join(text.format(ceilings[name]) for name, text in _CEILINGS.items() if ceilings.get(name) is not None)
     software = f"torch {env['torch']}, triton {env['triton']}, halfbyte {env['halfbyte']} ({env['commit'] or 'commit unknown'})"
-    return f"{env['device']}, {env['date'][:10]}, {software}; measured ceilings: {measured}"
+    return f"{env['device']}, {env['date'][:10]}, {software}{f'; measured ceilings: {measured}' if measured else ''}"
 
 
 def _version(package: str) -> str | None:

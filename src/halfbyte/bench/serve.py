@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +95,10 @@ def bench_serve(options: Options, systems: Sequence[System]) -> Iterator[Row]:
             start: StartRow | None = None
             for row in _offline(options, system, Path(scratch)):
                 if isinstance(row, ThroughputRow) and row.seconds is not None:
-                    base.setdefault(row.workload, row.seconds)
-                    row = ThroughputRow(**{**vars(row), "speedup": base[row.workload] / row.seconds})
+                    if system is systems[0]:
+                        base[row.workload] = row.seconds
+                    elif row.workload in base:
+                        row = replace(row, speedup=base[row.workload] / row.seconds)
                 start = row if isinstance(row, StartRow) else start
                 yield row
             if options.requests is not None and start is not None and start.status == "ok":
@@ -176,7 +178,7 @@ def _judged(row: StartRow, system: System) -> StartRow:
         reason = f"no layer was compared with fp32: {row.checked}"
     elif system.is_ours and row.repeats is False:
         reason = "the same prompts gave other tokens the second time"
-    return StartRow(**{**vars(row), "status": "refused" if reason else "ok", "reason": reason})
+    return replace(row, status="refused" if reason else "ok", reason=reason)
 
 
 @contextlib.contextmanager

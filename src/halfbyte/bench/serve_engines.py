@@ -132,11 +132,12 @@ class VLLM:
 
     def facts(self) -> dict[str, Any]:
         cache = self._llm.llm_engine.vllm_config.cache_config
-        device = next(self._models[-1].parameters()).device
-        return {**self._processing.facts, "kv_tokens": cache.num_gpu_blocks * cache.block_size, **check_layers(self._layers(), self._source, device)}
-
-    def _layers(self) -> list[EngineLayer]:
-        return [_vllm_layer(name, module) for name, module in self._models[-1].named_modules() if type(module).__name__ == "RoutedExperts"]
+        known = {**self._processing.facts, "kv_tokens": cache.num_gpu_blocks * cache.block_size}
+        if not self._models:
+            return {**known, "checked": "not, the model is in other processes"}
+        model = self._models[-1]
+        layers = [_vllm_layer(name, module) for name, module in model.named_modules() if type(module).__name__ == "RoutedExperts"]
+        return {**known, **check_layers(layers, self._source, next(model.parameters()).device)}
 
     def _watch_processing(self) -> None:
         from vllm.model_executor.model_loader import base_loader

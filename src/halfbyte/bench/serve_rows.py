@@ -54,7 +54,6 @@ class StartRow(_EngineRow):
     """An engine's start, and what is checked before anything is timed; refused when a layer or a repetition is wrong.
 
     Attributes:
-        gpus: of the engine.
         load_s: from the engine's start until it takes prompts; processing_s: of that, what follows the reading of the weights.
         weights_gib, kv_tokens: memory after loading; tokens that the cache of keys and values holds.
         layer_error: of the worst of the layers and sizes that were compared with fp32, over all tokens; layer_limit: what it may be.
@@ -62,7 +61,6 @@ class StartRow(_EngineRow):
         repeats: whether the same prompts gave the same tokens twice; rows of an engine that repeats nothing are kept, for none of ours may do so.
     """
 
-    gpus: int = 1
     load_s: float | None = None
     processing_s: float | None = None
     weights_gib: float | None = None
@@ -72,7 +70,8 @@ class StartRow(_EngineRow):
     checked: str = ""
     repeats: bool | None = None
 
-    unit: ClassVar[str] = "GPUs"
+    unit: ClassVar[str] = "devices"
+    size: ClassVar[int] = 1
     columns: ClassVar[tuple[Column, ...]] = (
         Column("start, s", "load_s", ".1f"),
         Column("processing, s", "processing_s", ".2f"),
@@ -85,10 +84,6 @@ class StartRow(_EngineRow):
     @property
     def repeated(self) -> str | None:
         return None if self.repeats is None else "yes" if self.repeats else "no"
-
-    @property
-    def size(self) -> int:
-        return self.gpus
 
     @property
     def subject(self) -> str:
