@@ -63,9 +63,9 @@ def tell(**what):
     with open(os.environ["STAND_IN_LOG"], "a") as log:
         log.write(json.dumps({**what, "plugins": os.environ.get("VLLM_PLUGINS", os.environ.get("SGLANG_PLUGINS"))}) + "\\n")
 
-def answers(prompts, count, wobbly):
+def answers(prompts, count):
     time.sleep(1e-4 * (1 + count) * len(prompts))
-    return [[prompt[-1]] * (count - 1) + [time.monotonic_ns() if wobbly else 7] for prompt in prompts]
+    return [prompt[-1:] * count for prompt in prompts]
 """
 
 VLLM = {
@@ -97,18 +97,18 @@ VLLM = {
                 from vllm.model_executor.model_loader import LOADERS, base_loader
                 options = given.get("additional_config", {}).get("halfbyte", {})
                 tell(**given)
-                self.mode = given.get("stand_in", "")
-                if self.mode == "broken" and options:
+                mode = given.get("stand_in", "")
+                if mode == "broken" and options:
                     raise RuntimeError("no kernel image")
                 Method.apply = lambda self, layer, x, weights, ids, shared, inputs: self.compute(layer, x, weights, ids)
-                model = experts(RoutedExperts, wrong=self.mode == "wrong" and bool(options))
+                model = experts(RoutedExperts, wrong=mode == "wrong" and bool(options))
                 LOADERS[given["load_format"]]().load_weights(model, None)
                 base_loader.process_weights_after_loading(model, None, None)
                 cache = Namespace(num_gpu_blocks=10, block_size=16)
                 self.llm_engine = Namespace(vllm_config=Namespace(cache_config=cache))
             def generate(self, prompts, sampling, use_tqdm):
                 print("a line of the engine's own")
-                ids = answers([prompt["prompt_token_ids"] for prompt in prompts], sampling.max_tokens, self.mode == "wobbly")
+                ids = answers([prompt["prompt_token_ids"] for prompt in prompts], sampling.max_tokens)
                 return [Namespace(outputs=[Namespace(token_ids=tuple(one))]) for one in ids]
     """,
     "vllm/entrypoints/__init__.py": "",
@@ -201,7 +201,7 @@ SGLANG = {
                 process.join()
                 assert process.exitcode == 0
             def generate(self, input_ids, sampling_params):
-                return [{"output_ids": one} for one in answers(input_ids, sampling_params["max_new_tokens"], False)]
+                return [{"output_ids": one} for one in answers(input_ids, sampling_params["max_new_tokens"])]
             def get_server_info(self):
                 return {"max_total_num_tokens": 160}
     """,

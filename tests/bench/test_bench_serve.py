@@ -77,27 +77,19 @@ def test_sglangs_own_process_is_watched(engine) -> None:
     assert serve._environment("sglang", System("marlin"))["SGLANG_PLUGINS"] == "none"
 
 
-@pytest.mark.parametrize(
-    ("mode", "status", "reason"),
-    [
-        ("wrong", "refused", "from fp32 (limit 5e-03)"),
-        ("wobbly", "refused", "the same prompts gave other tokens the second time"),
-        ("broken", "skipped", "the engine ended: RuntimeError: no kernel image"),
-    ],
-)
-def test_what_is_wrong_gets_no_time(engine, mode: str, status: str, reason: str) -> None:
+def test_a_wrong_layer_gets_no_time(engine) -> None:
     engine("vllm")
-    start, first, second = bench_serve(options("vllm", engine_options=("--stand-in", mode)), SYSTEMS[1:2])
-    for row in (start, first, second):
-        assert row.system == "halfbyte" and row.status == status and reason in row.reason
-    assert first.seconds is None and second.seconds is None
+    start, *timed = bench_serve(options("vllm", engine_options=("--stand-in", "wrong")), SYSTEMS[1:2])
+    assert len(timed) == 2 and all(row.status == "refused" and "from fp32 (limit 5e-03)" in row.reason for row in (start, *timed))
+    assert start.layer_error == pytest.approx(0.1, rel=0.01) and all(row.seconds is None for row in timed)
 
 
-def test_without_the_first_system_there_is_no_speed_up(engine) -> None:
+def test_an_engine_that_ends_is_skipped_and_nothing_is_compared_with_it(engine) -> None:
     engine("vllm")
     given = options("vllm", engine_options=("--stand-in", "broken"), workloads=WORKLOADS[:1])
-    rows = list(bench_serve(given, [System("halfbyte"), System("stock")]))
-    assert [(row.system, row.status) for row in rows] == [("halfbyte", "skipped")] * 2 + [("stock", "ok")] * 2 and rows[-1].speedup is None
+    *ours, start, timed = bench_serve(given, [System("halfbyte"), System("stock")])
+    assert [(row.system, row.status, row.reason) for row in ours] == [("halfbyte", "skipped", "the engine ended: RuntimeError: no kernel image")] * 2
+    assert (start.system, start.status, timed.status, timed.speedup) == ("stock", "ok", "ok", None)
 
 
 def test_an_engine_of_its_own_may_repeat_nothing_and_is_told() -> None:
@@ -138,14 +130,14 @@ def test_numbers_of_a_server() -> None:
 
 
 class Counting:
-    """An engine that gives `extra` tokens more than it is asked for."""
+    """An engine that gives `extra` tokens more than it is asked for, and other ones each time if it is `wobbly`."""
 
-    def __init__(self, extra: int = 0):
-        self.extra, self.calls = extra, []
+    def __init__(self, extra: int = 0, wobbly: bool = False):
+        self.extra, self.wobbly, self.calls = extra, wobbly, []
 
     def generate(self, prompts, tokens_out):
         self.calls.append((prompts, tokens_out))
-        return [[1] * (tokens_out + (self.extra if tokens_out == 6 else 0)) for _ in prompts]
+        return [[len(self.calls) if self.wobbly else 1] * (tokens_out + (self.extra if tokens_out == 6 else 0)) for _ in prompts]
 
     def facts(self):
         return {}
@@ -158,9 +150,14 @@ def plan(**more: Any) -> serve.Plan:
 
 def test_a_workload_is_warmed_and_repeated_and_decoding_is_what_one_token_does_not_take() -> None:
     engine = Counting()
-    list(measure(plan(), lambda _: engine, 100))
+    start, *_ = measure(plan(), lambda _: engine, 100)
+    assert start["start"]["repeats"] is True
     _, _, *calls = [(len(prompts), len(prompts[0]), tokens_out) for prompts, tokens_out in engine.calls]
     assert calls == [(2, 8, 1)] * 3 + [(3, 4, 6)] * 3 + [(3, 4, 1)] * 2
+
+
+def test_other_tokens_the_second_time_are_seen() -> None:
+    assert next(measure(plan(), lambda _: Counting(wobbly=True), 100))["start"]["repeats"] is False
 
 
 def test_a_wrong_number_of_tokens_is_an_error() -> None:
