@@ -20,6 +20,7 @@ from halfbyte.bench.serve_client import Goodput, Requests, send_requests
 from halfbyte.bench.serve_engines import ENVIRONMENT, WITHOUT_PLUGINS, Plan
 from halfbyte.bench.serve_rows import ServerRow, StartRow, ThroughputRow, Workload
 from halfbyte.bench.serve_weights import GEOMETRIES
+from halfbyte.bench.serve_worker import vocabulary_of
 from halfbyte.errors import HalfbyteError
 from halfbyte.formats.activation_formats import ActivationFormat
 from halfbyte.serve import ENGINES, Launch, Server, reserve_port
@@ -230,8 +231,8 @@ def _serve(options: Options, system: System, requests: Requests, scratch: Path) 
         server = Server(engine.command(launch), launch, log, environment=_environment(options.engine, system))
         try:
             server.wait_until_ready()
-            vocabulary = int(json.loads((Path(options.model) / "config.json").read_text())["vocab_size"])
-            return ServerRow(**fields, status="ok", **send_requests(launch, requests, vocabulary, options.goodput, options.seed))
+            numbers = send_requests(launch, requests, vocabulary_of(options.model), options.goodput, options.seed)
+            return ServerRow(**fields, status="ok", **numbers)
         except HalfbyteError as error:
             return ServerRow(**fields, status="skipped", reason=str(error).splitlines()[0])
         finally:

@@ -60,15 +60,16 @@ def _timed(engine: OfflineEngine, prompts: list[list[int]], tokens_out: int) -> 
     return seconds
 
 
-def _vocabulary(plan: Plan) -> int:
-    config = json.loads((Path(plan.model) / "config.json").read_text())
+def vocabulary_of(model: str) -> int:
+    """How many token ids the model in this directory has."""
+    config = json.loads((Path(model) / "config.json").read_text())
     return int(config.get("text_config", config)["vocab_size"])
 
 
 def main(plan: Plan) -> int:
     events = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # engines print
-    for event in measure(plan, OFFLINE[plan.engine], _vocabulary(plan)):
+    for event in measure(plan, OFFLINE[plan.engine], vocabulary_of(plan.model)):
         print(json.dumps(event), file=events, flush=True)
     return 0
 
