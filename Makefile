@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # Waiting threads sleep: two test processes on two cores would otherwise spin against each other.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-gpu check bench clean
+.PHONY: demo test test-gpu check bench lm-eval clean
 
 demo: $(STAMP)
 	$(BIN)/halfbyte demo
@@ -27,12 +27,17 @@ check: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/halfbyte bench moe --peers torch,reference
 
+lm-eval: $(STAMP)
+	$(BIN)/pip install --quiet --constraint constraints.txt lm-eval
+	for format in nvfp4 mxfp4; do test -d .lm-eval/$$format || $(BIN)/halfbyte quantize demo .lm-eval/$$format --format $$format || exit 1; done
+	$(BIN)/python benchmarks/lm_eval/run.py src/halfbyte/demo_model .lm-eval/nvfp4 .lm-eval/mxfp4 --limit 120
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist demo-output
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist demo-output .lm-eval
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "halfbyte needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[hf,bench,test]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[hf,serve,bench,test]'
 	touch $@

@@ -25,7 +25,12 @@ from halfbyte.errors import InputError
 Status = Literal["ok", "refused", "skipped"]
 
 # Benchmark -> the module of its rows, imported when a file has some.
-ROW_MODULES = {"moe": "halfbyte.bench.moe", "prepare": "halfbyte.bench.prepare", "quantize": "halfbyte.bench.quantize"}
+ROW_MODULES = {
+    "moe": "halfbyte.bench.moe",
+    "prepare": "halfbyte.bench.prepare",
+    "quantize": "halfbyte.bench.quantize",
+    "serve": "halfbyte.bench.serve_rows",
+}
 
 MOST_PANELS = 6  # of a plot; more are too small to read
 
@@ -229,7 +234,7 @@ def _run_line(record: Record) -> str:
     env, ceilings = record.environment, record.ceilings
     measured = ", ".join(text.format(ceilings[name]) for name, text in _CEILINGS.items() if ceilings.get(name) is not None)
     software = f"torch {env['torch']}, triton {env['triton']}, halfbyte {env['halfbyte']} ({env['commit'] or 'commit unknown'})"
-    return f"{env['device']}, {env['date'][:10]}, {software}; measured ceilings: {measured}"
+    return f"{env['device']}, {env['date'][:10]}, {software}{f'; measured ceilings: {measured}' if measured else ''}"
 
 
 def _version(package: str) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 
+from halfbyte.cli import engine_options
 from halfbyte.cli.parser import Parser
 
 EXAMPLE = "halfbyte bench moe --name qwen3-30b --tokens 1,64,4096"
@@ -14,6 +15,7 @@ BENCHMARKS = {
     "moe": "time the fused MoE layer and its peers, each after a correctness gate",
     "prepare": "time the arranging of weights, beside the slow ways to do it",
     "quantize": "time the quantisers of activations against the copy bandwidth, each after comparing its bits",
+    "serve": "time a model in vLLM or SGLang, with halfbyte and without, after comparing its layers with fp32",
     "report": "print what `bench ... --out` collected, and plot the MoE layer's",
 }
 
@@ -29,6 +31,6 @@ def run(args: argparse.Namespace) -> int:
     parser = Parser(prog=f"halfbyte bench {args.benchmark}", description=BENCHMARKS[args.benchmark], example=module.EXAMPLE)
     module.add_arguments(parser)
     try:
-        return module.run(parser.parse_args(args.arguments))
+        return module.run(engine_options.parse(parser, args.arguments))
     except argparse.ArgumentError as error:  # arguments that contradict each other
         parser.error(str(error))

@@ -63,11 +63,12 @@ def check_model(args: argparse.Namespace, format: object) -> None:
         raise argparse.ArgumentError(None, "--model has the format of its files; leave --format out")
 
 
-def add_output(parser: argparse.ArgumentParser, *, seed: str) -> None:
-    """--out, --seed (of what `seed` says), --device and --json."""
+def add_output(parser: argparse.ArgumentParser, *, seed: str, chooses_device: bool = True) -> None:
+    """--out, --seed (of what `seed` says), --device unless it cannot be chosen, and --json."""
     parser.add_argument("--out", type=file_to_write, metavar="FILE.jsonl", help="append every row to this file, as soon as it is measured")
     parser.add_argument("--seed", type=int, default=0, help=seed)
-    parser.add_argument("--device", help="torch device (default: the GPU where there is one)")
+    if chooses_device:
+        parser.add_argument("--device", help="torch device (default: the GPU where there is one)")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 

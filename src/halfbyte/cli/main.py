@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 import halfbyte
+from halfbyte.cli import engine_options
 from halfbyte.cli.parser import Parser
 from halfbyte.errors import HalfbyteError
 
@@ -20,6 +21,7 @@ COMMANDS = {
     "prepare": "arrange a model's experts for this machine's kernels once, so that later starts only read them",
     "inspect": "show format, sizes, scale statistics and problems of a checkpoint",
     "generate": "continue a prompt with a model, streaming to the terminal",
+    "serve": "serve a model with an OpenAI-compatible API, through vLLM, SGLang or transformers",
     "eval": "measure exact match, answer likelihood, perplexity and KL divergence of a model",
     "bench": "measure speed against the floor that this machine allows",
     "doctor": "describe this machine and say which kernels it can run, and why not the others",
@@ -86,7 +88,7 @@ def _run(parser: argparse.ArgumentParser, name: str, arguments: list[str]) -> in
     module = importlib.import_module(f"halfbyte.cli.{name}")
     command_parser = Parser(prog=f"halfbyte {name}", description=COMMANDS[name], example=module.EXAMPLE)
     module.add_arguments(command_parser)
-    args = command_parser.parse_args(arguments)
+    args = engine_options.parse(command_parser, arguments)
     try:
         return module.run(args)
     except argparse.ArgumentError as error:  # arguments that contradict each other, each being right alone

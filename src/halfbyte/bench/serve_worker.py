@@ -1,0 +1,85 @@
+"""One system in one process: `python -m halfbyte.bench.serve_worker PLAN.json`. Events come on stdout, a JSON object per line; all else on stderr.
+
+SGLang's processes run this module too, as `__mp_main__`, before anything else: that is how `watch_sglang` gets there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from halfbyte.bench.serve_engines import OFFLINE, OfflineEngine, Plan, watch_sglang
+from halfbyte.bench.serve_rows import Workload
+from halfbyte.errors import HalfbyteError
+
+_WARM_TOKENS = 8
+_REPEATED = Workload("prefill", 4, 64, 32)  # given twice, to see whether the tokens are the same
+
+
+def measure(plan: Plan, start: Callable[[Plan], OfflineEngine], vocabulary: int) -> Iterator[dict[str, Any]]:
+    """Start the engine and run the plan's workloads: an event with "start", then one with "index" for each workload.
+
+    Raises:
+        HalfbyteError: the engine returned another number of tokens.
+    """
+    began = time.perf_counter()
+    engine = start(plan)
+    load_s = time.perf_counter() - began
+    repeated = prompts_of(_REPEATED, vocabulary, plan.seed)
+    first, again = (engine.generate(repeated, _REPEATED.tokens_out) for _ in range(2))
+    yield {"start": {"load_s": load_s, **engine.facts(), "repeats": first == again}}
+    for index, workload in enumerate(Workload(**fields) for fields in plan.workloads):
+        prompts = prompts_of(workload, vocabulary, plan.seed)
+        _timed(engine, prompts, min(workload.tokens_out, _WARM_TOKENS))
+        whole = [_timed(engine, prompts, workload.tokens_out) for _ in range(plan.repeats)]
+        prefill = min(_timed(engine, prompts, 1) for _ in range(plan.repeats)) if workload.kind == "decode" else 0.0
+        best = min(whole)
+        yield {"index": index, "seconds": best - prefill, "spread": max(whole) / best - 1, "samples": plan.repeats}
+
+
+def prompts_of(workload: Workload, vocabulary: int, seed: int) -> list[list[int]]:
+    """Random token ids, the same in every process; the lowest ids, which are special in most vocabularies, are left out."""
+    draw = random.Random(f"{seed} {workload}")
+    low = min(1000, vocabulary // 2)
+    return [[draw.randrange(low, vocabulary) for _ in range(workload.tokens_in)] for _ in range(workload.num_prompts)]
+
+
+def _timed(engine: OfflineEngine, prompts: list[list[int]], tokens_out: int) -> float:
+    start = time.perf_counter()
+    answers = engine.generate(prompts, tokens_out)
+    seconds = time.perf_counter() - start
+    lengths = {len(answer) for answer in answers}
+    if len(answers) != len(prompts) or lengths != {tokens_out}:
+        raise HalfbyteError("the engine returned another number of tokens", given=sorted(lengths), needed=tokens_out)
+    return seconds
+
+
+def vocabulary_of(model: str) -> int:
+    """How many token ids the model in this directory has."""
+    config = json.loads((Path(model) / "config.json").read_text())
+    return int(config.get("text_config", config)["vocab_size"])
+
+
+def main(plan: Plan) -> int:
+    events = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # engines print
+    for event in measure(plan, OFFLINE[plan.engine], vocabulary_of(plan.model)):
+        print(json.dumps(event), file=events, flush=True)
+    return 0
+
+
+if __name__ in ("__main__", "__mp_main__"):
+    _plan = Plan.read(Path(sys.argv[1]))
+    if __name__ == "__mp_main__":
+        if _plan.engine == "sglang":
+            watch_sglang(_plan)
+    else:
+        _code = main(_plan)
+        sys.stdout.flush()
+        os._exit(_code)  # the engine's own shutdown can take long

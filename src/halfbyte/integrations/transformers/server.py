@@ -1,0 +1,194 @@
+"""transformers' own server, with halfbyte's experts, for one model.
+
+    python -m halfbyte.integrations.transformers.server DIR NAME ACTIVATIONS [options of `transformers serve`]
+
+`halfbyte serve` runs this module as its engine "transformers".
+
+Around the application that transformers builds stands `OneModel`, which knows the model by its name, translates requests (`requests.py`), ends
+streams as OpenAI's do, and leaves only the endpoints below open: the rest of transformers' server loads other models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from functools import wraps
+from typing import Any, cast
+
+from halfbyte.errors import CheckpointError, HalfbyteError, InputError
+from halfbyte.formats.activation_formats import ActivationFormat
+from halfbyte.integrations.transformers import set_activations
+from halfbyte.integrations.transformers.requests import COMPLETION_PATHS, adapt_request
+
+OPEN_PATHS = ("/health", "/v1/models", *COMPLETION_PATHS)
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Application = Callable[[Message, Receive, Send], Awaitable[None]]
+
+
+class OneModel:
+    """An ASGI application around transformers' own."""
+
+    def __init__(self, application: Application, served: str):
+        self.application = application
+        self.served = served
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":  # start-up and shutdown
+            await self.application(scope, receive, send)
+        elif scope["path"] not in OPEN_PATHS:
+            await _reply(send, 404, _error(f"{scope['path']} is not served: {', '.join(OPEN_PATHS)} are"))
+        elif scope["path"] == "/v1/models":
+            model = {"id": self.served, "object": "model", "created": 0, "owned_by": "halfbyte"}
+            await _reply(send, 200, {"object": "list", "data": [model]})
+        elif scope["path"] in COMPLETION_PATHS and scope["method"] == "POST":
+            await self._complete(scope, receive, send)
+        else:
+            await self.application(scope, receive, send)
+
+    async def _complete(self, scope: Message, receive: Receive, send: Send) -> None:
+        body = await _read(receive)
+        try:
+            asked = json.loads(body)
+            if not isinstance(asked, dict):
+                raise InputError("not a request", given=type(asked).__name__, needed="a JSON object")
+            adapted = json.dumps(adapt_request(scope["path"], asked, self.served)).encode()
+        except (ValueError, InputError) as error:  # JSON's own error is a ValueError
+            await _reply(send, 400, _error(str(error)))
+            return
+        headers = [(name, value) for name, value in scope["headers"] if name not in (b"content-length", b"content-type")]
+        headers += [(b"content-length", str(len(adapted)).encode()), (b"content-type", b"application/json")]
+        first = [{"type": "http.request", "body": adapted, "more_body": False}]
+
+        async def receive_adapted() -> Message:
+            return first.pop() if first else await receive()  # later messages tell that the client has gone
+
+        if not asked.get("stream"):
+            await self.application({**scope, "headers": headers}, receive_adapted, send)
+            return
+        wants_usage = bool((asked.get("stream_options") or {}).get("include_usage"))
+        await self.application({**scope, "headers": headers}, receive_adapted, _ending_stream(send, wants_usage))
+
+
+def _ending_stream(send: Send, wants_usage: bool) -> Send:
+    """A `send` that closes a stream of events as OpenAI's server does: the usage alone where it was asked for, then [DONE]."""
+    is_stream, last = False, b""
+
+    async def ending(message: Message) -> None:
+        nonlocal is_stream, last
+        if message["type"] == "http.response.start":
+            is_stream = message["status"] == 200
+        elif is_stream and message["type"] == "http.response.body":
+            body = message.get("body", b"")
+            last = body or last
+            if not message.get("more_body", False):
+                usage = _usage_event(last) if wants_usage else b""
+                message = {**message, "body": body + usage + b"data: [DONE]\n\n"}
+        await send(message)
+
+    return ending
+
+
+def _usage_event(events: bytes) -> bytes:
+    """The last of `events` without its choices, if it tells the usage: clients of `stream_options` look for it there."""
+    try:
+        event = json.loads(events.decode().strip().rpartition("data: ")[2])
+    except ValueError:  # an error's text
+        return b""
+    return f"data: {json.dumps({**event, 'choices': []})}\n\n".encode() if event.get("usage") else b""
+
+
+async def _read(receive: Receive) -> bytes:
+    body = b""
+    while True:
+        message = await receive()
+        body += message.get("body", b"")
+        if not message.get("more_body", False):
+            return body
+
+
+async def _reply(send: Send, status: int, document: Any) -> None:
+    body = json.dumps(document).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _error(message: str) -> dict[str, Any]:
+    return {"error": {"message": message, "type": "invalid_request_error"}}
+
+
+def run(directory: str, served: str, activations: ActivationFormat, options: Sequence[str]) -> None:
+    """Serve until a signal comes.
+
+    Args:
+        directory: of the model.
+        served: the name that clients know it by.
+        activations: what packed experts compute on.
+        options: of `transformers serve`.
+
+    Raises:
+        SystemExit: `transformers serve` does not take the options, which it has said.
+        CheckpointError: the model cannot be loaded.
+        HalfbyteError: as `load`.
+    """
+    from transformers.cli.serving import server, utils
+    from transformers.cli.transformers import app
+
+    stock, at_end = server.build_server, contextlib.ExitStack()
+
+    @wraps(stock)
+    def build(model_manager: Any, *args: Any, generation_state: Any, **kwargs: Any) -> Any:
+        application = stock(model_manager, *args, generation_state=generation_state, **kwargs)
+        at_end.callback(generation_state.shutdown)  # the thread of continuous batching would keep the process alive
+        for loaded in model_manager.loaded_models.values():
+            set_activations(loaded.model, activations)
+            _fit_response_template(loaded.processor, utils.get_response_template(loaded.processor, loaded.model))
+        application.add_middleware(OneModel, served=served)
+        return application
+
+    server.build_server = build
+    with at_end:
+        try:
+            app(["serve", directory, *options], prog_name="halfbyte serve ... --")
+        except HalfbyteError:
+            raise
+        except Exception as error:  # whatever transformers, tokenizers and safetensors raise for broken files
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            next_step = "run `halfbyte inspect` on it"
+            raise CheckpointError(f"transformers cannot serve this model: {reason}", where=directory, next_step=next_step) from error
+
+
+def _fit_response_template(processor: Any, template: Mapping[str, Any] | None) -> None:
+    """Give the tokenizer a template of answers that fits its chat template, if transformers' for this type of model does not.
+
+    transformers 5.23 looks for the start of the answer in the prompt; where it finds none, a streamed answer begins with the whole prompt.
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if template is None or not tokenizer.chat_template:
+        return
+    question = "Why?"
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True)
+    anchors = template.get("start_anchor", ())
+    if "start_anchor_pattern" in template or any(anchor in prompt for anchor in ([anchors] if isinstance(anchors, str) else anchors)):
+        return
+    opening = prompt.rpartition(question)[2]
+    tokenizer.response_template = {"start_anchor": opening, "fields": {"content": {"close": tokenizer.eos_token, "content": "text"}}}
+
+
+def main(argv: Sequence[str]) -> int:
+    directory, served, activations, *options = argv
+    try:
+        run(directory, served, cast(ActivationFormat, activations), options)
+    except HalfbyteError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
