@@ -465,7 +465,7 @@ def test_gpt_oss_has_biases(tmp_path: Path, missing: str, packed: bool) -> None:
     if not packed:
         files.tensors |= {f"{EXPERTS}.gate_up_proj_bias": torch.zeros(E, 2 * I), f"{EXPERTS}.down_proj_bias": torch.zeros(E, H)}
     load_experts(files.write(tmp_path / "whole"), 1)
-    with pytest.raises(CheckpointError, match=f"missing tensor {EXPERTS}.{missing}"):
+    with pytest.raises(CheckpointError, match=f"missing tensor: {EXPERTS}.{missing}"):
         load_experts(without(files, missing).write(tmp_path / "half"), 1)
 
 

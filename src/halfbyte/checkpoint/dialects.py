@@ -16,7 +16,7 @@
 | dense stacked | no suffix: bf16, fp16, fp32 [E, N, K] or [E, K, N] | | | |
 
 Scales are row-major. Global and input scales are fp32, decode multipliers for modelopt and encode multipliers (1 / decode) for compressed-tensors; an
-input scale is there only where activations were calibrated. gpt-oss and the stacked ones hold all experts of a layer in one tensor, their biases in _bias.
+input scale is there only where activations were calibrated. gpt-oss and stacked ones hold all experts of a layer in one tensor, biases in _bias.
 Stacked experts whose names end in .weight (`block_sparse_moe.input_linear.weight`) have the suffixes of single matrices.
 
 Sources: ModelOpt `export/convert_hf_config.py`, compressed-tensors `quantization/quant_scheme.py`, the published files of gpt-oss, DeepSeek-V3 and

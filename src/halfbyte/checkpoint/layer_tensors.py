@@ -13,7 +13,7 @@ import torch
 
 from halfbyte.checkpoint.dialects import CODE_DTYPES, FP8_BLOCK, STACKED_FORM
 from halfbyte.checkpoint.families import KNOWN_MODEL_TYPES, tensor_names
-from halfbyte.checkpoint.fp8_source import read_fp8_block
+from halfbyte.checkpoint.fp8_source import read_fp8_block, read_fp8_scales
 from halfbyte.checkpoint.projections import DOWN, GATE, UP, Projection, find_layout, place_of, stacked_sizes
 from halfbyte.checkpoint.source import Checkpoint
 from halfbyte.errors import CheckpointError, UnsupportedError
@@ -36,7 +36,6 @@ class LayerTensors:
     def __init__(self, checkpoint: Checkpoint, layer: int):
         """Raises CheckpointError for a layer without routed experts, UnsupportedError for a format halfbyte does not read."""
         self.checkpoint, self.moe = checkpoint, checkpoint.moe
-        self.moe.check_layer(layer, str(checkpoint.path / "config.json"))
         self.block = self.moe.block_of(layer)
         gated = self.moe.activation is None or self.moe.activation.gated
         self._layout = layout = find_layout(checkpoint, self.block, gated=gated)
@@ -89,8 +88,7 @@ class LayerTensors:
     def dense_parts(self, expert: int, projection: Projection) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The weight [N, K] as stored and, for fp8-block, its checked scales."""
         shape, name = self.shape(projection), self.name(expert, projection, self.dialect.codes)
-        fp8 = () if self._layout.stacked else (torch.float8_e4m3fn,)
-        weight = self._part(expert, projection, name, (self.dense_dtype(), *fp8), shape[1:])
+        weight = self._part(expert, projection, name, self._matrix_dtypes, shape[1:])
         return (weight, None) if weight.dtype != torch.float8_e4m3fn else read_fp8_block(self.checkpoint, name)
 
     def dense_dtype(self) -> torch.dtype:
@@ -99,24 +97,37 @@ class LayerTensors:
         if name not in self.checkpoint:
             raise self._error("missing tensor", name, needed=_names(_DENSE))
         dtype = self.checkpoint.info(name).dtype
-        if dtype not in (*_DENSE, torch.float8_e4m3fn):
+        if dtype not in (*_DENSE, *(() if self._layout.stacked else (torch.float8_e4m3fn,))):
             raise self._error("wrong dtype", name, given=_names((dtype,)), needed=_names((*_DENSE, torch.float8_e4m3fn)))
         return torch.bfloat16 if dtype == torch.float8_e4m3fn else dtype
 
     def has_bias(self, projection: Projection) -> bool:
         """Whether the experts add a bias to this projection: gate and up have one each, or none has."""
-        if not self.dialect.bias:
-            return False
-        names = [self.name(0, part, self.dialect.bias) for part in self.projections if (part == DOWN) == (projection == DOWN)]
-        return self.moe.biased or any(name in self.checkpoint for name in names)
+        return bool(self.dialect.bias) and (self.moe.biased or (projection == DOWN) in self._biased)
+
+    @cached_property
+    def _biased(self) -> set[bool]:
+        """Whether down has a bias (True), and gate and up have (False): where most are there the others are missing, else they are superfluous."""
+        present: dict[bool, list[bool]] = {True: [], False: []}
+        for expert in self._holders:
+            for part in self.projections:
+                present[part == DOWN].append(self.name(expert, part, self.dialect.bias) in self.checkpoint)
+        return {side for side, found in present.items() if 2 * sum(found) >= len(found)}
 
     def bias_dtype(self, projection: Projection) -> torch.dtype:
-        """dtype of the bias, which all experts share."""
-        return self.checkpoint.info(self.name(0, projection, self.dialect.bias)).dtype
+        """dtype of the bias, which all experts share, and gate and up do."""
+        part = DOWN if projection == DOWN else self.projections[0]
+        name = self.name(0, part, self.dialect.bias)
+        if name not in self.checkpoint:
+            raise self._error("missing tensor", name, needed=_names(_DENSE))
+        dtype = self.checkpoint.info(name).dtype
+        if dtype not in _DENSE:
+            raise self._error("wrong dtype", name, given=_names((dtype,)), needed=_names(_DENSE))
+        return dtype
 
     def bias(self, expert: int, projection: Projection) -> torch.Tensor:
         """The bias [N] of a projection."""
-        return self._part(expert, projection, self.name(expert, projection, self.dialect.bias), _DENSE, ())
+        return self._part(expert, projection, self.name(expert, projection, self.dialect.bias), (self.bias_dtype(projection),), ())
 
     def global_scales(self, experts: Iterable[int]) -> torch.Tensor | None:
         """Decode multipliers fp32 [len(experts), 3] of gate, up, down (2 without gate); None for a format without.
@@ -172,26 +183,37 @@ class LayerTensors:
         missing = [name for name in names if name not in self.checkpoint]
         return missing if len(missing) < len(names) else []
 
-    def check_sizes(self) -> None:
-        """Compare the first expert with the configuration, by header alone: what is allocated by the one must fit the other.
+    def check_matrix(self, expert: int, projection: Projection) -> None:
+        """Compare a matrix with the configuration, by header alone; of fp8 blocks the scales are read.
 
         Raises:
             CheckpointError: a missing tensor, or one of another dtype or shape.
         """
-        dense = _DENSE if self._layout.stacked else (*_DENSE, torch.float8_e4m3fn)
-        for projection in self.projections:
-            codes = self.dialect.codes_shape(self.shape(projection)[1])
-            name = self.name(0, projection, self.dialect.codes)
-            self._check(name, CODE_DTYPES if self.format else dense, self._stored_shape(projection, codes))
+        name = self.name(expert, projection, self.dialect.codes)
+        self._check(name, self._matrix_dtypes, self._stored_shape(projection, self.dialect.codes_shape(self.shape(projection)[1])))
+        if self.checkpoint.info(name).dtype == torch.float8_e4m3fn:
+            read_fp8_scales(self.checkpoint, name)
+
+    @cached_property
+    def _matrix_dtypes(self) -> tuple[torch.dtype, ...]:
+        """Those of codes; or the one that dense matrices share, fp8 blocks beside bf16."""
+        if self.format is not None:
+            return CODE_DTYPES
+        dtype = self.dense_dtype()
+        return (dtype, torch.float8_e4m3fn) if dtype == torch.bfloat16 and not self._layout.stacked else (dtype,)
+
+    @property
+    def _holders(self) -> range:
+        """The experts that have tensors of their own: of stacked ones the first stands for all."""
+        return range(1 if self._layout.stacked else self.moe.num_experts)
 
     def check_all_used(self) -> None:
         """Raises UnsupportedError for a tensor of the layer's experts that nothing here reads: a scale or a bias that would be left out."""
-        experts = range(1) if self._layout.stacked else range(self.moe.num_experts)
         read = set()
         for projection in self.projections:
             biases = (self.dialect.bias,) if self.has_bias(projection) else ()
             suffixes = (self.dialect.codes, *filter(None, self._scale_suffixes()), *biases)
-            read |= {self.name(expert, projection, suffix) for expert in experts for suffix in suffixes}
+            read |= {self.name(expert, projection, suffix) for expert in self._holders for suffix in suffixes}
         if self.moe.family in KNOWN_MODEL_TYPES:  # some call a router's tensor experts.e_score_correction_bias
             read |= {f"{self.block}.{name}" for name in tensor_names(self.moe.family).correction_bias}
         names = self.checkpoint.names
@@ -229,7 +251,7 @@ class LayerTensors:
         experts = self.moe.num_experts
         halves = 2 if self._layout.fused and projection != DOWN else 1
         counts = {1, experts, halves * experts} if self._layout.stacked else {1}
-        if tensor.numel() not in counts or not tensor.is_floating_point():
+        if tensor.numel() not in counts or tensor.dtype not in (*_DENSE, torch.float64):
             needed = f"one number, or one per expert: ({experts},)" if self._layout.stacked else "one fp32 number"
             raise self._error("not a scalar", name, given=f"{tensor.dtype} {tuple(tensor.shape)}", needed=needed)
         of_expert = tensor.reshape(1) if tensor.numel() == 1 else tensor.reshape(experts, -1)[expert]

@@ -69,6 +69,7 @@ LAYOUTS = (
     Layout("experts.{expert}.{leaf}", _PROJ),
     Layout("experts.{expert}.{leaf}", _NUMBERED),
     Layout("experts.{expert}.{leaf}", _WITHOUT_GATE),
+    Layout("experts.{leaf}.{expert}", _PROJ),  # Qwen3-VL-MoE as ModelOpt 0.43 takes it apart
     Layout("experts.mlp.{leaf}.{expert}", {GATE: "w1_linear", UP: "v1_linear", DOWN: "w2_linear"}),  # DBRX as ModelOpt takes it apart
     GATE_UP,
     Layout("experts.{leaf}", _PROJ),
@@ -87,12 +88,21 @@ _IN_PLACE = sorted({leaf for layout in LAYOUTS if layout.pattern == "{leaf}" for
 _OF_EXPERTS = re.compile(rf"^((?:.*\.)?(?:layers|blocks))\.(\d{{1,9}})((?:\.\w+)*?)(?:\.experts\.|(?<=moe)\.(?:{'|'.join(_IN_PLACE)})(?:[._]|$))")
 
 
+_NUMBER = re.compile(r"\.(\d+)(?:\.|$)")
+
+
 class Place(NamedTuple):
     """Whose expert a tensor belongs to: the MoE module with `{layer}` left open, the layer, and the rest of the name below the MoE module."""
 
     block: str
     layer: int
     rest: str
+
+    @property
+    def expert(self) -> str | None:
+        """The digits that stand for the expert; None in the names of stacked ones."""
+        match = _NUMBER.search(self.rest)
+        return match and match[1]
 
 
 def place_of(name: str) -> Place | None:

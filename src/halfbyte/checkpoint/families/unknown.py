@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from halfbyte.checkpoint.dialects import GPT_OSS, MATRIX_SUFFIXES, STACKED_FORM
-from halfbyte.checkpoint.families import KNOWN_MODEL_TYPES, MoEConfig, find_blocks, format_range, only_block
+from halfbyte.checkpoint.families import KNOWN_MODEL_TYPES, Found, MoEConfig, find_experts, format_range, only_block
 from halfbyte.checkpoint.families.description import ACTIVATIONS, Config
-from halfbyte.checkpoint.projections import DOWN, GATE, UP, Layout, Projection, find_layout, place_of, stacked_sizes
+from halfbyte.checkpoint.projections import DOWN, GATE, UP, Layout, Projection, find_layout, stacked_sizes
 from halfbyte.checkpoint.quantization import Quantization
 from halfbyte.errors import CheckpointError, UnsupportedError
 from halfbyte.experts import Activation
@@ -29,19 +29,19 @@ def describe_unknown(config: Mapping[str, Any], shapes: Shapes, quantization: Qu
 
     Raises:
         UnsupportedError: no experts that can be found by name, layers that differ in size, stacked experts as gpt-oss stores them.
-        CheckpointError: experts in several places, missing ones, shapes that do not belong together.
+        CheckpointError: experts in several places, missing ones, another number than config.json gives, shapes that do not belong together.
     """
     values = Config(config, where)
-    blocks = find_blocks(shapes)
-    if not blocks:
+    found = find_experts(shapes)
+    if not found:
         raise UnsupportedError(
             "unknown model family, and no experts that can be found by name",
             where=where,
             given=f"model_type {values.model_type!r}",
             needed=f"tensors layers.N.*.experts.*, or {_KNOWN_FAMILIES}",
         )
-    block = only_block(blocks, where)
-    num_layers, parts_of = _find_layers(shapes, block, values.num_layers if "num_hidden_layers" in values else None)
+    block = only_block(found, where)
+    num_layers, parts_of = _find_layers(shapes, found, block, values.num_layers if "num_hidden_layers" in values else None)
     activation = _find_activation(values)
     gated = activation is None or activation.gated
     sizes_of = {layer: _measure(shapes, block.format(layer=layer), parts, gated, quantization, where) for layer, parts in parts_of.items()}
@@ -55,34 +55,32 @@ def describe_unknown(config: Mapping[str, Any], shapes: Shapes, quantization: Qu
                 needed=sizes_of[first],
             )
     num_experts, hidden, intermediate = sizes_of[first]
+    values.check_num_experts(num_experts)
     return MoEConfig(
         family=values.model_type,
         num_layers=num_layers,
-        moe_layers=tuple(parts_of),
+        moe_layers=tuple(layer for layer in parts_of if layer < num_layers),
         num_experts=num_experts,
         hidden=hidden,
         intermediate=intermediate,
         routing=None,
         activation=activation,
         block=block,
+        predicting_layers=tuple(layer for layer in parts_of if layer >= num_layers),
     )
 
 
-def _find_layers(shapes: Shapes, block: str, declared: int | None) -> tuple[int, dict[int, Parts]]:
-    """The number of layers; and the tensors of the experts by layer, in order.
+def _find_layers(shapes: Shapes, found: Found, block: str, declared: int | None) -> tuple[int, dict[int, Parts]]:
+    """The number of layers; and the tensors of the experts by layer, in order, named below the MoE module.
 
     Layers behind the `declared` number predict further tokens, where there are experts before it.
     """
     in_layer = re.compile(re.escape(block.partition("{layer}")[0]) + r"(\d+)\.")
-    num_layers, found = 0, dict[int, Parts]()
-    for name in shapes:
-        if match := in_layer.match(name):
-            num_layers = max(num_layers, 1 + int(match[1]))
-        if (place := place_of(name)) and place.block == block:
-            found.setdefault(place.layer, set()).add(place.rest)
-    if declared is not None and min(found) < declared:
+    num_layers = max(1 + int(match[1]) for name in shapes if (match := in_layer.match(name)))
+    if declared is not None and min(found[block]) < declared:
         num_layers = min(num_layers, declared)
-    return num_layers, {layer: found[layer] for layer in sorted(found) if layer < num_layers}
+    below = {layer: f"{block.format(layer=layer)}." for layer in sorted(found[block])}
+    return num_layers, {layer: {name.removeprefix(prefix) for name in found[block][layer]} for layer, prefix in below.items()}
 
 
 def _measure(shapes: Shapes, block: str, parts: Parts, gated: bool, quantization: Quantization, where: str) -> tuple[int, int, int]:
