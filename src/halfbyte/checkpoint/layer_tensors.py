@@ -6,12 +6,13 @@ Names come from `checkpoint.projections` (which matrix) and `checkpoint.dialects
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 
 import torch
 
-from halfbyte.checkpoint.dialects import CODE_DTYPES, FP8_BLOCK, STACKED_FORM
+from halfbyte.checkpoint.dialects import CODE_DTYPES, FP8_BLOCK, STACKED_FORM, fp8_scales_of
 from halfbyte.checkpoint.families import KNOWN_MODEL_TYPES, tensor_names
 from halfbyte.checkpoint.fp8_source import read_fp8_block, read_fp8_scales
 from halfbyte.checkpoint.projections import DOWN, GATE, UP, Projection, find_layout, place_of, stacked_sizes
@@ -47,7 +48,7 @@ class LayerTensors:
             raise UnsupportedError("gate, up and down are stored in different formats", where=self.block, given=given, needed="one format")
         self.dialect = dialects.pop()
         stacked_form = STACKED_FORM.get(self.dialect) if layout.stacked else None
-        if stacked_form and modules[DOWN] + self.dialect.codes not in checkpoint:
+        if stacked_form and not any(module + self.dialect.codes in checkpoint for module in modules.values()):
             self.dialect = stacked_form
         self.format: BlockFormat | None = self.dialect.format
         if self.format is not None:
@@ -89,17 +90,19 @@ class LayerTensors:
         """The weight [N, K] as stored and, for fp8-block, its checked scales."""
         shape, name = self.shape(projection), self.name(expert, projection, self.dialect.codes)
         weight = self._part(expert, projection, name, self._matrix_dtypes, shape[1:])
-        return (weight, None) if weight.dtype != torch.float8_e4m3fn else read_fp8_block(self.checkpoint, name)
+        return read_fp8_block(self.checkpoint, name) if self._is_fp8(name) else (weight, None)
 
     def dense_dtype(self) -> torch.dtype:
-        """dtype that `dense` returns: that of the first expert's first matrix, which all share; bf16 for fp8-block."""
-        name = self.name(0, self.projections[0], self.dialect.codes)
-        if name not in self.checkpoint:
-            raise self._error("missing tensor", name, needed=_names(_DENSE))
-        dtype = self.checkpoint.info(name).dtype
-        if dtype not in (*_DENSE, *(() if self._layout.stacked else (torch.float8_e4m3fn,))):
-            raise self._error("wrong dtype", name, given=_names((dtype,)), needed=_names((*_DENSE, torch.float8_e4m3fn)))
-        return torch.bfloat16 if dtype == torch.float8_e4m3fn else dtype
+        """dtype that `dense` returns, which all matrices of the layer share; bf16 for fp8-block.
+
+        Raises:
+            CheckpointError: they do not, or have one that is not read.
+        """
+        return self._dense_dtype
+
+    @cached_property
+    def _dense_dtype(self) -> torch.dtype:
+        return self._shared_dtype(self.projections, self.dialect.codes, {} if self._layout.stacked else {torch.float8_e4m3fn: torch.bfloat16})
 
     def has_bias(self, projection: Projection) -> bool:
         """Whether the experts add a bias to this projection: gate and up have one each, or none has."""
@@ -115,19 +118,37 @@ class LayerTensors:
         return {side for side, found in present.items() if 2 * sum(found) >= len(found)}
 
     def bias_dtype(self, projection: Projection) -> torch.dtype:
-        """dtype of the bias, which all experts share, and gate and up do."""
-        part = DOWN if projection == DOWN else self.projections[0]
-        name = self.name(0, part, self.dialect.bias)
-        if name not in self.checkpoint:
-            raise self._error("missing tensor", name, needed=_names(_DENSE))
-        dtype = self.checkpoint.info(name).dtype
-        if dtype not in _DENSE:
-            raise self._error("wrong dtype", name, given=_names((dtype,)), needed=_names(_DENSE))
-        return dtype
+        """dtype of the bias, which all experts share, as gate and up do; errors as `dense_dtype`."""
+        return self._bias_dtypes[projection == DOWN]
+
+    @cached_property
+    def _bias_dtypes(self) -> dict[bool, torch.dtype]:
+        sides = {part == DOWN: [other for other in self.projections if (other == DOWN) == (part == DOWN)] for part in self.projections}
+        return {side: self._shared_dtype(parts, self.dialect.bias, {}) for side, parts in sides.items() if self.has_bias(parts[0])}
+
+    def _shared_dtype(self, parts: Sequence[Projection], suffix: str, read_as: Mapping[torch.dtype, torch.dtype]) -> torch.dtype:
+        """The dtype of the tensors of these projections of all experts, those that are there; some are `read_as` another."""
+        names = list(dict.fromkeys(self.name(expert, part, suffix) for expert in self._holders for part in parts))
+        dtypes = {name: self.checkpoint.info(name).dtype for name in names if name in self.checkpoint}
+        if not dtypes:
+            raise self._error("missing tensor", names[0], needed=_names(_DENSE))
+        read = {name: read_as.get(dtype, dtype) for name, dtype in dtypes.items()}
+        (common, _), *others = Counter(read.values()).most_common()
+        odd = next((name for name, dtype in read.items() if dtype not in _DENSE or (others and dtype != common)), None)
+        if odd is None:
+            return common
+        like = next((name for name, dtype in read.items() if name != odd and dtype in _DENSE), None)
+        needed = _names((read[like],)) + f", as {like} is" if like else _names((*_DENSE, *read_as))
+        raise self._error("wrong dtype", odd, given=f"{_names((dtypes[odd],))} {self.checkpoint.info(odd).shape}", needed=needed)
 
     def bias(self, expert: int, projection: Projection) -> torch.Tensor:
         """The bias [N] of a projection."""
-        return self._part(expert, projection, self.name(expert, projection, self.dialect.bias), (self.bias_dtype(projection),), ())
+        name = self.name(expert, projection, self.dialect.bias)
+        if name not in self.checkpoint:
+            others = (self.name(expert, part, self.dialect.bias) for part in self.projections)
+            present = next((other for other in others if other in self.checkpoint), "no other")
+            raise self._error("missing tensor", name, given=f"{present} of this expert", needed="a bias of each matrix, or of none")
+        return self._part(expert, projection, name, (self.bias_dtype(projection),), ())
 
     def global_scales(self, experts: Iterable[int]) -> torch.Tensor | None:
         """Decode multipliers fp32 [len(experts), 3] of gate, up, down (2 without gate); None for a format without.
@@ -190,17 +211,27 @@ class LayerTensors:
             CheckpointError: a missing tensor, or one of another dtype or shape.
         """
         name = self.name(expert, projection, self.dialect.codes)
+        if name not in self.checkpoint:
+            others = {self.name(expert, other, self.dialect.codes) for other in self.projections}
+            present = sorted(other for other in others if other in self.checkpoint)
+            raise self._error("missing tensor", name, given=f"of this expert {', '.join(present) or 'no matrix'}", needed="all of its matrices")
         self._check(name, self._matrix_dtypes, self._stored_shape(projection, self.dialect.codes_shape(self.shape(projection)[1])))
-        if self.checkpoint.info(name).dtype == torch.float8_e4m3fn:
+        if self.format is None and self._is_fp8(name):
             read_fp8_scales(self.checkpoint, name)
 
-    @cached_property
+    @property
     def _matrix_dtypes(self) -> tuple[torch.dtype, ...]:
-        """Those of codes; or the one that dense matrices share, fp8 blocks beside bf16."""
+        """Those of codes; or the one that dense matrices share, with fp8 blocks beside bf16."""
         if self.format is not None:
             return CODE_DTYPES
-        dtype = self.dense_dtype()
-        return (dtype, torch.float8_e4m3fn) if dtype == torch.bfloat16 and not self._layout.stacked else (dtype,)
+        return (self._dense_dtype, torch.float8_e4m3fn) if self._dense_dtype == torch.bfloat16 and not self._layout.stacked else (self._dense_dtype,)
+
+    def _is_fp8(self, name: str) -> bool:
+        """Whether a dense matrix is one of fp8 blocks; CheckpointError where it has their scales and is none."""
+        dtype = self.checkpoint.info(name).dtype
+        if dtype != torch.float8_e4m3fn and fp8_scales_of(name) in self.checkpoint:
+            raise self._error("wrong dtype", name, given=f"{_names((dtype,))}, and {fp8_scales_of(name)}", needed="float8_e4m3fn with these scales")
+        return dtype == torch.float8_e4m3fn
 
     @property
     def _holders(self) -> range:

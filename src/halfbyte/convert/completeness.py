@@ -167,7 +167,8 @@ def _check_configuration(checkpoint: Checkpoint, found: Mapping[str, Shapes], sk
         _check_experts(experts, shapes, str(checkpoint.path))
     if "num_hidden_layers" in config:
         config.num_layers  # noqa: B018  # a number, at least
-    config.check_num_experts(max(len(shapes[DOWN]) for shapes in found.values()))
+    most = max(found, key=lambda experts: len(found[experts][DOWN]))
+    config.check_num_experts(len(found[most][DOWN]), f"{most}.{max(found[most][DOWN])}")
 
 
 def _check_layer(tensors: LayerTensors) -> None:

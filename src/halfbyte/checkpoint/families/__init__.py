@@ -147,8 +147,8 @@ class MoEConfig:
         return self.block.format(layer=layer)
 
 
-def describe_moe(config: Mapping[str, Any], names: Iterable[str], *, where: str = "config.json") -> MoEConfig:
-    """Read the MoE geometry and routing from the config.json of a known family, and find the experts among the tensor `names`.
+def describe_moe(config: Mapping[str, Any], found: Found, *, where: str = "config.json") -> MoEConfig:
+    """Read the MoE geometry and routing from the config.json of a known family; `found`: what `find_experts` found among its tensors.
 
     Raises:
         UnsupportedError: an unknown model_type, activation or scoring function.
@@ -160,7 +160,6 @@ def describe_moe(config: Mapping[str, Any], names: Iterable[str], *, where: str 
     section = values.section(model.section).values
     values = values.with_defaults({**model.defaults, **{key: value for key, value in section.items() if value is not None}})
     family = module.describe(values, model)
-    found = find_experts(names)
     block = only_block(found, where)
     behind = range(values.num_layers, values.num_layers + values.num_predicting)
     num_experts, top_k = values.everywhere(*NUM_EXPERTS), family.router.top_k

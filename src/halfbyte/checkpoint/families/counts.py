@@ -5,16 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from halfbyte.checkpoint.families import MoEConfig, find_experts, format_range
+from halfbyte.checkpoint.families import Found, MoEConfig, format_range
 from halfbyte.checkpoint.families.description import NUM_EXPERTS
-from halfbyte.checkpoint.projections import UP, find_layout, place_of
+from halfbyte.checkpoint.projections import UP, expert_digits, find_layout
 from halfbyte.errors import CheckpointError
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def check_counts(moe: MoEConfig, shapes: Shapes, where: str) -> None:
-    """Compare `moe` with the shapes of all tensors by name.
+def check_counts(moe: MoEConfig, found: Found, shapes: Shapes, where: str) -> None:
+    """Compare `moe` with what `find_experts` found, and the shapes of all tensors by name.
 
     Raises:
         CheckpointError: layers of which there is no tensor; experts in a layer that should have none; more or fewer of them than the tensors are of.
@@ -23,7 +23,7 @@ def check_counts(moe: MoEConfig, shapes: Shapes, where: str) -> None:
     num_layers = max((1 + _number(match[1], where, name) for name in shapes if (match := in_layer.match(name))), default=0)
     if moe.num_layers > num_layers:
         raise _contradiction("there are fewer layers in the files", where, f"num_hidden_layers {moe.num_layers}", f"at most {num_layers}")
-    for layer, names in find_experts(shapes)[moe.block].items():
+    for layer, names in found[moe.block].items():
         if layer not in moe.expert_layers:
             needed = f"experts in layers {format_range(moe.expert_layers)}"
             raise _contradiction("config.json gives this layer no experts", where, names[0], needed)
@@ -35,11 +35,11 @@ def check_counts(moe: MoEConfig, shapes: Shapes, where: str) -> None:
 
 def _count(moe: MoEConfig, layer: int, names: Sequence[str], shapes: Shapes, where: str) -> tuple[int, str]:
     """The number of experts in a layer with these tensors, and the one of them that says so."""
-    numbered = [(_number(place.expert, where, name), name) for name in names if (place := place_of(name)) and place.expert]
-    if numbered:
-        last, name = max(numbered)
-        return last + 1, name
     block = moe.block_of(layer)
+    numbered = {digits: name for name in names if (digits := expert_digits(name, len(block)))}
+    if numbered:
+        last, name = max((_number(digits, where, name), name) for digits, name in numbered.items())
+        return last + 1, name
     layout = find_layout(shapes, block, gated=moe.activation is None or moe.activation.gated)
     module = f"{block}.{layout.module(0, UP)}"
     stacked = [(shapes[name][0], name) for name in names if name.startswith(module) and len(shapes[name]) > 1]

@@ -181,11 +181,11 @@ class Config(Document):
     def top_k(self) -> int:
         return self.everywhere(*TOP_K)
 
-    def check_num_experts(self, found: int) -> None:
-        """Raise CheckpointError where a number of experts is given, for all layers, that is not the one that was `found`."""
+    def check_num_experts(self, found: int, last: str) -> None:
+        """Raise CheckpointError where a number of experts is given, for all layers, that is not the one that was `found`; `last`: what says so."""
         key = next((key for key in NUM_EXPERTS if key in self), None)
         if key and not isinstance(self.values[key], list) and self.value(key) != found:
-            raise self.misfit(key, f"{found}, as many as the files have")
+            raise self.misfit(key, f"{found}, as the files go as far as {last}")
 
     def everywhere(self, *keys: str) -> int:
         """The positive integer of the first key that has one; of a list with one for every layer, the one that they share.
