@@ -122,14 +122,14 @@ def _measure_stacked(
         dialect = STACKED_FORM.get(dialect, dialect)
     block = modules[DOWN].removesuffix(f".{layout.module(0, DOWN)}")
     _check_parts(block, parts, {layout.module(0, part) for part in layout.projections}, where)
-    names = [modules[projection] + dialect.codes for projection in (UP, DOWN)]
-    up, down = (shapes.get(name, ()) for name in names)
+    names = {projection: module + dialect.codes for projection, module in modules.items()}
+    up, down = (shapes.get(names[projection], ()) for projection in (UP, DOWN))
     sizes = stacked_sizes(up, down, halves=2 if layout.fused else 1, packed=1 if dialect.format is None else 2)
     if sizes is None:
         raise CheckpointError(
             "stacked experts do not belong together",
             where=where,
-            given=", ".join(f"{name} {shapes.get(name, 'missing')}" for name in names),
+            given=", ".join(f"{name} {shapes.get(name, 'missing')}" for name in dict.fromkeys(names.values())),
             needed="[E, 2I, H] of gate and up, [E, H, I] of down",
         )
     return sizes.num_experts, sizes.hidden, sizes.intermediate
