@@ -349,7 +349,7 @@ class LayerTensors:
                 )
 
     def _check_input_factors(self) -> None:
-        """Refuse NVFP4_AWQ's factors by name: neither codes nor block scales can take up a factor per input channel exactly."""
+        """Refuse NVFP4_AWQ's factors by name: neither codes nor block scales can take up a factor per input channel exactly (docs/checkpoints.md)."""
         suffix = self.dialect.input_factor
         if not suffix:
             return

@@ -216,6 +216,11 @@ def find_experts(names: Iterable[str]) -> Found:
     return found
 
 
+def first_of_experts(names: Iterable[str], shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """The first of these tensors of a layer that really is one of experts: Kimi-Linear calls a dense MLP, too, after the mixture of experts."""
+    return next((name for name in names if ".experts." in name or len(shapes[name]) > 2), None)
+
+
 def only_block(found: Found, where: str) -> str:
     """The only place, or CheckpointError with a tensor of each."""
     if len(found) != 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from halfbyte.checkpoint.families import Found, MoEConfig, format_range
+from halfbyte.checkpoint.families import Found, MoEConfig, first_of_experts, format_range
 from halfbyte.checkpoint.families.description import NUM_EXPERTS
 from halfbyte.checkpoint.projections import UP, expert_digits, find_layout
 from halfbyte.errors import CheckpointError
@@ -25,8 +25,10 @@ def check_counts(moe: MoEConfig, found: Found, shapes: Shapes, where: str) -> No
         raise _contradiction("there are fewer layers in the files", where, f"num_hidden_layers {moe.num_layers}", f"at most {num_layers}")
     for layer, names in found[moe.block].items():
         if layer not in moe.expert_layers:
+            if (superfluous := first_of_experts(names, shapes)) is None:
+                continue
             needed = f"experts in layers {format_range(moe.expert_layers)}"
-            raise _contradiction("config.json gives this layer no experts", where, names[0], needed)
+            raise _contradiction("config.json gives this layer no experts", where, superfluous, needed)
         num_experts, last = _count(moe, layer, names, shapes, where)
         if num_experts != moe.num_experts:
             given = f"{' or '.join(NUM_EXPERTS)} {moe.num_experts}; the files go as far as {last}"

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from halfbyte.checkpoint.dialects import GPT_OSS, MATRIX_SUFFIXES, STACKED_FORM
-from halfbyte.checkpoint.families import KNOWN_MODEL_TYPES, Found, MoEConfig, format_range, only_block
+from halfbyte.checkpoint.families import KNOWN_MODEL_TYPES, Found, MoEConfig, first_of_experts, format_range, only_block
 from halfbyte.checkpoint.families.description import ACTIVATIONS, Config
 from halfbyte.checkpoint.projections import DOWN, GATE, UP, Layout, Projection, expert_digits, find_layout, stacked_sizes
 from halfbyte.checkpoint.quantization import Quantization
@@ -77,9 +77,10 @@ def _find_layers(shapes: Shapes, found: Found, block: str, declared: int | None)
     """
     in_layer = re.compile(re.escape(block.partition("{layer}")[0]) + r"(\d+)\.")
     num_layers = max(1 + int(match[1]) for name in shapes if (match := in_layer.match(name)))
-    if declared is not None and min(found[block]) < declared:
+    layers = sorted(layer for layer, names in found[block].items() if first_of_experts(names, shapes)) or sorted(found[block])
+    if declared is not None and layers[0] < declared:
         num_layers = min(num_layers, declared)
-    below = {layer: f"{block.format(layer=layer)}." for layer in sorted(found[block])}
+    below = {layer: f"{block.format(layer=layer)}." for layer in layers}
     return num_layers, {layer: {name.removeprefix(prefix) for name in found[block][layer]} for layer, prefix in below.items()}
 
 
