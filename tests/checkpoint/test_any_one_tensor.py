@@ -68,7 +68,7 @@ def deepseek_v3() -> cf.Files:
     return files
 
 
-def predicting() -> cf.Files:
+def predicting() -> Known:
     """DeepSeek-V3 with the layer that predicts a second token, its experts in bf16 as NVIDIA publishes it."""
     files = deepseek_v3()
     files.config["num_nextn_predict_layers"] = 1
@@ -76,7 +76,10 @@ def predicting() -> cf.Files:
     head = cf.dense(cf.DEEPSEEK_V3, block="model.layers.2.mlp")
     files.tensors |= head.tensors
     files.tensors["model.layers.2.mlp.gate.e_score_correction_bias"] = torch.randn(cf.E)
-    return files
+    model = known(lambda: files, **CORRECTION)()
+    behind = {"w13": head.w13, "w2": head.w2}
+    behind |= router_values(files, router="model.layers.2.mlp.gate.weight", correction_bias="model.layers.2.mlp.gate.e_score_correction_bias")
+    return Known(files, {**model.values, **{f"{name} of layer 2": value for name, value in behind.items()}})
 
 
 def fp8_block() -> cf.Files:
@@ -176,7 +179,7 @@ CHECKPOINTS: dict[str, Callable[[], Known]] = {
     "gpt-oss": gpt_oss,
     "biases": biased,
     "deepseek-v3": known(deepseek_v3, **CORRECTION),
-    "predicting": known(predicting, **CORRECTION),
+    "predicting": predicting,
     "deepseek-v4 bytes": known(lambda: deepseek_v4(torch.uint8, "scale", False), **V4),
     "deepseek-v4 e8m0": known(lambda: deepseek_v4(torch.float8_e8m0fnu, "weight_scale_inv", False), **V4),
     "deepseek-v4 fp32": known(lambda: deepseek_v4(torch.float32, "scale", True), block="layers.1.ffn", token_experts="gate.tid2eid"),
@@ -303,15 +306,21 @@ def changes(tensors: Tensors) -> Iterator[Change]:
 
 
 def read(checkpoint: Checkpoint) -> Tensors:
-    """Everything that the library reads of the layer, in fp32; the layer that predicts is looked at too."""
+    """Everything that the library reads of the layer, and of one that predicts further tokens."""
+    values = read_layer(checkpoint, LAYER)
     for layer in checkpoint.moe.predicting_layers:
-        hb.load_experts(checkpoint, layer)
-    w = hb.load_experts(checkpoint, LAYER)
+        values |= {f"{name} of layer {layer}": value for name, value in read_layer(checkpoint, layer).items()}
+    return values
+
+
+def read_layer(checkpoint: Checkpoint, layer: int) -> Tensors:
+    """In fp32, whatever the files have."""
+    w = hb.load_experts(checkpoint, layer)
     hb.prepare(w, "canonical")
     values = {"w13": w.dequantize().w13, "w2": w.dequantize().w2, "w13_bias": w.w13_bias, "w2_bias": w.w2_bias}
     values |= {"w13_input_scale": w.w13_input_scale, "w2_input_scale": w.w2_input_scale}
     if checkpoint.moe.routing is not None:
-        router = hb.load_router(checkpoint, LAYER)
+        router = hb.load_router(checkpoint, layer)
         values |= {"router": router.weight, "logit_bias": router.logit_bias}
         values |= {"correction_bias": router.correction_bias, "token_experts": router.token_experts}
     return {name: value.float() for name, value in values.items() if value is not None}
@@ -340,11 +349,12 @@ def judge(original: Known, change: Change, folder: Path) -> str | None:
     if told:
         names = [name for name in (change.name, change.other) if name]
         return None if any(is_named(name, told) for name in names) else f"not named: {told}"
+    expected = original.values
     if change.name.endswith("scale") and any(defect.severity == "warning" and is_named(change.name, defect.message) for defect in found):
-        values = {name: original.values[name] if "input_scale" in name else value for name, value in values.items()}  # a stand-in, which is said
-    if values.keys() != original.values.keys():
-        return f"read {sorted(values)}, not {sorted(original.values)}"
-    different = [name for name, value in values.items() if not torch.equal(value, original.values[name])]
+        values, expected = ({name: value for name, value in of.items() if "input_scale" not in name} for of in (values, expected))  # others stand in
+    if values.keys() != expected.keys():
+        return f"read {sorted(values)}, not {sorted(expected)}"
+    different = [name for name, value in values.items() if not torch.equal(value, expected[name])]
     return f"silently other values of {different}" if different else None
 
 
