@@ -62,6 +62,7 @@ GPT_OSS = {
 }
 DEEPSEEK_V4 = {
     "model_type": "deepseek_v4",
+    "vocab_size": 10,
     "num_hidden_layers": 2,
     "hidden_size": H,
     "moe_intermediate_size": I,

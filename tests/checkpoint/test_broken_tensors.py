@@ -37,7 +37,10 @@ BROKEN = {
     "weight left in bf16": ({f"{GATE0}.weight": torch.zeros(I, H).bfloat16()}, ["wrong dtype", "bfloat16 (32, 64)", "uint8", "(32, 32)"]),
     "scales in fp16": ({f"{GATE0}.weight_scale": torch.zeros(I, H // 16).half()}, ["wrong dtype", "float16", "float8_e4m3fn"]),
     "scales of blocks of 32": ({f"{GATE0}.weight_scale": torch.zeros(I, H // 32).to(torch.float8_e4m3fn)}, ["wrong shape", "(32, 2)", "(32, 4)"]),
-    "NaN block scale": ({f"{GATE0}.weight_scale": torch.full((I, H // 16), 0x7F, dtype=torch.uint8)}, ["NaN or negative", "0x7f"]),
+    "NaN block scale": (
+        {f"{GATE0}.weight_scale": torch.full((I, H // 16), 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn)},
+        ["NaN or negative", "0x7f"],
+    ),
     "negative block scale": ({f"{GATE0}.weight_scale": torch.full((I, H // 16), -1.0).to(torch.float8_e4m3fn)}, ["NaN or negative", "0xb8"]),
 }
 

@@ -23,6 +23,7 @@ from halfbyte.formats.fp8_block import dequantize as dequantize_fp8_block
 
 _MAGNITUDES = 0x77  # of two codes in a byte: all but their signs
 _DENSE = (torch.bfloat16, torch.float16, torch.float32)
+_AS_IT_IS: Mapping[torch.dtype, torch.dtype] = {}
 
 
 class LayerTensors:
@@ -53,6 +54,7 @@ class LayerTensors:
         self.format: BlockFormat | None = self.dialect.format
         if self.format is not None:
             self._check_blocks(self.format)
+        self._transposed = False
         self._transposed = self._is_transposed()
         self._check_input_factors()
 
@@ -74,7 +76,7 @@ class LayerTensors:
         """Block scales as bytes, uint8 [N, K/block]; checked to have no NaN and no sign."""
         assert self.format
         name = self.name(expert, projection, self._block_scales)
-        stored = self._part(expert, projection, name, self.dialect.scale_dtypes, (self.shape(projection)[1] // self.format.block,))
+        stored = self._part(expert, projection, name, (self._scale_dtype,), (self.shape(projection)[1] // self.format.block,))
         scales = self._powers_of_two(name, stored) if stored.dtype == torch.float32 else stored.view(torch.uint8)
         largest = 0x7E if self.format.has_global_scale else 0xFE  # above: NaN, and for e4m3 the negative half
         if scales.numel() and int(scales.max()) > largest:
@@ -102,7 +104,8 @@ class LayerTensors:
 
     @cached_property
     def _dense_dtype(self) -> torch.dtype:
-        return self._shared_dtype(self.projections, self.dialect.codes, {} if self._layout.stacked else {torch.float8_e4m3fn: torch.bfloat16})
+        fp8 = {} if self._layout.stacked else {torch.float8_e4m3fn: torch.bfloat16}
+        return self._shared_dtype(self.projections, self.dialect.codes, _DENSE, fp8)
 
     def has_bias(self, projection: Projection) -> bool:
         """Whether the experts add a bias to this projection: gate and up have one each, or none has."""
@@ -124,21 +127,23 @@ class LayerTensors:
     @cached_property
     def _bias_dtypes(self) -> dict[bool, torch.dtype]:
         sides = {part == DOWN: [other for other in self.projections if (other == DOWN) == (part == DOWN)] for part in self.projections}
-        return {side: self._shared_dtype(parts, self.dialect.bias, {}) for side, parts in sides.items() if self.has_bias(parts[0])}
+        return {side: self._shared_dtype(parts, self.dialect.bias, _DENSE) for side, parts in sides.items() if self.has_bias(parts[0])}
 
-    def _shared_dtype(self, parts: Sequence[Projection], suffix: str, read_as: Mapping[torch.dtype, torch.dtype]) -> torch.dtype:
-        """The dtype of the tensors of these projections of all experts, those that are there; some are `read_as` another."""
+    def _shared_dtype(
+        self, parts: Sequence[Projection], suffix: str, known: tuple[torch.dtype, ...], read_as: Mapping[torch.dtype, torch.dtype] = _AS_IT_IS
+    ) -> torch.dtype:
+        """The dtype, one of the `known`, of the tensors of these projections of all experts, those that are there; some are `read_as` another."""
         names = list(dict.fromkeys(self.name(expert, part, suffix) for expert in self._holders for part in parts))
         dtypes = {name: self.checkpoint.info(name).dtype for name in names if name in self.checkpoint}
         if not dtypes:
-            raise self._error("missing tensor", names[0], needed=_names(_DENSE))
+            raise self._error("missing tensor", names[0], needed=_names(known))
         read = {name: read_as.get(dtype, dtype) for name, dtype in dtypes.items()}
         (common, _), *others = Counter(read.values()).most_common()
-        odd = next((name for name, dtype in read.items() if dtype not in _DENSE or (others and dtype != common)), None)
+        odd = next((name for name, dtype in read.items() if dtype not in known or (others and dtype != common)), None)
         if odd is None:
             return common
-        like = next((name for name, dtype in read.items() if name != odd and dtype in _DENSE), None)
-        needed = _names((read[like],)) + f", as {like} is" if like else _names((*_DENSE, *read_as))
+        like = next((name for name, dtype in read.items() if name != odd and dtype in known), None)
+        needed = _names((read[like],)) + f", as {like} is" if like else _names((*known, *read_as))
         raise self._error("wrong dtype", odd, given=f"{_names((dtypes[odd],))} {self.checkpoint.info(odd).shape}", needed=needed)
 
     def bias(self, expert: int, projection: Projection) -> torch.Tensor:
@@ -270,8 +275,13 @@ class LayerTensors:
 
     @cached_property
     def _block_scales(self) -> str:
-        names = self.dialect.scales
-        return next((suffix for suffix in names if self.name(0, self.projections[0], suffix) in self.checkpoint), names[0])
+        """The name that most of them have, the first where none has one."""
+        matrices = [(expert, part) for expert in self._holders for part in self.projections]
+        return max(self.dialect.scales, key=lambda suffix: sum(self.name(*matrix, suffix) in self.checkpoint for matrix in matrices))
+
+    @cached_property
+    def _scale_dtype(self) -> torch.dtype:
+        return self._shared_dtype(self.projections, self._block_scales, self.dialect.scale_dtypes)
 
     def _scalar(self, name: str, expert: int, projection: Projection) -> tuple[float, float]:
         """The decode multiplier that the scalar of one matrix means, and the scalar as stored.
@@ -367,16 +377,16 @@ class LayerTensors:
         """Whether stacked matrices are stored [K, N]: both shapes together say so, one alone may fit either way."""
         if not self._layout.stacked or self._layout.flat or self.dialect.blocked:
             return False
-        up, down = (self.name(0, part, self.dialect.codes) for part in (UP, DOWN))
-        if up not in self.checkpoint or down not in self.checkpoint:
-            return False
-        sizes = stacked_sizes(
-            self.checkpoint.info(up).shape,
-            self.checkpoint.info(down).shape,
-            halves=2 if self._layout.fused else 1,
-            packed=1 if self.format is None else 2,
-        )
-        return sizes is not None and sizes.transposed
+        shapes = {
+            part: self.checkpoint.info(name).shape for part in (UP, DOWN) if (name := self.name(0, part, self.dialect.codes)) in self.checkpoint
+        }
+        up, down = (shapes.get(part, ()) for part in (UP, DOWN))
+        sizes = stacked_sizes(up, down, halves=2 if self._layout.fused else 1, packed=1 if self.format is None else 2)
+        if sizes is not None:
+            return sizes.transposed
+        # One of them is damaged: the other one may tell.
+        usual = {part: self._stored_shape(part, self.dialect.codes_shape(self.shape(part)[1])) for part in shapes}
+        return any(shape != usual[part] and shape == (usual[part][0], *usual[part][:0:-1]) for part, shape in shapes.items())
 
     def _rows_of(self, rows: torch.Tensor, projection: Projection) -> torch.Tensor:
         """The rows of one projection out of a stacked expert."""

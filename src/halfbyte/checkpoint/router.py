@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from halfbyte.checkpoint.families import RoutingRule, tensor_names
+from halfbyte.checkpoint.families.description import Config
 from halfbyte.checkpoint.source import Checkpoint
 from halfbyte.errors import CheckpointError, UnsupportedError
 
@@ -82,8 +83,9 @@ class _RouterTensors:
     def read_ids(self, leaf: str, top_k: int, num_experts: int) -> torch.Tensor:
         """The experts of every token id, [vocabulary, top_k]."""
         dtype, given = self._checkpoint.dtype_shape(f"{self._block}.{self._only((leaf,))}")
-        if dtype not in (torch.int32, torch.int64) or len(given) != 2 or given[1] != top_k:
-            raise self._misfit(leaf, f"{dtype} {given}", f"integers (vocabulary, {top_k})")
+        tokens = Config(self._checkpoint.config, str(self._checkpoint.path / "config.json")).get("vocab_size", given[0] if given else 0)
+        if dtype not in (torch.int32, torch.int64) or given != (tokens, top_k):
+            raise self._misfit(leaf, f"{dtype} {given}", f"integers ({tokens}, {top_k})")
         ids = self._checkpoint.read(f"{self._block}.{leaf}").to(self._device, torch.int64, copy=True)
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < num_experts:
             raise self._misfit(leaf, f"experts {int(ids.min())} to {int(ids.max())}", f"0 to {num_experts - 1}")
