@@ -62,6 +62,7 @@ GPT_OSS = {
 }
 DEEPSEEK_V4 = {
     "model_type": "deepseek_v4",
+    "vocab_size": 10,
     "num_hidden_layers": 2,
     "hidden_size": H,
     "moe_intermediate_size": I,
@@ -271,4 +272,22 @@ def dense(
 
 def add_router(files: Files, block: str, name: str = "gate") -> Files:
     files.tensors[f"{block}.{name}.weight"] = torch.randn(E, H, dtype=torch.bfloat16)
+    return files
+
+
+def without(files: Files, word: str) -> Files:
+    assert any(word in name for name in files.tensors)
+    files.tensors = {name: tensor for name, tensor in files.tensors.items() if word not in name}
+    return files
+
+
+def prune(files: Files, expert: int, scale: float, negative_zero: bool = False) -> Files:
+    for name in [name for name in files.tensors if f".experts.{expert}." in name]:
+        tensor = files.tensors[name]
+        if name.endswith((".weight", ".weight_packed")):
+            files.tensors[name] = torch.full_like(tensor, 0x88 if negative_zero else 0)
+        elif name.endswith((".weight_scale_2", ".weight_global_scale")):
+            files.tensors[name] = torch.full_like(tensor, scale)
+    for matrices in files.dense.values():
+        matrices[expert] = torch.full_like(matrices[expert], -0.0 if negative_zero else 0.0)
     return files

@@ -45,6 +45,7 @@ def test_an_interrupted_job_continues(tmp_path: Path) -> None:
     first.write_tensors("s1", W, record={"x": 1})
     first.keep_note("calibration", [1.5])
     (tmp_path / "s2.halfbyte-partial").write_bytes(b"half a shard")
+    (tmp_path / ".tmpk3Xw9Q").write_bytes(b"what safetensors had written of it")
     again = CheckpointWriter(tmp_path, dict(JOB))
     assert again.is_finished("s1") and again.record_of("s1") == {"x": 1} and again.note("calibration") == [1.5]
     assert not again.is_finished("s2") and again.note("other") is None

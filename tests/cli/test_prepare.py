@@ -96,6 +96,7 @@ def test_a_layout_that_does_not_hold_the_weights_is_1(tmp_path: Path, cache_dir:
     [
         ["--layout", "best"],
         ["--layers", "5-3"],
+        ["--layers", "0-9999999999"],
         ["--layers", "all"],
         ["--experts", "3"],
         ["--experts", "3:3"],

@@ -40,6 +40,7 @@ def test_dry_run(source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (["--format", "mxfp4", "--output", "modelopt"], 2, "modelopt checkpoints do not exist in MXFP4"),
         (["--scale-rule", "floor"], 2, "belongs to mxfp4"),
         (["--skip", "no.such.*"], 1, "matches no module"),
+        (["--device", "nowhere"], 3, "cannot use the device"),
     ],
 )
 def test_exit_codes(source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, message: str) -> None:

@@ -2,8 +2,9 @@
 
 from halfbyte.checkpoint.defects import Defect, find_defects
 from halfbyte.checkpoint.families import MoEConfig, RoutingRule
-from halfbyte.checkpoint.load import RouterWeights, load_experts, load_router
+from halfbyte.checkpoint.load import load_experts
 from halfbyte.checkpoint.quantization import Quantization
+from halfbyte.checkpoint.router import RouterWeights, load_router
 from halfbyte.checkpoint.source import Checkpoint, TensorInfo, resolve_model
 
 __all__ = [

@@ -10,6 +10,7 @@ import torch
 
 from halfbyte.checkpoint.layer_tensors import LayerTensors
 from halfbyte.checkpoint.projections import GATE, Projection
+from halfbyte.checkpoint.router import load_router
 from halfbyte.checkpoint.source import Checkpoint
 from halfbyte.errors import CheckpointError, UnsupportedError
 
@@ -50,13 +51,15 @@ class ScaleStatistics:
 
 
 def find_defects(checkpoint: Checkpoint) -> list[Defect]:
-    """Examine every MoE layer: missing or misshapen tensors, NaN, zero and wildly scattered scales. Reads all scales, no codes.
+    """Examine every MoE layer, and those that predict further tokens: missing, misshapen and superfluous tensors; NaN, zero and scattered scales.
+
+    Reads scales, biases and routers; of codes and dense weights the headers, unless a global scale of 0 makes a matrix suspect of being pruned.
 
     >>> from pathlib import Path
     >>> find_defects(Checkpoint.open(Path(halfbyte.__file__).parent / "demo_model"))
     []
     """
-    return [defect for layer in checkpoint.moe.moe_layers for defect in examine_layer(checkpoint, layer)[1]]
+    return [defect for layer in checkpoint.moe.expert_layers for defect in examine_layer(checkpoint, layer)[1]]
 
 
 def examine_layer(checkpoint: Checkpoint, layer: int) -> tuple[list[ScaleStatistics], list[Defect]]:
@@ -65,7 +68,8 @@ def examine_layer(checkpoint: Checkpoint, layer: int) -> tuple[list[ScaleStatist
     Raises:
         CheckpointError: there is no such layer, or it has no routed experts.
     """
-    checkpoint.moe.block_of(layer)
+    moe = checkpoint.moe
+    moe.block_of(layer)
     failures: list[str] = []
 
     def attempt(function: Callable[..., T], *arguments: object) -> T | None:
@@ -77,20 +81,23 @@ def examine_layer(checkpoint: Checkpoint, layer: int) -> tuple[list[ScaleStatist
 
     statistics: list[ScaleStatistics] = []
     warnings: list[str] = []
+    attempt(moe.check_layer, layer)
+    if moe.routing is not None:
+        attempt(load_router, checkpoint, layer)
     tensors = attempt(LayerTensors, checkpoint, layer)
     if tensors is not None:
         attempt(tensors.check_all_used)
-        experts = range(checkpoint.moe.num_experts)
-        if tensors.format is None:
-            for projection in tensors.projections:
-                for expert in experts:
-                    attempt(tensors.dense_parts, expert, projection)
-        else:
+        experts = range(moe.num_experts)
+        for projection in tensors.projections:
+            for expert in experts:
+                attempt(tensors.check_matrix, expert, projection)
+                if tensors.has_bias(projection):
+                    attempt(tensors.bias, expert, projection)
+        if tensors.format is not None:
             global_scales, input_scales = attempt(tensors.global_scales, experts), attempt(tensors.input_scales)
             for column, projection in enumerate(tensors.projections):
                 histogram = torch.zeros(256, dtype=torch.int64)
                 for expert in experts:
-                    attempt(tensors.codes, expert, projection)
                     scales = attempt(tensors.scales, expert, projection)
                     if scales is not None:
                         histogram += torch.bincount(scales.flatten(), minlength=256)
@@ -100,9 +107,6 @@ def examine_layer(checkpoint: Checkpoint, layer: int) -> tuple[list[ScaleStatist
             warnings += _describe_gate_up(global_scales) if GATE in tensors.projections else []
             warnings += describe_missing(tensors.missing_input_scales())
             warnings += [] if input_scales is None else describe_scatter(input_scales, tensors.projections)
-        for projection in tensors.projections:
-            if tensors.has_bias(projection):
-                attempt(tensors.bias, 0, projection)
     defects = [Defect("warning", layer, message) for message in warnings]
     if failures:
         more = f" (and {len(failures) - 1} more errors in this layer)" if len(failures) > 1 else ""

@@ -13,10 +13,10 @@
 | deepseek-v4 | .weight int8 [N, K/2] | .scale or .weight_scale_inv, e8m0 or a power of two in fp32 [N, K/32] | | |
 | fp8-block | .weight e4m3 [N, K] | .weight_scale_inv fp32 or bf16 [N/128, K/128], rounded up | | |
 | dense | .weight bf16, fp16, fp32 [N, K] | | | |
-| stacked | no suffix: bf16, fp16, fp32 [E, N, K] or [E, K, N] | | | |
+| dense stacked | no suffix: bf16, fp16, fp32 [E, N, K] or [E, K, N] | | | |
 
 Scales are row-major. Global and input scales are fp32, decode multipliers for modelopt and encode multipliers (1 / decode) for compressed-tensors; an
-input scale is there only where activations were calibrated. gpt-oss and stacked hold all experts of a layer in one tensor, their biases in _bias.
+input scale is there only where activations were calibrated. gpt-oss and stacked ones hold all experts of a layer in one tensor, biases in _bias.
 Stacked experts whose names end in .weight (`block_sparse_moe.input_linear.weight`) have the suffixes of single matrices.
 
 Sources: ModelOpt `export/convert_hf_config.py`, compressed-tensors `quantization/quant_scheme.py`, the published files of gpt-oss, DeepSeek-V3 and
@@ -134,6 +134,29 @@ class Dialect:
         return tensors
 
 
+def _stacked(single: Dialect, *, dropped: str = "") -> Dialect:
+    """The same for all experts of a layer in one tensor that is a Parameter of its own: no ".weight", and "_" where a module has ".".
+
+    `dropped`: a word that goes with it in the names of the other tensors.
+    """
+
+    def renamed(suffix: str) -> str:
+        return suffix.removeprefix(dropped).replace(".", "_")
+
+    return replace(
+        single,
+        name=f"{single.name} stacked",
+        codes="" if single.codes == ".weight" else renamed(single.codes),
+        scales=tuple(map(renamed, single.scales)),
+        global_scale=renamed(single.global_scale),
+        input_scale=renamed(single.input_scale),
+        bias=renamed(single.bias),
+        input_factor=renamed(single.input_factor),
+        dense="",
+        stacked=True,
+    )
+
+
 def fp8_scales_of(weight: str) -> str:
     """The name of the fp8-block scales that belong to the tensor `weight`, whatever that is called."""
     return f"{weight}_scale_inv"
@@ -152,34 +175,10 @@ FP8 = Dialect("fp8", scales=(".weight_scale", fp8_scales_of(".weight"), ".scale"
 FP8_STACKED = Dialect("fp8 stacked", codes="", scales=("_weight_scale", "_scale", fp8_scales_of("")), dense="", stacked=True)
 FP8_BLOCK = Dialect("fp8-block", scales=(fp8_scales_of(".weight"),), scale_dtypes=(torch.float32, torch.bfloat16))
 DENSE = Dialect("dense")
-# The same for all experts of a layer in one tensor that is a Parameter of its own, without ".weight".
-STACKED_MODELOPT = replace(
-    MODELOPT,
-    name="modelopt stacked",
-    codes="",
-    scales=("_weight_scale",),
-    global_scale="_weight_scale_2",
-    input_scale="_input_scale",
-    bias="_bias",
-    input_factor="_pre_quant_scale",
-    dense="",
-    stacked=True,
-)
-STACKED_NVFP4_PACK = replace(
-    NVFP4_PACK,
-    name="nvfp4-pack-quantized stacked",
-    codes="_packed",
-    scales=("_scale",),
-    global_scale="_global_scale",
-    input_scale="_input_global_scale",
-    bias="_bias",
-    dense="",
-    stacked=True,
-)
-STACKED_MXFP4_PACK = replace(
-    MXFP4_PACK, name="mxfp4-pack-quantized stacked", codes="_packed", scales=("_scale",), bias="_bias", dense="", stacked=True
-)
-STACKED_DENSE = Dialect("stacked", codes="", bias="_bias", dense="", stacked=True)
+STACKED_MODELOPT = _stacked(MODELOPT)
+STACKED_NVFP4_PACK = _stacked(NVFP4_PACK, dropped=".weight")
+STACKED_MXFP4_PACK = _stacked(MXFP4_PACK, dropped=".weight")
+STACKED_DENSE = _stacked(DENSE)
 STACKED_FORM = {MODELOPT: STACKED_MODELOPT, NVFP4_PACK: STACKED_NVFP4_PACK, MXFP4_PACK: STACKED_MXFP4_PACK, DENSE: STACKED_DENSE}
 DIALECTS = (MODELOPT, NVFP4_PACK, MXFP4_PACK, QUARK, GPT_OSS, DEEPSEEK_V4, FP8_BLOCK, DENSE, *STACKED_FORM.values())
 

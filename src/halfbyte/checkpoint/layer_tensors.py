@@ -6,14 +6,15 @@ Names come from `checkpoint.projections` (which matrix) and `checkpoint.dialects
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 
 import torch
 
-from halfbyte.checkpoint.dialects import CODE_DTYPES, FP8_BLOCK, STACKED_FORM
+from halfbyte.checkpoint.dialects import CODE_DTYPES, FP8_BLOCK, STACKED_FORM, fp8_scales_of
 from halfbyte.checkpoint.families import KNOWN_MODEL_TYPES, tensor_names
-from halfbyte.checkpoint.fp8_source import read_fp8_block
+from halfbyte.checkpoint.fp8_source import read_fp8_block, read_fp8_scales
 from halfbyte.checkpoint.projections import DOWN, GATE, UP, Projection, find_layout, place_of, stacked_sizes
 from halfbyte.checkpoint.source import Checkpoint
 from halfbyte.errors import CheckpointError, UnsupportedError
@@ -22,6 +23,7 @@ from halfbyte.formats.fp8_block import dequantize as dequantize_fp8_block
 
 _MAGNITUDES = 0x77  # of two codes in a byte: all but their signs
 _DENSE = (torch.bfloat16, torch.float16, torch.float32)
+_AS_IT_IS: Mapping[torch.dtype, torch.dtype] = {}
 
 
 class LayerTensors:
@@ -36,7 +38,6 @@ class LayerTensors:
     def __init__(self, checkpoint: Checkpoint, layer: int):
         """Raises CheckpointError for a layer without routed experts, UnsupportedError for a format halfbyte does not read."""
         self.checkpoint, self.moe = checkpoint, checkpoint.moe
-        self.moe.check_layer(layer, str(checkpoint.path / "config.json"))
         self.block = self.moe.block_of(layer)
         gated = self.moe.activation is None or self.moe.activation.gated
         self._layout = layout = find_layout(checkpoint, self.block, gated=gated)
@@ -48,11 +49,12 @@ class LayerTensors:
             raise UnsupportedError("gate, up and down are stored in different formats", where=self.block, given=given, needed="one format")
         self.dialect = dialects.pop()
         stacked_form = STACKED_FORM.get(self.dialect) if layout.stacked else None
-        if stacked_form and modules[DOWN] + self.dialect.codes not in checkpoint:
+        if stacked_form and not any(module + self.dialect.codes in checkpoint for module in modules.values()):
             self.dialect = stacked_form
         self.format: BlockFormat | None = self.dialect.format
         if self.format is not None:
             self._check_blocks(self.format)
+        self._transposed = False
         self._transposed = self._is_transposed()
         self._check_input_factors()
 
@@ -74,7 +76,7 @@ class LayerTensors:
         """Block scales as bytes, uint8 [N, K/block]; checked to have no NaN and no sign."""
         assert self.format
         name = self.name(expert, projection, self._block_scales)
-        stored = self._part(expert, projection, name, self.dialect.scale_dtypes, (self.shape(projection)[1] // self.format.block,))
+        stored = self._part(expert, projection, name, (self._scale_dtype,), (self.shape(projection)[1] // self.format.block,))
         scales = self._powers_of_two(name, stored) if stored.dtype == torch.float32 else stored.view(torch.uint8)
         largest = 0x7E if self.format.has_global_scale else 0xFE  # above: NaN, and for e4m3 the negative half
         if scales.numel() and int(scales.max()) > largest:
@@ -89,34 +91,69 @@ class LayerTensors:
     def dense_parts(self, expert: int, projection: Projection) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The weight [N, K] as stored and, for fp8-block, its checked scales."""
         shape, name = self.shape(projection), self.name(expert, projection, self.dialect.codes)
-        fp8 = () if self._layout.stacked else (torch.float8_e4m3fn,)
-        weight = self._part(expert, projection, name, (self.dense_dtype(), *fp8), shape[1:])
-        return (weight, None) if weight.dtype != torch.float8_e4m3fn else read_fp8_block(self.checkpoint, name)
+        weight = self._part(expert, projection, name, self._matrix_dtypes, shape[1:])
+        return read_fp8_block(self.checkpoint, name) if self._is_fp8(name) else (weight, None)
 
     def dense_dtype(self) -> torch.dtype:
-        """dtype that `dense` returns: that of the first expert's first matrix, which all share; bf16 for fp8-block."""
-        name = self.name(0, self.projections[0], self.dialect.codes)
-        if name not in self.checkpoint:
-            raise self._error("missing tensor", name, needed=_names(_DENSE))
-        dtype = self.checkpoint.info(name).dtype
-        if dtype not in (*_DENSE, torch.float8_e4m3fn):
-            raise self._error("wrong dtype", name, given=_names((dtype,)), needed=_names((*_DENSE, torch.float8_e4m3fn)))
-        return torch.bfloat16 if dtype == torch.float8_e4m3fn else dtype
+        """dtype that `dense` returns, which all matrices of the layer share; bf16 for fp8-block.
+
+        Raises:
+            CheckpointError: they do not, or have one that is not read.
+        """
+        return self._dense_dtype
+
+    @cached_property
+    def _dense_dtype(self) -> torch.dtype:
+        fp8 = {} if self._layout.stacked else {torch.float8_e4m3fn: torch.bfloat16}
+        return self._shared_dtype(self.projections, self.dialect.codes, _DENSE, fp8)
 
     def has_bias(self, projection: Projection) -> bool:
         """Whether the experts add a bias to this projection: gate and up have one each, or none has."""
-        if not self.dialect.bias:
-            return False
-        names = [self.name(0, part, self.dialect.bias) for part in self.projections if (part == DOWN) == (projection == DOWN)]
-        return self.moe.biased or any(name in self.checkpoint for name in names)
+        return bool(self.dialect.bias) and (self.moe.biased or (projection == DOWN) in self._biased)
+
+    @cached_property
+    def _biased(self) -> set[bool]:
+        """Whether down has a bias (True), and gate and up have (False): where most are there the others are missing, else they are superfluous."""
+        present: dict[bool, list[bool]] = {True: [], False: []}
+        for expert in self._holders:
+            for part in self.projections:
+                present[part == DOWN].append(self.name(expert, part, self.dialect.bias) in self.checkpoint)
+        return {side for side, found in present.items() if 2 * sum(found) >= len(found)}
 
     def bias_dtype(self, projection: Projection) -> torch.dtype:
-        """dtype of the bias, which all experts share."""
-        return self.checkpoint.info(self.name(0, projection, self.dialect.bias)).dtype
+        """dtype of the bias, which all experts share, as gate and up do; errors as `dense_dtype`."""
+        return self._bias_dtypes[projection == DOWN]
+
+    @cached_property
+    def _bias_dtypes(self) -> dict[bool, torch.dtype]:
+        sides = {part == DOWN: [other for other in self.projections if (other == DOWN) == (part == DOWN)] for part in self.projections}
+        return {side: self._shared_dtype(parts, self.dialect.bias, _DENSE) for side, parts in sides.items() if self.has_bias(parts[0])}
+
+    def _shared_dtype(
+        self, parts: Sequence[Projection], suffix: str, known: tuple[torch.dtype, ...], read_as: Mapping[torch.dtype, torch.dtype] = _AS_IT_IS
+    ) -> torch.dtype:
+        """The dtype, one of the `known`, of the tensors of these projections of all experts, those that are there; some are `read_as` another."""
+        names = list(dict.fromkeys(self.name(expert, part, suffix) for expert in self._holders for part in parts))
+        dtypes = {name: self.checkpoint.info(name).dtype for name in names if name in self.checkpoint}
+        if not dtypes:
+            raise self._error("missing tensor", names[0], needed=_names(known))
+        read = {name: read_as.get(dtype, dtype) for name, dtype in dtypes.items()}
+        (common, _), *others = Counter(read.values()).most_common()
+        odd = next((name for name, dtype in read.items() if dtype not in known or (others and dtype != common)), None)
+        if odd is None:
+            return common
+        like = next((name for name, dtype in read.items() if name != odd and dtype in known), None)
+        needed = _names((read[like],)) + f", as {like} is" if like else _names((*known, *read_as))
+        raise self._error("wrong dtype", odd, given=f"{_names((dtypes[odd],))} {self.checkpoint.info(odd).shape}", needed=needed)
 
     def bias(self, expert: int, projection: Projection) -> torch.Tensor:
         """The bias [N] of a projection."""
-        return self._part(expert, projection, self.name(expert, projection, self.dialect.bias), _DENSE, ())
+        name = self.name(expert, projection, self.dialect.bias)
+        if name not in self.checkpoint:
+            others = (self.name(expert, part, self.dialect.bias) for part in self.projections)
+            present = next((other for other in others if other in self.checkpoint), "no other")
+            raise self._error("missing tensor", name, given=f"{present} of this expert", needed="a bias of each matrix, or of none")
+        return self._part(expert, projection, name, (self.bias_dtype(projection),), ())
 
     def global_scales(self, experts: Iterable[int]) -> torch.Tensor | None:
         """Decode multipliers fp32 [len(experts), 3] of gate, up, down (2 without gate); None for a format without.
@@ -172,26 +209,47 @@ class LayerTensors:
         missing = [name for name in names if name not in self.checkpoint]
         return missing if len(missing) < len(names) else []
 
-    def check_sizes(self) -> None:
-        """Compare the first expert with the configuration, by header alone: what is allocated by the one must fit the other.
+    def check_matrix(self, expert: int, projection: Projection) -> None:
+        """Compare a matrix with the configuration, by header alone; of fp8 blocks the scales are read.
 
         Raises:
             CheckpointError: a missing tensor, or one of another dtype or shape.
         """
-        dense = _DENSE if self._layout.stacked else (*_DENSE, torch.float8_e4m3fn)
-        for projection in self.projections:
-            codes = self.dialect.codes_shape(self.shape(projection)[1])
-            name = self.name(0, projection, self.dialect.codes)
-            self._check(name, CODE_DTYPES if self.format else dense, self._stored_shape(projection, codes))
+        name = self.name(expert, projection, self.dialect.codes)
+        if name not in self.checkpoint:
+            others = {self.name(expert, other, self.dialect.codes) for other in self.projections}
+            present = sorted(other for other in others if other in self.checkpoint)
+            raise self._error("missing tensor", name, given=f"of this expert {', '.join(present) or 'no matrix'}", needed="all of its matrices")
+        self._check(name, self._matrix_dtypes, self._stored_shape(projection, self.dialect.codes_shape(self.shape(projection)[1])))
+        if self.format is None and self._is_fp8(name):
+            read_fp8_scales(self.checkpoint, name)
+
+    @property
+    def _matrix_dtypes(self) -> tuple[torch.dtype, ...]:
+        """Those of codes; or the one that dense matrices share, with fp8 blocks beside bf16."""
+        if self.format is not None:
+            return CODE_DTYPES
+        return (self._dense_dtype, torch.float8_e4m3fn) if self._dense_dtype == torch.bfloat16 and not self._layout.stacked else (self._dense_dtype,)
+
+    def _is_fp8(self, name: str) -> bool:
+        """Whether a dense matrix is one of fp8 blocks; CheckpointError where it has their scales and is none."""
+        dtype = self.checkpoint.info(name).dtype
+        if dtype != torch.float8_e4m3fn and fp8_scales_of(name) in self.checkpoint:
+            raise self._error("wrong dtype", name, given=f"{_names((dtype,))}, and {fp8_scales_of(name)}", needed="float8_e4m3fn with these scales")
+        return dtype == torch.float8_e4m3fn
+
+    @property
+    def _holders(self) -> range:
+        """The experts that have tensors of their own: of stacked ones the first stands for all."""
+        return range(1 if self._layout.stacked else self.moe.num_experts)
 
     def check_all_used(self) -> None:
         """Raises UnsupportedError for a tensor of the layer's experts that nothing here reads: a scale or a bias that would be left out."""
-        experts = range(1) if self._layout.stacked else range(self.moe.num_experts)
         read = set()
         for projection in self.projections:
             biases = (self.dialect.bias,) if self.has_bias(projection) else ()
             suffixes = (self.dialect.codes, *filter(None, self._scale_suffixes()), *biases)
-            read |= {self.name(expert, projection, suffix) for expert in experts for suffix in suffixes}
+            read |= {self.name(expert, projection, suffix) for expert in self._holders for suffix in suffixes}
         if self.moe.family in KNOWN_MODEL_TYPES:  # some call a router's tensor experts.e_score_correction_bias
             read |= {f"{self.block}.{name}" for name in tensor_names(self.moe.family).correction_bias}
         names = self.checkpoint.names
@@ -217,8 +275,13 @@ class LayerTensors:
 
     @cached_property
     def _block_scales(self) -> str:
-        names = self.dialect.scales
-        return next((suffix for suffix in names if self.name(0, self.projections[0], suffix) in self.checkpoint), names[0])
+        """The name that most of them have, the first where none has one."""
+        matrices = [(expert, part) for expert in self._holders for part in self.projections]
+        return max(self.dialect.scales, key=lambda suffix: sum(self.name(*matrix, suffix) in self.checkpoint for matrix in matrices))
+
+    @cached_property
+    def _scale_dtype(self) -> torch.dtype:
+        return self._shared_dtype(self.projections, self._block_scales, self.dialect.scale_dtypes)
 
     def _scalar(self, name: str, expert: int, projection: Projection) -> tuple[float, float]:
         """The decode multiplier that the scalar of one matrix means, and the scalar as stored.
@@ -229,7 +292,7 @@ class LayerTensors:
         experts = self.moe.num_experts
         halves = 2 if self._layout.fused and projection != DOWN else 1
         counts = {1, experts, halves * experts} if self._layout.stacked else {1}
-        if tensor.numel() not in counts or not tensor.is_floating_point():
+        if tensor.numel() not in counts or tensor.dtype not in (*_DENSE, torch.float64):
             needed = f"one number, or one per expert: ({experts},)" if self._layout.stacked else "one fp32 number"
             raise self._error("not a scalar", name, given=f"{tensor.dtype} {tuple(tensor.shape)}", needed=needed)
         of_expert = tensor.reshape(1) if tensor.numel() == 1 else tensor.reshape(experts, -1)[expert]
@@ -296,7 +359,7 @@ class LayerTensors:
                 )
 
     def _check_input_factors(self) -> None:
-        """Refuse NVFP4_AWQ's factors by name: neither codes nor block scales can take up a factor per input channel exactly."""
+        """Refuse NVFP4_AWQ's factors by name: neither codes nor block scales can take up a factor per input channel exactly (docs/checkpoints.md)."""
         suffix = self.dialect.input_factor
         if not suffix:
             return
@@ -314,16 +377,16 @@ class LayerTensors:
         """Whether stacked matrices are stored [K, N]: both shapes together say so, one alone may fit either way."""
         if not self._layout.stacked or self._layout.flat or self.dialect.blocked:
             return False
-        up, down = (self.name(0, part, self.dialect.codes) for part in (UP, DOWN))
-        if up not in self.checkpoint or down not in self.checkpoint:
-            return False
-        sizes = stacked_sizes(
-            self.checkpoint.info(up).shape,
-            self.checkpoint.info(down).shape,
-            halves=2 if self._layout.fused else 1,
-            packed=1 if self.format is None else 2,
-        )
-        return sizes is not None and sizes.transposed
+        shapes = {
+            part: self.checkpoint.info(name).shape for part in (UP, DOWN) if (name := self.name(0, part, self.dialect.codes)) in self.checkpoint
+        }
+        up, down = (shapes.get(part, ()) for part in (UP, DOWN))
+        sizes = stacked_sizes(up, down, halves=2 if self._layout.fused else 1, packed=1 if self.format is None else 2)
+        if sizes is not None:
+            return sizes.transposed
+        # One of them is damaged: the other one may tell.
+        usual = {part: self._stored_shape(part, self.dialect.codes_shape(self.shape(part)[1])) for part in shapes}
+        return any(shape != usual[part] and shape == (usual[part][0], *usual[part][:0:-1]) for part, shape in shapes.items())
 
     def _rows_of(self, rows: torch.Tensor, projection: Projection) -> torch.Tensor:
         """The rows of one projection out of a stacked expert."""

@@ -1,43 +1,22 @@
-"""Files to canonical `ExpertWeights` and `RouterWeights`: outputs are preallocated and filled expert by expert from the mapped files."""
+"""Files to canonical `ExpertWeights`: outputs are preallocated and filled expert by expert from the mapped files."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from halfbyte.checkpoint.defects import describe_missing, describe_scatter
-from halfbyte.checkpoint.families import RoutingRule, tensor_names
 from halfbyte.checkpoint.layer_tensors import LayerTensors
 from halfbyte.checkpoint.projections import DOWN, GATE, UP, Projection
 from halfbyte.checkpoint.source import Checkpoint
-from halfbyte.errors import CheckpointError, InputError
+from halfbyte.errors import InputError
 from halfbyte.experts import ExpertWeights
 from halfbyte.formats import QuantTensor
 
 _log = logging.getLogger("halfbyte")
-
-
-@dataclass(frozen=True)
-class RouterWeights:
-    """The router of one MoE layer: logits = hidden @ weight.T (+ logit_bias), then `route(logits, ..., bias=correction_bias)` by `rule`.
-
-    Attributes:
-        weight: [E, H] in the file's dtype; compute the logits in fp32.
-        rule: method name and parameters.
-        logit_bias: [E], added to the logits (gpt-oss), or None.
-        correction_bias: fp32 [E], added to the scores for selection only (DeepSeek-V3, GLM-4, DeepSeek-V4), or None.
-        token_experts: int64 [vocabulary, k], the experts of every token id (DeepSeek-V4's first layers, which do not select), or None.
-    """
-
-    weight: torch.Tensor
-    rule: RoutingRule
-    logit_bias: torch.Tensor | None = None
-    correction_bias: torch.Tensor | None = None
-    token_experts: torch.Tensor | None = None
 
 
 def load_experts(model: str | Path | Checkpoint, layer: int, device: torch.device | str = "cpu", *, experts: range | None = None) -> ExpertWeights:
@@ -87,14 +66,16 @@ class ExpertReader:
 
     def __init__(self, checkpoint: Checkpoint, layer: int, experts: range | None = None):
         """Look the layer's tensors up, each of which has a use; no data is read. `experts` and errors as in `load_experts`."""
+        self._layer, moe, where = layer, checkpoint.moe, str(checkpoint.path / "config.json")
+        moe.check_layer(layer, where)
         self._tensors = LayerTensors(checkpoint, layer)
-        self._layer, moe = layer, checkpoint.moe
-        self._activation = moe.known_activation(str(checkpoint.path / "config.json"))
+        self._activation = moe.known_activation(where)
         self.experts = range(moe.num_experts) if experts is None else experts
         if self.experts.step != 1 or not 0 <= self.experts.start <= self.experts.stop <= moe.num_experts:
             raise InputError("experts must be a contiguous slice of the layer's experts", given=experts, needed=f"within range(0, {moe.num_experts})")
         self.format = self._tensors.format
-        self._tensors.check_sizes()
+        for projection in self._tensors.projections:  # before anything is allocated for sizes that the files do not have
+            self._tensors.check_matrix(0, projection)
         self._tensors.check_all_used()
 
     def allocate(self, device: torch.device | str, num_experts: int | None = None) -> ExpertWeights:
@@ -170,39 +151,3 @@ class ExpertReader:
         for message in (*describe_missing(self._tensors.missing_input_scales()), *describe_scatter(scales, self._tensors.projections)):
             _log.warning("%s, layer %d: %s", self._tensors.checkpoint.path, self._layer, message)
         return scales
-
-
-def load_router(model: str | Path | Checkpoint, layer: int, device: torch.device | str = "cpu") -> RouterWeights:
-    """Read the router of one MoE layer.
-
-    Raises:
-        CheckpointError: no router, a wrong shape, or no MoE layer.
-        UnsupportedError: a model family that halfbyte does not know.
-
-    >>> from pathlib import Path
-    >>> router = load_router(Path(halfbyte.__file__).parent / "demo_model", 0)
-    >>> router.weight.shape, router.rule.method, router.rule.top_k
-    (torch.Size([16, 256]), 'renormalize', 4)
-    """
-    checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.open(model)
-    moe = checkpoint.moe
-    rule, names = moe.known_routing(str(checkpoint.path / "config.json")), tensor_names(moe.family)
-    block = moe.block_of(layer)
-
-    def read(leaf: str, *shape: int) -> torch.Tensor | None:
-        name = f"{block}.{leaf}"
-        if not leaf or name not in checkpoint:
-            return None
-        dtype, given = checkpoint.dtype_shape(name)
-        if given[: len(shape)] != shape or dtype.itemsize < 2:
-            raise CheckpointError(
-                f"router tensor {name} does not fit", where=str(checkpoint.file_of(name)), given=f"{dtype} {given}", needed=f"unquantised {shape}"
-            )
-        return checkpoint.read(name).to(device, copy=True)
-
-    weight = next((found for leaf in names.router if (found := read(leaf, moe.num_experts, moe.hidden)) is not None), None)
-    if weight is None:
-        raise CheckpointError("no router", where=str(checkpoint.path), needed=f"{block}.{' or '.join(names.router)}")
-    corrections = (read(name, moe.num_experts) for name in names.correction_bias)
-    correction = next((bias.float() for bias in corrections if bias is not None), None)
-    return RouterWeights(weight, rule, read(names.logit_bias, moe.num_experts), correction, read(names.token_experts))

@@ -69,6 +69,7 @@ LAYOUTS = (
     Layout("experts.{expert}.{leaf}", _PROJ),
     Layout("experts.{expert}.{leaf}", _NUMBERED),
     Layout("experts.{expert}.{leaf}", _WITHOUT_GATE),
+    Layout("experts.{leaf}.{expert}", _PROJ),  # Qwen3-VL-MoE as ModelOpt 0.43 takes it apart
     Layout("experts.mlp.{leaf}.{expert}", {GATE: "w1_linear", UP: "v1_linear", DOWN: "w2_linear"}),  # DBRX as ModelOpt takes it apart
     GATE_UP,
     Layout("experts.{leaf}", _PROJ),
@@ -84,7 +85,12 @@ STACKED: dict[Projection, str] = _GATE_UP
 
 # A layer's experts in names: a module `experts`, or matrices right in a module that is called after its mixture of experts.
 _IN_PLACE = sorted({leaf for layout in LAYOUTS if layout.pattern == "{leaf}" for leaf in layout.leaves.values()})
-_OF_EXPERTS = re.compile(rf"^((?:.*\.)?(?:layers|blocks))\.(\d{{1,9}})((?:\.\w+)*?)(?:\.experts\.|(?<=moe)\.(?:{'|'.join(_IN_PLACE)})(?:[._]|$))")
+_OF_EXPERTS = re.compile(
+    rf"^((?:.*\.)?(?:layers|blocks))\.(0|[1-9]\d{{0,8}})((?:\.\w+)*?)(?:\.experts\.|(?<=moe)\.(?:{'|'.join(_IN_PLACE)})(?:[._]|$))"
+)
+
+
+_NUMBER = re.compile(r"\.(\d+)(?:\.|$)")
 
 
 class Place(NamedTuple):
@@ -108,6 +114,16 @@ def place_of(name: str) -> Place | None:
         return None
     layers, layer, block = match.groups()
     return Place(f"{layers}.{{layer}}{block}", int(layer), name[match.end(3) + 1 :])
+
+
+def expert_digits(name: str, start: int) -> str | None:
+    """The digits that stand for the expert in the name of a tensor, from `start` on; None where experts are stacked.
+
+    >>> expert_digits("model.layers.3.mlp.experts.12.up_proj.weight", len("model.layers.3.mlp"))
+    '12'
+    """
+    match = _NUMBER.search(name, start)
+    return match and match[1]
 
 
 # What vLLM and SGLang call a matrix that they fuse from several modules of a checkpoint. Several engines keep one global scale for it.

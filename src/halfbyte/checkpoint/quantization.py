@@ -2,10 +2,10 @@
 
 | kind | said by |
 |---|---|
-| modelopt | hf_quant_config.json, or quant_method "modelopt" |
+| modelopt | hf_quant_config.json, quant_method "modelopt", a quant_algo or moe_quant_algo |
 | compressed-tensors | quant_method "compressed-tensors" |
 | gpt-oss | quant_method "mxfp4" |
-| deepseek-v4 | expert_dtype "fp4" |
+| deepseek-v4 | expert_dtype "fp4", and none of the above |
 | quark | quant_method "quark" |
 | fp8-block | quant_method "fp8" |
 | dense | nothing |
@@ -135,15 +135,16 @@ def describe_quantization(config: Mapping[str, Any], hf_quant_config: Mapping[st
     inner = outer.section("quantization_config")
     if not inner.values:
         inner = outer.section("text_config").section("quantization_config")
-    method = inner.get("quant_method", "modelopt" if "quant_algo" in inner else "")
+    method = inner.get("quant_method", "")
+    # DeepSeek-V4 in NVFP4 goes on saying expert_dtype fp4 of its experts, and fp8 of its method: who names an algorithm goes first.
+    if method in ("modelopt", "modelopt_fp4") or "quant_algo" in inner or "moe_quant_algo" in inner:
+        return _modelopt(inner)
+    if method == "compressed-tensors":
+        return _compressed_tensors(inner)
     if "fp4" in (outer.get("expert_dtype", ""), inner.get("expert_dtype", "")):
         return _made("deepseek-v4", {"fp4": DEEPSEEK_V4}, [Rule("*.experts.*", "fp4")], where)
     if not method and not inner.values:
         return _made("dense", {}, [], where)
-    if method in ("modelopt", "modelopt_fp4"):
-        return _modelopt(inner)
-    if method == "compressed-tensors":
-        return _compressed_tensors(inner)
     if method == "mxfp4":
         kept = [Rule(pattern, None) for pattern in inner.words("modules_to_not_convert")]
         return _made("gpt-oss", {"mxfp4": GPT_OSS}, [*kept, Rule("*.experts*", "mxfp4")], where)
@@ -171,7 +172,8 @@ def _modelopt(quantization: Document) -> Quantization:
     where = quantization.where
     excluded = [pattern for key in ("exclude_modules", "ignore", "modules_to_not_convert") for pattern in quantization.words(key)]
     groups = [weights for group in quantization.sections("config_groups").values() if (weights := group.section("weights")).values]
-    algorithm = quantization.get("quant_algo", "").upper() or _algorithm_of_group(groups)
+    of_experts = quantization.get("moe_quant_algo", "").upper()  # where it is said apart, the other layers are block-scaled fp8
+    algorithm = quantization.get("quant_algo", "MIXED_PRECISION" if of_experts else "").upper() or _algorithm_of_group(groups)
     _check_block_size(quantization, NVFP4)
     for group in groups:
         if group.get("num_bits", 4) == 4:
@@ -183,6 +185,8 @@ def _modelopt(quantization: Document) -> Quantization:
             if layer_algorithm in _MODELOPT:
                 _check_block_size(entry, NVFP4)
             rules.append(Rule(module, layer_algorithm))
+        if of_experts:
+            rules.append(Rule("*.experts.*", of_experts))
     elif algorithm in _MODELOPT:
         rules.append(Rule("*", algorithm))
     else:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from halfbyte.checkpoint.families import MoEConfig, describe_moe, is_known
+from halfbyte.checkpoint.families import MoEConfig, describe_moe, find_experts, is_known
 from halfbyte.checkpoint.families.counts import check_counts
 from halfbyte.checkpoint.families.unknown import describe_unknown
 from halfbyte.checkpoint.fingerprint import fingerprint
@@ -197,11 +197,11 @@ class Checkpoint:
     @cached_property
     def moe(self) -> MoEConfig:
         where = str(self.path / "config.json")
-        shapes = {name: info.shape for name, info in self._tensors.items()}
+        shapes, found = {name: info.shape for name, info in self._tensors.items()}, find_experts(self.names)
         if not is_known(self.config, where):
-            return describe_unknown(self.config, shapes, self.quantization, where=where)
-        moe = describe_moe(self.config, self.names, where=where)
-        check_counts(moe, shapes, where)
+            return describe_unknown(self.config, found, shapes, self.quantization, where=where)
+        moe = describe_moe(self.config, found, where=where)
+        check_counts(moe, found, shapes, where)
         return moe
 
     @cached_property

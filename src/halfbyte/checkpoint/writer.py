@@ -27,6 +27,7 @@ from halfbyte.errors import CheckpointError
 JOURNAL = ".halfbyte-job.json"
 DEFAULT_SHARD_BYTES = 5_000_000_000
 PARTIAL = ".halfbyte-partial"
+_SAFETENSORS_PARTIAL = ".tmp*"  # what safetensors writes beside a file before it renames it; it stays where the process is killed
 
 
 class CheckpointWriter:
@@ -58,7 +59,7 @@ class CheckpointWriter:
             self._save_journal()
         else:
             self._files, self._notes = journal["files"], journal["notes"]
-            for leftover in path.rglob(f"*{PARTIAL}"):
+            for leftover in (*path.rglob(f"*{PARTIAL}"), *path.glob(_SAFETENSORS_PARTIAL)):
                 leftover.unlink()
 
     def is_finished(self, name: str) -> bool:

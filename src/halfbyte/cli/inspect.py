@@ -49,7 +49,7 @@ def describe(model: str, layer: int | None = None, tensors: bool = False, fp8_er
 
     checkpoint = Checkpoint.open(model)
     moe, quantization = checkpoint.moe, checkpoint.quantization
-    layers = moe.moe_layers if layer is None else (layer,)
+    layers = moe.expert_layers if layer is None else (layer,)
     examined = {index: examine_layer(checkpoint, index) for index in layers}
     report: dict[str, Any] = {
         "model": str(checkpoint.path),
@@ -102,11 +102,12 @@ def _render(report: dict[str, Any]) -> str:
     if routing:
         routed = f"top {routing['top_k']} by {routing['method']}"
     computed = activation["kind"] if activation else "activation unknown"
+    behind = f" (and {format_range(moe['predicting_layers'])}, which predict further tokens)" if moe["predicting_layers"] else ""
     stored = quantization["kind"] + (f" {quantization['format'].upper()}" if quantization["format"] else "")
     lines = [
         report["model"],
         f"  {moe['family']}, {stored}",
-        f"  {moe['num_layers']} layers, MoE in {format_range(moe['moe_layers'])}; {moe['num_experts']} experts, {routed}; "
+        f"  {moe['num_layers']} layers, MoE in {format_range(moe['moe_layers'])}{behind}; {moe['num_experts']} experts, {routed}; "
         f"hidden {moe['hidden']}, expert intermediate {moe['intermediate']}, {computed}",
         "",
         *_table(

@@ -131,12 +131,16 @@ def parse_layers(text: str) -> tuple[int, ...]:
     >>> parse_layers("0,3-5,4")
     (0, 3, 4, 5)
     """
+    from halfbyte.checkpoint.families.description import MAX_LAYERS
+
     layers: set[int] = set()
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if last < first:
             raise argparse.ArgumentTypeError(f"{part!r} is no layer like 3 and no range like 3-5")
+        if last >= MAX_LAYERS:  # before a range is written out
+            raise argparse.ArgumentTypeError(f"{part!r} goes beyond layer {MAX_LAYERS - 1}, which no model has")
         layers |= set(range(first, last + 1))
     return tuple(sorted(layers))
 

@@ -45,8 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Quantise and print the report.
+
+    Raises:
+        CheckpointError, UnsupportedError, InputError: as `quantize_model`; a device that is not there, before anything is written.
+    """
     from halfbyte.cli.progress import Bar
-    from halfbyte.cli.terminal import set_threads
+    from halfbyte.cli.terminal import set_threads, usable_device
     from halfbyte.convert import QuantizeOptions, quantize_model
 
     set_threads(args.threads)
@@ -60,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
             skip=tuple(args.skip),
             calibrate=args.calibrate,
             max_shard_bytes=args.max_shard_size,
-            device=args.device,
+            device=str(usable_device(args.device)),
         )
     except InputError as error:  # options that contradict each other: wrong usage, as argparse reports it
         print(f"halfbyte quantize: error: {error}", file=sys.stderr)

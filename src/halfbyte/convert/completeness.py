@@ -13,10 +13,11 @@ from typing import Protocol
 import torch
 
 from halfbyte.checkpoint.dialects import fp8_scales_of
-from halfbyte.checkpoint.families import NUM_EXPERTS, MoEConfig, format_range, is_known
+from halfbyte.checkpoint.families import format_range, is_known
 from halfbyte.checkpoint.families.description import Config
 from halfbyte.checkpoint.fp8_source import read_fp8_scales
-from halfbyte.checkpoint.projections import DOWN, GATE, PROJECTIONS, UP, Projection
+from halfbyte.checkpoint.layer_tensors import LayerTensors
+from halfbyte.checkpoint.projections import DOWN, GATE, PROJECTIONS, Projection
 from halfbyte.checkpoint.source import Checkpoint
 from halfbyte.errors import CheckpointError, UnsupportedError
 
@@ -65,7 +66,6 @@ def check_complete(checkpoint: Checkpoint, matrices: Iterable[ExpertMatrix], cop
             contradict config.json, fp8 blocks without usable scales.
         UnsupportedError: experts in a layout or dtype that is not read.
     """
-    where = str(checkpoint.path)
     if checkpoint.unlisted:
         raise CheckpointError(
             f"the index leaves out tensor {checkpoint.unlisted[0]}",
@@ -82,8 +82,6 @@ def check_complete(checkpoint: Checkpoint, matrices: Iterable[ExpertMatrix], cop
             found.setdefault(matrix.experts, {}).setdefault(matrix.role, {})[matrix.expert] = (matrix.source.rows, matrix.source.columns)
     _check_dtypes(checkpoint, tensors, copied)
     _check_copied(checkpoint, copied, skipped)
-    for experts, shapes in found.items():
-        _check_experts(experts, shapes, where)
     _check_configuration(checkpoint, found, skipped)
 
 
@@ -125,7 +123,7 @@ def _check_copied(checkpoint: Checkpoint, copied: Iterable[str], skipped: Collec
 
 
 def _check_experts(experts: str, shapes: Shapes, where: str) -> None:
-    """The experts of one layer among themselves."""
+    """The experts of one layer among themselves, where no configuration says what they are."""
     ids = sorted({expert for of_role in shapes.values() for expert in of_role})
     for role in PROJECTIONS:
         of_role = shapes.get(role, {})
@@ -151,6 +149,7 @@ def _check_experts(experts: str, shapes: Shapes, where: str) -> None:
 
 
 def _check_configuration(checkpoint: Checkpoint, found: Mapping[str, Shapes], skipped: Collection[str]) -> None:
+    """Every layer that the configuration gives experts has them, of its number and sizes, and no other layer."""
     where = str(checkpoint.path / "config.json")
     config = Config(checkpoint.config, where)
     if config.model_type == "None":
@@ -158,44 +157,21 @@ def _check_configuration(checkpoint: Checkpoint, found: Mapping[str, Shapes], sk
     if not found:
         return
     if is_known(checkpoint.config, where):
-        _check_known(checkpoint.moe, config, found, skipped, where)
+        moe = checkpoint.moe
+        for layer in moe.expert_layers:
+            if f"{moe.block_of(layer)}.experts" not in skipped:
+                _check_layer(LayerTensors(checkpoint, layer))
         return
     _log.warning("%s: model_type %r is no family that halfbyte knows: what config.json says of its experts is not checked", where, config.model_type)
+    for experts, shapes in found.items():
+        _check_experts(experts, shapes, str(checkpoint.path))
     if "num_hidden_layers" in config:
         config.num_layers  # noqa: B018  # a number, at least
-    key = next((key for key in NUM_EXPERTS if key in config), None)
-    most = max(len(shapes[DOWN]) for shapes in found.values())
-    if key and not isinstance(config.values[key], list) and config.value(key) != most:
-        raise config.misfit(key, f"{most}, as many as the files have")
+    most = max(found, key=lambda experts: len(found[experts][DOWN]))
+    config.check_num_experts(len(found[most][DOWN]), f"{most}.{max(found[most][DOWN])}")
 
 
-def _check_known(moe: MoEConfig, config: Config, found: Mapping[str, Shapes], skipped: Collection[str], where: str) -> None:
-    """Every layer that the configuration gives experts has them, of its number and sizes, and no other layer."""
-    for layer in moe.moe_layers:
-        experts = f"{moe.block_of(layer)}.experts"
-        if experts in skipped:
-            continue
-        shapes = found.get(experts, {})
-        gated = moe.activation is None or moe.activation.gated
-        for role in PROJECTIONS if gated else (UP, DOWN):
-            given = sorted(shapes.get(role, {}))
-            if given != list(range(moe.num_experts)):
-                needed = f"experts 0..{moe.num_experts - 1}"
-                raise CheckpointError(
-                    f"missing experts: {role} of {experts}", where=where, given=format_range(given), needed=needed, next_step=_AGAIN
-                )
-        if shapes[DOWN][0] != (moe.hidden, moe.intermediate):
-            raise CheckpointError(
-                f"config.json gives the experts another size than {experts}.0 has",
-                where=where,
-                given=f"hidden {moe.hidden}, expert intermediate {moe.intermediate}",
-                needed="hidden {}, expert intermediate {}".format(*shapes[DOWN][0]),
-                next_step="correct the file, or download the model again",
-            )
-    in_model = re.compile(r"(\d+)".join(map(re.escape, moe.block.split("{layer}"))) + r"\.experts$")
-    predicting = config.mentions("nextn") or config.mentions("mtp")  # layers behind the model that predict further tokens
-    for experts in found:
-        match = in_model.match(experts)
-        if match and int(match[1]) not in moe.moe_layers and not (predicting and int(match[1]) >= moe.num_layers):
-            needed = f"experts in layers {format_range(moe.moe_layers)}"
-            raise CheckpointError("config.json gives this layer no experts", where=where, given=experts, needed=needed, next_step=_AGAIN)
+def _check_layer(tensors: LayerTensors) -> None:
+    for expert in range(tensors.moe.num_experts):
+        for projection in tensors.projections:
+            tensors.check_matrix(expert, projection)

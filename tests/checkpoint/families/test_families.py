@@ -9,11 +9,11 @@ from pathlib import Path
 import checkpoint_files as cf
 import pytest
 
-from halfbyte.checkpoint.families import FAMILIES, KNOWN_MODEL_TYPES, MoEConfig, RoutingRule, describe_moe, find_blocks, format_range, tensor_names
+from halfbyte.checkpoint.families import FAMILIES, KNOWN_MODEL_TYPES, MoEConfig, RoutingRule, describe_moe, find_experts, format_range, tensor_names
 from halfbyte.errors import CheckpointError, UnsupportedError
 from halfbyte.experts import GEGLU_TANH, RELU2
 
-NAMES = ["model.embed_tokens.weight", "model.layers.1.mlp.experts.0.gate_proj.weight"]
+FOUND = find_experts(["model.embed_tokens.weight", "model.layers.1.mlp.experts.0.gate_proj.weight"])
 FIXTURES = {file.stem: file for file in (Path(__file__).parent / "fixtures").glob("*.json")}
 
 
@@ -28,7 +28,7 @@ def test_a_published_model(model_type: str) -> None:
     fixture = json.loads(FIXTURES[model_type].read_text())
     expected = fixture["expected"]
     assert fixture["config"]["model_type"] == model_type
-    moe = describe_moe(fixture["config"], fixture["tensors"])
+    moe = describe_moe(fixture["config"], find_experts(fixture["tensors"]))
     assert moe.family == model_type and moe.num_layers == fixture["config"]["num_hidden_layers"]
     assert (format_range(moe.moe_layers), moe.block, moe.interleaved) == (expected["moe_layers"], expected["block"], expected["interleaved"])
     assert [moe.num_experts, moe.hidden, moe.intermediate] == expected["sizes"]
@@ -42,7 +42,7 @@ def test_a_published_model(model_type: str) -> None:
 
 def test_which_layers_are_moe() -> None:
     def layers(config: dict, **changes: object) -> tuple[int, ...]:
-        return describe_moe({**config, "num_hidden_layers": 6, **changes}, NAMES).moe_layers
+        return describe_moe({**config, "num_hidden_layers": 6, **changes}, FOUND).moe_layers
 
     assert layers(cf.QWEN, mlp_only_layers=[]) == layers(cf.QWEN, mlp_only_layers=None, decoder_sparse_step=None) == (0, 1, 2, 3, 4, 5)
     assert layers(cf.QWEN, mlp_only_layers=[3], decoder_sparse_step=2) == (1, 5)
@@ -57,26 +57,28 @@ def test_which_layers_are_moe() -> None:
 
 
 def test_a_language_model_inside_another() -> None:
-    wrapped = describe_moe({"model_type": "a_vision_model", "text_config": cf.QWEN}, ["model.language_model.layers.1.mlp.experts.0.up_proj.weight"])
+    wrapped = describe_moe(
+        {"model_type": "a_vision_model", "text_config": cf.QWEN}, find_experts(["model.language_model.layers.1.mlp.experts.0.up_proj.weight"])
+    )
     assert wrapped.family == "qwen3_moe" and wrapped.block_of(1) == "model.language_model.layers.1.mlp"
 
 
 def test_routing_and_activation_that_the_configuration_changes() -> None:
     def rule(config: dict, **changes: object) -> RoutingRule | None:
-        return describe_moe({**config, **changes}, NAMES).routing
+        return describe_moe({**config, **changes}, FOUND).routing
 
     assert rule(cf.QWEN) == RoutingRule("renormalize", 2)
     assert rule(cf.QWEN, norm_topk_prob=False) == RoutingRule("default", 2)
     assert rule(cf.MIXTRAL) == rule(cf.GPT_OSS) == RoutingRule("renormalize", 2)
     assert rule(cf.DEEPSEEK_V3, n_group=8, topk_group=4) == RoutingRule("deepseek_v3", 2, 8, 4, 2.5)
     assert rule(cf.DEEPSEEK_V4) == RoutingRule("deepseek_v4", 2, scale=1.5)
-    assert describe_moe({**cf.QWEN, "hidden_act": "gelu_pytorch_tanh"}, NAMES).activation == GEGLU_TANH
+    assert describe_moe({**cf.QWEN, "hidden_act": "gelu_pytorch_tanh"}, FOUND).activation == GEGLU_TANH
     for config in (cf.DEEPSEEK_V3, cf.DEEPSEEK_V4):
         for changes, reason in (
             ({"scoring_func": "softmax"}, "its scores are 'softmax'"),
             ({"norm_topk_prob": False}, "norm_topk_prob|renormalised"),
         ):
-            moe = describe_moe({**config, **changes}, NAMES)
+            moe = describe_moe({**config, **changes}, FOUND)
             assert moe.top_k == 2 and moe.hidden == cf.H  # the experts are read in any case
             with pytest.raises(UnsupportedError, match=reason):
                 moe.known_routing()
@@ -114,7 +116,7 @@ def test_left_out_values_mean_what_transformers_says() -> None:
 def test_what_sets_families_apart() -> None:
     def described(model_type: str, **values: object) -> MoEConfig:
         sizes = {"num_hidden_layers": 6, "hidden_size": 64, "moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2}
-        return describe_moe({"model_type": model_type, **sizes, **values}, NAMES)
+        return describe_moe({"model_type": model_type, **sizes, **values}, FOUND)
 
     # A leftover norm_topk_prob does not count where the family always renormalises.
     assert described("qwen3_5_moe", norm_topk_prob=False).routing == RoutingRule("renormalize", 2)
@@ -150,7 +152,7 @@ def test_why_a_router_is_refused() -> None:
         ("nemotron_h", {"moe_latent_size": 48, "layers_block_type": ["moe"] * 6}, "latent projections"),
         ("longcat_flash", {}, "zero experts"),
     ):
-        moe = describe_moe({"model_type": model_type, **sizes, **values}, NAMES)
+        moe = describe_moe({"model_type": model_type, **sizes, **values}, FOUND)
         assert moe.top_k == 2 and moe.activation is not None
         with pytest.raises(UnsupportedError, match=reason) as caught:
             moe.known_routing()
@@ -159,7 +161,7 @@ def test_why_a_router_is_refused() -> None:
 
 def test_layers_whose_experts_are_refused() -> None:
     config = {"model_type": "step3p5", "num_hidden_layers": 4, "hidden_size": 64, "moe_intermediate_size": 32, "moe_num_experts": 8}
-    moe = describe_moe({**config, "moe_layers_enum": "2,3", "swiglu_limits": [0.0, None, 0.0, 7.0]}, NAMES)
+    moe = describe_moe({**config, "moe_layers_enum": "2,3", "swiglu_limits": [0.0, None, 0.0, 7.0]}, FOUND)
     moe.check_layer(2)
     with pytest.raises(UnsupportedError, match=r"experts of layer 3 .*clamped at 7"):
         moe.check_layer(3)
@@ -167,15 +169,15 @@ def test_layers_whose_experts_are_refused() -> None:
 
 def test_what_cannot_be_described() -> None:
     with pytest.raises(UnsupportedError, match=r"model_type 'llama'; needed qwen2_moe, .*deepseek_v4"):
-        describe_moe({"model_type": "llama"}, NAMES)
+        describe_moe({"model_type": "llama"}, FOUND)
     with pytest.raises(UnsupportedError, match="hidden_act 'tanh'"):
-        describe_moe({**cf.QWEN, "hidden_act": "tanh"}, NAMES)
+        describe_moe({**cf.QWEN, "hidden_act": "tanh"}, FOUND)
     with pytest.raises(CheckpointError, match=r"missing value .needed hidden_size"):
-        describe_moe({key: value for key, value in cf.QWEN.items() if key != "hidden_size"}, NAMES)
+        describe_moe({key: value for key, value in cf.QWEN.items() if key != "hidden_size"}, FOUND)
     with pytest.raises(CheckpointError, match=r"no single place of expert tensors .given none"):
-        describe_moe(cf.QWEN, ["model.layers.0.mlp.gate_proj.weight", "mtp.layers.0.mlp.experts.0.up_proj.weight"])
-    with pytest.raises(CheckpointError, match=r"given a\.layers\.N\.mlp, b\.layers\.N\.ffn"):
-        describe_moe(cf.QWEN, ["b.layers.0.ffn.experts.0.w1.weight", "a.layers.0.mlp.experts.0.w1.weight"])
+        describe_moe(cf.QWEN, find_experts(["model.layers.0.mlp.gate_proj.weight", "mtp.layers.0.mlp.experts.0.up_proj.weight"]))
+    with pytest.raises(CheckpointError, match=r"given a\.layers\.0\.mlp\.experts\.0\.w1\.weight, b\.layers\.0\.ffn"):
+        describe_moe(cf.QWEN, find_experts(["b.layers.0.ffn.experts.0.w1.weight", "a.layers.0.mlp.experts.0.w1.weight"]))
 
 
 STRANGE = ["4", "four", 4.5, [4], {}, True, -1, 0, 10**30, float("nan")]
@@ -185,7 +187,7 @@ STRANGE = ["4", "four", 4.5, [4], {}, True, -1, 0, 10**30, float("nan")]
 @pytest.mark.parametrize("value", STRANGE, ids=map(repr, STRANGE))
 def test_sizes_are_positive_integers(key: str, value: object) -> None:
     with pytest.raises(CheckpointError, match=f"config.json: {key} does not fit .*an integer from 1 to"):
-        describe_moe({**cf.QWEN, key: value}, NAMES)
+        describe_moe({**cf.QWEN, key: value}, FOUND)
 
 
 @pytest.mark.parametrize(
@@ -210,23 +212,23 @@ def test_sizes_are_positive_integers(key: str, value: object) -> None:
 def test_other_values_have_types_and_ranges(config: dict, key: str, values: list) -> None:
     for value in values:
         with pytest.raises(CheckpointError, match=f"{key} does not fit"):
-            describe_moe({**config, key: value}, NAMES)
+            describe_moe({**config, key: value}, FOUND)
 
 
 def test_null_means_absent() -> None:
     nulls = dict.fromkeys(("text_config", "mlp_layer_types", "mlp_only_layers", "decoder_sparse_step", "hidden_act", "n_group", "swiglu_limit"))
     for config in (cf.QWEN, cf.DEEPSEEK_V3, cf.DEEPSEEK_V4):
         without = {key: value for key, value in config.items() if key not in nulls}
-        assert describe_moe({**config, **nulls}, NAMES) == describe_moe(without, NAMES)
+        assert describe_moe({**config, **nulls}, FOUND) == describe_moe(without, FOUND)
 
 
 def test_no_more_experts_per_token_than_there_are() -> None:
-    assert describe_moe({**cf.QWEN, "num_experts_per_tok": cf.E}, NAMES).top_k == cf.E
+    assert describe_moe({**cf.QWEN, "num_experts_per_tok": cf.E}, FOUND).top_k == cf.E
     with pytest.raises(CheckpointError, match=f"num_experts_per_tok {cf.E + 1}; needed 1 to {cf.E}"):
-        describe_moe({**cf.QWEN, "num_experts_per_tok": cf.E + 1}, NAMES)
+        describe_moe({**cf.QWEN, "num_experts_per_tok": cf.E + 1}, FOUND)
 
 
-def test_find_blocks() -> None:
+def test_find_experts() -> None:
     """Whatever lies between layer and experts, nothing included; shared experts are none."""
     places = {
         "model.layers.{layer}.mlp": "model.layers.12.mlp.experts.0.gate_proj.weight_packed",
@@ -234,8 +236,8 @@ def test_find_blocks() -> None:
         "layers.{layer}.moe.inner": "layers.0.moe.inner.experts.3.w2.scale",
         "model.layers.{layer}": "model.layers.7.experts.down_proj_blocks",
     }
-    assert [find_blocks([name]) for name in places.values()] == [[place] for place in places]
-    assert find_blocks(["model.layers.0.mlp.shared_experts.up_proj.weight", "experts.0.w1.weight", "mtp.layers.0.mlp.experts.0.w1"]) == []
+    assert [list(find_experts([name])) for name in places.values()] == [[place] for place in places]
+    assert find_experts(["model.layers.0.mlp.shared_experts.up_proj.weight", "experts.0.w1.weight", "mtp.layers.0.mlp.experts.0.w1"]) == {}
 
 
 def test_format_range() -> None:

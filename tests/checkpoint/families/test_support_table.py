@@ -1,4 +1,4 @@
-"""Every family in three formats: experts as the file means them, `MoE` as transformers' own dense block computes; the table in docs/checkpoints.md.
+"""Each family in three formats: experts as the file means them, the plug-in's model and `MoE` as transformers' own; the table of docs/checkpoints.md.
 
 The dense model is transformers', with shared experts of value 0, so that what is left of its MoE block is what `MoE` computes. Its experts are
 quantised in the layout in which transformers saves them.
@@ -20,6 +20,7 @@ from helpers import relative_errors
 from safetensors.torch import load_file, save_file
 
 import halfbyte as hb
+import halfbyte.integrations.transformers
 from halfbyte.checkpoint.families import KNOWN_MODEL_TYPES
 from halfbyte.errors import HalfbyteError
 
@@ -34,7 +35,13 @@ COMMON |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "max_positio
 SIZES = {"intermediate_size": 3 * I, "moe_intermediate_size": I}
 MLA = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "num_key_value_heads": 4}
 INDEXER = {**MLA, "index_n_heads": 2, "index_head_dim": 32, "index_topk": 4}
-DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
+DELTA = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
 SHARED = {"shared_expert_intermediate_size": I}
 DEEPSEEK = {**SIZES, "n_routed_experts": E, "n_shared_experts": 1, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
 SPARSE = {"mlp_layer_types": ["dense", "sparse"]}
@@ -87,10 +94,10 @@ MODELS: dict[str, dict[str, object]] = {
     "solar_open": {**DEEPSEEK, "first_k_dense_replace": 0},
     "mimo_v2_flash": {**DEEPSEEK, **SPARSE},
     "laguna": {**SIZES, **SHARED, "num_experts": E, "moe_routed_scaling_factor": 1.5, **SPARSE},
-    "mistral4": {**DEEPSEEK, **MLA, "n_group": 1, "first_k_dense_replace": 0, "head_dim": 32},
+    "mistral4": {**DEEPSEEK, **MLA, "head_dim": 32, "n_group": 1, "first_k_dense_replace": 0},
     "mistral_large4_text": {**DEEPSEEK, **INDEXER, "n_group": 1, **SPARSE},
     "gemma4_text": {**SIZES, "enable_moe_block": True, "num_experts": E, "top_k_experts": 2, "layer_types": ["full_attention"] * 2},
-    "step3p5": {**SIZES, "sliding_window": 8, "n_routed_experts": E, "share_expert_dim": I, "moe_router_scaling_factor": 1.5, **SPARSE},
+    "step3p5": {**SIZES, "n_routed_experts": E, "share_expert_dim": I, "sliding_window": 8, "moe_router_scaling_factor": 1.5, **SPARSE},
     "longcat_flash": {**MLA, "expert_ffn_hidden_size": I, "ffn_hidden_size": 96, "moe_topk": 2, "n_routed_experts": E, "zero_expert_num": 2},
     "dbrx": {"d_model": H, "n_heads": 4, "n_layers": 2},
 }
@@ -182,12 +189,12 @@ def cell(function: Callable[..., None], *arguments: object) -> str:
     try:
         function(*arguments)
     except HalfbyteError as error:
-        return re.sub(r"^.*computes: | \(given.*$", "", str(error), flags=re.DOTALL)
+        return re.sub(r" \(given.*$", "", str(error), flags=re.DOTALL).rpartition(": ")[2]
     return "yes"
 
 
-def examine(model_type: str, folder: Path) -> Iterator[tuple[str, str]]:
-    """(library, `MoE`) of every format."""
+def examine(model_type: str, folder: Path) -> Iterator[tuple[str, str, str]]:
+    """(library, plug-in, `MoE`) of every format."""
     model = model_of(model_type)
     model.save_pretrained(folder / "source")
     source, config = load_file(folder / "source" / "model.safetensors"), json.loads((folder / "source" / "config.json").read_text())
@@ -198,7 +205,8 @@ def examine(model_type: str, folder: Path) -> Iterator[tuple[str, str]]:
         reference, info = type(model).from_pretrained(plain, dtype=torch.float32, experts_implementation="eager", output_loading_info=True)
         assert not info["missing_keys"]
         layer, block = block_of(reference.eval())
-        yield cell(check_experts, path, layer, block.experts, model_type), cell(check_moe, path, layer, block)
+        library, moe = cell(check_experts, path, layer, block.experts, model_type), cell(check_moe, path, layer, block)
+        yield library, cell(check_plugin, path, reference), moe
 
 
 def check_experts(path: Path, layer: int, experts: Any, model_type: str) -> None:
@@ -223,10 +231,21 @@ def check_moe(path: Path, layer: int, block: torch.nn.Module) -> None:
     assert relative_errors(module(hidden), expected)[1] < 1e-4
 
 
-def row(model_type: str, cells: list[tuple[str, str]]) -> str:
-    library, moe = ([of[i] for of in cells] for i in (0, 1))
+@torch.no_grad()
+def check_plugin(path: Path, reference: torch.nn.Module) -> None:
+    """The whole model, as `from_pretrained` makes it of the FP4 files, computes what the dense one does."""
+    model = type(reference).from_pretrained(path, dtype=torch.float32).eval()
+    assert any(tensor.dtype == torch.uint8 for tensor in model.state_dict().values())
+    ids = torch.arange(12)[None] * 5 % 64
+    actual, expected = (of(ids, use_cache=False)[0][0] for of in (model, reference))
+    assert relative_errors(actual, expected)[1] < 1e-4
+
+
+def row(model_type: str, cells: list[tuple[str, str, str]]) -> str:
+    library, plugin, moe = ([of[i] for of in cells] for i in range(3))
     assert len(set(moe)) == 1, moe  # the router does not depend on the format
-    return f"| {model_type} | {' | '.join(library)} | {moe[0]} |"
+    plugin = [text if text == "yes" or index == plugin.index(text) else "the same" for index, text in enumerate(plugin)]
+    return f"| {model_type} | {' | '.join((*library, *plugin))} | {moe[0]} |"
 
 
 @pytest.mark.parametrize("model_type", MODELS)

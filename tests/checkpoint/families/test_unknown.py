@@ -12,7 +12,7 @@ from helpers import assert_equal_bits
 
 import halfbyte as hb
 from halfbyte.checkpoint import Checkpoint, MoEConfig
-from halfbyte.checkpoint.families import KNOWN_MODEL_TYPES
+from halfbyte.checkpoint.families import KNOWN_MODEL_TYPES, find_experts
 from halfbyte.checkpoint.families.unknown import describe_unknown
 from halfbyte.checkpoint.quantization import describe_quantization
 from halfbyte.errors import CheckpointError, HalfbyteError, UnsupportedError
@@ -60,10 +60,20 @@ def test_experts_are_read(make: Callable[[], cf.Files], block: str, tmp_path: Pa
 
 
 def test_shapes_go_before_the_configuration(tmp_path: Path) -> None:
-    """Experts may work at another width than the model, and a configuration may count otherwise."""
-    files = novel(cf.dense(), hidden_size=4 * cf.H, num_experts=cf.E + 1, moe_intermediate_size=7, hidden_act="gelu_pytorch_tanh")
+    """Experts may work at another width than the model."""
+    files = novel(cf.dense(), hidden_size=4 * cf.H, num_experts=cf.E, moe_intermediate_size=7, hidden_act="gelu_pytorch_tanh")
     moe = Checkpoint.open(files.write(tmp_path)).moe
     assert (moe.num_experts, moe.hidden, moe.intermediate, moe.activation) == (cf.E, cf.H, cf.I, GEGLU_TANH)
+
+
+@pytest.mark.parametrize("key", ["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"])
+@pytest.mark.parametrize("stacked", ["", "rows"])
+def test_a_number_of_experts_that_the_files_do_not_have(key: str, stacked: str, tmp_path: Path) -> None:
+    for value, needed in ((cf.E + 1, "3, as the files go as far as "), (cf.E - 1, "3, as the files"), ("3", "an integer")):
+        checkpoint = Checkpoint.open(novel(cf.dense(stacked=stacked), **{key: value}).write(tmp_path))
+        with pytest.raises(CheckpointError, match=f"{key} does not fit .*{needed}"):
+            hb.load_experts(checkpoint, 1)
+    assert Checkpoint.open(novel(cf.dense(stacked=stacked), **{key: [9, 9]}).write(tmp_path)).moe.num_experts == cf.E  # of several towers
 
 
 def test_layers_behind_the_declared_number_are_heads() -> None:
@@ -71,13 +81,13 @@ def test_layers_behind_the_declared_number_are_heads() -> None:
     shapes = {f"model.layers.{layer}.mlp.experts.0.{leaf}.weight": shape for layer in (1, 2, 3) for leaf, shape in matrices.items()}
     shapes |= {"model.layers.0.mlp.up_proj.weight": (64, 16), "mtp.layers.0.mlp.experts.0.up_proj.weight": (3, 3)}
 
-    def layers(**config: object) -> tuple[int, tuple[int, ...]]:
-        moe = describe_unknown({"model_type": "novel_moe", **config}, shapes, describe_quantization({}))
-        return moe.num_layers, moe.moe_layers
+    def layers(**config: object) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+        moe = describe_unknown({"model_type": "novel_moe", **config}, find_experts(shapes), shapes, describe_quantization({}))
+        return moe.num_layers, moe.moe_layers, moe.predicting_layers
 
-    assert layers() == layers(num_hidden_layers=4) == layers(num_hidden_layers=9) == (4, (1, 2, 3))
-    assert layers(num_hidden_layers=3) == (3, (1, 2))
-    assert layers(num_hidden_layers=1) == (4, (1, 2, 3))  # does not fit these layers, so it counts something else
+    assert layers() == layers(num_hidden_layers=4) == layers(num_hidden_layers=9) == (4, (1, 2, 3), ())
+    assert layers(num_hidden_layers=3) == (3, (1, 2), (3,))
+    assert layers(num_hidden_layers=1) == (4, (1, 2, 3), ())  # does not fit these layers, so it counts something else
 
 
 def test_gpt_oss_like_stacks_are_refused_by_name(tmp_path: Path) -> None:
@@ -119,17 +129,25 @@ def added(name: str, *shape: int) -> Callable[[dict[str, torch.Tensor]], None]:
 BROKEN: dict[str, tuple[Callable[[dict[str, torch.Tensor]], None], type[HalfbyteError], str]] = {
     "no gate": (without("gate_proj.weight"), UnsupportedError, r"lack a matrix: .*\.experts\.0\.gate_proj\.weight"),
     "no experts": (without("_proj.weight"), UnsupportedError, r"no experts that can be found by name .*'novel_moe'.*qwen2_moe"),
-    "a hole": (without("experts.1.gate_proj.weight", "experts.1.up_proj.weight", "experts.1.down_proj.weight"), CheckpointError, r"given 0, 2;"),
+    "a hole": (
+        without("experts.1.gate_proj.weight", "experts.1.up_proj.weight", "experts.1.down_proj.weight"),
+        CheckpointError,
+        r"given 0, 2, up to .*experts\.2\.",
+    ),
     "a bias": (added(f"{PREFIX}.2.up_proj.bias", cf.I), UnsupportedError, rf"nothing explains .*given {PREFIX}\.2\.up_proj\.bias"),
     "a norm": (added(f"{PREFIX}.norm.weight", cf.H), UnsupportedError, rf"nothing explains .*given {PREFIX}\.norm\.weight"),
-    "other shapes": (added(f"{PREFIX}.0.up_proj.weight", cf.I, cf.I), CheckpointError, r"do not belong together .*up \(32, 32\)"),
-    "two places": (added("audio.layers.0.mlp.experts.0.up_proj.weight", 1, 1), CheckpointError, r"audio\.layers\.N\.mlp, model\.layers\.N\.mlp"),
+    "other shapes": (added(f"{PREFIX}.0.up_proj.weight", cf.I, cf.I), CheckpointError, r"do not belong together .*up_proj\.weight \(32, 32\)"),
+    "two places": (
+        added("audio.layers.0.mlp.experts.0.up_proj.weight", 1, 1),
+        CheckpointError,
+        r"audio\.layers\.0\.mlp\.experts\.0\.up_proj\.weight, model\.layers\.1\.mlp",
+    ),
     "another layer": (
         lambda tensors: tensors.update(
             {name.replace("layers.1", "layers.0"): tensor.repeat(2, 2) for name, tensor in tensors.items() if ".experts." in name}
         ),
         UnsupportedError,
-        r"layer 1 has experts of another number or size than layer 0 .*given .*\(3, 64, 32\); needed \(3, 128, 64\)",
+        r"layer 1 has experts of another number or size than layer 0 .*given .*\(3, 64, 32\), up to .*experts\.2.*; needed \(3, 128, 64\)",
     ),
 }
 

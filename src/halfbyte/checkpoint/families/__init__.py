@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from halfbyte.checkpoint.families import deepseek_v4, experts_only, gpt_oss, sigmoid, softmax
-from halfbyte.checkpoint.families.description import ACTIVATIONS, Config, Family, Model, RoutingRule, TensorNames
+from halfbyte.checkpoint.families.description import ACTIVATIONS, NUM_EXPERTS, Config, Family, Model, RoutingRule, TensorNames
 from halfbyte.checkpoint.families.layers import moe_layers
 from halfbyte.checkpoint.projections import place_of
 from halfbyte.errors import CheckpointError, UnsupportedError
@@ -19,7 +19,7 @@ __all__ = [
     "MoEConfig",
     "RoutingRule",
     "describe_moe",
-    "find_blocks",
+    "find_experts",
     "format_range",
     "is_known",
     "only_block",
@@ -37,7 +37,7 @@ class _FamilyModule(Protocol):
 FAMILIES: tuple[_FamilyModule, ...] = (softmax, sigmoid, gpt_oss, deepseek_v4, experts_only)
 _FAMILY_OF = {model_type: family for family in FAMILIES for model_type in family.MODEL_TYPES}
 KNOWN_MODEL_TYPES = tuple(_FAMILY_OF)
-NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # the keys that may say it, the first goes first
+Found = dict[str, dict[int, list[str]]]  # names of the tensors of experts, by place (`{layer}` left open) and layer
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ class MoEConfig:
         refused_layers: layers whose experts compute something that `Activation` cannot say, and what.
         block: name of a layer's MoE module, `{layer}` left open: "model.layers.{layer}.mlp".
         interleaved: stacked gate and up rows alternate (gpt-oss).
+        predicting_layers: layers with routed experts behind those of the model, which predict further tokens (DeepSeek-V3's is 61).
+        corrected, hashed_layers: as in `Router`.
     """
 
     family: str
@@ -71,6 +73,14 @@ class MoEConfig:
     router_refusal: str = ""
     known_top_k: int | None = None
     refused_layers: Mapping[int, str] = field(default_factory=dict)
+    predicting_layers: tuple[int, ...] = ()
+    corrected: bool = False
+    hashed_layers: tuple[int, ...] = ()
+
+    @property
+    def expert_layers(self) -> tuple[int, ...]:
+        """All layers with routed experts: those of the model, and those behind it."""
+        return (*self.moe_layers, *self.predicting_layers)
 
     @property
     def top_k(self) -> int:
@@ -131,14 +141,14 @@ class MoEConfig:
         Raises:
             CheckpointError: the layer does not exist or has no routed experts.
         """
-        if layer not in self.moe_layers:
+        if layer not in self.expert_layers:
             problem = f"layer {layer} has no routed experts" if 0 <= layer < self.num_layers else f"there is no layer {layer}"
-            raise CheckpointError(problem, given=layer, needed=f"one of the MoE layers {format_range(self.moe_layers)}")
+            raise CheckpointError(problem, given=layer, needed=f"one of the MoE layers {format_range(self.expert_layers)}")
         return self.block.format(layer=layer)
 
 
-def describe_moe(config: Mapping[str, Any], names: Iterable[str], *, where: str = "config.json") -> MoEConfig:
-    """Read the MoE geometry and routing from the config.json of a known family, and find the experts among the tensor `names`.
+def describe_moe(config: Mapping[str, Any], found: Found, *, where: str = "config.json") -> MoEConfig:
+    """Read the MoE geometry and routing from the config.json of a known family; `found`: what `find_experts` found among its tensors.
 
     Raises:
         UnsupportedError: an unknown model_type, activation or scoring function.
@@ -150,6 +160,8 @@ def describe_moe(config: Mapping[str, Any], names: Iterable[str], *, where: str 
     section = values.section(model.section).values
     values = values.with_defaults({**model.defaults, **{key: value for key, value in section.items() if value is not None}})
     family = module.describe(values, model)
+    block = only_block(found, where)
+    behind = range(values.num_layers, values.num_layers + values.num_predicting)
     num_experts, top_k = values.everywhere(*NUM_EXPERTS), family.router.top_k
     if top_k > num_experts:
         problem = "more experts per token than there are"
@@ -163,12 +175,15 @@ def describe_moe(config: Mapping[str, Any], names: Iterable[str], *, where: str 
         intermediate=values.everywhere("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size", "ffn_hidden_size"),
         routing=family.router.rule,
         activation=family.activation or values.activation_of(model.activation),
-        block=only_block(find_blocks(names), where),
+        block=block,
         interleaved=family.interleaved,
         biased=family.biased,
         router_refusal=family.router.refusal,
         known_top_k=top_k,
         refused_layers=family.refused_layers,
+        predicting_layers=tuple(layer for layer in behind if layer in found[block]),
+        corrected=family.router.corrected,
+        hashed_layers=family.router.hashed_layers,
     )
 
 
@@ -188,21 +203,30 @@ def _family_of(model_type: str, where: str) -> _FamilyModule:
     return _FAMILY_OF[model_type]
 
 
-def find_blocks(names: Iterable[str]) -> list[str]:
-    """The places where layers have experts, `{layer}` left open. A multi-token-prediction head (mtp.layers.0...) is no layer of the model.
+def find_experts(names: Iterable[str]) -> Found:
+    """The tensors of experts. A multi-token-prediction head (mtp.layers.0...) is no layer of the model.
 
-    >>> find_blocks(["model.layers.3.mlp.experts.0.up_proj.weight", "mtp.layers.0.mlp.experts.0.up_proj.weight"])
-    ['model.layers.{layer}.mlp']
+    >>> find_experts(["model.layers.3.mlp.experts.0.up_proj.weight", "mtp.layers.0.mlp.experts.0.up_proj.weight"])
+    {'model.layers.{layer}.mlp': {3: ['model.layers.3.mlp.experts.0.up_proj.weight']}}
     """
-    return sorted({place.block for name in names if (place := place_of(name))})
+    found: Found = {}
+    for name in names:
+        if place := place_of(name):
+            found.setdefault(place.block, {}).setdefault(place.layer, []).append(name)
+    return found
 
 
-def only_block(blocks: list[str], where: str) -> str:
-    """The only one, or CheckpointError."""
-    if len(blocks) != 1:
-        given = ", ".join(block.format(layer="N") for block in blocks) or "none"
+def first_of_experts(names: Iterable[str], shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """The first of these tensors of a layer that really is one of experts: Kimi-Linear calls a dense MLP, too, after the mixture of experts."""
+    return next((name for name in names if ".experts." in name or len(shapes[name]) > 2), None)
+
+
+def only_block(found: Found, where: str) -> str:
+    """The only place, or CheckpointError with a tensor of each."""
+    if len(found) != 1:
+        given = ", ".join(sorted(min(map(min, layers.values())) for layers in found.values())) or "none"
         raise CheckpointError("no single place of expert tensors", where=where, given=given, needed="tensors layers.N.*.experts.* in one place")
-    return blocks[0]
+    return next(iter(found))
 
 
 def format_range(numbers: Iterable[int]) -> str:

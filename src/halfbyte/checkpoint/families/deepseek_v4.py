@@ -18,7 +18,9 @@ MODEL_TYPES = {
 def describe(config: Config, _: Model) -> Family:
     """Experts in every layer."""
     function, renormalised = config.get("scoring_func", "sqrtsoftplus"), config.get("norm_topk_prob", True)
-    router = Router(config.top_k, RoutingRule("deepseek_v4", config.top_k, scale=config.get("routed_scaling_factor", 1.5)))
+    kinds = config.words("mlp_layer_types") or ("hash_moe",) * min(config.num_layers, config.get("num_hash_layers", 3))
+    rule = RoutingRule("deepseek_v4", config.top_k, scale=config.get("routed_scaling_factor", 1.5))
+    router = Router(config.top_k, rule, corrected=True, hashed_layers=tuple(layer for layer, kind in enumerate(kinds) if kind == "hash_moe"))
     if function != "sqrtsoftplus" or not renormalised:
         router = Router(config.top_k, refusal=f"its scores are {function!r}, norm_topk_prob {renormalised}")
     return Family(router, activation=replace(config.activation, limit=config.get("swiglu_limit", 10.0)))

@@ -24,6 +24,8 @@ TOP_K = (
     "moe_k",
     "top_k_experts",
 )  # keys that may say it
+NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # the keys that may say it, the first goes first
+NUM_PREDICTING = ("num_nextn_predict_layers", "num_mtp_layers", "num_mtp_modules", "mtp_num_hidden_layers")  # likewise
 MAX_LAYERS = 1 << 16  # far above any model, and few enough to be counted one by one
 
 
@@ -94,11 +96,18 @@ class Model:
 
 @dataclass(frozen=True)
 class Router:
-    """The routing of a model, or why `halfbyte.route` cannot express it. `top_k` is known in any case."""
+    """The routing of a model, or why `halfbyte.route` cannot express it. `top_k` is known in any case.
+
+    Attributes:
+        corrected: scores have a bias added for selection, so that a router without is damaged.
+        hashed_layers: layers that look the experts of a token up by its id instead.
+    """
 
     top_k: int
     rule: RoutingRule | None = None
     refusal: str = ""
+    corrected: bool = False
+    hashed_layers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -164,8 +173,19 @@ class Config(Document):
         return layers
 
     @property
+    def num_predicting(self) -> int:
+        """Layers behind the model's that predict further tokens."""
+        return next((self.get(key, 0, high=MAX_LAYERS) for key in NUM_PREDICTING if key in self), 0)
+
+    @property
     def top_k(self) -> int:
         return self.everywhere(*TOP_K)
+
+    def check_num_experts(self, found: int, last: str) -> None:
+        """Raise CheckpointError where a number of experts is given, for all layers, that is not the one that was `found`; `last`: what says so."""
+        key = next((key for key in NUM_EXPERTS if key in self), None)
+        if key and not isinstance(self.values[key], list) and self.value(key) != found:
+            raise self.misfit(key, f"{found}, as the files go as far as {last}")
 
     def everywhere(self, *keys: str) -> int:
         """The positive integer of the first key that has one; of a list with one for every layer, the one that they share.

@@ -12,6 +12,8 @@ from halfbyte.checkpoint.families.softmax import renormalisation, softmax_router
 from halfbyte.experts import SWIGLU
 
 _SCALE = "routed_scaling_factor"
+# Whether there is a correction bias: LFM2, Ling, MiniMax-M2, Step-3.5.
+_SWITCHES = ("use_expert_bias", "moe_router_enable_expert_bias", "use_routing_bias", "use_moe_router_bias")
 _TOP_8 = {"num_experts_per_tok": 8, "norm_topk_prob": True}
 _DEEPSEEK_V3 = Model({**_TOP_8, "n_group": 8, "topk_group": 4, _SCALE: 2.5, "first_k_dense_replace": 3}, scale=_SCALE, layers="first dense")
 _GLM_4 = Model({**_TOP_8, "first_k_dense_replace": 1}, scale=_SCALE, layers="first dense")
@@ -86,4 +88,5 @@ def _router(config: Config, model: Model) -> Router:
     groups = config.get("n_group", config.get("num_expert_group", 1, low=1), low=1)
     kept = config.get("topk_group", 1, low=1)
     scale = config.get(model.scale, 1.0) if model.scale else 1.0
-    return Router(top_k, RoutingRule("deepseek_v3", top_k, groups, kept, scale))
+    corrected = config.get("topk_method", "noaux_tc") == "noaux_tc" and all(config.get(key, True) for key in _SWITCHES)
+    return Router(top_k, RoutingRule("deepseek_v3", top_k, groups, kept, scale), corrected=corrected)
