@@ -120,8 +120,10 @@ def fused_moe(
         _check_ids(topk_ids, experts.storage)
     with lend(workspace):
         result = run(hidden, experts.storage, topk_ids, topk_weights, call, out)
+    if result.requires_grad or not torch.is_grad_enabled():  # plain torch has a gradient
+        return result
     floats = [tensor for tensor in (hidden, topk_weights) if isinstance(tensor, torch.Tensor) and tensor.requires_grad]
-    return _NoGradient.apply(result.detach(), *floats) if floats and torch.is_grad_enabled() else result
+    return _NoGradient.apply(result, *floats) if floats else result
 
 
 class _NoGradient(torch.autograd.Function):
@@ -133,7 +135,7 @@ class _NoGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        raise InputError("has no gradient", where="fused_moe", next_step="train on dense weights, or detach hidden and topk_weights")
+        raise InputError("this kernel has no gradient", where="fused_moe", next_step="take backend='reference', or detach hidden and topk_weights")
 
 
 def workspace_nbytes(
