@@ -23,6 +23,7 @@ import triton.language as tl
 
 from halfbyte.formats import QuantTensor
 from halfbyte.formats.fp8_tensor import Fp8Tensor
+from halfbyte.kernels.arithmetic import next_power_of_2
 from halfbyte.kernels.quantizers.blocks import e2m1_value, pack
 from halfbyte.kernels.workspace import scratch
 
@@ -84,7 +85,7 @@ def decode_rows(hidden: QuantTensor | Fp8Tensor) -> tuple[torch.Tensor, torch.Te
     row_scale = None if given is None else scratch((num_rows,), torch.float32, codes.device)
     if num_rows == 0:
         return out, row_scale
-    padded = triton.next_power_of_2(pairs)
+    padded = next_power_of_2(pairs)
     _decode[(num_rows,)](
         codes if is_fp4 else codes.view(torch.int16), scales if given is scales else scales.view(torch.uint8), scales if given is None else given,
         out.view(torch.int32), out if row_scale is None else row_scale, num_rows if given is None else num_rows // given.numel(),
