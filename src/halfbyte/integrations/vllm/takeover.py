@@ -30,9 +30,9 @@ def take_over(method: Any, model: EngineModel, *, max_tokens: int, batch_invaria
         max_tokens: the most tokens in a call.
         batch_invariant: as in `fused_moe`.
     """
-    method.halfbyte = State(HOLDINGS[type(method).__name__], model, max_tokens, batch_invariant)
     cls: type = type(method)
     method.__class__ = _subclass(cls)
+    method.halfbyte = State(HOLDINGS[cls.__name__], model, max_tokens, batch_invariant)
 
 
 class State:
@@ -51,7 +51,7 @@ class State:
 
 
 class _Method:
-    """What differs from vLLM's method; mixed in before its class."""
+    """What differs from vLLM's method: the members of the subclass."""
 
     halfbyte: State
     moe_quant_config: Any
@@ -89,7 +89,7 @@ class _Method:
         if getattr(layer, "halfbyte_experts", None) is not None:
             raise error
         self.halfbyte.model.refuse(layer.layer_name, str(error))
-        self.__class__ = type(self).__mro__[2]
+        self.__class__ = type(self).__mro__[1]
         self.process_weights_after_loading(layer)
 
     def apply(
@@ -117,7 +117,9 @@ class _Method:
 
 @functools.cache
 def _subclass(cls: type) -> type:
-    return type(f"Halfbyte{cls.__name__}", (_Method, cls), {"__doc__": f"{cls.__name__} whose experts run on halfbyte's kernels."})
+    """A subclass of `cls` alone: with a second base, Python would not let an object of `cls` become one of it."""
+    members = {name: member for name, member in vars(_Method).items() if not name.startswith("__")}
+    return type(f"Halfbyte{cls.__name__}", (cls,), members)
 
 
 _workspaces: dict[int, Workspace] = {}
