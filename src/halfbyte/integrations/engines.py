@@ -81,16 +81,18 @@ class EngineModel:
 
     Attributes:
         options: what the user said.
+        batch_invariant: as in `fused_moe`; the engine's setting.
         stats: numbers for who measures: "layers" taken over, "prepare_host_s" that the host spent on arranging them, "warm_up_s" on compiling.
         workspace_nbytes: the workspace that serves all layers.
     """
 
-    def __init__(self, engine: str, options: Options, log: Callable[[str], None]) -> None:
-        self.options = options
+    def __init__(self, engine: str, options: Options, log: Callable[[str], None], *, batch_invariant: bool = False) -> None:
+        self.options, self.batch_invariant = options, batch_invariant
         self.stats: dict[str, float] = {"layers": 0, "prepare_host_s": 0.0, "warm_up_s": 0.0}
         self.workspace_nbytes = 0
         self._engine, self._log = engine, log
         self._checks = ScaleChecks()
+        self._warm: set[tuple[str, int, int, int]] = set()
         self._kinds: dict[str, int] = {}
         self._refused: dict[str, int] = {}
 
@@ -135,15 +137,18 @@ class EngineModel:
             self._count(held, top_k, max_tokens)
 
     def _count(self, experts: PreparedExperts, top_k: int, max_tokens: int) -> None:
-        start = time.perf_counter()
-        warm_up(experts, top_k, max_tokens=max_tokens)
-        self.stats["warm_up_s"] += time.perf_counter() - start
-        self.workspace_nbytes = max(self.workspace_nbytes, workspace_nbytes(experts, max_tokens, top_k))
         self.stats["layers"] += 1
         sizes = f"{experts.num_experts} experts of {experts.hidden} x {experts.intermediate}"
         weights = repr(experts.format) if experts.format else "dense"
         kind = f"{weights}, {experts.activation.kind}, {sizes}, layout {experts.layout}, activations {experts.activations}"
         self._kinds[kind] = self._kinds.get(kind, 0) + 1
+        if (experts.description, experts.num_experts, top_k, max_tokens) in self._warm:
+            return
+        self._warm.add((experts.description, experts.num_experts, top_k, max_tokens))
+        start = time.perf_counter()
+        warm_up(experts, top_k, max_tokens=max_tokens, batch_invariant=self.batch_invariant)
+        self.workspace_nbytes = max(self.workspace_nbytes, workspace_nbytes(experts, max_tokens, top_k, batch_invariant=self.batch_invariant))
+        self.stats["warm_up_s"] += time.perf_counter() - start
 
     def finish(self) -> None:
         """To be called before every call of a layer: after loading, it waits for the checks of the scales and logs what runs where; then it is free.

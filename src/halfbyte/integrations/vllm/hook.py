@@ -48,7 +48,7 @@ def install() -> None:
             try:
                 reason = refusal(layer, method, model.options, config.lora_config)
                 if reason is None:
-                    take_over(method, model, max_tokens=_max_tokens(config), batch_invariant=bool(vllm.envs.VLLM_BATCH_INVARIANT))
+                    take_over(method, model, _max_tokens(config))
             except FAILURES as error:
                 reason = f"{type(error).__name__}: {error}"
             if reason is not None:
@@ -64,7 +64,7 @@ def install() -> None:
 @functools.cache
 def model_of(options: Options) -> EngineModel:
     """The model of this process; a draft model beside it has the same options."""
-    model = EngineModel("vLLM", options, logger.info)
+    model = EngineModel("vLLM", options, logger.info, batch_invariant=bool(vllm.envs.VLLM_BATCH_INVARIANT))
     plugin.STATS = model.stats
     return model
 

@@ -21,25 +21,24 @@ from halfbyte.kernels.workspace import ALIGNMENT, Workspace
 from halfbyte.moe import fused_moe
 
 
-def take_over(method: Any, model: EngineModel, *, max_tokens: int, batch_invariant: bool) -> None:
+def take_over(method: Any, model: EngineModel, max_tokens: int) -> None:
     """Let `method` run on halfbyte; `methods.refusal` has said that it can.
 
     Args:
         method: vLLM's, whose class is in `HOLDINGS`.
         model: what the process knows of the model.
         max_tokens: the most tokens in a call.
-        batch_invariant: as in `fused_moe`.
     """
     cls: type = type(method)
     method.__class__ = _subclass(cls)
-    method.halfbyte = State(HOLDINGS[cls.__name__], model, max_tokens, batch_invariant)
+    method.halfbyte = State(HOLDINGS[cls.__name__], model, max_tokens)
 
 
 class State:
     """What a method that was taken over keeps for its layer."""
 
-    def __init__(self, holding: Holding, model: EngineModel, max_tokens: int, batch_invariant: bool) -> None:
-        self.holding, self.model, self.max_tokens, self.batch_invariant = holding, model, max_tokens, batch_invariant
+    def __init__(self, holding: Holding, model: EngineModel, max_tokens: int) -> None:
+        self.holding, self.model, self.max_tokens = holding, model, max_tokens
         self._mapped: torch.Tensor | None = None
         self._map: ExpertMap | None = None
 
@@ -110,7 +109,7 @@ class _Method:
             topk_ids,
             topk_weights,
             expert_map=state.expert_map(layer),
-            batch_invariant=state.batch_invariant,
+            batch_invariant=state.model.batch_invariant,
             workspace=_workspace(state.model.workspace_nbytes),
         )
 
