@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,7 +40,7 @@ def install() -> None:
 
     @functools.wraps(original)
     def choose(layer: Layer, prefix: str, quant_config: Any, moe_config: Any) -> Any:
-        with _without_a_kernel_of_its_own() as failures:
+        with _without_a_kernel_of_its_own(quant_config) as failures:
             method = original(layer, prefix, quant_config, moe_config)
         reason = None
         if _is_fp4(method):
@@ -87,8 +88,10 @@ def _max_tokens(config: VllmConfig) -> int:
 
 
 @contextmanager
-def _without_a_kernel_of_its_own() -> Iterator[list[Exception]]:
+def _without_a_kernel_of_its_own(quant_config: Any) -> Iterator[list[Exception]]:
     """Within, a method of vLLM's is made although vLLM has no kernel for it. Yields what vLLM would have raised."""
+    if type(quant_config).__module__.startswith(f"{_QUANTIZATION}.compressed_tensors."):
+        importlib.import_module(f"{_COMPRESSED}_w4a4_nvfp4")  # which vLLM imports when it makes the first method
     failures: list[Exception] = []
 
     def optional(select: Any) -> Any:

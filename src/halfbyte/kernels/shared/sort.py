@@ -19,6 +19,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc
 
 from halfbyte.kernels.arithmetic import ceil_div, next_power_of_2
+from halfbyte.kernels.launch import launch
 from halfbyte.kernels.problem import Problem, Support, needs_capability
 from halfbyte.kernels.work_list import WorkList, max_entries
 from halfbyte.kernels.workspace import aligned, scratch
@@ -222,7 +223,8 @@ def run(
     layout = (topk_ids.shape[1], max_rows, ITEM_ALIGNMENT, ordered)
     pdl: dict[str, Any] = {"launch_pdl": True} if launch_early else {}
     if single:
-        _sort[(1 + num_experts,)](
+        launch(
+            _sort, (1 + num_experts,),
             topk_ids, token_of_row, row_of_slot, entries, num_entries, starts, num_slots, expert_offset, num_experts, padded, *layout, block,
             launch_early, num_warps=4 if block <= 2048 else 8, maxnreg=MAX_REGISTERS, **pdl,
         )  # fmt: skip
@@ -230,9 +232,14 @@ def run(
         chunks = ceil_div(num_slots, block)
         counts = scratch((chunks + 1, padded), torch.int32, device)
         totals = counts[chunks]
-        _count[(chunks,)](topk_ids, row_of_slot, counts, num_slots, expert_offset, num_experts, padded, block, launch_early, num_warps=8, **pdl)
-        _sum_before[(padded // EXPERTS_SUMMED,)](counts, totals, chunks, padded, EXPERTS_SUMMED, CHUNKS_SUMMED, launch_early, num_warps=4, **pdl)
-        _place[(chunks,)](
+        launch(
+            _count, (chunks,), topk_ids, row_of_slot, counts, num_slots, expert_offset, num_experts, padded, block, launch_early, num_warps=8, **pdl
+        )
+        launch(
+            _sum_before, (padded // EXPERTS_SUMMED,), counts, totals, chunks, padded, EXPERTS_SUMMED, CHUNKS_SUMMED, launch_early, num_warps=4, **pdl
+        )
+        launch(
+            _place, (chunks,),
             topk_ids, counts, totals, token_of_row, row_of_slot, entries, num_entries, starts, num_slots, expert_offset, num_experts, padded,
             *layout, block, launch_early, num_warps=4, **pdl,
         )  # fmt: skip
