@@ -31,7 +31,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
             key.append(argument.dtype)
             if argument.data_ptr() & 15:
                 key.append("not aligned")
-        elif isinstance(argument, TensorDescriptor):
+        elif type(argument) is TensorDescriptor:
             key += (argument.base.dtype, id(argument.layout), *argument.block_shape)
         else:
             key.append(argument)
