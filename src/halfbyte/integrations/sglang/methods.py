@@ -129,12 +129,18 @@ def refusal(layer: Layer, method: Any, backend: Any, all2all: Any, arguments: Ar
         return f"hidden {sizes[0]} and intermediate {sizes[1]} on this rank do not divide into blocks of {block}"
     if unwanted := next(_unwanted_arguments(arguments), None):
         return unwanted
-    return refusal_of_device(arguments.device, options)
+    return refusal_of_device(_device(arguments), options)
+
+
+def _device(arguments: Arguments) -> str:
+    """Where layers lie. In newer releases, arguments stay as they were given, and none is given as a rule."""
+    return arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _on_marlin(holding: Holding, backend: Any, arguments: Arguments) -> bool:
     """Whether SGLang would run the layer on Marlin. "auto" means it for NVFP4 below Blackwell."""
-    below_blackwell = arguments.device == "cuda" and int(Target.of("cuda").arch.removeprefix("sm_")) < 100
+    device = _device(arguments)
+    below_blackwell = device == "cuda" and int(Target.of(device).arch.removeprefix("sm_")) < 100
     return backend.is_marlin() or holding.only_marlin or (backend.is_auto() and holding.format == NVFP4 and below_blackwell)
 
 
