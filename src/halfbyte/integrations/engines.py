@@ -137,18 +137,19 @@ class EngineModel:
             self._count(held, top_k, max_tokens)
 
     def _count(self, experts: PreparedExperts, top_k: int, max_tokens: int) -> None:
+        """Make a layer's kernels ready, once for all layers of its kind, and remember it for the log."""
+        warm = (experts.description, experts.num_experts, top_k, max_tokens)
+        if warm not in self._warm:
+            start = time.perf_counter()
+            warm_up(experts, top_k, max_tokens=max_tokens, batch_invariant=self.batch_invariant)
+            self.workspace_nbytes = max(self.workspace_nbytes, workspace_nbytes(experts, max_tokens, top_k, batch_invariant=self.batch_invariant))
+            self.stats["warm_up_s"] += time.perf_counter() - start
+            self._warm.add(warm)
         self.stats["layers"] += 1
         sizes = f"{experts.num_experts} experts of {experts.hidden} x {experts.intermediate}"
         weights = repr(experts.format) if experts.format else "dense"
         kind = f"{weights}, {experts.activation.kind}, {sizes}, layout {experts.layout}, activations {experts.activations}"
         self._kinds[kind] = self._kinds.get(kind, 0) + 1
-        if (experts.description, experts.num_experts, top_k, max_tokens) in self._warm:
-            return
-        self._warm.add((experts.description, experts.num_experts, top_k, max_tokens))
-        start = time.perf_counter()
-        warm_up(experts, top_k, max_tokens=max_tokens, batch_invariant=self.batch_invariant)
-        self.workspace_nbytes = max(self.workspace_nbytes, workspace_nbytes(experts, max_tokens, top_k, batch_invariant=self.batch_invariant))
-        self.stats["warm_up_s"] += time.perf_counter() - start
 
     def finish(self) -> None:
         """To be called before every call of a layer: after loading, it waits for the checks of the scales and logs what runs where; then it is free.

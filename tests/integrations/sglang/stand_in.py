@@ -167,6 +167,7 @@ def server(**given: Any) -> SimpleNamespace:
     usual = {
         "device": "cpu", "json_model_override_args": "{}", "chunked_prefill_size": 64, "max_prefill_tokens": 128, "dp_size": 1, "enable_lora": None,
         "lora_paths": None, "lora_target_modules": None, "cpu_offload_gb": 0, "dwdp_size": 1, "offload_group_size": -1, "weight_cache_mode": "off",
+        "enable_deterministic_inference": False,
     }  # fmt: skip
     return SimpleNamespace(**usual | given)
 

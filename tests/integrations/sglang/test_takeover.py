@@ -313,6 +313,7 @@ def test_a_failure_while_weights_are_arranged_leaves_them_to_sglang(
     for name, value in loaded.items():
         assert_equal_bits(layer.on_marlin[name].view(torch.uint8), value.view(torch.uint8))
     assert "no compiler" in caplog.text
+    assert "runs" not in caplog.text
     x, topk = inputs()
     assert (layer(x[:, :HIDDEN], topk) == 7).all()
 
@@ -336,6 +337,16 @@ def test_options_come_from_the_command_line(make: Any) -> None:
 def test_options_that_there_are_not_are_refused(make: Any, given: str) -> None:
     with pytest.raises(InputError, match=r"--json-model-override-args|fp6"):
         make(arguments=server(json_model_override_args=given))
+
+
+def test_deterministic_inference_is_batch_invariant(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = make(arguments=server(enable_deterministic_inference=True))
+    process(layer)
+    takeover = importlib.import_module("halfbyte.integrations.sglang.takeover")
+    asked: list[bool] = []
+    monkeypatch.setattr(takeover, "fused_moe", lambda x, *_, batch_invariant: asked.append(batch_invariant) or x)
+    layer(*inputs())
+    assert asked == [True]
 
 
 def test_strict_makes_what_is_left_to_sglang_an_error(make: Any) -> None:

@@ -52,7 +52,7 @@ def choose(original: Callable[..., Any], config: Any, layer: Layer, *args: Any, 
     from sglang.srt.runtime_context import get_server_args
 
     arguments = get_server_args()
-    model = model_of(_options(arguments))
+    model = model_of(_options(arguments), bool(arguments.enable_deterministic_inference))
     try:
         reason = refusal(layer, method, get_moe_runner_backend(), get_moe_a2a_backend(), arguments, model.options)
         if reason is None:
@@ -78,9 +78,9 @@ def arrange_updated(original: Callable[..., Any], updater: Any, *args: Any, **kw
 
 
 @functools.cache
-def model_of(options: Options) -> EngineModel:
+def model_of(options: Options, batch_invariant: bool) -> EngineModel:
     """The model of this process; a draft model beside it has the same options."""
-    model = EngineModel("SGLang", options, logger.info)
+    model = EngineModel("SGLang", options, logger.info, batch_invariant=batch_invariant)
     plugin.STATS = model.stats
     return model
 

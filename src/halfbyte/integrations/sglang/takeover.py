@@ -164,7 +164,8 @@ class _Method:
         """The experts of `layer` on the tokens that were dispatched."""
         topk = dispatch_output.topk_output
         ids, weights = (topk.topk_ids, topk.topk_weights) if hasattr(topk, "topk_weights") else _unpacked(topk.packed_topk_ids)
-        return StandardCombineInput(hidden_states=fused_moe(dispatch_output.hidden_states, layer.halfbyte_experts, ids, weights))
+        x, batch_invariant = dispatch_output.hidden_states, self.halfbyte.model.batch_invariant
+        return StandardCombineInput(hidden_states=fused_moe(x, layer.halfbyte_experts, ids, weights, batch_invariant=batch_invariant))
 
 
 @functools.cache
