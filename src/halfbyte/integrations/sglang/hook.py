@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import pkgutil
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +31,7 @@ CHOICES = tuple(
         "mxfp4.Mxfp4Config",
     )
 )
-# Where weights are loaded and SGLang 0.5.17 does not say when the last one is.
+# Where weights are loaded and SGLang 0.5.17 does not say that the last one has come.
 _UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
 UPDATES = tuple(f"{_UPDATER}.update_weights_from_{source}" for source in ("tensor", "distributed", "ipc"))
 
@@ -39,8 +40,9 @@ def install() -> None:
     """Register the hooks; SGLang applies them when all plug-ins have theirs."""
     for target in CHOICES:
         HookRegistry.register(target, choose, HookType.AROUND)
-    for target in UPDATES:
-        HookRegistry.register(target, arrange_updated, HookType.AROUND)
+    if not hasattr(pkgutil.resolve_name(_UPDATER), "end_weight_update"):
+        for target in UPDATES:
+            HookRegistry.register(target, arrange_updated, HookType.AROUND)
 
 
 def choose(original: Callable[..., Any], config: Any, layer: Layer, *args: Any, **kwargs: Any) -> Any:
@@ -67,13 +69,12 @@ def choose(original: Callable[..., Any], config: Any, layer: Layer, *args: Any, 
 
 
 def arrange_updated(original: Callable[..., Any], updater: Any, *args: Any, **kwargs: Any) -> Any:
-    """In the place of an update: afterwards, layers that it gave weights are arranged, unless SGLang is to say when the last one has come."""
+    """In the place of an update: afterwards, layers that it gave weights are arranged."""
     result = original(updater, *args, **kwargs)
-    if not hasattr(updater, "end_weight_update"):
-        for module in updater.get_model().modules():
-            method = getattr(module, "quant_method", None)
-            if method is not None and hasattr(method, "halfbyte"):
-                method.process_weights_after_loading(module)
+    for module in updater.get_model().modules():
+        method = getattr(module, "quant_method", None)
+        if method is not None and hasattr(method, "halfbyte"):
+            method.process_weights_after_loading(module)
     return result
 
 
