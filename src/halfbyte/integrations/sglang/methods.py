@@ -122,7 +122,7 @@ def refusal(layer: Layer, method: Any, backend: Any, all2all: Any, arguments: Ar
         return "router weights are applied to the input of the experts"
     if config.no_combine:
         return "results of the experts are wanted one by one"
-    if layer.params_dtype not in (torch.bfloat16, torch.float16):
+    if layer.params_dtype != torch.bfloat16:
         return f"its kernels multiply bf16, the model is {layer.params_dtype}"
     block, sizes = holding.format.block, (layer.hidden_size, layer.intermediate_size_per_partition)
     if sizes[0] % block or (sizes[1] % block and not holding.padded):
