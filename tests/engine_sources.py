@@ -35,7 +35,7 @@ def facts_of(package: Path, relied_on: Relied, methods: Collection[str]) -> dict
 
 def version_of(package: Path) -> str:
     """Of the package's metadata beside it, or of the source tree's PKG-INFO."""
-    for pattern in (f"{package.name}-*.dist-info/METADATA", "PKG-INFO"):
+    for pattern in (f"{package.name}*.dist-info/METADATA", "PKG-INFO"):
         for file in sorted(package.parent.glob(pattern)):
             if match := re.search(r"^Version: (\d+\.\d+(?:\.\d+)?)", file.read_text(), re.M):
                 return match[1]
