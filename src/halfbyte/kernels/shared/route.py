@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
+from halfbyte.kernels.arithmetic import ceil_div, next_power_of_2
 from halfbyte.kernels.problem import Problem, Size, Support, needs_capability
 
 # Method -> score of a logit, and how the k scores become weights. The meaning of each is in `kernels.reference.routing.METHODS`.
@@ -224,14 +225,14 @@ def choose_config(problem: Problem, size: Size) -> Config:
 
 
 def _blocks(num_experts: int, top_k: int, num_groups: int) -> Config:
-    padded_groups = triton.next_power_of_2(num_groups)
-    padded_size = triton.next_power_of_2(num_experts // num_groups)
+    padded_groups = next_power_of_2(num_groups)
+    padded_size = next_power_of_2(num_experts // num_groups)
     width = padded_groups * padded_size
     return Config(
         block_tokens=min(16, max(1, 128 // width)),
         padded_groups=padded_groups,
         padded_size=padded_size,
-        padded_top_k=triton.next_power_of_2(top_k),
+        padded_top_k=next_power_of_2(top_k),
         num_warps=min(16, max(1, width // 1024)),
     )
 
@@ -260,7 +261,7 @@ def run(
         bias = (bias.float() if bias.element_size() == 1 else bias).contiguous()  # Triton cannot read fp8 on every GPU
     config = _blocks(num_experts, top_k, num_groups) if config is None else config
     with torch.cuda.device_of(logits):  # Triton launches on the current device
-        route_kernel[(triton.cdiv(num_tokens, config.block_tokens),)](
+        route_kernel[(ceil_div(num_tokens, config.block_tokens),)](
             logits,
             bias,
             ids,

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc
 
+from halfbyte.kernels.arithmetic import ceil_div, next_power_of_2
+from halfbyte.kernels.launch import launch
 from halfbyte.kernels.problem import Problem, Support, needs_capability
 from halfbyte.kernels.work_list import WorkList, max_entries
 from halfbyte.kernels.workspace import aligned, scratch
@@ -38,7 +40,7 @@ def variant(num_slots: int, num_experts: int, max_rows: int) -> tuple[bool, bool
     """
     ordered = max_rows > ITEM_ALIGNMENT and max_entries(num_slots, num_experts, max_rows) <= MAX_ORDERED_ITEMS
     single = num_slots <= MAX_SINGLE_SLOTS
-    return ordered, single, max(256, triton.next_power_of_2(num_slots)) if single else CHUNK
+    return ordered, single, max(256, next_power_of_2(num_slots)) if single else CHUNK
 
 
 @triton.jit
@@ -190,7 +192,7 @@ def workspace_nbytes(num_slots: int, num_experts: int, max_rows: int) -> int:
     _, single, block = variant(num_slots, num_experts, max_rows)
     sizes = [4 * (2 * -(-num_slots // 4) * 4 + 4), 16 * max_entries(num_slots, num_experts, max_rows)]
     if not single:
-        sizes.append(4 * (triton.cdiv(num_slots, block) + 1) * max(32, triton.next_power_of_2(num_experts)))
+        sizes.append(4 * (ceil_div(num_slots, block) + 1) * max(32, next_power_of_2(num_experts)))
     return sum(map(aligned, sizes))
 
 
@@ -217,21 +219,27 @@ def run(
     token_of_row, row_of_slot, num_entries = scratch((sum(sizes),), torch.int32, device).split(sizes)
     entries = scratch((max_entries(num_slots, num_experts, max_rows), 4), torch.int32, device)
     starts = torch.empty(num_experts + 1, dtype=torch.int32, device=device) if row_start else None
-    padded = max(32, triton.next_power_of_2(num_experts))
+    padded = max(32, next_power_of_2(num_experts))
     layout = (topk_ids.shape[1], max_rows, ITEM_ALIGNMENT, ordered)
     pdl: dict[str, Any] = {"launch_pdl": True} if launch_early else {}
     if single:
-        _sort[(1 + num_experts,)](
+        launch(
+            _sort, (1 + num_experts,),
             topk_ids, token_of_row, row_of_slot, entries, num_entries, starts, num_slots, expert_offset, num_experts, padded, *layout, block,
             launch_early, num_warps=4 if block <= 2048 else 8, maxnreg=MAX_REGISTERS, **pdl,
         )  # fmt: skip
     else:
-        chunks = triton.cdiv(num_slots, block)
+        chunks = ceil_div(num_slots, block)
         counts = scratch((chunks + 1, padded), torch.int32, device)
         totals = counts[chunks]
-        _count[(chunks,)](topk_ids, row_of_slot, counts, num_slots, expert_offset, num_experts, padded, block, launch_early, num_warps=8, **pdl)
-        _sum_before[(padded // EXPERTS_SUMMED,)](counts, totals, chunks, padded, EXPERTS_SUMMED, CHUNKS_SUMMED, launch_early, num_warps=4, **pdl)
-        _place[(chunks,)](
+        launch(
+            _count, (chunks,), topk_ids, row_of_slot, counts, num_slots, expert_offset, num_experts, padded, block, launch_early, num_warps=8, **pdl
+        )
+        launch(
+            _sum_before, (padded // EXPERTS_SUMMED,), counts, totals, chunks, padded, EXPERTS_SUMMED, CHUNKS_SUMMED, launch_early, num_warps=4, **pdl
+        )
+        launch(
+            _place, (chunks,),
             topk_ids, counts, totals, token_of_row, row_of_slot, entries, num_entries, starts, num_slots, expert_offset, num_experts, padded,
             *layout, block, launch_early, num_warps=4, **pdl,
         )  # fmt: skip

@@ -29,6 +29,7 @@ from halfbyte.formats import NVFP4
 from halfbyte.formats.activation_formats import ActivationFormat
 from halfbyte.formats.fp8_tensor import Fp8Tensor
 from halfbyte.gluon_compat import fix_cache_keys, tma_descriptor
+from halfbyte.kernels.launch import launch
 from halfbyte.kernels.problem import Hidden, Problem, Size, Support, layer_problem
 from halfbyte.kernels.shared.decode_rows import decode_rows
 from halfbyte.kernels.shared.encode_rows import encode_rows
@@ -155,7 +156,8 @@ def _decode_gemm(
     num_tokens, top_k = work.shape if is_direct else (1, 1)
     parts = y.shape[0] // num_rows
     is_wide = is_direct and (x_scale is not None or not is_w13)
-    grouped_gemm_w4a16_decode[(num_items * matrix.row_tiles, parts)](
+    launch(
+        grouped_gemm_w4a16_decode, (num_items * matrix.row_tiles, parts),
         x, x if x_scale is None else x_scale, matrix.words, matrix.scales, *_optional(matrix), y, ids, entries, num_entries, token_of_row,
         num_tokens, expert_offset, experts.num_experts,
         top_k, experts.hidden if is_w13 else experts.intermediate, x.stride(0), matrix.row_tiles, y.shape[1], y.shape[1],
@@ -194,7 +196,8 @@ def _prefill_gemm(
     """Multiply x, bf16 or (with a `config` for it) e4m3; rows times `x_scale` where there is one."""
     whole_runs = matrix.column_tiles % 4 == 0
     shift, multiplier, bias = _optional(matrix)
-    grouped_gemm_prefill[(Target.of(x.device).num_sms,)](
+    launch(
+        grouped_gemm_prefill, (Target.of(x.device).num_sms,),
         tma_descriptor(x, config.box, config.step_k), tma_descriptor(matrix.words.view(-1, 32), 64 if whole_runs else 16, 32),
         tma_descriptor(matrix.scales.view(torch.int32).view(-1, matrix.scales.shape[-1] // 4), 8, matrix.scales.shape[-1] // 4),
         shift, multiplier, matrix.row_exponent, multiplier if x_scale is None else x_scale, bias, y, work.entries, work.num_entries,

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc
 
+from halfbyte.kernels.arithmetic import ceil_div, next_power_of_2
+from halfbyte.kernels.launch import launch
 from halfbyte.kernels.work_list import WorkList
 from halfbyte.kernels.workspace import scratch
 from halfbyte.weights.hopper.fragment_order import pair_at
@@ -58,8 +60,9 @@ def gather(
     out = scratch((num_tokens * top_k, padded), hidden.dtype, hidden.device) if out is None else out
     out_scales = None if scales is None else scratch((num_tokens * top_k,), torch.float32, hidden.device)
     pairs = padded // 2
-    block = min(1024, triton.next_power_of_2(pairs))
-    _gather[(num_tokens, triton.cdiv(pairs, block))](
+    block = min(1024, next_power_of_2(pairs))
+    launch(
+        _gather, (num_tokens, ceil_div(pairs, block)),
         hidden.view(torch.int32), hidden if scales is None else scales, work.row_of_slot, out.view(torch.int32),
         hidden if out_scales is None else out_scales, top_k, hidden.shape[1] // 2, pairs, scales is not None, block, launch_early,
         num_warps=4, **({"launch_pdl": True} if launch_early else {}),

@@ -17,6 +17,8 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc
 
 from halfbyte.formats.fp8_tensor import Fp8Tensor
+from halfbyte.kernels.arithmetic import ceil_div, next_power_of_2
+from halfbyte.kernels.launch import launch
 from halfbyte.kernels.quantizers.fp8 import divide, e4m3_bytes, fp32_scale, prepare_division
 from halfbyte.kernels.work_list import WorkList
 from halfbyte.kernels.workspace import scratch
@@ -132,9 +134,10 @@ def quantize_tokens(
     """
     codes, scales = _allocate(work.row_of_slot.shape[0], padded, hidden.device, out)
     words = padded // 4
-    _quantize_tokens[(hidden.shape[0],)](
+    launch(
+        _quantize_tokens, (hidden.shape[0],),
         hidden.view(torch.int32), work.row_of_slot, codes.view(torch.int32), scales,
-        hidden.shape[1] // 2, words, work.row_of_slot.shape[0] // hidden.shape[0], triton.next_power_of_2(words), launch_early, not INTERPRETED,
+        hidden.shape[1] // 2, words, work.row_of_slot.shape[0] // hidden.shape[0], next_power_of_2(words), launch_early, not INTERPRETED,
         num_warps=4 if words <= 1024 else 8, **({"launch_pdl": True} if launch_early else {}),
     )  # fmt: skip
     return codes, scales
@@ -145,9 +148,10 @@ def gather_codes(hidden: Fp8Tensor, work: WorkList, padded: int, *, out: torch.T
     codes, scales = _allocate(work.row_of_slot.shape[0], padded, hidden.codes.device, out)
     num_tokens, width = hidden.codes.shape
     words = padded // 4
-    _gather_codes[(num_tokens,)](
+    launch(
+        _gather_codes, (num_tokens,),
         hidden.codes.contiguous().view(torch.int32), hidden.scales.contiguous(), work.row_of_slot, codes.view(torch.int32), scales,
-        width // 4, words, work.row_of_slot.shape[0] // num_tokens, triton.next_power_of_2(words), num_warps=4 if words <= 1024 else 8,
+        width // 4, words, work.row_of_slot.shape[0] // num_tokens, next_power_of_2(words), num_warps=4 if words <= 1024 else 8,
     )  # fmt: skip
     return codes, scales
 
@@ -156,9 +160,10 @@ def quantize_rows(h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """h [R, I] bf16 (contiguous, I a multiple of 64) in bf16 fragment order to codes e4m3 [R, I] and scales fp32 [R]."""
     num_rows, width = h.shape
     codes, scales = _allocate(num_rows, width, h.device)
-    block = triton.next_power_of_2(width // 16)
+    block = next_power_of_2(width // 16)
     rows = max(1, EIGHTS_OF_PROGRAM // block)
-    _quantize_rows[(triton.cdiv(num_rows, rows),)](
+    launch(
+        _quantize_rows, (ceil_div(num_rows, rows),),
         h.view(torch.int32), codes.view(torch.int32), scales, num_rows, width // 16, rows, block, not INTERPRETED,
         num_warps=4 if block <= 256 else 8,
     )  # fmt: skip

@@ -1,0 +1,138 @@
+"""`take_over`: one of vLLM's quantisation methods becomes one whose experts run on halfbyte's kernels.
+
+The method stays what it is in all that loading asks of it: Parameters, their loaders, and its class name, in which vLLM's loader looks for "ModelOpt"
+and "compressed". Only its class is replaced, by a subclass that arranges the experts when they are loaded and calls `fused_moe`.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG
+from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_manager_initialized
+
+from halfbyte.errors import HalfbyteError
+from halfbyte.experts import ExpertMap
+from halfbyte.integrations.engines import EngineModel
+from halfbyte.integrations.vllm.methods import HOLDINGS, Holding, Layer, expert_map_of, experts_of, parameters_of
+from halfbyte.kernels.workspace import ALIGNMENT, Workspace
+from halfbyte.moe import fused_moe
+
+
+def take_over(method: Any, model: EngineModel, max_tokens: int) -> None:
+    """Let `method` run on halfbyte; `methods.refusal` has said that it can.
+
+    Args:
+        method: vLLM's, whose class is in `HOLDINGS`.
+        model: what the process knows of the model.
+        max_tokens: the most tokens in a call.
+    """
+    cls: type = type(method)
+    method.__class__ = _subclass(cls)
+    method.halfbyte = State(HOLDINGS[cls.__name__], model, max_tokens)
+
+
+class State:
+    """What a method that was taken over keeps for its layer."""
+
+    def __init__(self, holding: Holding, model: EngineModel, max_tokens: int) -> None:
+        self.holding, self.model, self.max_tokens = holding, model, max_tokens
+        self._mapped: torch.Tensor | None = None
+        self._map: ExpertMap | None = None
+
+    def expert_map(self, layer: Layer) -> ExpertMap | None:
+        """The map of the layer, made again when vLLM has changed its own."""
+        if layer._expert_map is not self._mapped:
+            self._mapped, self._map = layer._expert_map, expert_map_of(layer)
+        return self._map
+
+
+class _Method:
+    """What differs from vLLM's method: the members of the subclass."""
+
+    halfbyte: State
+    moe_quant_config: Any
+    is_monolithic = False
+    supports_eplb = True
+    skip_forward_padding = False
+    has_unpadded_output = False
+    supports_pre_processed_weights = False
+    topk_indices_dtype = torch.int32
+
+    def maybe_roundup_sizes(self, hidden_size: int, intermediate_size_per_partition: int, *_: Any, **__: Any) -> tuple[int, int]:
+        """Whole blocks; the rest of the padding is the layout's."""
+        block = self.halfbyte.holding.format.block
+        return hidden_size, -(-intermediate_size_per_partition // block) * block
+
+    def maybe_make_prepare_finalize(self, *_: Any, **__: Any) -> None:
+        """There is no modular kernel: `apply` is the whole layer, and tokens of other ranks are gathered before it."""
+
+    def get_fused_moe_quant_config(self, layer: Layer) -> Any:
+        return FUSED_MOE_UNQUANTIZED_CONFIG
+
+    def process_weights_after_loading(self, layer: Layer) -> None:
+        state = self.halfbyte
+        try:
+            experts = experts_of(layer, state.holding, state.model.options)
+            names = parameters_of(state.holding)
+            state.model.take_over(layer, layer.layer_name, experts, names, top_k=layer.top_k, max_tokens=state.max_tokens)
+        except HalfbyteError as error:
+            self._give_back(layer, error)
+            return
+        self.moe_quant_config = FUSED_MOE_UNQUANTIZED_CONFIG
+
+    def _give_back(self, layer: Layer, error: HalfbyteError) -> None:
+        """Let vLLM's own method process the layer, where it has not been taken over before."""
+        if getattr(layer, "halfbyte_experts", None) is not None:
+            raise error
+        self.halfbyte.model.refuse(layer.layer_name, str(error))
+        self.__class__ = type(self).__mro__[1]
+        self.process_weights_after_loading(layer)
+
+    def apply(
+        self,
+        layer: Layer,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: Any = None,
+        shared_experts_input: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The experts of `layer` on x bf16 [T, H]; shared experts are the runner's, before or beside this call."""
+        state = self.halfbyte
+        state.model.finish()
+        return fused_moe(
+            x,
+            layer.halfbyte_experts,
+            topk_ids,
+            topk_weights,
+            expert_map=state.expert_map(layer),
+            batch_invariant=state.model.batch_invariant,
+            workspace=_workspace(state.model.workspace_nbytes),
+        )
+
+
+@functools.cache
+def _subclass(cls: type) -> type:
+    """A subclass of `cls` alone: with a second base, Python would not let an object of `cls` become one of it."""
+    members = {name: member for name, member in vars(_Method).items() if not name.startswith("__")}
+    return type(f"Halfbyte{cls.__name__}", (cls,), members)
+
+
+_workspaces: dict[int, Workspace] = {}
+
+
+def _workspace(nbytes: int) -> Workspace | None:
+    """vLLM's buffer for this micro-batch, which its own kernels use too; none before vLLM has made its manager, and where nothing is taken of it."""
+    if not nbytes or not is_workspace_manager_initialized():
+        return None
+    (buffer,) = current_workspace_manager().get_simultaneous(((nbytes + ALIGNMENT,), torch.uint8))
+    address = buffer.data_ptr()
+    found = _workspaces.get(address)
+    if found is None or found.nbytes < nbytes:
+        for stale in list(_workspaces):  # vLLM has let go of a buffer that was too small: so must we
+            del _workspaces[stale]
+        found = _workspaces[address] = Workspace(buffer)
+    return found

@@ -1,0 +1,181 @@
+"""What plug-ins of engines share: options, and a layer's way from an engine's Parameters to prepared experts and back to the same addresses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from devices import on_hopper
+from random_experts import make_experts
+from torch import nn
+
+import halfbyte as hb
+from halfbyte.errors import InputError, UnsupportedError
+from halfbyte.integrations.engines import EngineModel, Options, refusal_of_device
+
+NAMES = ("w13.codes", "w13.scales", "w13.global_scale", "w2.codes", "w2.scales", "w2.global_scale")
+
+
+def test_options() -> None:
+    assert Options.of({}, "here") == Options()
+    assert Options.of({"activations": "fp8", "strict": True}, "here") == Options(activations="fp8", strict=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"activation": "fp8", "layers": 3}, r"here: unknown options \(given activation, layers; needed enabled, activations, strict, any_gpu\)"),
+        ({"activations": "int8"}, r"here: unknown activation format .*'int8'"),
+        ({"enabled": "no"}, r"here: option enabled is true or false .*'no'"),
+        ("fp8", "here: halfbyte's options are an object"),
+    ],
+)
+def test_wrong_options_are_named(given: object, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Options.of(given, "here")
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert refusal_of_device("cpu", Options()) is None
+    targets = {arch: hb.Target("a GPU", arch, 132, 1, 1.0) for arch in ("sm_90", "sm_100", "sm_80")}
+    for arch, target in targets.items():
+        monkeypatch.setattr("halfbyte.integrations.engines.Target", type("T", (), {"of": staticmethod(lambda device, target=target: target)}))
+        refusal = refusal_of_device("cuda", Options())
+        assert (refusal is None) == (arch == "sm_90") and refusal_of_device("cuda", Options(any_gpu=True)) is None
+        assert arch == "sm_90" or arch in refusal
+
+
+class Layer(nn.Module):
+    """As an engine makes it: Parameters under names of its own."""
+
+    def __init__(self, w: hb.ExpertWeights) -> None:
+        super().__init__()
+        self.load(w)
+
+    def load(self, w: hb.ExpertWeights) -> None:
+        for name in NAMES:
+            self.register_parameter(name.replace(".", "_"), nn.Parameter(w.tensors[name].clone(), requires_grad=False))
+
+    def experts(self) -> hb.ExpertWeights:
+        return hb.ExpertWeights.from_engine_tensors({name: getattr(self, name.replace(".", "_")) for name in NAMES}, hb.NVFP4)
+
+
+PARAMETERS = [name.replace(".", "_") for name in NAMES]
+
+
+def experts(seed: int, device: str = "cpu") -> hb.ExpertWeights:
+    w = make_experts(4, 256, 128, hb.NVFP4)
+    w = hb.ExpertWeights(w.w13, w.w2)
+    random = torch.Generator().manual_seed(seed)
+    w.w13.codes.copy_(torch.randint(0, 256, w.w13.codes.shape, dtype=torch.uint8, generator=random))
+    return w.to(device)
+
+
+def take_over(model: EngineModel, layer: Layer, name: str = "layer 0") -> None:
+    model.take_over(layer, name, layer.experts(), PARAMETERS, top_k=2, max_tokens=64)
+
+
+def call(layer: Layer, device: str = "cpu") -> torch.Tensor:
+    random = torch.Generator().manual_seed(3)
+    hidden, logits = torch.randn(5, 256, generator=random).bfloat16().to(device), torch.randn(5, 4, generator=random).to(device)
+    return hb.fused_moe(hidden, layer.halfbyte_experts, *hb.route(logits, 2))
+
+
+def test_a_layer_keeps_its_memory_and_its_values() -> None:
+    w, logged = experts(1), []
+    layer = Layer(w)
+    codes = layer.w13_codes.data_ptr()
+    model = EngineModel("an engine", Options(), logged.append)
+    take_over(model, layer)
+    assert {name for name, _ in layer.named_parameters()} == {f"halfbyte_{name.replace('.', '_')}" for name in layer.halfbyte_experts.storage.tensors}
+    assert layer.halfbyte_w13_codes.data_ptr() == codes and all(parameter.shape[0] == 4 for parameter in layer.parameters())
+    random = torch.Generator().manual_seed(3)
+    hidden, routing = torch.randn(5, 256, generator=random).bfloat16(), hb.route(torch.randn(5, 4, generator=random), 2)
+    assert torch.equal(call(layer), hb.fused_moe(hidden, hb.prepare(w.dequantize()), *routing))
+
+
+def test_other_weights_go_to_the_same_addresses() -> None:
+    first, second = experts(1), experts(2)
+    layer, model = Layer(first), EngineModel("an engine", Options(), print)
+    take_over(model, layer)
+    before, places = call(layer), {name: parameter.data_ptr() for name, parameter in layer.named_parameters()}
+    for name in list(layer._parameters):  # as an engine does: its own Parameters come back, and are loaded
+        delattr(layer, name)
+    layer.load(second)
+    take_over(model, layer)
+    assert {name: parameter.data_ptr() for name, parameter in layer.named_parameters()} == places
+    other = Layer(second)
+    take_over(EngineModel("an engine", Options(), print), other)
+    assert torch.equal(call(layer), call(other)) and not torch.equal(call(layer), before)
+    assert model.stats["layers"] == 1
+
+
+def test_experts_that_an_engine_moves_are_the_ones_that_run() -> None:
+    layer = Layer(experts(1))
+    take_over(EngineModel("an engine", Options(), print), layer)
+    before = call(layer)
+    for parameter in layer.parameters():  # experts 0 and 2 change places, as a rebalance does it: row by row of every Parameter
+        rows = parameter.data.view(torch.uint8).view(4, -1)
+        rows[[0, 2]] = rows[[2, 0]].clone()
+    assert not torch.equal(call(layer), before)
+    random = torch.Generator().manual_seed(3)
+    hidden, routing = torch.randn(5, 256, generator=random).bfloat16(), hb.route(torch.randn(5, 4, generator=random), 2)
+    moved = torch.tensor([2, 1, 0, 3], dtype=torch.int32)[routing.ids.long()]
+    assert torch.equal(hb.fused_moe(hidden, layer.halfbyte_experts, moved, routing.weights), before)
+
+
+def test_one_line_per_model() -> None:
+    logged: list[str] = []
+    model = EngineModel("an engine", Options(activations="fp8"), logged.append)
+    model.refuse("layer 0", "it is dense")
+    model.refuse("layer 1", "it is dense")
+    assert logged == ["halfbyte leaves layer 0 to an engine: it is dense"]
+    for name in ("layer 2", "layer 3"):
+        take_over(model, Layer(experts(1)), name)
+    model.finish()
+    model.finish()
+    assert len(logged) == 2
+    assert "2 MoE layers (NVFP4, swiglu, 4 experts of 256 x 128, layout canonical, activations fp8)" in logged[1]
+    assert logged[1].endswith("left to an engine: 2 layers (it is dense)")
+
+
+def test_strict_makes_what_is_left_an_error() -> None:
+    with pytest.raises(UnsupportedError, match="layer 0: it is dense"):
+        EngineModel("an engine", Options(strict=True), print).refuse("layer 0", "it is dense")
+
+
+def test_bad_scales_are_found_before_the_first_call_and_named() -> None:
+    w = experts(1)
+    w.w2.scales.view(torch.uint8)[3, 5, 1] = 0xFF
+    model = EngineModel("an engine", Options(), print)
+    take_over(model, Layer(experts(1)), "layer 0")
+    take_over(model, Layer(w), "layer 1")
+    with pytest.raises(InputError, match=r"^layer 1: scales are negative or not finite"):
+        model.finish()
+
+
+@on_hopper
+@pytest.mark.parametrize("activations", ["bf16", "fp8"])
+def test_a_captured_graph_goes_on_with_other_weights(activations: Any) -> None:
+    first, second = experts(1, "cuda"), experts(2, "cuda")
+    layer, model = Layer(first), EngineModel("an engine", Options(activations=activations), print)
+    take_over(model, layer)
+    model.finish()
+    expected_first = call(layer, "cuda")
+    graph = torch.cuda.CUDAGraph()
+    hidden = torch.randn(5, 256, generator=torch.Generator().manual_seed(3)).bfloat16().cuda()
+    routing = hb.route(torch.randn(5, 4, device="cuda"), 2)
+    with torch.cuda.graph(graph):
+        out = hb.fused_moe(hidden, layer.halfbyte_experts, *routing)
+    graph.replay()
+    before = out.clone()
+    for name in list(layer._parameters):
+        delattr(layer, name)
+    layer.load(second)
+    take_over(model, layer)
+    graph.replay()
+    other = Layer(second)
+    take_over(EngineModel("an engine", Options(activations=activations), print), other)
+    assert torch.equal(out, hb.fused_moe(hidden, other.halfbyte_experts, *routing)) and not torch.equal(out, before)
+    assert not torch.equal(call(layer, "cuda"), expected_first)

@@ -1,0 +1,191 @@
+"""The hook and the methods that are taken over, with stubs in vLLM's place: what runs, what falls back, and what a user is told."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from random_experts import make_experts
+from vllm_stubs import RoutedExperts, VllmConfig, vllm  # noqa: F401  (a fixture)
+
+import halfbyte as hb
+from halfbyte.errors import InputError, UnsupportedError
+from halfbyte.integrations.vllm import register
+
+METHOD = "ModelOptNvFp4FusedMoE"
+
+
+class OwnMethod:
+    """As vLLM's methods are, as far as the plug-in meets them."""
+
+    is_monolithic = True
+
+    def __init__(self) -> None:
+        self.moe_quant_config = self.moe_kernel = None
+        self.processed: list[Any] = []
+
+    def maybe_roundup_sizes(
+        self, hidden_size: int, intermediate_size_per_partition: int, act_dtype: Any, moe_parallel_config: Any
+    ) -> tuple[int, int]:
+        return hidden_size + 256, intermediate_size_per_partition + 256
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        self.processed.append(layer)
+
+
+def own(name: str = METHOD) -> Any:
+    return type(name, (OwnMethod,), {})()
+
+
+def weights(seed: int = 0) -> hb.ExpertWeights:
+    w = make_experts(4, 128, 64, hb.NVFP4)
+    w = hb.ExpertWeights(w.w13, w.w2)
+    w.w13.codes.copy_(torch.randint(0, 256, w.w13.codes.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)))
+    return w
+
+
+def chosen(vllm: Any, method: Any | None = None) -> tuple[Any, Any]:  # noqa: F811
+    """A layer and the method that the plug-in makes of vLLM's choice."""
+    vllm.method = lambda: own() if method is None else method
+    register()
+    layer = vllm.layer_class(weights(), METHOD)
+    return layer, layer._get_quant_method(layer.layer_name, None, layer.moe_config)
+
+
+def call(method: Any, layer: Any) -> torch.Tensor:
+    random = torch.Generator().manual_seed(3)
+    hidden = torch.randn(5, 128, generator=random).bfloat16()
+    routing = hb.route(torch.randn(5, 4, generator=random), 2)
+    return method.apply(layer, hidden, routing.weights, routing.ids, None, None)
+
+
+def expected(w: hb.ExpertWeights) -> torch.Tensor:
+    random = torch.Generator().manual_seed(3)
+    hidden = torch.randn(5, 128, generator=random).bfloat16()
+    return hb.fused_moe(hidden, hb.prepare(w.dequantize()), *hb.route(torch.randn(5, 4, generator=random), 2))
+
+
+def test_a_layer_from_choice_to_call(vllm: Any) -> None:  # noqa: F811
+    layer, method = chosen(vllm)
+    assert isinstance(method, OwnMethod) and "ModelOpt" in type(method).__name__  # vLLM's loader looks for it
+    assert not method.is_monolithic and method.supports_eplb and method.topk_indices_dtype == torch.int32
+    assert method.maybe_roundup_sizes(128, 64, torch.bfloat16, None) == (128, 64)
+    method.process_weights_after_loading(layer)
+    assert not method.processed and all(name.startswith("halfbyte_") for name, _ in layer.named_parameters())
+    assert torch.equal(call(method, layer), expected(weights()))
+    assert len(vllm.logged) == 1 and "1 MoE layers (NVFP4, swiglu, 4 experts of 128 x 64" in vllm.logged[0]
+
+
+def test_a_reload_keeps_the_addresses(vllm: Any) -> None:  # noqa: F811
+    layer, method = chosen(vllm)
+    method.process_weights_after_loading(layer)
+    places = {name: parameter.data_ptr() for name, parameter in layer.named_parameters()}
+    for name in list(layer._parameters):
+        delattr(layer, name)
+    layer.load(weights(1), METHOD)
+    method.process_weights_after_loading(layer)
+    assert {name: parameter.data_ptr() for name, parameter in layer.named_parameters()} == places
+    assert torch.equal(call(method, layer), expected(weights(1)))
+
+
+def test_options_reach_the_layer(vllm: Any) -> None:  # noqa: F811
+    vllm.config = VllmConfig({"halfbyte": {"activations": "fp8"}})
+    layer, method = chosen(vllm)
+    method.process_weights_after_loading(layer)
+    assert layer.halfbyte_experts.activations == "fp8"
+
+
+def test_an_unknown_option_is_an_error(vllm: Any) -> None:  # noqa: F811
+    vllm.config = VllmConfig({"halfbyte": {"activation": "fp8"}})
+    with pytest.raises(InputError, match=r"--additional-config: unknown options \(given activation"):
+        chosen(vllm)
+
+
+def test_what_is_refused_stays_as_it_was(vllm: Any) -> None:  # noqa: F811
+    vllm.config = VllmConfig({"halfbyte": {"enabled": False}})
+    theirs = own()
+    assert chosen(vllm, theirs)[1] is theirs and type(theirs).__name__ == METHOD and theirs.is_monolithic
+    assert vllm.logged == ["halfbyte leaves model.layers.0.mlp.experts to vLLM: switched off by option enabled"]
+    vllm.config = VllmConfig({"halfbyte": {"strict": True}})
+    with pytest.raises(UnsupportedError, match="does not know how QuarkNvfp4MoEMethod holds experts"):
+        chosen(vllm, own("QuarkNvfp4MoEMethod"))
+
+
+def test_layers_without_fp4_are_not_mentioned(vllm: Any) -> None:  # noqa: F811
+    theirs = own("UnquantizedFusedMoEMethod")
+    assert chosen(vllm, theirs)[1] is theirs and not vllm.logged
+
+
+def test_a_bug_of_the_plug_in_leaves_the_layer_to_vllm(vllm: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    register()
+    monkeypatch.setattr("halfbyte.integrations.vllm.hook.refusal", lambda *_: 1 / 0)
+    theirs = own()
+    assert chosen(vllm, theirs)[1] is theirs and type(theirs).__name__ == METHOD
+    assert "ZeroDivisionError" in vllm.logged[0]
+
+
+def test_what_cannot_be_prepared_is_given_back(vllm: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    layer, method = chosen(vllm)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise UnsupportedError("not today")
+
+    monkeypatch.setattr("halfbyte.integrations.engines.prepare", fail)
+    method.process_weights_after_loading(layer)
+    assert method.processed == [layer] and type(method).__name__ == METHOD and "w13_weight" in layer._parameters
+    assert "not today" in vllm.logged[0]
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_vllm_without_a_kernel_of_its_own(vllm: Any, monkeypatch: pytest.MonkeyPatch, enabled: bool) -> None:  # noqa: F811
+    def select(**_: Any) -> Any:
+        raise NotImplementedError("No NvFp4 MoE backend supports the deployment configuration.")
+
+    modelopt = SimpleNamespace(select_nvfp4_moe_backend=select)
+    monkeypatch.setitem(sys.modules, "vllm.model_executor.layers.quantization.modelopt", modelopt)
+    vllm.config = VllmConfig({"halfbyte": {"enabled": enabled}})
+
+    def make() -> Any:
+        assert modelopt.select_nvfp4_moe_backend(config=None) == (None, None)
+        return own()
+
+    register()
+    vllm.method = make
+    layer = vllm.layer_class(weights(), METHOD)
+    if enabled:
+        assert type(layer._get_quant_method(layer.layer_name, None, None)).__name__ == f"Halfbyte{METHOD}"
+    else:
+        with pytest.raises(NotImplementedError, match="No NvFp4 MoE backend"):
+            layer._get_quant_method(layer.layer_name, None, None)
+    assert modelopt.select_nvfp4_moe_backend is select
+
+
+def test_an_expert_map_that_vllm_changes_is_read_again(vllm: Any) -> None:  # noqa: F811
+    layer, method = chosen(vllm)
+    layer.expert_map_manager.placement_strategy = "round_robin"
+    layer._expert_map = torch.tensor([1, -1, 0, -1], dtype=torch.int32)
+    first = method.halfbyte.expert_map(layer)
+    assert first.local(torch.tensor([[0, 1, 2]])).tolist() == [[1, -1, 0]] and method.halfbyte.expert_map(layer) is first
+    layer._expert_map = torch.tensor([-1, 0, -1, 1], dtype=torch.int32)
+    assert method.halfbyte.expert_map(layer).local(torch.tensor([[0, 1, 2]])).tolist() == [[-1, 0, -1]]
+
+
+def test_the_hook_is_put_in_once(vllm: Any) -> None:  # noqa: F811
+    register()
+    first = vllm.layer_class._get_quant_method
+    register()
+    assert vllm.layer_class._get_quant_method is first
+
+
+def test_without_what_it_needs_of_vllm_it_does_nothing(vllm: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:  # noqa: F811
+    monkeypatch.delitem(sys.modules, "vllm.model_executor.layers.fused_moe.routed_experts")
+    monkeypatch.delattr(sys.modules["vllm.model_executor.layers.fused_moe"], "routed_experts")
+    register()
+    assert "halfbyte is not used: ModuleNotFoundError" in caplog.text
+
+
+def test_the_stub_has_what_the_plug_in_asks_of_a_layer() -> None:
+    assert {"w13_weight", "w2_weight_scale_2"} <= set(RoutedExperts(weights(), METHOD)._parameters)
