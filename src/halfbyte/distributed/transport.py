@@ -1,0 +1,89 @@
+"""`Transport`: how rows get to the experts and sums back to their owners. `CollectiveTransport` does it over any torch.distributed group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, Protocol, get_args
+
+import torch
+import torch.distributed as dist
+
+from halfbyte.distributed.collectives import all_gatherv, exchange_rows, reduce_scatterv
+from halfbyte.distributed.failures import naming_the_failed
+from halfbyte.distributed.wire import Wire
+from halfbyte.kernels.problem import Hidden
+from halfbyte.kernels.quantize import quantize_fp8
+
+CombineFormat = Literal["bf16", "fp8"]
+COMBINE_FORMATS: tuple[str, ...] = get_args(CombineFormat)
+
+
+class Tokens(NamedTuple):
+    """Rows of tokens with what routing says of them.
+
+    Attributes:
+        hidden: [R, H].
+        topk_ids: int32 [R, k], ids of the whole layer; -1 in rows that hold no token.
+        topk_weights: fp32 [R, k].
+    """
+
+    hidden: Hidden
+    topk_ids: torch.Tensor
+    topk_weights: torch.Tensor
+
+
+class Transport(Protocol):
+    """Both directions of one layer. `sizes`: rows of every rank, on the host, the same on all."""
+
+    name: str
+
+    def dispatch(self, wire: Wire, tokens: Tokens, sizes: Sequence[int], num_tokens: torch.Tensor | None) -> Tokens:
+        """The rows of all ranks, in the order of ranks. `num_tokens` int32 [1]: how many of this rank's rows hold a token; None for all."""
+        ...
+
+    def partial(self, num_rows: int, hidden: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """Where the experts should write [num_rows, H], if anywhere in particular."""
+        ...
+
+    def combine(self, partial: torch.Tensor, sizes: Sequence[int], format: CombineFormat, out: torch.Tensor) -> None:
+        """Of partial [sum(sizes), H] of all ranks this rank's rows, added up in fp32 in the order of ranks, to out [sizes[rank], H].
+
+        With "fp8" the rows of other ranks travel in e4m3 with one fp32 scale each; a rank's own are not rounded.
+        """
+        ...
+
+
+class CollectiveTransport:
+    """Over `all_gatherv` and `reduce_scatterv`: any backend, any number of hosts. Every rank gets all rows."""
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group, self.name = group, str(dist.get_backend(group))
+
+    def dispatch(self, wire: Wire, tokens: Tokens, sizes: Sequence[int], num_tokens: torch.Tensor | None) -> Tokens:
+        ids = tokens.topk_ids
+        if num_tokens is not None:
+            ids = torch.where(torch.arange(len(ids), device=ids.device).unsqueeze(1) < num_tokens, ids, -1)
+        parts = [*wire.encode(tokens.hidden), ids, tokens.topk_weights]
+        *rows, all_ids, all_weights = all_gatherv(parts, sizes, group=self.group)
+        return Tokens(wire.decode(rows), all_ids, all_weights)
+
+    def partial(self, num_rows: int, hidden: int, dtype: torch.dtype) -> torch.Tensor | None:
+        return None
+
+    def combine(self, partial: torch.Tensor, sizes: Sequence[int], format: CombineFormat, out: torch.Tensor) -> None:
+        if format == "bf16":
+            reduce_scatterv(partial, sizes, group=self.group, out=out, deterministic=True)
+            return
+        rank = dist.get_rank(self.group)
+        quantized = quantize_fp8(partial)
+        packed = torch.cat((quantized.codes.view(torch.uint8), quantized.scales.view(torch.uint8)), dim=1)
+        with naming_the_failed(self.group, "combine"):
+            codes, scales = exchange_rows(packed, sizes, self.group).split((partial.shape[1], 4), dim=2)
+        total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
+        for other in range(len(sizes)):
+            if other == rank:
+                first = sum(sizes[:rank])
+                total += partial[first : first + sizes[rank]].float()
+            else:
+                total += codes[other].view(torch.float8_e4m3fn).float() * scales[other].contiguous().view(torch.float32)
+        out.copy_(total)
