@@ -1,4 +1,4 @@
-"""Several ranks of a gloo group on this machine: each runs one function of a test file in a process of its own.
+"""Several ranks of a process group on this machine: each runs one function of a test file in a process of its own.
 
     def check_sums(rank: int, world: int) -> None: ...
     def test_sums() -> None:
@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import multiprocessing
+import os
 import sys
 import tempfile
 import traceback
@@ -28,17 +29,19 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch.distributed", "halfbyte", "halfbyte.moe.parallel", "pytest"])
 
 
-def run_ranks(check: Callable[..., None], world: int, *arguments: Any, ends_alone: bool = True) -> list[str | None]:
+def run_ranks(
+    check: Callable[..., None], world: int, *arguments: Any, ends_alone: bool = True, interpreted: bool = False, backend: str = "gloo"
+) -> list[str | None]:
     """Run check(rank, world, *arguments) on `world` ranks; what failed where, None for ranks that ended well.
 
-    With `ends_alone` a failure anywhere is one here.
+    With `ends_alone` a failure anywhere is one here; with `interpreted` Triton's kernels run in its interpreter.
+    With `backend` "nccl" rank r has GPU r.
     """
     with tempfile.TemporaryDirectory() as folder:
+        check_at = (inspect.getfile(check), check.__name__)
         pipes = [_context.Pipe(duplex=False) for _ in range(world)]
         processes = [
-            _context.Process(
-                target=_run, args=(inspect.getfile(check), check.__name__, rank, world, f"{folder}/store", sender, arguments), daemon=True
-            )
+            _context.Process(target=_run, args=(check_at, rank, world, f"{folder}/store", sender, arguments, interpreted, backend), daemon=True)
             for rank, (_, sender) in enumerate(pipes)
         ]
         for process in processes:
@@ -64,15 +67,23 @@ def _outcome(receiver: Connection) -> str | None:
         return "the process ended without a word"
 
 
-def _run(file: str, name: str, rank: int, world: int, store: str, sender: Connection, arguments: tuple[Any, ...]) -> None:
+def _run(
+    check: tuple[str, str], rank: int, world: int, store: str, sender: Connection, arguments: tuple[Any, ...], interpreted: bool, backend: str
+) -> None:  # fmt: skip
     torch.set_num_threads(1)
+    if interpreted:
+        assert "triton" not in sys.modules, "Triton decides when it is imported"
+        os.environ["TRITON_INTERPRET"] = "1"
+    file, name = check
     sys.path.insert(0, str(Path(__file__).parent))
     try:
         spec = importlib.util.spec_from_file_location(Path(file).stem, file)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+        if backend == "nccl":
+            torch.cuda.set_device(rank)
+        dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world)
         getattr(module, name)(rank, world, *arguments)
         dist.barrier()
         dist.destroy_process_group()

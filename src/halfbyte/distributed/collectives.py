@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,8 +26,8 @@ from halfbyte.distributed.failures import naming_the_failed, ranks_of
 from halfbyte.errors import InputError
 
 # torch 2.13 renamed them.
-_gather_equal = getattr(dist, "all_gather_single", getattr(dist, "all_gather_into_tensor", None))
-_reduce_equal = getattr(dist, "reduce_scatter_single", getattr(dist, "reduce_scatter_tensor", None))
+_gather_equal: Any = getattr(dist, "all_gather_single", getattr(dist, "all_gather_into_tensor", None))
+_reduce_equal: Any = getattr(dist, "reduce_scatter_single", getattr(dist, "reduce_scatter_tensor", None))
 
 
 def all_gatherv(
@@ -67,7 +68,7 @@ def all_gatherv(
     if not given:
         raise InputError("nothing to gather", where=where, needed="one tensor at least")
     results = None if out is None else [out] if isinstance(out, torch.Tensor) else list(out)
-    rows = [_bytes_of(tensor) for tensor in given]
+    rows = [bytes_of(tensor) for tensor in given]
     widths = [row.shape[1] for row in rows]
     _agree(given, widths, sizes, given[0].shape[0], group, where, check)
     _check_sizes(sizes, world, where)
@@ -82,12 +83,12 @@ def all_gatherv(
         _check_out(result, (total, *tensor.shape[1:]), tensor, where)
     with naming_the_failed(group, where):
         if len(given) == 1:
-            _gather(rows[0], sizes, _bytes_of(results[0]), group)
+            _gather(rows[0], sizes, bytes_of(results[0]), group)
         else:
             packed = rows[0].new_empty((total, sum(widths)))
             _gather(torch.cat(rows, dim=1), sizes, packed, group)
             for result, part in zip(results, packed.split(widths, dim=1), strict=True):
-                _bytes_of(result).copy_(part)
+                bytes_of(result).copy_(part)
     return results[0] if isinstance(tensors, torch.Tensor) else results
 
 
@@ -124,7 +125,7 @@ def reduce_scatterv(
     rank, world = ranks_of(group, where)
     if not tensor.is_floating_point():
         raise InputError("only floats are added up", where=where, given=tensor.dtype, needed="a float dtype")
-    _agree([tensor], [_bytes_of(tensor).shape[1]], sizes, tensor.shape[0], group, where, check, total=True)
+    _agree([tensor], [bytes_of(tensor).shape[1]], sizes, tensor.shape[0], group, where, check, total=True)
     _check_sizes(sizes, world, where)
     _check_rows("the tensor", tensor, sum(sizes), tensor.device, where)
     if out is None:
@@ -145,7 +146,7 @@ def exchange_rows(tensor: torch.Tensor, sizes: Sequence[int], group: dist.Proces
     """Segment r of every rank's [sum(sizes), ...] to rank r: [world, sizes[rank], ...] of any dtype."""
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     received = tensor.new_empty((world, sizes[rank], *tensor.shape[1:]))
-    dist.all_to_all_single(_bytes_of(received.flatten(0, 1)), _bytes_of(tensor), [sizes[rank]] * world, list(sizes), group=group)
+    dist.all_to_all_single(bytes_of(received.flatten(0, 1)), bytes_of(tensor), [sizes[rank]] * world, list(sizes), group=group)
     return received
 
 
@@ -177,7 +178,7 @@ def gather_equal(out: torch.Tensor, tensor: torch.Tensor, group: dist.ProcessGro
     _gather_equal(out.view(-1), tensor.reshape(-1), group=group)
 
 
-def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     """[n, ...] as bytes [n, bytes per row]; a view where the tensor is contiguous."""
     if tensor.numel() == 0:  # its strides mean nothing, and `contiguous` leaves them
         return tensor.new_empty((tensor.shape[0], math.prod(tensor.shape[1:]) * tensor.dtype.itemsize), dtype=torch.uint8)

@@ -52,17 +52,11 @@ class Costs:
         return self.combine[transport].us((len(sizes) - 1) * max(sizes) * row_bytes)
 
 
-def cheapest(costs: Costs, transports: Sequence[str], wires: Sequence[Wire], sizes: Sequence[int], partial_bytes: int) -> tuple[str, Wire]:
+def cheapest(costs: Costs, ways: Sequence[tuple[str, Wire]], sizes: Sequence[int], partial_bytes: int) -> tuple[str, Wire]:
     """The transport and the wire with the least dispatch and combine together; of equals, the first.
 
-    >>> cheapest(Costs(), ["symmetric"], [Wire("bf16", 7168), Wire("fp4", 7168)], [4096, 4096], 14336)[1].payload
-    'fp4'
-    >>> cheapest(Costs(), ["symmetric"], [Wire("bf16", 7168), Wire("fp4", 7168)], [1, 1], 14336)[1].payload
-    'bf16'
+    >>> ways = [("symmetric", Wire("bf16", 7168)), ("symmetric", Wire("fp4", 7168))]
+    >>> [cheapest(Costs(), ways, [rows, rows], 14336)[1].payload for rows in (4096, 1)]
+    ['fp4', 'bf16']
     """
-
-    def us(way: tuple[str, Wire]) -> float:
-        transport, wire = way
-        return costs.dispatch_us(transport, wire, sizes) + costs.combine_us(transport, partial_bytes, sizes)
-
-    return min(((transport, wire) for transport in transports for wire in wires), key=us)
+    return min(ways, key=lambda way: costs.dispatch_us(way[0], way[1], sizes) + costs.combine_us(way[0], partial_bytes, sizes))

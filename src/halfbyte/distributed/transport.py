@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, Protocol, get_args
 import torch
 import torch.distributed as dist
 
-from halfbyte.distributed.collectives import all_gatherv, exchange_rows, reduce_scatterv
+from halfbyte.distributed.collectives import all_gatherv, bytes_of, exchange_rows, reduce_scatterv
 from halfbyte.distributed.failures import naming_the_failed
 from halfbyte.distributed.wire import Wire
 from halfbyte.kernels.problem import Hidden
@@ -37,11 +37,15 @@ class Transport(Protocol):
 
     name: str
 
+    def why_not(self, wire: Wire, hidden: Hidden, sizes: Sequence[int]) -> str | None:
+        """Why such a call cannot go this way; None where it can. All ranks say the same."""
+        ...
+
     def dispatch(self, wire: Wire, tokens: Tokens, sizes: Sequence[int], num_tokens: torch.Tensor | None) -> Tokens:
         """The rows of all ranks, in the order of ranks. `num_tokens` int32 [1]: how many of this rank's rows hold a token; None for all."""
         ...
 
-    def partial(self, num_rows: int, hidden: int, dtype: torch.dtype) -> torch.Tensor | None:
+    def partial(self, num_rows: int, hidden: int, dtype: torch.dtype, format: CombineFormat) -> torch.Tensor | None:
         """Where the experts should write [num_rows, H], if anywhere in particular."""
         ...
 
@@ -59,6 +63,9 @@ class CollectiveTransport:
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.group, self.name = group, str(dist.get_backend(group))
 
+    def why_not(self, wire: Wire, hidden: Hidden, sizes: Sequence[int]) -> str | None:
+        return None
+
     def dispatch(self, wire: Wire, tokens: Tokens, sizes: Sequence[int], num_tokens: torch.Tensor | None) -> Tokens:
         ids = tokens.topk_ids
         if num_tokens is not None:
@@ -67,7 +74,7 @@ class CollectiveTransport:
         *rows, all_ids, all_weights = all_gatherv(parts, sizes, group=self.group)
         return Tokens(wire.decode(rows), all_ids, all_weights)
 
-    def partial(self, num_rows: int, hidden: int, dtype: torch.dtype) -> torch.Tensor | None:
+    def partial(self, num_rows: int, hidden: int, dtype: torch.dtype, format: CombineFormat) -> torch.Tensor | None:
         return None
 
     def combine(self, partial: torch.Tensor, sizes: Sequence[int], format: CombineFormat, out: torch.Tensor) -> None:
@@ -76,7 +83,7 @@ class CollectiveTransport:
             return
         rank = dist.get_rank(self.group)
         quantized = quantize_fp8(partial)
-        packed = torch.cat((quantized.codes.view(torch.uint8), quantized.scales.view(torch.uint8)), dim=1)
+        packed = torch.cat((bytes_of(quantized.codes), bytes_of(quantized.scales)), dim=1)
         with naming_the_failed(self.group, "combine"):
             codes, scales = exchange_rows(packed, sizes, self.group).split((partial.shape[1], 4), dim=2)
         total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)

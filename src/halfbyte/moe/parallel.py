@@ -20,10 +20,11 @@ import torch.distributed as dist
 from halfbyte.distributed.collectives import all_gatherv, gather_equal
 from halfbyte.distributed.costs import Costs, cheapest
 from halfbyte.distributed.failures import naming_the_failed, ranks_of, tell_others
+from halfbyte.distributed.peer_memory import Capacity, PeerMemory, why_not
 from halfbyte.distributed.placement import Placement, contiguous
 from halfbyte.distributed.transport import COMBINE_FORMATS, CollectiveTransport, CombineFormat, Tokens, Transport
 from halfbyte.distributed.wire import PAYLOADS, Payload, Wire
-from halfbyte.errors import InputError
+from halfbyte.errors import InputError, UnsupportedError
 from halfbyte.experts import ExpertMap
 from halfbyte.formats.activation_formats import ActivationFormat, check_activations
 from halfbyte.kernels.problem import Hidden
@@ -68,10 +69,10 @@ class ExpertParallel:
         payload: Payload | Literal["auto"] = "auto",
         combine_dtype: CombineFormat = "bf16",
         transport: str = "auto",
+        capacity: Capacity | None = None,
         costs: Costs | None = None,
-        device: torch.device | str | None = None,
     ) -> None:
-        """Made on all ranks, with the same arguments.
+        """Made on all ranks, with the same arguments. Hidden states are on the current CUDA device with NCCL, else on the CPU.
 
         Args:
             group: a torch.distributed group, None for all ranks.
@@ -81,13 +82,15 @@ class ExpertParallel:
             payload: how hidden states travel: "bf16" (as they are), "fp8" (e4m3, one scale per token), "fp4" (NVFP4). "auto" takes the cheapest that
                 changes nothing: as they are, or in the format into which the layer's `activations` would round them anyway.
             combine_dtype: how partial sums travel: as they are, or "fp8": e4m3 with one scale per row.
-            transport: "auto", or the only one allowed: "nccl", "gloo" (the group's backend).
+            transport: "auto", or the only one allowed: the group's backend ("nccl", "gloo"), or "symmetric": kernels that reach the memory of the
+                other GPUs of the host.
+            capacity: what the buffers of "symmetric" have room for, which are made here; without it, and where a call exceeds it, "auto" takes the
+                group's backend.
             costs: what the choice goes by; the same on all ranks.
-            device: of hidden states; by default the current CUDA device with NCCL, else the CPU.
 
         Raises:
-            InputError: no process group; an argument does not fit, or is not the same on all ranks.
-            UnsupportedError: no such transport here.
+            InputError: no process group; an argument does not fit.
+            UnsupportedError: "symmetric" where the ranks do not reach each other's memory, with the reason. "auto" logs it.
 
         >>> import torch.distributed as dist
         >>> dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
@@ -106,15 +109,19 @@ class ExpertParallel:
         self.group, self.num_experts, self.payload, self.combine_dtype = group, num_experts, payload, combine_dtype
         self.costs = Costs() if costs is None else costs
         backend = str(dist.get_backend(group))
-        self.device = torch.device(device or (torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else "cpu"))
+        self.device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
         self.placement = [list(held) for held in (contiguous(num_experts, self.num_ranks) if placement is None else placement)]
         if len(self.placement) != self.num_ranks:
             raise InputError("placement does not fit the group", where=WHERE, given=f"{len(self.placement)} ranks", needed=f"{self.num_ranks}")
         self.expert_map = self._map()
+        if transport not in (names := ("auto", backend, "symmetric")):
+            raise InputError("no such transport", where=WHERE, given=repr(transport), needed=" or ".join(map(repr, names)))
+        self.transport = transport
         self.transports: dict[str, Transport] = {backend: CollectiveTransport(group)}
-        if transport not in ("auto", *self.transports):
-            raise InputError("no such transport", where=WHERE, given=repr(transport), needed=" or ".join(map(repr, ("auto", *self.transports))))
-        self._allowed = list(self.transports) if transport == "auto" else [transport]
+        if transport != backend and capacity is not None:
+            self._reach_peers(capacity)
+        elif transport == "symmetric":
+            raise InputError("no room for symmetric memory", where=WHERE, given=None, needed="capacity=")
         self._agreed: dict[int, torch.Tensor] = {}
 
     @property
@@ -219,7 +226,7 @@ class ExpertParallel:
             scale = self.global_scale(experts)
             sent = self.dispatch(hidden, topk_ids, topk_weights, sizes=sizes, num_tokens=num_tokens, activations=activations, global_scale=scale)
             dtype = torch.bfloat16 if sent.payload != "bf16" else sent.dtype
-            partial = self.transports[sent.transport].partial(sum(sent.sizes), experts.hidden, dtype)
+            partial = self.transports[sent.transport].partial(sum(sent.sizes), experts.hidden, dtype, self.combine_dtype)
             ids, weights = sent.topk_ids, sent.topk_weights
             partial = fused_moe(sent.hidden, experts, ids, weights, activations=activations, expert_map=self.expert_map, out=partial)
             return self.combine(partial, sent, out=out)
@@ -235,6 +242,18 @@ class ExpertParallel:
         largest = scales.max()
         self._agree_on(scales, largest)
         return largest
+
+    def _reach_peers(self, capacity: Capacity) -> None:
+        reason = why_not(self.group, self.device)
+        if reason is None:
+            from halfbyte.distributed.symmetric import SymmetricTransport  # imports Triton
+
+            memory = PeerMemory.allocate(self.group, self.device, capacity)
+            self.transports["symmetric"] = SymmetricTransport(memory, self.placement, self.num_experts)
+            return
+        if self.transport == "symmetric":
+            raise UnsupportedError("no symmetric memory", where=WHERE, given=reason, next_step="let transport be 'auto'")
+        logger.warning("ExpertParallel: no symmetric memory, %s carries tokens instead: %s", dist.get_backend(self.group), reason)
 
     def _map(self) -> ExpertMap:
         first, expected = 0, 0
@@ -267,7 +286,17 @@ class ExpertParallel:
                 quantised = Wire(payload, own.hidden, own.dtype, scaling, global_scale if payload == "fp4" else None)
                 wires = [own, quantised] if self.payload == "auto" else [quantised]
         partial_bytes = own.hidden + 4 if self.combine_dtype == "fp8" else own.hidden * 2
-        return cheapest(self.costs, self._allowed, wires, sizes, partial_bytes)
+        ways = {
+            (name, wire): transport.why_not(wire, hidden, sizes)
+            for name, transport in self.transports.items()
+            for wire in wires
+            if self.transport in ("auto", name)
+        }
+        possible = [way for way, reason in ways.items() if reason is None]
+        if not possible:
+            reasons = "; ".join(f"{name}, {wire.payload}: {reason}" for (name, wire), reason in ways.items())
+            raise InputError("no way to send these tokens", where=WHERE, given=reasons, next_step="a larger capacity, or let transport be 'auto'")
+        return cheapest(self.costs, possible, sizes, partial_bytes)
 
     def _exchanged(self, rows: int) -> tuple[int, ...]:
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
