@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import halfbyte as hb
 from halfbyte.distributed import tell_others
 from halfbyte.distributed.failures import PeerError
 from halfbyte.distributed.placement import balanced, contiguous, round_robin
-from halfbyte.errors import InputError
+from halfbyte.errors import InputError, UnsupportedError
 from halfbyte.experts import ExpertWeights
 from halfbyte.moe.parallel import ExpertParallel
 
@@ -189,12 +190,30 @@ def check_errors(rank: int, world: int) -> None:
         ep.combine(sent.hidden, sent, out=hidden[:1])
 
 
+def check_module(rank: int, world: int) -> None:
+    """A layer of the embedded model whose ranks read their own experts only."""
+    model = Path(hb.__file__).parent / "demo_model"
+    whole = hb.MoE.from_checkpoint(model, 0)
+    ep = ExpertParallel(None, whole.experts.num_experts)
+    layer = hb.MoE.from_checkpoint(model, 0, parallel=ep)
+    assert layer.experts.num_experts == len(ep.local_experts) < whole.experts.num_experts
+    hidden = torch.randn(rank, 3, whole.experts.hidden, generator=torch.Generator().manual_seed(rank))  # none on the first
+    result = layer(hidden)
+    assert result.shape == hidden.shape
+    assert_close_rel(result.flatten(0, 1), whole(hidden).flatten(0, 1), token=1e-5, overall=1e-5)
+    with pytest.raises(UnsupportedError, match="batch invariance"):
+        hb.MoE.from_checkpoint(model, 0, parallel=ep, batch_invariant=True)
+    with pytest.raises(UnsupportedError, match="not neighbours"):
+        _ = ExpertParallel(None, 2 * world, placement=round_robin(2 * world, world)).local_range
+
+
 def check_layer(rank: int, world: int) -> None:
     check_splits(rank, world)
     check_payloads(rank, world)
     check_capacity(rank, world)
     check_arrivals(rank, world)
     check_errors(rank, world)
+    check_module(rank, world)
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])

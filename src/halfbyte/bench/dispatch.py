@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 import halfbyte
+from halfbyte.bench.dispatch_peers import MinimalAsyncEP
 from halfbyte.bench.inputs import Call, random_call, random_experts
 from halfbyte.bench.records import Column, Status
 from halfbyte.bench.shapes import MoEShape
@@ -193,12 +194,15 @@ def _summary(samples: torch.Tensor, calls: int, timer: str) -> tuple[float, floa
     return median / calls, (upper - lower) / median, len(samples), timer
 
 
-def bench_dispatch(shape: MoEShape, ep: ExpertParallel, options: Options, ceiling: float | None) -> Iterator[DispatchRow]:
-    """Measure every way of `ep`'s transports; all ranks iterate together and see the same rows."""
+def bench_dispatch(
+    shape: MoEShape, ep: ExpertParallel, options: Options, ceiling: float | None, peer: MinimalAsyncEP | None = None
+) -> Iterator[DispatchRow]:
+    """Measure every way of `ep`'s transports, and the peer; all ranks iterate together and see the same rows."""
     for spread in options.spreads:
         for num_tokens in options.tokens:
             sizes = sizes_of(spread, num_tokens, ep.num_ranks)
             call = random_call(shape, sizes[ep.rank], "uniform", ep.device, options.seed + ep.rank)
+            systems = [*_systems(shape, ep, call, sizes), *([] if peer is None or len(set(sizes)) > 1 else _peer_ways(peer, shape, call))]
             about: dict[str, Any] = {
                 "shape": shape.name,
                 "world": ep.num_ranks,
@@ -206,11 +210,30 @@ def bench_dispatch(shape: MoEShape, ep: ExpertParallel, options: Options, ceilin
                 "num_tokens": num_tokens,
                 "sizes": tuple(sizes),
             }
-            for step, ways in (("dispatch", _dispatches(shape, ep, call, sizes)), ("combine", _combines(shape, ep, sizes))):
-                for way in ways:
-                    yield _measured(way, {**about, "step": step}, ep, options, ceiling)
+            for step, way in systems:
+                yield _measured(way, {**about, "step": step}, ep, options, ceiling)
     for activations in options.activations if options.layer_tokens else ():
         yield from _layers(shape, ep, options, activations, ceiling)
+
+
+def _systems(shape: MoEShape, ep: ExpertParallel, call: Call, sizes: Sequence[int]) -> Iterator[tuple[Step, Way]]:
+    for way in _dispatches(shape, ep, call, sizes):
+        yield "dispatch", way
+    for way in _combines(shape, ep, sizes):
+        yield "combine", way
+
+
+def _peer_ways(peer: MinimalAsyncEP, shape: MoEShape, call: Call) -> Iterator[tuple[Step, Way]]:
+    counts = torch.bincount(call.ids.flatten(), minlength=shape.num_experts)
+    moved = peer.received_bytes(len(call.ids))
+    sent = peer.dispatch(call, counts)
+    rows = sent[0].clone()
+    got = peer.combine(rows, sent, call)
+    expected = call.hidden.float() * call.weights.sum(dim=1, keepdim=True)  # its experts here give back what they are given
+    if not torch.allclose(got.float(), expected, rtol=2e-2, atol=2e-2):
+        raise AssertionError(f"{peer.name} loses tokens")
+    yield "dispatch", Way(peer.name, lambda: peer.dispatch(call, counts), moved)
+    yield "combine", Way(peer.name, lambda: peer.combine(rows, sent, call), moved)
 
 
 def _measured(way: Way, about: dict[str, Any], ep: ExpertParallel, options: Options, ceiling: float | None, calls: int = 1) -> DispatchRow:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from halfbyte.bench.dispatch import SPREADS, DispatchRow, Options, bench_dispatch, peer_gbps
+from halfbyte.bench.dispatch_peers import MinimalAsyncEP
 from halfbyte.bench.records import environment
 from halfbyte.bench.shapes import NAMED_SHAPES
 from halfbyte.cli import bench_options as shared
@@ -40,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--transport", choices=("auto", "nccl", "gloo"), default="auto", help="auto: symmetric memory too, where ranks reach each other"
     )
+    parser.add_argument("--peer", choices=("minimal-async-ep",), help="another system beside ours: torchtitan's MinimalAsyncEP")
     shared.add_output(parser, seed="of weights, inputs and routings")
 
 
@@ -48,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         InputError: not started by torchrun.
+        UnsupportedError: the peer is not installed.
     """
     if "RANK" not in os.environ:
         next_step = "run: torchrun --nproc-per-node 2 -m halfbyte bench dispatch"
@@ -77,7 +80,8 @@ def _run(args: argparse.Namespace, device: torch.device) -> int:
         graph=not args.eager,
     )
     about = {"benchmark": "dispatch", "environment": environment(device, ["halfbyte", *sys.argv[1:]]), "ceilings": {"peer_gbps": ceiling}}
-    rows = bench_dispatch(shape, ep, options, ceiling)
+    peer = MinimalAsyncEP(shape, max(tokens), device) if args.peer else None
+    rows = bench_dispatch(shape, ep, options, ceiling, peer)
     if dist.get_rank() == 0:
         return shared.finish(args, about, shared.collect(args, about, rows))
     _follow(rows)

@@ -129,6 +129,18 @@ class ExpertParallel:
         """The ids of the experts that this rank holds, in their order."""
         return self.placement[self.rank]
 
+    @property
+    def local_range(self) -> range:
+        """The same as a range, for `load_prepared`.
+
+        Raises:
+            UnsupportedError: they are not neighbours.
+        """
+        held = self.local_experts
+        if not held or held != list(range(held[0], held[0] + len(held))):
+            raise UnsupportedError("the experts of this rank are not neighbours", where=WHERE, given=held, next_step="load them one by one")
+        return range(held[0], held[0] + len(held))
+
     def dispatch(
         self,
         hidden: Hidden,
@@ -200,7 +212,7 @@ class ExpertParallel:
         topk_ids: torch.Tensor,
         topk_weights: torch.Tensor,
         *,
-        activations: ActivationFormat = "bf16",
+        activations: ActivationFormat | None = None,
         sizes: Sequence[int] | None = None,
         num_tokens: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
@@ -209,7 +221,8 @@ class ExpertParallel:
 
         Args:
             experts: those that this rank holds, in the order of `local_experts`.
-            hidden, topk_ids, topk_weights, activations, sizes, num_tokens: as in `dispatch`.
+            activations: as in `fused_moe`, by default what the experts were prepared for.
+            hidden, topk_ids, topk_weights, sizes, num_tokens: as in `dispatch`.
             out: as in `combine`.
 
         A payload of "fp4" takes the largest input scale of the experts as its global scale, where they have any.
@@ -223,6 +236,7 @@ class ExpertParallel:
                 raise InputError(
                     "experts do not fit the placement", where=WHERE, given=given, needed=f"{len(self.local_experts)} on rank {self.rank}"
                 )
+            activations = experts.activations if activations is None else activations
             scale = self.global_scale(experts)
             sent = self.dispatch(hidden, topk_ids, topk_weights, sizes=sizes, num_tokens=num_tokens, activations=activations, global_scale=scale)
             dtype = torch.bfloat16 if sent.payload != "bf16" else sent.dtype
