@@ -6,7 +6,7 @@ All ranks run everything together; a time is that of the slowest rank. Ways that
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
@@ -19,6 +19,7 @@ from halfbyte.bench.inputs import Call, random_call, random_experts
 from halfbyte.bench.records import Column, Status
 from halfbyte.bench.shapes import MoEShape
 from halfbyte.distributed.collectives import gather_equal, reduce_scatterv
+from halfbyte.distributed.costs import Costs, Line
 from halfbyte.distributed.transport import CombineFormat, Tokens, Transport
 from halfbyte.distributed.wire import Payload, Wire
 from halfbyte.errors import HalfbyteError
@@ -216,6 +217,26 @@ def bench_dispatch(
         yield from _layers(shape, ep, options, activations, ceiling)
 
 
+def costs_of(rows: Iterable[Any], transports: Iterable[str]) -> Costs:
+    """The constants of the choice between ways, from the smallest and the largest measured size; the same on all ranks, whose times are one.
+
+    Transports of which there are fewer than two sizes keep the defaults.
+    """
+    even: list[Any] = [row for row in rows if row.tokens_spread == "even" and row.median_us is not None]
+    costs = Costs()
+    for name in transports:
+        for step, lines in (("dispatch", costs.dispatch), ("combine", costs.combine)):
+            found = sorted((row.num_tokens, row.median_us, row.received_bytes) for row in even if (row.step, row.system) == (step, f"{name} bf16"))
+            if len(found) > 1 and found[-1][1] > found[0][1]:
+                (_, least_us, least), (_, most_us, most) = found[0], found[-1]
+                gbps = (most - least) / (most_us - least_us) / 1e3
+                lines[name] = Line(max(0.0, least_us - least / gbps / 1e3), gbps)
+        of = {row.system: row.median_us for row in even if row.step == "dispatch" and row.num_tokens == min(other.num_tokens for other in even)}
+        if f"{name} fp8" in of:
+            costs.encode[name] = Line(max(0.0, of[f"{name} fp8"] - of[f"{name} bf16"]), costs.encode[name].gbps)
+    return costs
+
+
 def _systems(shape: MoEShape, ep: ExpertParallel, call: Call, sizes: Sequence[int]) -> Iterator[tuple[Step, Way]]:
     for way in _dispatches(shape, ep, call, sizes):
         yield "dispatch", way
@@ -339,7 +360,7 @@ def _layers(shape: MoEShape, ep: ExpertParallel, options: Options, activations: 
     part = MoEShape(shape.name, shape.hidden, shape.intermediate, held, min(shape.top_k, held), shape.activation, published=shape.published)
     weights = random_experts(part, NVFP4, ep.device, options.seed + ep.rank)
     experts = halfbyte.prepare(weights, activations=activations)
-    payloads: dict[str, list[Payload]] = {"bf16": ["bf16", "fp4"], "fp8": ["bf16", "fp8", "fp4"]}
+    payloads: dict[str, list[Payload]] = {"bf16": ["bf16", "fp4"], "fp8": ["bf16", "fp8"]}  # what the fastest kernels take
     for num_tokens in options.layer_tokens:
         sizes = sizes_of("even", num_tokens, ep.num_ranks)
         inputs = [random_call(shape, num_tokens, "uniform", ep.device, options.seed + ep.rank + 100 * i) for i in range(_INPUT_SETS)]

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from halfbyte.bench.dispatch import SPREADS, DispatchRow, Options, bench_dispatch, peer_gbps
+from halfbyte.bench.dispatch import SPREADS, DispatchRow, Options, bench_dispatch, costs_of, peer_gbps
 from halfbyte.bench.dispatch_peers import MinimalAsyncEP
 from halfbyte.bench.records import environment
 from halfbyte.bench.shapes import NAMED_SHAPES
@@ -83,7 +83,9 @@ def _run(args: argparse.Namespace, device: torch.device) -> int:
     peer = MinimalAsyncEP(shape, max(tokens), device) if args.peer else None
     rows = bench_dispatch(shape, ep, options, ceiling, peer)
     if dist.get_rank() == 0:
-        return shared.finish(args, about, shared.collect(args, about, rows))
+        records = shared.collect(args, about, rows)
+        shared.say(costs_of((record.row for record in records), ep.transports))
+        return shared.finish(args, about, records)
     _follow(rows)
     return 0
 

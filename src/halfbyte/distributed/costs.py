@@ -21,16 +21,16 @@ class Line:
 
 @dataclass(frozen=True)
 class Costs:
-    """Lines of each step; the defaults are measurements on two H200 (NVLink), in CUDA graphs.
+    """Lines of each step, by name of the transport; the defaults are measurements on two H200 (NVLink), in CUDA graphs (docs/distribution.md).
 
     Attributes:
-        dispatch, combine: by name of the transport, over the bytes that the busiest rank receives from others.
-        encode: quantising before the dispatch, over the bytes of the floats; what the layer then need not quantise is not counted.
+        dispatch, combine: over the bytes that the busiest rank receives from others.
+        encode: what quantising before the dispatch adds, over the bytes of the floats; what the layer then need not quantise is not counted.
     """
 
-    dispatch: dict[str, Line] = field(default_factory=lambda: {"nccl": Line(24.0, 158.0), "gloo": Line(400.0, 1.0), "symmetric": Line(6.0, 360.0)})
-    combine: dict[str, Line] = field(default_factory=lambda: {"nccl": Line(24.0, 172.0), "gloo": Line(400.0, 1.0), "symmetric": Line(6.0, 360.0)})
-    encode: Line = field(default_factory=lambda: Line(3.0, 3000.0))
+    dispatch: dict[str, Line] = field(default_factory=lambda: {"nccl": Line(13.0, 113.0), "gloo": Line(400.0, 1.0), "symmetric": Line(5.8, 320.0)})
+    combine: dict[str, Line] = field(default_factory=lambda: {"nccl": Line(15.0, 132.0), "gloo": Line(400.0, 1.0), "symmetric": Line(5.7, 325.0)})
+    encode: dict[str, Line] = field(default_factory=lambda: {"nccl": Line(4.0, 3000.0), "gloo": Line(0.0, 1.0), "symmetric": Line(0.7, 1e5)})
 
     def dispatch_us(self, transport: str, wire: Wire, sizes: Sequence[int]) -> float:
         """Of rows on this wire, `sizes` of them from every rank; ids and weights are not counted.
@@ -40,14 +40,14 @@ class Costs:
         True
         """
         received = sum(sizes) - min(sizes)
-        encoding = 0.0 if wire.payload == "bf16" else self.encode.us(max(sizes) * wire.hidden * wire.dtype.itemsize)
+        encoding = 0.0 if wire.payload == "bf16" else self.encode[transport].us(max(sizes) * wire.hidden * wire.dtype.itemsize)
         return self.dispatch[transport].us(received * wire.row_bytes) + encoding
 
     def combine_us(self, transport: str, row_bytes: int, sizes: Sequence[int]) -> float:
         """Of partial sums of `row_bytes` each: the busiest rank takes its rows from all others.
 
         >>> Costs().combine_us("symmetric", 14336, [0, 0])
-        6.0
+        5.7
         """
         return self.combine[transport].us((len(sizes) - 1) * max(sizes) * row_bytes)
 

@@ -15,7 +15,9 @@ import torch.distributed as dist
 from halfbyte.errors import InputError
 
 REGIONS = ("flags", "codes", "block_scales", "row_scales", "topk_ids", "topk_weights", "partial", "partial_scales")
-SYNC_WORDS = 4  # of a rank alone, int32: programs done and epoch of the dispatch, the same of the combine
+PHASES = 3  # dispatch, combine, combine in chunks: each has a flag per rank
+MAX_CHUNKS = 16
+SYNC_WORDS = 2 * PHASES + MAX_CHUNKS  # of a rank alone, int32: programs done and epoch of every phase, and programs done with every chunk
 _ALIGNMENT = 256
 
 
@@ -48,7 +50,7 @@ class Capacity:
         """
         rows, codes = num_ranks * self.tokens, 2 * self.hidden if self.code_bytes is None else self.code_bytes
         sizes = {
-            "flags": 2 * num_ranks * 4,
+            "flags": PHASES * num_ranks * 4,
             "codes": rows * codes,
             "block_scales": rows * (self.hidden // 16),
             "row_scales": rows * 4,
