@@ -33,9 +33,7 @@ def shared_memory(folder: str, rank: int, world: int, capacity: Capacity) -> Pee
     own.write_bytes(bytes(size))
     dist.barrier()
     blocks = [torch.from_file(f"{folder}/block{other}", shared=True, size=size, dtype=torch.uint8) for other in range(world)]
-    memory = PeerMemory(blocks[rank], [block.data_ptr() for block in blocks], rank, capacity)
-    memory.handle = blocks
-    return memory
+    return PeerMemory(blocks[rank], [block.data_ptr() for block in blocks], rank, capacity, blocks)
 
 
 def make_tokens(rows: int, rank: int, step: int, dtype: torch.dtype = torch.bfloat16) -> Tokens:
@@ -78,8 +76,8 @@ def check_transport(rank: int, world: int, folder: str, chooses: bool) -> None:
     expert_map = hb.ExpertMap.placed(placement, rank, EXPERTS)
     step = 0
     for dtype in (torch.bfloat16, torch.float16):
-        for number, wire in enumerate(wires(dtype)[:: 1 if world == 2 else 4]):
-            for sizes in ([TOKENS] * world, [3, 0, 5][:world], [0] * world)[dtype == torch.float16 : 2 + (number == 0)]:
+        for number, wire in enumerate(wires(dtype)[:: 1 if world == 2 and dtype == torch.bfloat16 else 4]):
+            for sizes in ([3, 0, 5][:world], [TOKENS] * world, [0] * world)[: 1 if number else 3]:
                 step += 1
                 count = torch.tensor([max(sizes[rank] - 1, 0)], dtype=torch.int32) if step % 2 else None
                 tokens = make_tokens(sizes[rank], rank, step, dtype)

@@ -201,20 +201,23 @@ def bench_dispatch(
     """Measure every way of `ep`'s transports, and the peer; all ranks iterate together and see the same rows."""
     for spread in options.spreads:
         for num_tokens in options.tokens:
-            sizes = sizes_of(spread, num_tokens, ep.num_ranks)
-            call = random_call(shape, sizes[ep.rank], "uniform", ep.device, options.seed + ep.rank)
-            systems = [*_systems(shape, ep, call, sizes), *([] if peer is None or len(set(sizes)) > 1 else _peer_ways(peer, shape, call))]
-            about: dict[str, Any] = {
-                "shape": shape.name,
-                "world": ep.num_ranks,
-                "tokens_spread": spread,
-                "num_tokens": num_tokens,
-                "sizes": tuple(sizes),
-            }
-            for step, way in systems:
-                yield _measured(way, {**about, "step": step}, ep, options, ceiling)
+            yield from _steps(shape, ep, options, ceiling, spread, num_tokens, None)
     for activations in options.activations if options.layer_tokens else ():
         yield from _layers(shape, ep, options, activations, ceiling)
+    if peer is not None and "even" in options.spreads:
+        for num_tokens in options.tokens:
+            yield from _steps(shape, ep, options, ceiling, "even", num_tokens, peer)
+
+
+def _steps(
+    shape: MoEShape, ep: ExpertParallel, options: Options, ceiling: float | None, spread: Spread, num_tokens: int, peer: MinimalAsyncEP | None
+) -> Iterator[DispatchRow]:
+    """Dispatch and combine by every way of ours, or of the peer."""
+    sizes = sizes_of(spread, num_tokens, ep.num_ranks)
+    call = random_call(shape, sizes[ep.rank], "uniform", ep.device, options.seed + ep.rank)
+    about: dict[str, Any] = {"shape": shape.name, "world": ep.num_ranks, "tokens_spread": spread, "num_tokens": num_tokens, "sizes": tuple(sizes)}
+    for step, way in _systems(shape, ep, call, sizes) if peer is None else _peer_ways(peer, shape, call):
+        yield _measured(way, {**about, "step": step}, ep, options, ceiling)
 
 
 def costs_of(rows: Iterable[Any], transports: Iterable[str]) -> Costs:

@@ -58,11 +58,14 @@ def run(args: argparse.Namespace) -> int:
     cuda = torch.cuda.is_available() and args.device != "cpu"
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if cuda else "gloo")
+    is_ours = not dist.is_initialized()
+    if is_ours:
+        dist.init_process_group("nccl" if cuda else "gloo")
     try:
         return _run(args, torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"))
     finally:
-        dist.destroy_process_group()
+        if is_ours:
+            dist.destroy_process_group()
 
 
 def _run(args: argparse.Namespace, device: torch.device) -> int:

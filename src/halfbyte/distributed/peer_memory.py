@@ -69,8 +69,9 @@ class Capacity:
 class PeerMemory:
     """This rank's block, the addresses of all blocks, and what the kernels keep for themselves."""
 
-    def __init__(self, block: torch.Tensor, addresses: list[int], rank: int, capacity: Capacity) -> None:
-        """Over a block uint8 [offsets["end"]] of zeros; `addresses` of the blocks of all ranks as this one sees them."""
+    def __init__(self, block: torch.Tensor, addresses: list[int], rank: int, capacity: Capacity, keep_alive: object = None) -> None:
+        """Over a block uint8 [offsets["end"]] of zeros; `addresses` of the blocks of all ranks as this one sees them, which `keep_alive` keeps."""
+        self.keep_alive = keep_alive
         self.block, self.rank, self.num_ranks, self.capacity = block, rank, len(addresses), capacity
         self.offsets = capacity.offsets(self.num_ranks)
         self.table = torch.tensor([*addresses, *(self.offsets[region] for region in REGIONS)], dtype=torch.int64, device=block.device)
@@ -91,11 +92,7 @@ class PeerMemory:
             torch.cuda.synchronize(device)
             dist.barrier(group)
         shift = block.data_ptr() - handle.buffer_ptrs[handle.rank]  # the block may lie inside an allocation, everywhere at the same place
-        memory = PeerMemory(block, [address + shift for address in handle.buffer_ptrs], handle.rank, capacity)
-        memory.handle = handle
-        return memory
-
-    handle: object = None  # keeps the mappings of the other ranks alive
+        return PeerMemory(block, [address + shift for address in handle.buffer_ptrs], handle.rank, capacity, handle)
 
     def view(self, region: str, rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
         """[rows, width] at the beginning of a region of this rank's block."""
