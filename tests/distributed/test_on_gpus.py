@@ -107,7 +107,6 @@ def check_peers(rank: int, world: int, chooses: bool) -> None:
     from halfbyte.distributed import symmetric
 
     symmetric.WORTH_CHOOSING = 2.0 if chooses else 0.0
-    symmetric.CHUNK_ROWS = 24  # four chunks
     placement = balanced([9, *[1] * (EXPERTS - 1)], world, num_redundant=world)
     expert_map = hb.ExpertMap.placed(placement, rank, EXPERTS, "cuda")
     memory = PeerMemory.allocate(None, torch.device("cuda", rank), Capacity(TOKENS, HIDDEN, TOP_K))

@@ -68,7 +68,6 @@ def check_transport(rank: int, world: int, folder: str, chooses: bool) -> None:
     from halfbyte.distributed import symmetric
 
     symmetric.WORTH_CHOOSING = 2.0 if chooses else 0.0
-    symmetric.CHUNK_ROWS = 2  # two chunks
     placement = balanced([9, 1, 1, 1, 1, 1], world, {2: 2, 3: 3}[world]) if chooses else round_robin(EXPERTS, world)
     memory = shared_memory(folder, rank, world, Capacity(TOKENS, HIDDEN, TOP_K))
     over_peers, over_gloo = symmetric.SymmetricTransport(memory, placement, EXPERTS), CollectiveTransport(None)
@@ -178,23 +177,16 @@ def test_push_compiles(format: str, world: int, copies: int) -> None:
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("world", [2, 8])
 def test_pull_compiles(fp8: bool, world: int) -> None:
-    from halfbyte.distributed.kernels import encode_and_pull, encode_partial, pull_rows
+    from halfbyte.distributed.kernels import encode_partial, pull_rows
 
     bf16, i32, i64 = torch.bfloat16, torch.int32, torch.int64
     compiled = compile_for(
         pull_rows, bf16, bf16, i32, i64, i32, 128, 128, 1,
-        HIDDEN=7168, WORLD=world, FP8=fp8, SPARSE=world > 2, BLOCK=1024, ASM=True, num_warps=4, enable_fp_fusion=False,
+        HIDDEN=7168, WORLD=world, FP8=fp8, SPARSE=world > 2, BLOCK=2048 if fp8 else 1024, ASM=True, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
-    assert compiled.spill_bytes == 0 and compiled.registers <= 96
+    assert compiled.spill_bytes == 0 and compiled.registers <= 128
     assert compiled.ptx.count("ld.global.v4.b32") >= world and "multimem" not in compiled.ptx
     encode = compile_for(
         encode_partial, i32, i64, 1, 128, 128, 256, HIDDEN=7168, WORLD=world, BF16=True, NATIVE=True, ASM=True, num_warps=8, enable_fp_fusion=False
     )
     assert encode.spill_bytes == 0 and "st.global.v4.b32" in encode.ptx
-    registers = 64 if world <= 4 else 80
-    both = compile_for(
-        encode_and_pull, i32, bf16, bf16, i32, i64, i32, 4096, 1,
-        HIDDEN=7168, WORLD=world, SPARSE=world > 2, CHUNKS=16, BLOCK=2048, BF16=True, NATIVE=True, ASM=True,
-        num_warps=8, enable_fp_fusion=False, maxnreg=registers,
-    )  # fmt: skip
-    assert both.spill_bytes == 0 and both.registers <= registers  # as many programs as are launched fit

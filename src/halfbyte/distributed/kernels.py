@@ -219,61 +219,24 @@ def push_rows(
         tl.store(sync_ptr + 1, epoch)
 
 
-@triton.jit
-def _encode_row(words_ptr, to, scales, row, HIDDEN: tl.constexpr, BF16: tl.constexpr, NATIVE: tl.constexpr, ASM: tl.constexpr):
-    """Row `row` (int64) of partial sums to e4m3 and its scale, in this rank's block."""
-    NUM_GROUPS: tl.constexpr = HIDDEN // 16
-    GROUPS: tl.constexpr = triton.next_power_of_2(NUM_GROUPS)
-    group = tl.arange(0, GROUPS)[None, :]
-    w = load_words(words_ptr + row * (HIDDEN // 2) + group * 8, group < NUM_GROUPS)
-    codes, scale = _fp8_row(w, GROUPS, BF16, NATIVE, ASM)
-    _store_quad(to + row * (HIDDEN // 4) + group * 4, codes[0], codes[1], codes[2], codes[3], group < NUM_GROUPS)
-    tl.store(scales + row, scale)
-
-
 @triton.jit(do_not_specialize=["first_row", "num_rows"])
 def encode_partial(
     words_ptr, table_ptr, rank, first_row, num_rows, total_rows,
     HIDDEN: tl.constexpr, WORLD: tl.constexpr, BF16: tl.constexpr, NATIVE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Partial sums [total_rows, H] (int32 words of bf16 or fp16) to e4m3 with one scale per row in this rank's block; its own rows are left out."""
+    NUM_GROUPS: tl.constexpr = HIDDEN // 16
+    GROUPS: tl.constexpr = triton.next_power_of_2(NUM_GROUPS)
+    group = tl.arange(0, GROUPS)[None, :]
+    inside = group < NUM_GROUPS
     to = _region(table_ptr, rank, PARTIAL, WORLD, tl.int32)
     scales = _region(table_ptr, rank, PARTIAL_SCALES, WORLD, tl.float32)
     for other in range(tl.program_id(0), total_rows - num_rows, tl.num_programs(0)):
-        row = tl.where(other < first_row, other, other + num_rows)
-        _encode_row(words_ptr, to, scales, tl.cast(row, tl.int64), HIDDEN, BF16, NATIVE, ASM)
-
-
-@triton.jit
-def _add_up(
-    own_ptr, out_ptr, needs_ptr, table_ptr, tile, first_row, rank,
-    HIDDEN: tl.constexpr, WORLD: tl.constexpr, FP8: tl.constexpr, SPARSE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """BLOCK columns of one row of `out`, as `pull_rows` says."""
-    BLOCKS: tl.constexpr = triton.cdiv(HIDDEN, BLOCK)
-    dtype: tl.constexpr = own_ptr.dtype.element_ty
-    row = tile // BLOCKS
-    column = tile % BLOCKS * BLOCK + tl.arange(0, BLOCK)
-    inside = column < HIDDEN
-    source = tl.cast(first_row + row, tl.int64)
-    needs = tl.full((BLOCK,), -1, tl.int32)
-    if SPARSE:
-        needs = tl.load(needs_ptr + row) + tl.zeros_like(column)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for peer in tl.static_range(WORLD):
-        wanted = inside & ((needs >> peer) & 1 != 0)
-        if FP8:
-            is_own = rank + tl.zeros_like(column) == peer
-            value = tl.load(own_ptr + source * HIDDEN + column, mask=wanted & is_own, other=0.0).to(tl.float32)
-            codes = _region(table_ptr, peer, PARTIAL, WORLD, tl.float8e4nv) + source * HIDDEN + column
-            scale = tl.load(_region(table_ptr, peer, PARTIAL_SCALES, WORLD, tl.float32) + source)  # old where it is not wanted
-            decoded = tl.load(codes, mask=wanted & (is_own == 0), other=0.0).to(tl.float32) * scale
-            value += tl.where(wanted & (is_own == 0), decoded, 0.0)
-        else:
-            values = _region(table_ptr, peer, PARTIAL, WORLD, dtype) + source * HIDDEN + column
-            value = tl.load(values, mask=wanted, other=0.0).to(tl.float32)
-        total += value
-    tl.store(out_ptr + tl.cast(row, tl.int64) * HIDDEN + column, total.to(out_ptr.dtype.element_ty), mask=inside)
+        row = tl.cast(tl.where(other < first_row, other, other + num_rows), tl.int64)
+        w = load_words(words_ptr + row * (HIDDEN // 2) + group * 8, inside)
+        codes, scale = _fp8_row(w, GROUPS, BF16, NATIVE, ASM)
+        _store_quad(to + row * (HIDDEN // 4) + group * 4, codes[0], codes[1], codes[2], codes[3], inside)
+        tl.store(scales + row, scale)
 
 
 @triton.jit(do_not_specialize=["first_row", "num_rows", "rank"])
@@ -292,45 +255,32 @@ def pull_rows(
         _signal(table_ptr, rank, 1, WORLD)
     _wait(table_ptr, rank, epoch, 1, WORLD, ASM)
     tl.debug_barrier()
-    for tile in range(tl.program_id(0), num_rows * triton.cdiv(HIDDEN, BLOCK), tl.num_programs(0)):
-        _add_up(own_ptr, out_ptr, needs_ptr, table_ptr, tile, first_row, rank, HIDDEN, WORLD, FP8, SPARSE, BLOCK)
+    BLOCKS: tl.constexpr = triton.cdiv(HIDDEN, BLOCK)
+    dtype: tl.constexpr = own_ptr.dtype.element_ty
+    for tile in range(tl.program_id(0), num_rows * BLOCKS, tl.num_programs(0)):
+        row = tile // BLOCKS
+        column = tile % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+        inside = column < HIDDEN
+        source = tl.cast(first_row + row, tl.int64)
+        needs = tl.full((BLOCK,), -1, tl.int32)
+        if SPARSE:
+            needs = tl.load(needs_ptr + row) + tl.zeros_like(column)
+        if FP8:
+            own = tl.load(own_ptr + source * HIDDEN + column, mask=inside, other=0.0).to(tl.float32)
+        total = tl.zeros((BLOCK,), tl.float32)
+        for peer in tl.static_range(WORLD):
+            wanted = inside & ((needs >> peer) & 1 != 0)
+            if FP8:
+                is_own = rank + tl.zeros_like(column) == peer
+                codes = _region(table_ptr, peer, PARTIAL, WORLD, tl.float8e4nv) + source * HIDDEN + column
+                scale = tl.load(_region(table_ptr, peer, PARTIAL_SCALES, WORLD, tl.float32) + source)
+                decoded = tl.load(codes, mask=wanted & (is_own == 0), other=0.0).to(tl.float32) * scale
+                value = tl.where(is_own, own, tl.where(wanted, decoded, 0.0))  # a scale that is not wanted may be anything
+            else:
+                values = _region(table_ptr, peer, PARTIAL, WORLD, dtype) + source * HIDDEN + column
+                value = tl.load(values, mask=wanted, other=0.0).to(tl.float32)
+            total += value
+        tl.store(out_ptr + tl.cast(row, tl.int64) * HIDDEN + column, total.to(out_ptr.dtype.element_ty), mask=inside)
     if _is_last(sync_ptr + 2):
         tl.store(sync_ptr + 2, 0)
         tl.store(sync_ptr + 3, epoch)
-
-
-@triton.jit(do_not_specialize=["num_rows", "rank"])
-def encode_and_pull(
-    words_ptr, own_ptr, out_ptr, needs_ptr, table_ptr, sync_ptr, num_rows, rank,
-    HIDDEN: tl.constexpr, WORLD: tl.constexpr, SPARSE: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, BF16: tl.constexpr,
-    NATIVE: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    """`encode_partial` and `pull_rows` in one, where every rank has `num_rows` rows: while a chunk is encoded, the one before it is on its way.
-
-    All programs must be able to run at once: each waits for chunks that take all programs of the other ranks. A flag counts chunks; they are finished
-    in their order, since a program goes on to the next one only from the last.
-    """
-    base = tl.load(sync_ptr + 5)
-    to = _region(table_ptr, rank, PARTIAL, WORLD, tl.int32)
-    scales = _region(table_ptr, rank, PARTIAL_SCALES, WORLD, tl.float32)
-    for chunk in range(CHUNKS + 1):
-        if chunk < CHUNKS:
-            start = num_rows * chunk // CHUNKS
-            rows = num_rows * (chunk + 1) // CHUNKS - start
-            for i in range(tl.program_id(0), rows * (WORLD - 1), tl.num_programs(0)):
-                peer = (rank + 1 + i // rows) % WORLD
-                _encode_row(words_ptr, to, scales, tl.cast(peer * num_rows + start + i % rows, tl.int64), HIDDEN, BF16, NATIVE, ASM)
-            if _is_last(sync_ptr + 6 + chunk):
-                _signal(table_ptr, rank, 2, WORLD)
-        if chunk > 0:
-            _wait(table_ptr, rank, base + chunk, 2, WORLD, ASM)
-            tl.debug_barrier()
-            BLOCKS: tl.constexpr = triton.cdiv(HIDDEN, BLOCK)
-            first_tile, end_tile = num_rows * (chunk - 1) // CHUNKS * BLOCKS, num_rows * chunk // CHUNKS * BLOCKS
-            for tile in range(first_tile + tl.program_id(0), end_tile, tl.num_programs(0)):
-                _add_up(own_ptr, out_ptr, needs_ptr, table_ptr, tile, rank * num_rows, rank, HIDDEN, WORLD, True, SPARSE, BLOCK)
-    if _is_last(sync_ptr + 4):
-        for chunk in range(CHUNKS):
-            tl.store(sync_ptr + 6 + chunk, 0)
-        tl.store(sync_ptr + 4, 0)
-        tl.store(sync_ptr + 5, base + CHUNKS)

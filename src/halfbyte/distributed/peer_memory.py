@@ -15,9 +15,8 @@ import torch.distributed as dist
 from halfbyte.errors import InputError
 
 REGIONS = ("flags", "codes", "block_scales", "row_scales", "topk_ids", "topk_weights", "partial", "partial_scales")
-PHASES = 3  # dispatch, combine, combine in chunks: each has a flag per rank
-MAX_CHUNKS = 16
-SYNC_WORDS = 2 * PHASES + MAX_CHUNKS  # of a rank alone, int32: programs done and epoch of every phase, and programs done with every chunk
+PHASES = 2  # dispatch and combine: each has a flag per rank
+SYNC_WORDS = 2 * PHASES  # of a rank alone, int32: programs done and epoch of each phase
 _ALIGNMENT = 256
 
 
@@ -45,8 +44,8 @@ class Capacity:
     def offsets(self, num_ranks: int) -> dict[str, int]:
         """Where each region begins in a block; "end": the bytes of a block.
 
-        >>> Capacity(4096, 7168, 8).offsets(2)["end"] / 2**20
-        228.53...
+        >>> round(Capacity(4096, 7168, 8).offsets(2)["end"] / 2**20)
+        228
         """
         rows, codes = num_ranks * self.tokens, 2 * self.hidden if self.code_bytes is None else self.code_bytes
         sizes = {

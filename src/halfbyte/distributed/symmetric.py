@@ -2,7 +2,7 @@
 
     dispatch   one kernel: quantise a row, store it in every rank's buffer, say so, wait for the rows of the others
     combine    one kernel: say that the partial sums are ready, wait for the others, read their rows of own tokens and add them up in order
-               ("fp8": the same kernel quantises the rows that others will read, chunk by chunk; a kernel before it where sizes differ)
+               ("fp8": a kernel before it quantises the rows that others will read)
 
 Nothing waits on the host, sizes may be given on the device, and no address changes: a call can be captured in a CUDA graph. Hidden states, ids and
 weights that arrive, and the partial sums that experts write, lie in the buffers: they are good until the next dispatch.
@@ -18,8 +18,8 @@ import torch
 import triton
 
 from halfbyte.device import Target
-from halfbyte.distributed.kernels import encode_and_pull, encode_partial, pull_rows, push_rows
-from halfbyte.distributed.peer_memory import MAX_CHUNKS, PeerMemory
+from halfbyte.distributed.kernels import encode_partial, pull_rows, push_rows
+from halfbyte.distributed.peer_memory import PeerMemory
 from halfbyte.distributed.placement import Placement
 from halfbyte.distributed.transport import CombineFormat, Tokens
 from halfbyte.distributed.wire import Wire
@@ -27,9 +27,9 @@ from halfbyte.errors import InputError
 from halfbyte.kernels.problem import Hidden
 
 INTERPRETED = triton.knobs.runtime.interpret
-PUSH_PROGRAMS, PULL_PROGRAMS = 4, 8  # per multiprocessor, at most
-CHUNK_ROWS, CHUNK_BLOCK = 256, 2048  # of `encode_and_pull`
-PULL_BLOCK = 1024  # columns per program and step: eight per thread, one load of 16 bytes from each rank
+PUSH_PROGRAMS = 4  # per multiprocessor, at most
+# Of `pull_rows`: columns per program and step (one load of 16 bytes per thread from each rank), warps, and programs per multiprocessor.
+PULL = {"bf16": (1024, 4, 8), "fp8": (2048, 4, 8)}
 WORTH_CHOOSING = 0.95  # below this share of ranks that an average token needs, rows go only to those
 
 
@@ -111,9 +111,6 @@ class SymmetricTransport:
             buffer = self.memory.view("partial", len(partial), partial.shape[1], partial.dtype)
             if partial.data_ptr() != buffer.data_ptr():
                 buffer.copy_(partial)
-        elif len(set(sizes)) == 1 and sizes[0]:
-            self._encode_and_pull(partial, sizes[0], out)
-            return
         else:
             self._encode(partial, sizes)
         self._pull(partial, sizes, format, out)
@@ -135,26 +132,12 @@ class SymmetricTransport:
         """Launch the kernel of a combine; partial sums are in the buffers."""
         memory, hidden = self.memory, partial.shape[1]
         rows, first_row = sizes[memory.rank], sum(sizes[: memory.rank])
+        block, num_warps, programs = PULL[format]
         self._launch(
-            pull_rows, min(rows * triton.cdiv(hidden, PULL_BLOCK), PULL_PROGRAMS * self._num_sms),
+            pull_rows, min(rows * triton.cdiv(hidden, block), programs * self._num_sms),
             (partial, out, memory.needs, memory.table, memory.sync, first_row, rows, memory.rank),
-            {"HIDDEN": hidden, "WORLD": memory.num_ranks, "FP8": format == "fp8", "SPARSE": self.chooses, "BLOCK": PULL_BLOCK},
-            {"num_warps": 4, "enable_fp_fusion": False},  # the same bits as the collectives give
-        )  # fmt: skip
-
-    def _encode_and_pull(self, partial: torch.Tensor, rows: int, out: torch.Tensor) -> None:
-        """Both at once, for equal numbers of rows."""
-        memory, hidden = self.memory, partial.shape[1]
-        words = _words(partial)
-        programs, registers = (4, 64) if memory.num_ranks <= 4 else (3, 80)  # per multiprocessor, where so many fit
-        self._launch(
-            encode_and_pull, 1 if INTERPRETED else programs * self._num_sms,
-            (words, words.view(partial.dtype), out, memory.needs, memory.table, memory.sync, rows, memory.rank),
-            {
-                "HIDDEN": hidden, "WORLD": memory.num_ranks, "SPARSE": self.chooses, "CHUNKS": min(MAX_CHUNKS, max(1, rows // CHUNK_ROWS)),
-                "BLOCK": CHUNK_BLOCK, "BF16": partial.dtype == torch.bfloat16, "NATIVE": self._native,
-            },
-            _row_options(hidden) | {"maxnreg": registers, "launch_cooperative_grid": True},  # all at once, or an error
+            {"HIDDEN": hidden, "WORLD": memory.num_ranks, "FP8": format == "fp8", "SPARSE": self.chooses, "BLOCK": block},
+            {"num_warps": num_warps, "enable_fp_fusion": False},  # the same bits as the collectives give
         )  # fmt: skip
 
     @property
