@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,7 @@ from halfbyte.bench.records import environment
 from halfbyte.bench.shapes import NAMED_SHAPES
 from halfbyte.cli import bench_options as shared
 from halfbyte.cli.bench_moe import parse_shape
-from halfbyte.cli.terminal import comma_list, positive_int
+from halfbyte.cli.terminal import comma_list, one_of, positive_int
 from halfbyte.distributed.peer_memory import Capacity
 from halfbyte.errors import InputError
 from halfbyte.formats.activation_formats import ACTIVATION_FORMATS
@@ -28,6 +28,12 @@ from halfbyte.moe.parallel import ExpertParallel
 _GPU_TOKENS, _CPU_TOKENS = (1, 16, 128, 1024, 4096), (1, 16)
 _CPU_SHAPE = "256,128,16,4"
 
+EXAMPLE = "torchrun --nproc-per-node 2 -m halfbyte bench dispatch --layer-tokens 1024,4096"
+
+
+def _names(kind: str, known: Iterable[str]) -> Callable[[str], list[str]]:
+    return comma_list(one_of(kind, {name: name for name in known}))
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     layer = parser.add_mutually_exclusive_group()
@@ -35,8 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     layer.add_argument("--name", type=shared.named_shape, metavar="NAME", help=f"one of {', '.join(NAMED_SHAPES)}; default dsr1, on a CPU a tiny one")
     parser.add_argument("--tokens", type=comma_list(positive_int), metavar="T,...", help="tokens of the rank that has most; default 1,16,..,4096")
     parser.add_argument("--layer-tokens", type=comma_list(positive_int), metavar="T,...", default=[], help="tokens per rank of whole layers")
-    parser.add_argument("--spread", type=_spreads, metavar="NAME,...", default=["even"], help=f"tokens over ranks: {', '.join(SPREADS)}")
-    parser.add_argument("--activations", type=_activations, metavar="NAME,...", default=["bf16", "fp8"], help="of whole layers")
+    parser.add_argument(
+        "--spread", type=_names("spread", SPREADS), metavar="NAME,...", default="even", help=f"tokens over ranks: {', '.join(SPREADS)}"
+    )
+    parser.add_argument(
+        "--activations", type=_names("activations", ACTIVATION_FORMATS), metavar="NAME,...", default="bf16,fp8", help="of whole layers"
+    )
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
     parser.add_argument(
         "--transport", choices=("auto", "nccl", "gloo"), default="auto", help="auto: symmetric memory too, where ranks reach each other"
@@ -97,19 +107,3 @@ def _follow(rows: Iterator[DispatchRow]) -> None:
     """Take part in what rank 0 reports."""
     for _ in rows:
         pass
-
-
-def _spreads(text: str) -> list[str]:
-    return _names(text, SPREADS)
-
-
-def _activations(text: str) -> list[str]:
-    return _names(text, ACTIVATION_FORMATS)
-
-
-def _names(text: str, known: tuple[str, ...]) -> list[str]:
-    names = text.split(",")
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: not one of {', '.join(known)}")
-    return names
