@@ -110,7 +110,7 @@ def check_peers(rank: int, world: int, chooses: bool) -> None:
     placement = balanced([9, *[1] * (EXPERTS - 1)], world, num_redundant=world)
     expert_map = hb.ExpertMap.placed(placement, rank, EXPERTS, "cuda")
     memory = PeerMemory.allocate(None, torch.device("cuda", rank), Capacity(TOKENS, HIDDEN, TOP_K))
-    peers, nccl = symmetric.SymmetricTransport(memory, placement, EXPERTS), CollectiveTransport(None)
+    peers, nccl = symmetric.SymmetricTransport(memory, placement, EXPERTS), CollectiveTransport(None, torch.device("cuda"))
     step = 0
     for dtype in (torch.bfloat16, torch.float16):
         for wire in wires(dtype)[:: 1 if dtype == torch.bfloat16 else 4]:

@@ -70,7 +70,7 @@ def check_transport(rank: int, world: int, folder: str, chooses: bool) -> None:
     symmetric.WORTH_CHOOSING = 2.0 if chooses else 0.0
     placement = balanced([9, 1, 1, 1, 1, 1], world, {2: 2, 3: 3}[world]) if chooses else round_robin(EXPERTS, world)
     memory = shared_memory(folder, rank, world, Capacity(TOKENS, HIDDEN, TOP_K))
-    over_peers, over_gloo = symmetric.SymmetricTransport(memory, placement, EXPERTS), CollectiveTransport(None)
+    over_peers, over_gloo = symmetric.SymmetricTransport(memory, placement, EXPERTS), CollectiveTransport(None, torch.device("cpu"))
     assert over_peers.chooses == chooses
     expert_map = hb.ExpertMap.placed(placement, rank, EXPERTS)
     step = 0

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from halfbyte.distributed.failures import naming_the_failed, ranks_of
+from halfbyte.distributed.failures import backend_of, naming_the_failed, ranks_of
 from halfbyte.errors import InputError
 
 # torch 2.13 renamed them.
@@ -133,7 +133,7 @@ def reduce_scatterv(
     _check_out(out, (sizes[rank], *tensor.shape[1:]), tensor, where, any_float=True)
     tensor = tensor.contiguous()
     with naming_the_failed(group, where):
-        if deterministic or out.dtype != tensor.dtype or dist.get_backend(group) != "nccl":
+        if deterministic or out.dtype != tensor.dtype or backend_of(group, tensor.device.type) != "nccl":
             _exchange_and_add(tensor, sizes, out, group)
         elif len(set(sizes)) == 1:
             _reduce_equal(out, tensor, group=group)
@@ -164,7 +164,7 @@ def _gather(rows: torch.Tensor, sizes: Sequence[int], out: torch.Tensor, group: 
         gather_equal(out, rows, group)
         return
     segments = list(out.split(list(sizes)))
-    if dist.get_backend(group) == "nccl":
+    if backend_of(group, rows.device.type) == "nccl":
         dist.all_gather(segments, rows, group=group)
         return
     segments[dist.get_rank(group)].copy_(rows)

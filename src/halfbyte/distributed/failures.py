@@ -65,6 +65,18 @@ def ranks_of(group: dist.ProcessGroup | None, where: str) -> tuple[int, int]:
     return rank, dist.get_world_size(group)
 
 
+def backend_of(group: dist.ProcessGroup | None, device_type: str) -> str:
+    """Who moves tensors of this kind of device ("cpu", "cuda"): "gloo", "nccl", ...; "" where nobody does.
+
+    >>> dist.init_process_group(rank=0, world_size=1, store=dist.HashStore(), backend="cpu:gloo")
+    >>> backend_of(None, "cpu"), backend_of(None, "cuda")
+    ('gloo', '')
+    >>> dist.destroy_process_group()
+    """
+    backends = dict(part.split(":") for part in dist.get_backend_config(group).split(","))
+    return backends.get(device_type, "")
+
+
 def _message_of(rank: int) -> str | None:
     try:
         store = _store()

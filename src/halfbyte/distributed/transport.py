@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from halfbyte.distributed.collectives import all_gatherv, bytes_of, exchange_rows, reduce_scatterv
-from halfbyte.distributed.failures import naming_the_failed
+from halfbyte.distributed.failures import backend_of, naming_the_failed
 from halfbyte.distributed.wire import Wire
 from halfbyte.kernels.problem import Hidden
 from halfbyte.kernels.quantize import quantize_fp8
@@ -60,8 +60,8 @@ class Transport(Protocol):
 class CollectiveTransport:
     """Over `all_gatherv` and `reduce_scatterv`: any backend, any number of hosts. Every rank gets all rows."""
 
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
-        self.group, self.name = group, str(dist.get_backend(group))
+    def __init__(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
+        self.group, self.name = group, backend_of(group, device.type)
 
     def why_not(self, wire: Wire, hidden: Hidden, sizes: Sequence[int]) -> str | None:
         return None

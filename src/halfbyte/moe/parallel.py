@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from halfbyte.distributed.collectives import all_gatherv, gather_equal
 from halfbyte.distributed.costs import Costs, cheapest
-from halfbyte.distributed.failures import naming_the_failed, ranks_of, tell_others
+from halfbyte.distributed.failures import backend_of, naming_the_failed, ranks_of, tell_others
 from halfbyte.distributed.peer_memory import Capacity, PeerMemory, why_not
 from halfbyte.distributed.placement import Placement, contiguous
 from halfbyte.distributed.transport import COMBINE_FORMATS, CollectiveTransport, CombineFormat, Tokens, Transport
@@ -108,8 +108,9 @@ class ExpertParallel:
             raise InputError("no such combine_dtype", where=WHERE, given=repr(combine_dtype), needed=" or ".join(map(repr, COMBINE_FORMATS)))
         self.group, self.num_experts, self.payload, self.combine_dtype = group, num_experts, payload, combine_dtype
         self.costs = Costs() if costs is None else costs
-        backend = str(dist.get_backend(group))
-        self.device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
+        on_cuda = backend_of(group, "cuda") == "nccl" and torch.cuda.is_available()
+        self.device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
+        backend = backend_of(group, self.device.type)
         self.placement = [list(held) for held in (contiguous(num_experts, self.num_ranks) if placement is None else placement)]
         if len(self.placement) != self.num_ranks:
             raise InputError("placement does not fit the group", where=WHERE, given=f"{len(self.placement)} ranks", needed=f"{self.num_ranks}")
@@ -117,7 +118,7 @@ class ExpertParallel:
         if transport not in (names := ("auto", backend, "symmetric")):
             raise InputError("no such transport", where=WHERE, given=repr(transport), needed=" or ".join(map(repr, names)))
         self.transport = transport
-        self.transports: dict[str, Transport] = {backend: CollectiveTransport(group)}
+        self.transports: dict[str, Transport] = {backend: CollectiveTransport(group, self.device)}
         if transport != backend and capacity is not None:
             self._reach_peers(capacity)
         elif transport == "symmetric":
@@ -267,7 +268,7 @@ class ExpertParallel:
             return
         if self.transport == "symmetric":
             raise UnsupportedError("no symmetric memory", where=WHERE, given=reason, next_step="let transport be 'auto'")
-        logger.warning("ExpertParallel: no symmetric memory, %s carries tokens instead: %s", dist.get_backend(self.group), reason)
+        logger.warning("ExpertParallel: no symmetric memory, %s carries tokens instead: %s", backend_of(self.group, self.device.type), reason)
 
     def _map(self) -> ExpertMap:
         first, expected = 0, 0
