@@ -15,6 +15,7 @@ SIZES = {
     2: [[3, 3], [5, 1], [0, 4], [4, 0], [0, 0]],
     3: [[2, 2, 2], [7, 1, 0], [0, 0, 5], [0, 0, 0]],
     4: [[1, 1, 1, 1], [0, 9, 2, 0]],
+    8: [[3, 0, 1, 5, 0, 0, 2, 1]],
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.uint8, torch.int64, torch.bool)
 
@@ -104,7 +105,7 @@ def check_collectives(rank: int, world: int) -> None:
     check_errors(rank, world)
 
 
-@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("world", [2, 3, 4, 8])
 def test_collectives(world: int) -> None:
     run_ranks(check_collectives, world)
 
