@@ -182,9 +182,9 @@ def test_pull_compiles(fp8: bool, world: int) -> None:
     bf16, i32, i64 = torch.bfloat16, torch.int32, torch.int64
     compiled = compile_for(
         pull_rows, bf16, bf16, i32, i64, i32, 128, 128, 1,
-        HIDDEN=7168, WORLD=world, FP8=fp8, SPARSE=world > 2, BLOCK=2048 if fp8 else 1024, ASM=True, num_warps=4, enable_fp_fusion=False,
+        HIDDEN=7168, WORLD=world, FP8=fp8, SPARSE=world > 2, BLOCK=1024, ASM=True, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
-    assert compiled.spill_bytes == 0 and compiled.registers <= 128
+    assert compiled.spill_bytes == 0 and compiled.registers <= 96
     assert compiled.ptx.count("ld.global.v4.b32") >= world and "multimem" not in compiled.ptx
     encode = compile_for(
         encode_partial, i32, i64, 1, 128, 128, 256, HIDDEN=7168, WORLD=world, BF16=True, NATIVE=True, ASM=True, num_warps=8, enable_fp_fusion=False

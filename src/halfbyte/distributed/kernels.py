@@ -265,17 +265,16 @@ def pull_rows(
         needs = tl.full((BLOCK,), -1, tl.int32)
         if SPARSE:
             needs = tl.load(needs_ptr + row) + tl.zeros_like(column)
-        if FP8:
-            own = tl.load(own_ptr + source * HIDDEN + column, mask=inside, other=0.0).to(tl.float32)
         total = tl.zeros((BLOCK,), tl.float32)
         for peer in tl.static_range(WORLD):
             wanted = inside & ((needs >> peer) & 1 != 0)
             if FP8:
                 is_own = rank + tl.zeros_like(column) == peer
+                value = tl.load(own_ptr + source * HIDDEN + column, mask=wanted & is_own, other=0.0).to(tl.float32)
                 codes = _region(table_ptr, peer, PARTIAL, WORLD, tl.float8e4nv) + source * HIDDEN + column
-                scale = tl.load(_region(table_ptr, peer, PARTIAL_SCALES, WORLD, tl.float32) + source)
+                scale = tl.load(_region(table_ptr, peer, PARTIAL_SCALES, WORLD, tl.float32) + source)  # old where it is not wanted
                 decoded = tl.load(codes, mask=wanted & (is_own == 0), other=0.0).to(tl.float32) * scale
-                value = tl.where(is_own, own, tl.where(wanted, decoded, 0.0))  # a scale that is not wanted may be anything
+                value += tl.where(wanted & (is_own == 0), decoded, 0.0)
             else:
                 values = _region(table_ptr, peer, PARTIAL, WORLD, dtype) + source * HIDDEN + column
                 value = tl.load(values, mask=wanted, other=0.0).to(tl.float32)

@@ -27,9 +27,8 @@ from halfbyte.errors import InputError
 from halfbyte.kernels.problem import Hidden
 
 INTERPRETED = triton.knobs.runtime.interpret
-PUSH_PROGRAMS = 4  # per multiprocessor, at most
-# Of `pull_rows`: columns per program and step (one load of 16 bytes per thread from each rank), warps, and programs per multiprocessor.
-PULL = {"bf16": (1024, 4, 8), "fp8": (2048, 4, 8)}
+PUSH_PROGRAMS, PULL_PROGRAMS = 4, 8  # per multiprocessor, at most
+PULL_BLOCK = 1024  # columns per program and step: eight per thread, one load of 16 bytes of bf16 from each rank
 WORTH_CHOOSING = 0.95  # below this share of ranks that an average token needs, rows go only to those
 
 
@@ -132,12 +131,11 @@ class SymmetricTransport:
         """Launch the kernel of a combine; partial sums are in the buffers."""
         memory, hidden = self.memory, partial.shape[1]
         rows, first_row = sizes[memory.rank], sum(sizes[: memory.rank])
-        block, num_warps, programs = PULL[format]
         self._launch(
-            pull_rows, min(rows * triton.cdiv(hidden, block), programs * self._num_sms),
+            pull_rows, min(rows * triton.cdiv(hidden, PULL_BLOCK), PULL_PROGRAMS * self._num_sms),
             (partial, out, memory.needs, memory.table, memory.sync, first_row, rows, memory.rank),
-            {"HIDDEN": hidden, "WORLD": memory.num_ranks, "FP8": format == "fp8", "SPARSE": self.chooses, "BLOCK": block},
-            {"num_warps": num_warps, "enable_fp_fusion": False},  # the same bits as the collectives give
+            {"HIDDEN": hidden, "WORLD": memory.num_ranks, "FP8": format == "fp8", "SPARSE": self.chooses, "BLOCK": PULL_BLOCK},
+            {"num_warps": 4, "enable_fp_fusion": False},  # the same bits as the collectives give
         )  # fmt: skip
 
     @property
