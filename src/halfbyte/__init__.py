@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from halfbyte.version import __version__
 
 if TYPE_CHECKING:
+    from halfbyte import distributed, moe
     from halfbyte.checkpoint import load_experts, load_router
     from halfbyte.device import Target
     from halfbyte.errors import CheckpointError, HalfbyteError, InputError, UnsupportedError
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from halfbyte.kernels.quantize import QuantizedExperts, quantize, quantize_experts, quantize_fp8, rms_norm_quantize, silu_mul_quantize
     from halfbyte.kernels.workspace import Workspace
     from halfbyte.loading import iter_prepared, load_prepared, prepare
-    from halfbyte.moe import MoE, Routing, fused_moe, route, warm_up, workspace_nbytes
+    from halfbyte.moe import ExpertParallel, MoE, Routing, fused_moe, route, warm_up, workspace_nbytes
     from halfbyte.weights import PreparedExperts, ScaleChecks, trtllm_gen_row_order
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "BlockFormat",
     "CheckpointError",
     "ExpertMap",
+    "ExpertParallel",
     "ExpertWeights",
     "Fp8Tensor",
     "HalfbyteError",
@@ -38,11 +40,13 @@ __all__ = [
     "UnsupportedError",
     "Workspace",
     "__version__",
+    "distributed",
     "fused_moe",
     "iter_prepared",
     "load_experts",
     "load_prepared",
     "load_router",
+    "moe",
     "prepare",
     "quantize",
     "quantize_experts",
@@ -66,14 +70,17 @@ _HOMES = {
     "halfbyte.formats": ("MXFP4", "NVFP4", "BlockFormat", "Fp8Tensor", "QuantTensor", "swizzle_scales", "unswizzle_scales"),
     "halfbyte.kernels.quantize": ("QuantizedExperts", "quantize", "quantize_experts", "quantize_fp8", "rms_norm_quantize", "silu_mul_quantize"),
     "halfbyte.kernels.workspace": ("Workspace",),
-    "halfbyte.moe": ("MoE", "Routing", "fused_moe", "route", "warm_up", "workspace_nbytes"),
+    "halfbyte.moe": ("ExpertParallel", "MoE", "Routing", "fused_moe", "route", "warm_up", "workspace_nbytes"),
     "halfbyte.loading": ("iter_prepared", "load_prepared", "prepare"),
     "halfbyte.weights": ("PreparedExperts", "ScaleChecks", "trtllm_gen_row_order"),
 }
+_MODULES = ("distributed", "moe")  # whose functions are called by their module
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"halfbyte.{name}")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'halfbyte' has no attribute {name!r}")
     globals()[name] = value = getattr(import_module(_HOME_OF[name]), name)

@@ -29,6 +29,7 @@ ROW_MODULES = {
     "moe": "halfbyte.bench.moe",
     "prepare": "halfbyte.bench.prepare",
     "quantize": "halfbyte.bench.quantize",
+    "dispatch": "halfbyte.bench.dispatch",
     "serve": "halfbyte.bench.serve_rows",
 }
 
@@ -227,6 +228,7 @@ _CEILINGS = {
     "copy_gbps": "copy {:.0f} GB/s",
     "bf16_tflops": "bf16 {:.3g} TFLOP/s",
     "fp8_tflops": "fp8 {:.0f} TFLOP/s",
+    "peer_gbps": "peer to peer {:.0f} GB/s per rank",
 }
 
 

@@ -12,6 +12,7 @@ EXAMPLE = "halfbyte bench moe --name qwen3-30b --tokens 1,64,4096"
 
 # Each is a module halfbyte.cli.bench_NAME with add_arguments and run, like a command.
 BENCHMARKS = {
+    "dispatch": "time dispatch, combine and the expert-parallel layer over NCCL and symmetric memory; started with torchrun",
     "moe": "time the fused MoE layer and its peers, each after a correctness gate",
     "prepare": "time the arranging of weights, beside the slow ways to do it",
     "quantize": "time the quantisers of activations against the copy bandwidth, each after comparing its bits",

@@ -16,6 +16,7 @@ from halfbyte.formats.activation_formats import ActivationFormat
 from halfbyte.loading import load_prepared
 from halfbyte.loading.prepared import CacheUse
 from halfbyte.moe.functional import fused_moe
+from halfbyte.moe.parallel import ExpertParallel
 from halfbyte.moe.routing import Routing, invariant_linear, route
 from halfbyte.moe.warm import warm_up
 from halfbyte.weights import PreparedExperts
@@ -32,13 +33,24 @@ class MoE(torch.nn.Module):
     """
 
     def __init__(
-        self, router: RouterWeights, experts: PreparedExperts, *, activations: ActivationFormat | None = None, batch_invariant: bool = False
+        self,
+        router: RouterWeights,
+        experts: PreparedExperts,
+        *,
+        activations: ActivationFormat | None = None,
+        batch_invariant: bool = False,
+        parallel: ExpertParallel | None = None,
     ) -> None:
         """Hold `router` and `experts`, which lie on one device; `activations` and `batch_invariant` as `fused_moe`, routing included.
 
+        With `parallel` the experts are those of this rank, and every rank calls the layer with tokens of its own.
+
         Raises:
-            UnsupportedError: the layer chooses experts by token id (DeepSeek-V4's first layers) and so cannot be run from hidden states.
+            UnsupportedError: the layer chooses experts by token id (DeepSeek-V4's first layers) and so cannot be run from hidden states; batch
+                invariance over several ranks.
         """
+        if parallel is not None and batch_invariant:
+            raise UnsupportedError("no batch invariance over several ranks", where="MoE", next_step="leave one of the two out")
         super().__init__()
         if router.token_experts is not None:
             raise UnsupportedError(
@@ -46,7 +58,7 @@ class MoE(torch.nn.Module):
                 where="MoE",
                 next_step="look the ids up in RouterWeights.token_experts and call halfbyte.fused_moe",
             )
-        self.router, self.batch_invariant, self.top_k = router, batch_invariant, router.rule.top_k
+        self.router, self.batch_invariant, self.top_k, self.parallel = router, batch_invariant, router.rule.top_k, parallel
         self.experts = experts if activations is None else replace(experts, activations=activations)
         self._keep_addresses()
 
@@ -60,8 +72,9 @@ class MoE(torch.nn.Module):
         activations: ActivationFormat = "bf16",
         batch_invariant: bool = False,
         cache: CacheUse = "read",
+        parallel: ExpertParallel | None = None,
     ) -> MoE:
-        """Read one layer of a checkpoint directory, Hub model `org/name` or open `Checkpoint`.
+        """Read one layer of a checkpoint directory, Hub model `org/name` or open `Checkpoint`; with `parallel` only the experts of this rank.
 
         `cache` and errors as `load_prepared`, and `load_router`.
 
@@ -71,8 +84,9 @@ class MoE(torch.nn.Module):
         torch.Size([2, 5, 256])
         """
         checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.open(model)
-        experts = load_prepared(checkpoint, layer, device=device, activations=activations, cache=cache)
-        return cls(load_router(checkpoint, layer, device), experts, batch_invariant=batch_invariant)
+        held = None if parallel is None else parallel.local_range
+        experts = load_prepared(checkpoint, layer, device=device, activations=activations, experts=held, cache=cache)
+        return cls(load_router(checkpoint, layer, device), experts, batch_invariant=batch_invariant, parallel=parallel)
 
     def route(self, hidden: torch.Tensor) -> Routing:
         """Choose experts for hidden [T, H]; the logits are computed in fp32 whatever the dtype of the router's weight."""
@@ -92,6 +106,8 @@ class MoE(torch.nn.Module):
             raise InputError("hidden does not fit", where="MoE", given=tuple(hidden.shape), needed=f"[..., {self.experts.hidden}]")
         tokens = hidden.reshape(-1, hidden.shape[-1])
         routing = self.route(tokens)
+        if self.parallel is not None:
+            return self.parallel.forward(tokens, self.experts, *routing).view(hidden.shape)
         result = fused_moe(tokens, self.experts, *routing, batch_invariant=self.batch_invariant)
         return result.view(hidden.shape)
 
