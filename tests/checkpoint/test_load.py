@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import checkpoint_files as cf
@@ -11,8 +12,9 @@ import pytest
 import torch
 from helpers import assert_equal_bits
 
+import halfbyte as hb
 from halfbyte.checkpoint import Checkpoint, load_experts
-from halfbyte.errors import CheckpointError, InputError
+from halfbyte.errors import CheckpointError, InputError, UnsupportedError
 from halfbyte.experts import DEEPSEEK_V4_SWIGLU, GPT_OSS_SWIGLU, SWIGLU, ExpertWeights
 from halfbyte.formats import MXFP4, NVFP4
 
@@ -313,3 +315,11 @@ def test_fp8_blocks_with_bf16_scales_and_without_nan(tmp_path: Path) -> None:
         files.tensors[f"{EXPERTS}.2.up_proj.weight"] = spoilt
         with pytest.raises(CheckpointError, match=rf"NaN weights: {EXPERTS}\.2\.up_proj\.weight"):
             load_experts(files.write(tmp_path / f"nan{byte}"), 1)
+
+
+@pytest.mark.parametrize("read", [hb.load_experts, hb.load_router, hb.load_prepared])
+def test_layers_are_integers_and_devices_are_there(read: Callable[..., object]) -> None:
+    with pytest.raises(InputError, match=r"a layer is an integer \(given '0'; needed one of the MoE layers 0..5\)"):
+        read("demo", "0")
+    with pytest.raises(UnsupportedError, match=r"cannot use the device.*Run: halfbyte doctor"):
+        read("demo", 0, device="banana")

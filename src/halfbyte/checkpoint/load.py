@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from halfbyte.arguments import as_device
 from halfbyte.checkpoint.defects import describe_missing, describe_scatter
 from halfbyte.checkpoint.layer_tensors import LayerTensors
 from halfbyte.checkpoint.projections import DOWN, GATE, UP, Projection
@@ -34,7 +35,7 @@ def load_experts(model: str | Path | Checkpoint, layer: int, device: torch.devic
         CheckpointError: a damaged or inconsistent checkpoint, a missing, NaN or non-positive scale, no experts in this layer.
         UnsupportedError: a quantisation or dtype halfbyte does not read; a family it does not know, and names and shapes do not tell (see
             docs/checkpoints.md).
-        InputError: `experts` is not a contiguous slice of the layer's experts.
+        InputError: `experts` is not a contiguous slice of the layer's experts; `layer` is no integer.
 
     >>> from pathlib import Path
     >>> w = load_experts(Path(halfbyte.__file__).parent / "demo_model", 0)
@@ -42,8 +43,9 @@ def load_experts(model: str | Path | Checkpoint, layer: int, device: torch.devic
     (torch.Size([16, 256, 256]), torch.Size([16, 256, 128]))
     """
     checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.open(model)
+    place = as_device(device, "load_experts")
     reader = ExpertReader(checkpoint, layer, experts)
-    result = reader.allocate(device)
+    result = reader.allocate(place)
     reader.read(reader.experts, result)
     return result
 

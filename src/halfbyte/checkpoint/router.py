@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from halfbyte.arguments import as_device
 from halfbyte.checkpoint.families import RoutingRule, tensor_names
 from halfbyte.checkpoint.families.description import Config
 from halfbyte.checkpoint.source import Checkpoint
@@ -51,7 +52,7 @@ def load_router(model: str | Path | Checkpoint, layer: int, device: torch.device
     checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.open(model)
     moe = checkpoint.moe
     rule, names = moe.known_routing(str(checkpoint.path / "config.json")), tensor_names(moe.family)
-    tensors, hashed = _RouterTensors(checkpoint, moe.block_of(layer), device), layer in moe.hashed_layers
+    tensors, hashed = _RouterTensors(checkpoint, moe.block_of(layer), as_device(device, "load_router")), layer in moe.hashed_layers
     weight = tensors.read(names.router, moe.num_experts, moe.hidden)
     logit_bias = tensors.read((names.logit_bias,), moe.num_experts) if names.logit_bias else None
     correction = None

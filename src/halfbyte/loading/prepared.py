@@ -247,7 +247,8 @@ class _Plan:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, layer: int, wanted: Wanted) -> _Plan:
-        reader, target = ExpertReader(checkpoint, layer, wanted.experts), Target.of(wanted.device)
+        target = Target.of(as_device(wanted.device, "load_prepared"))
+        reader = ExpertReader(checkpoint, layer, wanted.experts)
         chosen = _choose_layout(wanted.layout, wanted.policy, reader.format, target, wanted.activations)
         return cls(reader, chosen, CacheEntry.of(checkpoint, layer, reader.experts, chosen.layout, chosen.policy, target.arch, wanted.cache_dir))
 

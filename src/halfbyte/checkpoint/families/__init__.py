@@ -10,7 +10,7 @@ from halfbyte.checkpoint.families import deepseek_v4, experts_only, gpt_oss, sig
 from halfbyte.checkpoint.families.description import ACTIVATIONS, NUM_EXPERTS, Config, Family, Model, RoutingRule, TensorNames
 from halfbyte.checkpoint.families.layers import moe_layers
 from halfbyte.checkpoint.projections import place_of
-from halfbyte.errors import CheckpointError, UnsupportedError
+from halfbyte.errors import CheckpointError, InputError, UnsupportedError
 from halfbyte.experts import Activation
 
 __all__ = [
@@ -141,6 +141,8 @@ class MoEConfig:
         Raises:
             CheckpointError: the layer does not exist or has no routed experts.
         """
+        if not isinstance(layer, int):
+            raise InputError("a layer is an integer", given=repr(layer), needed=f"one of the MoE layers {format_range(self.expert_layers)}")
         if layer not in self.expert_layers:
             problem = f"layer {layer} has no routed experts" if 0 <= layer < self.num_layers else f"there is no layer {layer}"
             raise CheckpointError(problem, given=layer, needed=f"one of the MoE layers {format_range(self.expert_layers)}")
