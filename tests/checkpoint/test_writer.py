@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from halfbyte.checkpoint import writer as writer_module
-from halfbyte.checkpoint.writer import JOURNAL, CheckpointWriter, plan_shards, shard_name
+from halfbyte.checkpoint.writer import JOURNAL, CheckpointWriter, discard_unfinished, plan_shards, shard_name
 from halfbyte.errors import CheckpointError
 
 JOB = {"source": {"a.safetensors": [10, 1]}, "options": {"format": "nvfp4"}}
@@ -46,12 +46,15 @@ def test_an_interrupted_job_continues(tmp_path: Path) -> None:
     first.keep_note("calibration", [1.5])
     (tmp_path / "s2.halfbyte-partial").write_bytes(b"half a shard")
     (tmp_path / ".tmpk3Xw9Q").write_bytes(b"what safetensors had written of it")
+    first.close()
     again = CheckpointWriter(tmp_path, dict(JOB))
     assert again.is_finished("s1") and again.record_of("s1") == {"x": 1} and again.note("calibration") == [1.5]
     assert not again.is_finished("s2") and again.note("other") is None
     assert visible(tmp_path) == [JOURNAL, "s1"]
-    (tmp_path / "s1").write_bytes(b"cut")  # a file that changed since is not finished
-    assert not again.is_finished("s1")
+    whole = (tmp_path / "s1").read_bytes()
+    for changed in (b"cut", whole[:-1] + bytes([whole[-1] ^ 1])):  # a file that changed since is not finished
+        (tmp_path / "s1").write_bytes(changed)
+        assert not again.is_finished("s1")
 
 
 @pytest.mark.parametrize(
@@ -70,6 +73,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exc
         writer.write_tensors("s2", W)
     assert visible(tmp_path) == [JOURNAL, "s1"]
     monkeypatch.undo()
+    writer.close()
     again = CheckpointWriter(tmp_path, JOB)
     assert again.is_finished("s1") and not again.is_finished("s2")
 
@@ -106,14 +110,45 @@ def test_an_occupied_destination_is_never_touched(tmp_path: Path, content: str) 
 
 
 def test_another_job_is_refused(tmp_path: Path) -> None:
-    CheckpointWriter(tmp_path, JOB).write_tensors("s1", W)
+    with CheckpointWriter(tmp_path, JOB) as writer:
+        writer.write_tensors("s1", W)
     other = {**JOB, "options": {"format": "mxfp4"}}
     with pytest.raises(CheckpointError, match=r"options.format was 'nvfp4', is 'mxfp4'.* Repeat the first command"):
         CheckpointWriter(tmp_path, other)
-    assert CheckpointWriter(tmp_path, JOB).is_finished("s1")
-    (tmp_path / JOURNAL).write_text("{")
-    with pytest.raises(CheckpointError, match="journal of an unfinished job is damaged"):
+    with CheckpointWriter(tmp_path, JOB) as writer:
+        assert writer.is_finished("s1")
+
+
+@pytest.mark.parametrize(
+    "damage", ["{", "[" * 100_000, '{"files": [1]}', '{"files": {"s1": {"bytes": 1}}}', '{"files": {"s1": 7}}', '{"notes": null}']
+)
+def test_a_damaged_journal(tmp_path: Path, damage: str) -> None:
+    with CheckpointWriter(tmp_path, JOB) as writer:
+        writer.write_tensors("s1", W)
+    journal = json.loads((tmp_path / JOURNAL).read_text())
+    (tmp_path / JOURNAL).write_text(json.dumps(journal | json.loads(damage)) if damage.endswith("}") else damage)
+    with pytest.raises(CheckpointError, match=r"journal of an unfinished job is damaged.*[Tt]hrow the job away with --restart"):
         CheckpointWriter(tmp_path, JOB)
+    discard_unfinished(tmp_path)
+    assert visible(tmp_path) == []
+
+
+def test_one_process_writes(tmp_path: Path) -> None:
+    with CheckpointWriter(tmp_path, JOB) as writer:
+        writer.write_tensors("s1", W)
+        for attempt in (lambda: CheckpointWriter(tmp_path, JOB), lambda: discard_unfinished(tmp_path)):
+            with pytest.raises(CheckpointError, match=rf"another process is writing here \(given process {os.getpid()} on .*Wait for it"):
+                attempt()
+    assert visible(tmp_path) == [JOURNAL, "s1"]
+    with CheckpointWriter(tmp_path, JOB) as writer:
+        assert writer.is_finished("s1")
+
+
+def test_only_an_unfinished_job_is_thrown_away(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("keep")
+    discard_unfinished(tmp_path)
+    discard_unfinished(tmp_path / "nowhere")
+    assert visible(tmp_path) == ["thesis.txt"]
 
 
 def test_shards_hold_everything_once_in_order() -> None:

@@ -296,8 +296,12 @@ def test_full_disk_keeps_finished_shards(tmp_path: Path, monkeypatch: pytest.Mon
 def test_occupied_destination(tmp_path: Path, dry_run: bool) -> None:
     source = cf.dense().write(tmp_path / "in")
     before = files_of(source)
+    for inside in (source, source / "fp4"):
+        with pytest.raises(InputError, match="the destination lies in the source"):
+            quantize_model(source, inside, dry_run=dry_run)
+    occupied = cf.dense().write(tmp_path / "occupied")
     with pytest.raises(CheckpointError, match="never overwritten"):
-        quantize_model(source, source, dry_run=dry_run)
+        quantize_model(source, occupied, restart=True, dry_run=dry_run)
     assert files_of(source) == before
 
 
@@ -445,3 +449,43 @@ def test_truncated_source(tmp_path: Path) -> None:
     os.truncate(source / "model-00002-of-00003.safetensors", 100)
     with pytest.raises(CheckpointError, match=r"model-00002-of-00003.safetensors: truncated"):
         quantize_model(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("change", ["rewritten", "removed", "config"])
+def test_a_source_that_changes_meanwhile(tmp_path: Path, change: str) -> None:
+    """No config.json is written, so nothing takes the mixture for a model; thrown away, the job begins anew."""
+    source, out, seen = cf.dense().write(tmp_path / "in"), tmp_path / "out", []
+    file = next(source.glob("*.safetensors"))
+
+    def progress(done: int, total: int) -> None:
+        if not seen and list(out.glob("model-00001-*")):
+            seen.append(file.read_bytes())
+            if change == "config":
+                (source / "config.json").write_text((source / "config.json").read_text().replace("{", '{"more": 1, ', 1))
+            elif change == "removed":
+                file.unlink()
+            else:
+                os.utime(file, (1, 1))
+
+    with pytest.raises(CheckpointError, match=r"the source (changed while it was read|vanished).*--restart"):
+        quantize_model(source, out, SMALL, progress=progress)
+    assert seen and not (out / "config.json").exists()
+    file.write_bytes(seen[0])
+    assert quantize_model(source, out, SMALL, restart=True).resumed_shards == 0
+    assert (out / "config.json").exists()
+
+
+def test_links_that_lead_out_are_not_copied(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "secret").write_text("mine")
+    blobs, source = tmp_path / "cache" / "blobs", tmp_path / "cache" / "snapshots" / "abc"
+    blobs.mkdir(parents=True)
+    source.mkdir(parents=True)
+    cf.dense().write(source)
+    (blobs / "1234").write_text("{}")
+    (source / "tokenizer.json").symlink_to(blobs / "1234")  # as the Hub's cache has it
+    (source / "notes.txt").symlink_to(tmp_path / "secret")
+    (source / "chat.jinja").symlink_to("config.json")
+    quantize_model(source, tmp_path / "out")
+    copied = {file.name for file in (tmp_path / "out").iterdir()}
+    assert {"tokenizer.json", "chat.jinja"} <= copied and "notes.txt" not in copied
+    assert "notes.txt is a link that leads out of the model directory" in caplog.text

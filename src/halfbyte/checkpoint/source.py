@@ -185,7 +185,7 @@ class Checkpoint:
         if file not in self._open_files:
             try:
                 self._open_files[file] = safe_open(file, framework="pt")
-            except SafetensorError as error:
+            except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"damaged safetensors file: {error}", where=str(file), next_step="download the file again") from error
         return self._open_files[file].get_tensor(name)
 

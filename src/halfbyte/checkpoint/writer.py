@@ -2,14 +2,19 @@
 
 A file is written under a temporary name beside its own, synced to disk and renamed. Finished files are listed in a journal
 (`.halfbyte-job.json`, with a description of the job) that disappears when the job is complete; config.json and the index are written last,
-so a directory that loads is a complete one. A directory that is neither empty nor the unfinished output of the same job is never touched.
+so a directory that loads is a complete one. A directory that is neither empty nor the unfinished output of the same job is never touched. One
+process at a time writes: the directory is locked for as long as the process lives or the writer is open.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
+import hashlib
 import json
 import os
+import platform
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,12 +43,12 @@ class CheckpointWriter:
         job: a JSON-able description of the job (source and options). Two runs with equal descriptions must write equal files.
 
     Raises:
-        CheckpointError: the destination holds something else, or cannot be written.
+        CheckpointError: the destination holds something else, cannot be written, or another process is writing there.
 
     >>> import tempfile
-    >>> writer = CheckpointWriter(Path(tempfile.mkdtemp()) / "out", {"example": 1})
-    >>> writer.write_tensors("model-00001-of-00001.safetensors", {"w": torch.zeros(2)})
-    >>> writer.finish({"w": "model-00001-of-00001.safetensors"}, total_bytes=8, config={"model_type": "example"})
+    >>> with CheckpointWriter(Path(tempfile.mkdtemp()) / "out", {"example": 1}) as writer:
+    ...     writer.write_tensors("model-00001-of-00001.safetensors", {"w": torch.zeros(2)})
+    ...     writer.finish({"w": "model-00001-of-00001.safetensors"}, total_bytes=8, config={"model_type": "example"})
     >>> sorted(file.name for file in writer.path.iterdir())
     ['config.json', 'model-00001-of-00001.safetensors', 'model.safetensors.index.json']
     """
@@ -53,19 +58,40 @@ class CheckpointWriter:
         self._files: dict[str, dict[str, Any]] = {}
         self._notes: dict[str, Any] = {}
         self._job = json.loads(json.dumps(job))
-        journal = check_destination(path, job)
-        if journal is None:
-            make_directory(path)
-            self._save_journal()
-        else:
-            self._files, self._notes = journal["files"], journal["notes"]
-            for leftover in (*path.rglob(f"*{PARTIAL}"), *path.glob(_SAFETENSORS_PARTIAL)):
-                leftover.unlink()
+        check_destination(path, job)
+        make_directory(path)
+        self._lock = _locked(path)
+        try:
+            journal = check_destination(path, job)  # again: now nobody else changes it
+            if journal is None:
+                self._save_journal()
+            else:
+                self._files, self._notes = journal["files"], journal["notes"]
+                for leftover in (*path.rglob(f"*{PARTIAL}"), *path.glob(_SAFETENSORS_PARTIAL)):
+                    leftover.unlink()
+                self._save_journal()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let others write here."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
     def is_finished(self, name: str) -> bool:
-        """Whether an earlier run of this job finished file `name`, and it is still there."""
+        """Whether an earlier run of this job finished file `name`, and every byte of it is still there."""
         file = self.path / name
-        return name in self._files and file.is_file() and file.stat().st_size == self._files[name]["bytes"]
+        if name not in self._files or not file.is_file() or file.stat().st_size != self._files[name]["bytes"]:
+            return False
+        return _digest(file) == self._files[name]["sha256"]
 
     def record_of(self, name: str) -> Any:
         """What was recorded with a finished file."""
@@ -88,7 +114,7 @@ class CheckpointWriter:
         """
         with replacing(self.path / name) as partial:
             save_file(dict(tensors), partial, metadata={"format": "pt"})
-        self._files[name] = {"bytes": (self.path / name).stat().st_size, "record": record}
+        self._files[name] = {"bytes": (self.path / name).stat().st_size, "sha256": _digest(self.path / name), "record": record}
         self._save_journal()
 
     def write_json(self, name: str, document: Any) -> None:
@@ -110,7 +136,7 @@ class CheckpointWriter:
         _sync_directory(self.path)
 
     def _save_journal(self) -> None:
-        self.write_json(JOURNAL, {"job": self._job, "files": self._files, "notes": self._notes})
+        self.write_json(JOURNAL, {"job": self._job, "files": self._files, "notes": self._notes, "process": f"{os.getpid()} on {platform.node()}"})
 
 
 def check_destination(path: Path, job: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -128,20 +154,87 @@ def check_destination(path: Path, job: Mapping[str, Any]) -> dict[str, Any] | No
         if any(file for file in path.iterdir() if not file.name.endswith(PARTIAL)):
             raise CheckpointError("the destination exists and is never overwritten", where=str(path), needed="a new directory", next_step=choose)
         return None
-    try:
-        journal = json.loads((path / JOURNAL).read_text(encoding="utf-8"))
-        before = journal["job"]
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise CheckpointError("the journal of an unfinished job is damaged", where=str(path / JOURNAL), given=error, next_step=choose) from error
-    now = json.loads(json.dumps(job))
+    journal = _read_journal(path)
+    before, now = journal["job"], json.loads(json.dumps(job))
     if before != now:
         raise CheckpointError(
             "the destination holds an unfinished job with another source or other options",
             where=str(path),
             given=", ".join(_differences(before, now)),
-            next_step=f"repeat the first command to continue it; or {choose}",
+            next_step="repeat the first command to continue it, throw it away with --restart, or choose another destination",
         )
     return journal
+
+
+def discard_unfinished(path: Path) -> None:
+    """Empty `path` where it holds an unfinished job; anything else is left as it is.
+
+    Raises:
+        CheckpointError: another process is writing there.
+    """
+    if not (path / JOURNAL).is_file():
+        return
+    lock = _locked(path)
+    try:
+        for entry in path.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            elif entry.name != JOURNAL:
+                entry.unlink()
+        (path / JOURNAL).unlink()  # last: what is half removed is still an unfinished job
+    except OSError as error:
+        raise _write_error(path, error) from error
+    finally:
+        os.close(lock)
+
+
+def _read_journal(path: Path) -> dict[str, Any]:
+    """The journal in `path`, of the right form all through."""
+    try:
+        journal = json.loads((path / JOURNAL).read_text(encoding="utf-8"))
+        for entry in (journal["job"], journal["notes"], *journal["files"].values()):
+            if not isinstance(entry, dict):
+                raise TypeError(f"{entry!r} is no object")
+        for entry in journal["files"].values():
+            if not isinstance(entry["bytes"], int) or not isinstance(entry["sha256"], str) or "record" not in entry:
+                raise TypeError(f"{entry!r} describes no file")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+        step = "throw the job away with --restart, or choose another destination"
+        raise CheckpointError("the journal of an unfinished job is damaged", where=str(path / JOURNAL), given=error, next_step=step) from error
+    return journal
+
+
+def _locked(path: Path) -> int:
+    """A descriptor of the directory, locked for this process until it is closed.
+
+    Raises:
+        CheckpointError: another process holds it.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        writing = re.search(r'"process": "([^"]*)"', _text_of(path / JOURNAL))
+        raise CheckpointError(
+            "another process is writing here",
+            where=str(path),
+            given=f"process {writing[1]}" if writing else "a process that has just begun",
+            next_step="wait for it, or choose another destination",
+        ) from None
+    return descriptor
+
+
+def _text_of(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def plan_shards(sizes: Sequence[int], max_bytes: int) -> list[range]:

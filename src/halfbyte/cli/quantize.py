@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-shard-size", type=parse_size, default="5GB", metavar="SIZE", help="of an output file: 5GB, 500MB")
     parser.add_argument("--device", default="cpu", help="where to compute: cpu, cuda")
+    parser.add_argument("--restart", action="store_true", help="throw away an unfinished result in DST first, whatever job it was")
     parser.add_argument("--dry-run", action="store_true", help="print what would be written")
     add_threads(parser)
     parser.add_argument("--json", action="store_true", help="print the report as one JSON document")
@@ -71,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"halfbyte quantize: error: {error}", file=sys.stderr)
         return 2
     with Bar("quantize", unit="B") as bar:
-        report = quantize_model(args.source, args.destination, options, dry_run=args.dry_run, progress=bar.reach)
+        report = quantize_model(args.source, args.destination, options, restart=args.restart, dry_run=args.dry_run, progress=bar.reach)
     print(json.dumps(report.as_dict(), indent=2) if args.json else report)
     return 0
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
@@ -23,8 +24,8 @@ import torch
 
 from halfbyte import __version__
 from halfbyte.checkpoint.dialects import MODELOPT, STACKED_MODELOPT, Dialect, OutputName, fp8_scales_of, output_dialect
-from halfbyte.checkpoint.source import Checkpoint
-from halfbyte.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, check_destination, plan_shards, shard_name
+from halfbyte.checkpoint.source import Checkpoint, read_json
+from halfbyte.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, check_destination, discard_unfinished, plan_shards, shard_name
 from halfbyte.checkpoint.written_config import hf_quant_config, quantization_config
 from halfbyte.convert.calibration import Calibration, calibrate
 from halfbyte.convert.plan import Copied, Matrix, Plan, plan_conversion
@@ -35,6 +36,8 @@ from halfbyte.formats.e8m0 import ScaleRule
 
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
 _REPLACED_FILES = ("config.json", "hf_quant_config.json")
+_CHANGED = "put the source back, remove the destination or give --restart, and repeat the command"
+_log = logging.getLogger("halfbyte")
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ def quantize_model(
     destination: str | Path,
     options: QuantizeOptions | None = None,
     *,
+    restart: bool = False,
     dry_run: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> QuantizeReport:
@@ -95,6 +99,7 @@ def quantize_model(
         source: a directory or Hub name.
         destination: made when missing; must be empty or the unfinished result of an earlier run with the same source and options.
         options: see `QuantizeOptions`.
+        restart: throw away the unfinished result of an earlier run first.
         dry_run: plan and report sizes; write nothing.
         progress: called with (bytes done, bytes in all) of the source after each tensor.
 
@@ -113,6 +118,10 @@ def quantize_model(
     options = options or QuantizeOptions()
     checkpoint = Checkpoint.open(source)
     destination = Path(destination)
+    if destination.resolve().is_relative_to(checkpoint.path.resolve()):
+        raise InputError("the destination lies in the source", given=str(destination), needed="another directory")
+    if restart and not dry_run:
+        discard_unfinished(destination)
     plan = plan_conversion(checkpoint, options.block_format, all_linear=options.all_linear, skip=options.skip)
     options = _fit_output(options, plan)
     job = _describe_job(checkpoint, options)
@@ -134,7 +143,22 @@ def quantize_model(
     )
     if dry_run:
         return report
-    writer = CheckpointWriter(destination, job)
+    with CheckpointWriter(destination, job) as writer:
+        _write(checkpoint, job["source"], plan, options, writer, shards, report, progress)
+    return report
+
+
+def _write(
+    checkpoint: Checkpoint,
+    source: dict[str, Any],
+    plan: Plan,
+    options: QuantizeOptions,
+    writer: CheckpointWriter,
+    shards: Sequence[range],
+    report: QuantizeReport,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Convert shard by shard, then the other files, while the source is as `source` describes it; `report` learns what came of it."""
     calibration = _calibration(checkpoint, plan, options, writer)
     if calibration is not None:
         report.never_routed, report.calibration_tokens = calibration.never_routed, calibration.tokens
@@ -153,15 +177,16 @@ def quantize_model(
             done += _source_bytes(checkpoint, item)
             if progress:
                 progress(done, plan.source_bytes)
+        _check_unchanged(checkpoint, source)
         if not finished:
             writer.write_tensors(name, tensors, record={kind: asdict(value) for kind, value in sqnr.items()})
         report.resumed_shards += finished
         report.add_sqnr(writer.record_of(name))
     _write_other_files(checkpoint, plan, options, writer)
+    _check_unchanged(checkpoint, source)
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     block = quantization_config(options.dialect, plan.excluded, calibrated=calibration is not None)
     writer.finish(weight_map, report.output_bytes, config | {"quantization_config": block})
-    return report
 
 
 def _fit_output(options: QuantizeOptions, plan: Plan) -> QuantizeOptions:
@@ -247,25 +272,49 @@ def _write_other_files(checkpoint: Checkpoint, plan: Plan, options: QuantizeOpti
 
 
 def _other_files(path: Path) -> Iterator[tuple[Path, str]]:
+    roots = [path.resolve()]
+    if path.resolve().parent.name == "snapshots":  # of the Hub's cache, whose files are links
+        roots.append(path.resolve().parent.parent / "blobs")
     for file in sorted(path.rglob("*")):
         relative = file.relative_to(path)
         hidden = any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
-        if file.is_file() and not hidden and not file.name.endswith(_WEIGHT_FILES) and str(relative) not in _REPLACED_FILES:
+        if not file.is_file() or hidden or file.name.endswith(_WEIGHT_FILES) or str(relative) in _REPLACED_FILES:
+            continue
+        if any(file.resolve().is_relative_to(root) for root in roots):
             yield file, relative.as_posix()
+        else:
+            _log.warning("%s is a link that leads out of the model directory: it is not copied", file)
 
 
 def _describe_job(checkpoint: Checkpoint, options: QuantizeOptions) -> dict[str, Any]:
     """What makes two runs the same job: source files, options that change the result, version."""
-    files = sorted({checkpoint.file_of(name) for name in checkpoint.names})
-    described = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
     values = {key: value for key, value in asdict(options).items() if key not in ("device", "calibrate")}
     if options.calibrate is not None:
         values["calibrate"] = _digest(options.calibrate)
     return {
         "halfbyte": __version__,
-        "source": described | {"config.json": hashlib.sha256(json.dumps(checkpoint.config).encode()).hexdigest()},
+        "source": _describe_source(checkpoint),
         "options": values,
     }
+
+
+def _describe_source(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Size and time of every weight file, and what config.json says."""
+    files = sorted({checkpoint.file_of(name) for name in checkpoint.names})
+    try:
+        described: dict[str, Any] = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+    except OSError as error:
+        raise CheckpointError("the source vanished", where=str(checkpoint.path), given=error, next_step=_CHANGED) from error
+    config = json.dumps(read_json(checkpoint.path / "config.json"))
+    return described | {"config.json": hashlib.sha256(config.encode()).hexdigest()}
+
+
+def _check_unchanged(checkpoint: Checkpoint, source: dict[str, Any]) -> None:
+    """Raise CheckpointError where the source is no longer what `_describe_source` said of it: the result would be a mixture."""
+    now = _describe_source(checkpoint)
+    changed = [name for name, facts in source.items() if now[name] != facts]
+    if changed:
+        raise CheckpointError("the source changed while it was read", where=str(checkpoint.path), given=", ".join(changed), next_step=_CHANGED)
 
 
 def _digest(file: Path) -> str:
