@@ -7,8 +7,8 @@ import torch
 
 import halfbyte
 
-# They import vLLM, which is not installed here; tests/integrations/vllm puts stubs in its place.
-collect_ignore = ["src/halfbyte/integrations/vllm/hook.py", "src/halfbyte/integrations/vllm/takeover.py"]
+# They import engines, which are not installed here; tests/integrations put stubs in their place.
+collect_ignore = [f"src/halfbyte/integrations/{engine}/{module}.py" for engine in ("vllm", "sglang") for module in ("hook", "takeover")]
 
 
 def pytest_configure() -> None:
