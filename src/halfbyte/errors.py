@@ -2,6 +2,20 @@
 
 from __future__ import annotations
 
+import re
+
+# Control characters, and those that turn the direction of writing: what a file calls its tensors must not drive a terminal.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """`text` on one line, fit for a terminal: line breaks become spaces, other control characters are written out.
+
+    >>> print(printable("layers.0\\x1b[2J\\nweight"))
+    layers.0\\x1b[2J weight
+    """
+    return _UNPRINTABLE.sub(lambda match: repr(match[0])[1:-1], " ".join(text.splitlines()))
+
 
 class HalfbyteError(Exception):
     """Base of the three below; `exit_code` is what the command line returns for it."""
@@ -16,7 +30,7 @@ class HalfbyteError(Exception):
             message += f" ({'; '.join(details)})"
         if next_step:
             message += f". {next_step[0].upper()}{next_step[1:]}"
-        super().__init__(message)
+        super().__init__(printable(message))
 
 
 class InputError(HalfbyteError, ValueError):

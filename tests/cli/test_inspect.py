@@ -12,6 +12,7 @@ import torch
 
 import halfbyte
 from halfbyte.cli import inspect
+from halfbyte.cli.main import main
 from halfbyte.errors import CheckpointError
 from halfbyte.weights.hopper.rounding_fp8 import weight_error
 
@@ -129,3 +130,16 @@ def test_fp8_error_of_a_broken_layer_is_its_problem(tmp_path: Path, capsys: pyte
     assert run(str(files.write(tmp_path)), "--fp8-error", "--json") == 1
     report = json.loads(capsys.readouterr().out)
     assert report["fp8_error"] == [] and report["problems"]
+
+
+def test_names_do_not_drive_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = cf.nvfp4("modelopt")
+    files.tensors["notes\x1b[2J\u202eweight"] = torch.zeros(1)
+    path = files.write(tmp_path)
+    assert main(["inspect", str(path), "--tensors"]) == 0
+    printed = capsys.readouterr().out
+    assert "notes\\x1b[2J\\u202eweight" in printed and "\x1b" not in printed and "\u202e" not in printed
+    (path / "config.json").write_text(json.dumps({**files.config, "hidden_size": "\x1b]0;title\x07"}))
+    assert main(["inspect", str(path)]) == 1
+    message = capsys.readouterr().err
+    assert "hidden_size does not fit" in message and not any(character in message for character in "\x1b\x07")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -489,3 +490,16 @@ def test_links_that_lead_out_are_not_copied(tmp_path: Path, caplog: pytest.LogCa
     copied = {file.name for file in (tmp_path / "out").iterdir()}
     assert {"tokenizer.json", "chat.jinja"} <= copied and "notes.txt" not in copied
     assert "notes.txt is a link that leads out of the model directory" in caplog.text
+
+
+def test_the_card_speaks_of_the_weights_beside_it(tmp_path: Path) -> None:
+    source = cf.dense().write(tmp_path / "Tiny-MoE")
+    (source / "README.md").write_text("---\nlicense: apache-2.0\npipeline_tag: x\n---\n# Tiny-MoE\n\nBest model of all.\n")
+    (source / "eval_results.json").write_text("{}")
+    (source / "evaluator.py").write_text("")
+    quantize_model(source, tmp_path / "out", QuantizeOptions(four_over_six=True, all_linear=True))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("---\nlicense: apache-2.0\nbase_model: Tiny-MoE\ntags:\n- nvfp4\n") and "Best model" not in card
+    assert "halfbyte quantize SOURCE DESTINATION --format nvfp4 --output modelopt --four-over-six --all-linear\n" in card
+    assert re.search(r"^\| down \| \d+ \| 2\d\.\d\d \| [12]\d\.\d\d \|$", card, flags=re.MULTILINE)
+    assert not (tmp_path / "out" / "eval_results.json").exists() and (tmp_path / "out" / "evaluator.py").exists()

@@ -119,8 +119,12 @@ class CheckpointWriter:
 
     def write_json(self, name: str, document: Any) -> None:
         """Write one JSON file."""
+        self.write_text(name, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write one text file."""
         with replacing(self.path / name) as partial:
-            partial.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            partial.write_text(text, encoding="utf-8")
 
     def copy_file(self, source: Path, name: str) -> None:
         """Copy a file to `name` (may contain folders)."""

@@ -9,6 +9,8 @@ import re
 from dataclasses import asdict
 from typing import Any
 
+from halfbyte.errors import printable
+
 # First match wins; the order is also that of the printed table.
 EXAMPLE = "halfbyte inspect nvidia/Qwen3-30B-A3B-NVFP4"
 _KINDS = (
@@ -103,10 +105,10 @@ def _render(report: dict[str, Any]) -> str:
         routed = f"top {routing['top_k']} by {routing['method']}"
     computed = activation["kind"] if activation else "activation unknown"
     behind = f" (and {format_range(moe['predicting_layers'])}, which predict further tokens)" if moe["predicting_layers"] else ""
-    stored = quantization["kind"] + (f" {quantization['format'].upper()}" if quantization["format"] else "")
+    stored = printable(quantization["kind"]) + (f" {quantization['format'].upper()}" if quantization["format"] else "")
     lines = [
         report["model"],
-        f"  {moe['family']}, {stored}",
+        f"  {printable(moe['family'])}, {stored}",
         f"  {moe['num_layers']} layers, MoE in {format_range(moe['moe_layers'])}{behind}; {moe['num_experts']} experts, {routed}; "
         f"hidden {moe['hidden']}, expert intermediate {moe['intermediate']}, {computed}",
         "",
@@ -143,13 +145,13 @@ def _render(report: dict[str, Any]) -> str:
             "",
             *_table(("tensor", "dtype", "shape", "file"), [(t["name"], t["dtype"], list(t["shape"]), t["file"]) for t in report["tensors"]]),
         ]
-    lines += ["", *(f"{p['severity']}: layer {p['layer']}: {p['message']}" for p in report["problems"])]
+    lines += ["", *(printable(f"{p['severity']}: layer {p['layer']}: {p['message']}") for p in report["problems"])]
     return "\n".join(lines if report["problems"] else [*lines, "no problems found"])
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[object, ...]]) -> list[str]:
     """Columns as wide as their widest cell; text to the left, numbers to the right."""
-    cells = [header, *([str(cell) for cell in row] for row in rows)]
+    cells = [header, *([printable(str(cell)) for cell in row] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     numeric = [all(row[column][:1].isdigit() or row[column] == "-" for row in cells[1:]) for column in range(len(header))]
     aligned = ([cell.rjust(width) if right else cell.ljust(width) for cell, width, right in zip(row, widths, numeric, strict=True)] for row in cells)

@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
@@ -28,6 +29,7 @@ from halfbyte.checkpoint.source import Checkpoint, read_json
 from halfbyte.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, check_destination, discard_unfinished, plan_shards, shard_name
 from halfbyte.checkpoint.written_config import hf_quant_config, quantization_config
 from halfbyte.convert.calibration import Calibration, calibrate
+from halfbyte.convert.model_card import model_card
 from halfbyte.convert.plan import Copied, Matrix, Plan, plan_conversion
 from halfbyte.convert.report import QuantizeReport, Sqnr, sqnr_db
 from halfbyte.errors import CheckpointError, InputError
@@ -35,7 +37,8 @@ from halfbyte.formats import FORMATS, BlockFormat, QuantTensor, count_nonfinite,
 from halfbyte.formats.e8m0 import ScaleRule
 
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
-_REPLACED_FILES = ("config.json", "hf_quant_config.json")
+_REPLACED_FILES = ("config.json", "hf_quant_config.json", "README.md")
+_OF_OTHER_WEIGHTS = re.compile(r"(^|/)eval[^/]*(/|\.jsonl?$)")  # results of evaluations
 _CHANGED = "put the source back, remove the destination or give --restart, and repeat the command"
 _log = logging.getLogger("halfbyte")
 
@@ -183,6 +186,7 @@ def _write(
         report.resumed_shards += finished
         report.add_sqnr(writer.record_of(name))
     _write_other_files(checkpoint, plan, options, writer)
+    writer.write_text("README.md", model_card(report, _flags(options), _text_of(checkpoint.path / "README.md")))
     _check_unchanged(checkpoint, source)
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     block = quantization_config(options.dialect, plan.excluded, calibrated=calibration is not None)
@@ -264,7 +268,7 @@ def _calibration(checkpoint: Checkpoint, plan: Plan, options: QuantizeOptions, w
 
 
 def _write_other_files(checkpoint: Checkpoint, plan: Plan, options: QuantizeOptions, writer: CheckpointWriter) -> None:
-    """Copy tokenizer, generation settings, licence, model code ...: every visible file that is neither weights nor replaced."""
+    """Copy tokenizer, generation settings, licence, model code ...: every visible file that is neither weights nor about them."""
     for file, name in _other_files(checkpoint.path):
         writer.copy_file(file, name)
     if options.dialect in (MODELOPT, STACKED_MODELOPT):
@@ -278,12 +282,29 @@ def _other_files(path: Path) -> Iterator[tuple[Path, str]]:
     for file in sorted(path.rglob("*")):
         relative = file.relative_to(path)
         hidden = any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
-        if not file.is_file() or hidden or file.name.endswith(_WEIGHT_FILES) or str(relative) in _REPLACED_FILES:
+        of_weights = file.name.endswith(_WEIGHT_FILES) or _OF_OTHER_WEIGHTS.search(relative.as_posix())
+        if not file.is_file() or hidden or of_weights or str(relative) in _REPLACED_FILES:
             continue
         if any(file.resolve().is_relative_to(root) for root in roots):
             yield file, relative.as_posix()
         else:
             _log.warning("%s is a link that leads out of the model directory: it is not copied", file)
+
+
+def _flags(options: QuantizeOptions) -> str:
+    """The options of `halfbyte quantize` that say what these do, each after a blank."""
+    switches = {"--four-over-six": options.four_over_six, "--all-linear": options.all_linear}
+    values = {"--scale-rule": "" if options.scale_rule == "ceil" else options.scale_rule, "--calibrate": options.calibrate and options.calibrate.name}
+    given = [f"--output {options.output}", *(name for name, is_on in switches.items() if is_on)]
+    given += [f"{name} {value}" for name, value in values.items() if value] + [f"--skip '{pattern}'" for pattern in options.skip]
+    return "".join(f" {flag}" for flag in given)
+
+
+def _text_of(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return ""
 
 
 def _describe_job(checkpoint: Checkpoint, options: QuantizeOptions) -> dict[str, Any]:
