@@ -216,8 +216,7 @@ class ExpertWeights:
         result: dict[str, torch.Tensor] = {}
         for name, value in ((name, getattr(self, name)) for name in _TENSOR_FIELDS):
             if isinstance(value, QuantTensor):
-                parts = {f"{name}.codes": value.codes, f"{name}.scales": value.scales, f"{name}.global_scale": value.global_scale}
-                result |= {part: tensor for part, tensor in parts.items() if tensor is not None}
+                result |= {f"{name}.{part}": tensor for part, tensor in value.tensors.items()}
             elif value is not None:
                 result[name] = value
         return result

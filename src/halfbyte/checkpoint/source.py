@@ -225,6 +225,14 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
+def text_of(file: Path) -> str:
+    """What a text file says; "" where there is none that can be read."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return ""
+
+
 def _weight_map(index: Path) -> dict[str, str]:
     """File names by tensor. They lead nowhere but into the directory; a link that lies there may lead out, as those of the Hub's cache do."""
     weight_map = read_json(index).get("weight_map")

@@ -26,7 +26,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from halfbyte.checkpoint.source import INDEX
+from halfbyte.checkpoint.source import INDEX, text_of
 from halfbyte.errors import CheckpointError
 
 JOURNAL = ".halfbyte-job.json"
@@ -91,7 +91,7 @@ class CheckpointWriter:
         file = self.path / name
         if name not in self._files or not file.is_file() or file.stat().st_size != self._files[name]["bytes"]:
             return False
-        return _digest(file) == self._files[name]["sha256"]
+        return file_digest(file) == self._files[name]["sha256"]
 
     def record_of(self, name: str) -> Any:
         """What was recorded with a finished file."""
@@ -114,7 +114,7 @@ class CheckpointWriter:
         """
         with replacing(self.path / name) as partial:
             save_file(dict(tensors), partial, metadata={"format": "pt"})
-        self._files[name] = {"bytes": (self.path / name).stat().st_size, "sha256": _digest(self.path / name), "record": record}
+        self._files[name] = {"bytes": (self.path / name).stat().st_size, "sha256": file_digest(self.path / name), "record": record}
         self._save_journal()
 
     def write_json(self, name: str, document: Any) -> None:
@@ -219,7 +219,7 @@ def _locked(path: Path) -> int:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        writing = re.search(r'"process": "([^"]*)"', _text_of(path / JOURNAL))
+        writing = re.search(r'"process": "([^"]*)"', text_of(path / JOURNAL))
         raise CheckpointError(
             "another process is writing here",
             where=str(path),
@@ -229,14 +229,8 @@ def _locked(path: Path) -> int:
     return descriptor
 
 
-def _text_of(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except OSError:
-        return ""
-
-
-def _digest(file: Path) -> str:
+def file_digest(file: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

@@ -25,17 +25,18 @@ def positive_int(text: str) -> int:
 
 def percent(text: str) -> float:
     """An argparse type: a number of at least 0."""
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a percentage of 0 or more")
-    return value
+    return _not_negative(text, "percentage")
 
 
 def temperature(text: str) -> float:
     """An argparse type: a finite number of at least 0."""
+    return _not_negative(text, "temperature")
+
+
+def _not_negative(text: str, kind: str) -> float:
     value = float(text)
     if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a temperature of 0 or more")
+        raise argparse.ArgumentTypeError(f"{text} is not a {kind} of 0 or more")
     return value
 
 

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from halfbyte import __version__
-from halfbyte.convert.report import QuantizeReport
+from halfbyte.convert.report import QuantizeReport, decibels
 
 _KEPT = ("license", "license_name", "license_link", "language")  # of the front matter: what holds for the quantised weights too
 
@@ -22,7 +22,7 @@ def model_card(report: QuantizeReport, flags: str, source_card: str) -> str:
     name = _name(report.source)
     kept = [line for line in _front_matter(source_card) if line.split(":")[0] in _KEPT]
     share = f"{report.quantized_bytes / report.quantized_source_bytes:.1%}"
-    rows = [f"| {kind} | {sqnr.matrices} | {_decibels(sqnr.mean_db)} | {_decibels(sqnr.worst_db)} |" for kind, sqnr in sorted(report.sqnr.items())]
+    rows = [f"| {kind} | {sqnr.matrices} | {decibels(sqnr.mean_db)} | {decibels(sqnr.worst_db)} |" for kind, sqnr in sorted(report.sqnr.items())]
     lines = [
         "---",
         *kept,
@@ -56,7 +56,3 @@ def _name(source: str) -> str:
 def _front_matter(card: str) -> list[str]:
     match = re.match(r"---\n(.*?)\n---\n", card, flags=re.DOTALL)
     return match[1].splitlines() if match else []
-
-
-def _decibels(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"

@@ -25,8 +25,16 @@ import torch
 
 from halfbyte import __version__
 from halfbyte.checkpoint.dialects import MODELOPT, STACKED_MODELOPT, Dialect, OutputName, fp8_scales_of, output_dialect
-from halfbyte.checkpoint.source import Checkpoint, read_json
-from halfbyte.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, check_destination, discard_unfinished, plan_shards, shard_name
+from halfbyte.checkpoint.source import Checkpoint, read_json, text_of
+from halfbyte.checkpoint.writer import (
+    DEFAULT_SHARD_BYTES,
+    CheckpointWriter,
+    check_destination,
+    discard_unfinished,
+    file_digest,
+    plan_shards,
+    shard_name,
+)
 from halfbyte.checkpoint.written_config import hf_quant_config, quantization_config
 from halfbyte.convert.calibration import Calibration, calibrate
 from halfbyte.convert.model_card import model_card
@@ -186,7 +194,7 @@ def _write(
         report.resumed_shards += finished
         report.add_sqnr(writer.record_of(name))
     _write_other_files(checkpoint, plan, options, writer)
-    writer.write_text("README.md", model_card(report, _flags(options), _text_of(checkpoint.path / "README.md")))
+    writer.write_text("README.md", model_card(report, _flags(options), text_of(checkpoint.path / "README.md")))
     _check_unchanged(checkpoint, source)
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     block = quantization_config(options.dialect, plan.excluded, calibrated=calibration is not None)
@@ -300,13 +308,6 @@ def _flags(options: QuantizeOptions) -> str:
     return "".join(f" {flag}" for flag in given)
 
 
-def _text_of(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        return ""
-
-
 def _describe_job(checkpoint: Checkpoint, options: QuantizeOptions) -> dict[str, Any]:
     """What makes two runs the same job: source files, options that change the result, version."""
     values = {key: value for key, value in asdict(options).items() if key not in ("device", "calibrate")}
@@ -340,7 +341,7 @@ def _check_unchanged(checkpoint: Checkpoint, source: dict[str, Any]) -> None:
 
 def _digest(file: Path) -> str:
     try:
-        return hashlib.sha256(file.read_bytes()).hexdigest()
+        return file_digest(file)
     except OSError as error:
         raise CheckpointError("cannot read the calibration file", where=str(file), given=error) from error
 

@@ -115,8 +115,7 @@ class QuantizeReport:
         if self.sqnr:
             lines.append(f"{'SQNR':22} {'mean dB':>8} {'worst dB':>9}  worst matrix")
         lines += [
-            f"{kind:22} {_decibels(s.mean_db):>8} {_decibels(s.worst_db):>9}  {s.worst or 'all exact or zero'}"
-            for kind, s in sorted(self.sqnr.items())
+            f"{kind:22} {decibels(s.mean_db):>8} {decibels(s.worst_db):>9}  {s.worst or 'all exact or zero'}" for kind, s in sorted(self.sqnr.items())
         ]
         if self.calibration_tokens is not None:
             lines.append(f"input scales from {self.calibration_tokens} tokens")
@@ -124,7 +123,8 @@ class QuantizeReport:
         return "\n".join(lines)
 
 
-def _decibels(value: float | None) -> str:
+def decibels(value: float | None) -> str:
+    """Two decimals; "-" for what was not measured."""
     return "-" if value is None else f"{value:.2f}"
 
 
