@@ -51,7 +51,7 @@ def current(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device)
 
 
-# Read bandwidth in GB/s: measured for the H200 (docs/lab-notes.md), otherwise the vendor's data sheet.
+# Read bandwidth in GB/s: measured for the H200 (docs/lab-notes/2026-11-26.md), otherwise the vendor's data sheet.
 _READ_GBPS = {"H200": 4600.0, "H100": 3350.0, "H20": 4000.0, "B200": 8000.0, "A100": 2039.0}
 
 
