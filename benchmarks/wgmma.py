@@ -1,4 +1,4 @@
-"""How long wgmma takes on an sm_90 GPU, by tokens (N), type and place of A, alone and beside integer work: what docs/lab-notes/2026-11-26.md reasons with.
+"""How long wgmma takes on an sm_90 GPU, by tokens (N), type and place of A, alone and beside integer work: what the lab notes reason with.
 
 python benchmarks/wgmma.py        # a table of ns for the products of all warpgroups; zeros, so the power limit plays no part
 """
