@@ -1,4 +1,4 @@
-"""halfbyte in SGLang: `pip install halfbyte` beside SGLang, and its server runs FP4 experts on halfbyte's kernels. See docs/engines.md.
+"""halfbyte in SGLang: `pip install halfbyte` beside SGLang, and its server runs FP4 experts on halfbyte's kernels. See docs/sglang.md.
 
 SGLang calls `register` in each of its processes (entry point group `sglang.srt.plugins`). Nothing else here is for callers.
 """

@@ -1,4 +1,4 @@
-"""halfbyte in vLLM: `pip install halfbyte` beside vLLM, and `vllm serve MODEL` runs FP4 experts on halfbyte's kernels. See docs/engines.md.
+"""halfbyte in vLLM: `pip install halfbyte` beside vLLM, and `vllm serve MODEL` runs FP4 experts on halfbyte's kernels. See docs/vllm.md.
 
 vLLM calls `register` in each of its processes (entry point group `vllm.general_plugins`). Nothing else here is for callers.
 """
