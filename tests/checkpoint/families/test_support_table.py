@@ -1,4 +1,4 @@
-"""Each family in three formats: experts as the file means them, the plug-in's model and `MoE` as transformers' own; the table of docs/checkpoints.md.
+"""Each family in three formats: experts as the file means them, the plug-in's model and `MoE` as transformers' own; the table of docs/families.md.
 
 The dense model is transformers', with shared experts of value 0, so that what is left of its MoE block is what `MoE` computes. Its experts are
 quantised in the layout in which transformers saves them.
@@ -28,7 +28,7 @@ transformers = pytest.importorskip("transformers")
 
 step3p7 = pytest.importorskip("transformers.models.step3p7.modeling_step3p7")
 
-DOCS = Path(__file__).parents[3] / "docs" / "checkpoints.md"
+DOCS = Path(__file__).parents[3] / "docs" / "families.md"
 E, H, I = 4, 96, 32  # noqa: E741
 COMMON = {"hidden_size": H, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 64}
 COMMON |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 64, "num_experts_per_tok": 2}

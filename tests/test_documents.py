@@ -1,0 +1,81 @@
+"""README and docs keep to their form, their Python examples run as they stand, and their links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from devices import hopper
+
+from halfbyte import env
+from halfbyte.cli import main as command_line
+from halfbyte.convert import QuantizeOptions, quantize_model
+
+ROOT = Path(__file__).parent.parent
+LAB_NOTES = ROOT / "docs" / "lab-notes"
+PAGES = sorted({ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")} | {*(ROOT / "docs").rglob("*.md")})
+BLOCK = re.compile(r"^```(\S*)([^\n]*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
+KINDS = {"python", "console", "text", "json", "mermaid"}
+EXAMPLES = [
+    pytest.param(page, code, id=f"{page.relative_to(ROOT)}-{number}", marks=hopper if "gpu" in options.split() else [])
+    for page in PAGES
+    for number, (kind, options, code) in enumerate(BLOCK.findall(page.read_text()), 1)
+    if kind == "python"
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a reader is who has run the first command of README's "Try it"."""
+    folder = tmp_path_factory.mktemp("reader")
+    quantize_model("demo", folder / "demo-NVFP4", QuantizeOptions(format="nvfp4"))
+    return folder
+
+
+@pytest.mark.parametrize(("page", "code"), EXAMPLES)
+def test_examples_run(page: Path, code: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    exec(compile(code, page.name, "exec"), {"__name__": "__main__"})
+
+
+def test_every_block_says_what_it_is() -> None:
+    found = {kind for page in PAGES for kind, _, _ in BLOCK.findall(page.read_text())}
+    assert "python" in found
+    assert found <= KINDS, "a block of another kind would not be run"
+
+
+def test_lines_have_at_most_150_columns() -> None:
+    too_long = [f"{page.relative_to(ROOT)}:{i}" for page in PAGES for i, line in enumerate(page.read_text().splitlines(), 1) if len(line) > 150]
+    assert not too_long, too_long
+
+
+def test_pages_can_be_read_in_one_sitting() -> None:
+    pages = [page for page in PAGES if page.is_relative_to(ROOT / "docs") and not page.is_relative_to(LAB_NOTES)]
+    assert pages
+    assert not [page.name for page in pages if len(page.read_text().splitlines()) > 150]
+
+
+def test_links_lead_somewhere() -> None:
+    broken = []
+    for page in PAGES:
+        for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)", BLOCK.sub("", page.read_text())):
+            if "://" in target:
+                continue
+            file = (page.parent / target).resolve() if target else page
+            if not file.exists() or (anchor and anchor not in anchors(file)):
+                broken.append(f"{page.relative_to(ROOT)}: {target}#{anchor}")
+    assert not broken, broken
+
+
+def test_variables_and_exit_codes_are_listed() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    assert all(f"| `{variable.name}` |" in page for variable in env.VARIABLES)
+    codes = (0, 1, 2, 3, command_line.INTERRUPTED, command_line.BROKEN_PIPE)
+    assert all(f"| {code} |" in page for code in codes)
+
+
+def anchors(page: Path) -> set[str]:
+    """The names under which GitHub and mkdocs reach the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", page.read_text()), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
