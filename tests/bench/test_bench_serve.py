@@ -35,6 +35,7 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., lis
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
         monkeypatch.setenv("STAND_IN_LOG", str(log))
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        monkeypatch.setenv("HALFBYTE_CACHE_DIR", str(tmp_path / "cache"))
         monkeypatch.syspath_prepend(str(tmp_path))
         monkeypatch.setitem(GEOMETRIES, "tiny", TINY)
         return lambda: [json.loads(line) for line in log.read_text().splitlines()]
@@ -53,10 +54,11 @@ def test_each_system_runs_alone_on_the_same_weights(engine) -> None:
     assert stock["plugins"] == "none" and "additional_config" not in stock
     assert [given["additional_config"] for given in ours] == [{"halfbyte": {"activations": kind, "strict": True}} for kind in ("bf16", "fp8")]
     assert all(given["plugins"] is None for given in ours)
+    assert {given["model"] for given in (stock, *ours)} == {str(TINY.directory())}  # by which engines find what they compiled before
 
     starts = [row for row in rows if isinstance(row, StartRow)]
     assert [row.system for row in starts] == ["stock", "halfbyte", "halfbyte, fp8"] and {row.status for row in starts} == {"ok"}
-    assert all(0 < row.layer_error < 4e-3 and row.repeats and row.kv_tokens == 160 and row.load_s > 0 for row in starts)
+    assert all(0 < row.layer_error < 4e-3 and row.repeats and row.kv_tokens == 160 and row.start_s > 0 for row in starts)
     assert all(row.checked == "layers.0.experts at 1, 16 tokens" and row.processing_s is not None for row in starts)
 
     timed = [row for row in rows if isinstance(row, ThroughputRow)]
@@ -151,8 +153,9 @@ def plan(**more: Any) -> serve.Plan:
 def test_a_workload_is_warmed_and_repeated_and_decoding_is_what_one_token_does_not_take() -> None:
     engine = Counting()
     start, *_ = measure(plan(), lambda _: engine, 100)
-    assert start["start"]["repeats"] is True
-    _, _, *calls = [(len(prompts), len(prompts[0]), tokens_out) for prompts, tokens_out in engine.calls]
+    assert start["start"]["repeats"] is True and start["start"]["start_s"] > 0
+    first, _, _, *calls = [(len(prompts), len(prompts[0]), tokens_out) for prompts, tokens_out in engine.calls]
+    assert first == (1, 64, 1)
     assert calls == [(2, 8, 1)] * 3 + [(3, 4, 6)] * 3 + [(3, 4, 1)] * 2
 
 
@@ -175,8 +178,12 @@ def test_command_writes_rows_that_report_reads(engine, tmp_path: Path, capsys: p
     engine("vllm")
     out = tmp_path / "rows.jsonl"
     command = ["bench", "serve", "--geometry", "tiny", "--engine", "vllm", "--prefill", "2x8", "--decode", "none", "--json"]
+    command += ["--logs", str(tmp_path / "logs")]
     assert main([*command, "--out", str(out), "--", "--max-model-len", "64"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
+    logs = {log.name: log.read_text() for log in (tmp_path / "logs").iterdir()}
+    assert sorted(logs) == ["tiny-vllm-halfbyte-bf16-offline.log", "tiny-vllm-stock-bf16-offline.log"]
+    assert all("a line of the engine's own" in log for log in logs.values())
     assert [row["system"] for row in rows] == ["stock", "stock", "halfbyte", "halfbyte"]
     assert main(["bench", "report", str(out)]) == 0
     printed = capsys.readouterr().out

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -62,6 +63,7 @@ class Options:
         engine_options: of the engine's command line.
         repeats, seed: how often each workload is timed; of weights and prompts.
         limit_s: seconds after which a system's process is ended.
+        logs: a directory that keeps what the engines print.
     """
 
     engine: str
@@ -75,6 +77,7 @@ class Options:
     repeats: int = 2
     seed: int = 0
     limit_s: float | None = None
+    logs: Path | None = None
 
     @property
     def title(self) -> str:
@@ -110,7 +113,8 @@ def _offline(options: Options, system: System, scratch: Path) -> Iterator[StartR
     fields = options.fields(system)
     pending = dict(enumerate(options.workloads))
     start: StartRow | None = None
-    with _worker(_plan(options, system, scratch), system, scratch / "log", options.limit_s) as events:
+    log = _log(options, system, scratch, "offline")
+    with _worker(_plan(options, system, scratch), system, log, options.limit_s) as events:
         for event in events:
             if "start" in event:
                 start = _judged(StartRow(**fields, status="ok", layer_limit=system.layer_limit, **event["start"]), system)
@@ -120,7 +124,7 @@ def _offline(options: Options, system: System, scratch: Path) -> Iterator[StartR
             else:
                 workload = pending.pop(event.pop("index"))
                 yield ThroughputRow(**fields, status="ok", workload=workload, tokens_per_s=workload.tokens / event["seconds"], **event)
-    status, reason = ("refused", start.reason) if start is not None and start.status == "refused" else ("skipped", _last_line(scratch / "log"))
+    status, reason = ("refused", start.reason) if start is not None and start.status == "refused" else ("skipped", _last_line(log))
     if start is None:
         yield StartRow(**fields, status="skipped", reason=reason)
     for workload in pending.values():
@@ -128,21 +132,18 @@ def _offline(options: Options, system: System, scratch: Path) -> Iterator[StartR
 
 
 def _plan(options: Options, system: System, scratch: Path) -> Plan:
-    model = options.model
-    if options.geometry:
-        model = str(scratch)
-        GEOMETRIES[options.geometry].write_config(scratch)
     return Plan(
         engine=options.engine,
         system=system.name,
         activations=system.activations,
-        model=model,
+        model=str(GEOMETRIES[options.geometry].directory()) if options.geometry else options.model,
         geometry=options.geometry,
         seed=options.seed,
         options=keyword_arguments(options.engine_options),
         workloads=[asdict(workload) for workload in options.workloads],
         repeats=options.repeats,
         scratch=str(scratch),
+        launched=time.time(),
     )
 
 
@@ -208,6 +209,12 @@ def _environment(engine: str, system: System) -> dict[str, str]:
     return {**os.environ, **ENVIRONMENT[engine], **({} if system.is_ours else WITHOUT_PLUGINS[engine])}
 
 
+def _log(options: Options, system: System, scratch: Path, kind: str) -> Path:
+    """The file for what the system's process prints."""
+    words = (options.title, options.engine, system.name, system.activations, kind)
+    return (options.logs or scratch) / f"{'-'.join(words)}.log"
+
+
 def _kill(group: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(group, signal.SIGKILL)
@@ -223,7 +230,7 @@ def _serve(options: Options, system: System, requests: Requests, scratch: Path) 
     workload = Workload("server", requests.num_requests, requests.tokens_in, requests.tokens_out)
     fields = {**options.fields(system), "workload": workload, "concurrency": requests.concurrency}
     engine = ENGINES[options.engine]
-    with reserve_port("127.0.0.1", 0) as reserved, (scratch / "server.log").open("wb") as log:
+    with reserve_port("127.0.0.1", 0) as reserved, _log(options, system, scratch, "server").open("wb") as log:
         own = () if system.is_ours or system.name == "stock" else (_BACKEND_OPTION[options.engine], system.name)
         launch = Launch(
             options.model, options.title, port=reserved.getsockname()[1], activations=system.activations, options=(*own, *options.engine_options)

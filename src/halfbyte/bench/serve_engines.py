@@ -6,6 +6,7 @@ Facts of both engines are from the releases named in docs/serve.md. Their packag
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -36,6 +37,7 @@ class Plan:
         workloads: fields of `Workload`.
         repeats: how often each is timed.
         scratch: a directory for files of this run.
+        launched: when the process was started, by `time.time`.
     """
 
     engine: str
@@ -48,6 +50,7 @@ class Plan:
     workloads: Sequence[Mapping[str, Any]]
     repeats: int
     scratch: str
+    launched: float = 0.0
 
     @property
     def filled(self) -> Filled | None:
@@ -68,14 +71,15 @@ class OfflineEngine(Protocol):
         """Exactly `tokens_out` greedy tokens for each prompt."""
 
     def facts(self) -> dict[str, Any]:
-        """Fields of `StartRow`: processing_s, weights_gib, kv_tokens, layer_error, checked; those that are known."""
+        """Fields of `StartRow`: processing_s, kernels_s, weights_gib, kv_tokens, layer_error, checked; those that are known."""
 
 
 class _Processing:
     """Times what an engine does with weights that were read, and looks at memory afterwards."""
 
-    def __init__(self) -> None:
+    def __init__(self, engine: str) -> None:
         self.facts: dict[str, Any] = {}
+        self._plugin = f"halfbyte.integrations.{engine}"
 
     def around(self, process: Callable[[], Any]) -> Any:
         _synchronize()
@@ -83,6 +87,8 @@ class _Processing:
         result = process()
         _synchronize()
         self.facts["processing_s"] = time.perf_counter() - start
+        if self._plugin in sys.modules:  # the engine has called it
+            self.facts["kernels_s"] = sys.modules[self._plugin].STATS.get("warm_up_s")
         if torch.cuda.is_available():
             self.facts["weights_gib"] = torch.cuda.memory_allocated() / _GIB
         return result
@@ -99,7 +105,7 @@ class VLLM:
     def __init__(self, plan: Plan):
         from vllm import LLM
 
-        self._filled, self._processing = plan.filled, _Processing()
+        self._filled, self._processing = plan.filled, _Processing(plan.engine)
         self._models: list[Any] = []
         self._watch_processing()
         arguments: dict[str, Any] = {
@@ -214,7 +220,7 @@ def watch_sglang(plan: Plan) -> None:
     """In each of SGLang's processes, before its plug-ins: through its own hooks, fill random weights, time their processing and check layers."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    filled, processing = plan.filled, _Processing()
+    filled, processing = plan.filled, _Processing(plan.engine)
     loader = "sglang.srt.model_loader.loader"
     started = 0.0
 

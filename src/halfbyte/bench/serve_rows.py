@@ -54,15 +54,17 @@ class StartRow(_EngineRow):
     """An engine's start, and what is checked before anything is timed; refused when a layer or a repetition is wrong.
 
     Attributes:
-        load_s: from the engine's start until it takes prompts; processing_s: of that, what follows the reading of the weights.
+        start_s: from the launch of the engine's process until its first token; processing_s: of that, what follows the reading of the weights;
+            kernels_s: of that, in which halfbyte compiles its kernels or fetches them from Triton's cache.
         weights_gib, kv_tokens: memory after loading; tokens that the cache of keys and values holds.
         layer_error: of the worst of the layers and sizes that were compared with fp32, over all tokens; layer_limit: what it may be.
         checked: which layers, at how many tokens; or why none.
         repeats: whether the same prompts gave the same tokens twice; rows of an engine that repeats nothing are kept, for none of ours may do so.
     """
 
-    load_s: float | None = None
+    start_s: float | None = None
     processing_s: float | None = None
+    kernels_s: float | None = None
     weights_gib: float | None = None
     kv_tokens: int | None = None
     layer_error: float | None = None
@@ -73,8 +75,9 @@ class StartRow(_EngineRow):
     unit: ClassVar[str] = "devices"
     size: ClassVar[int] = 1
     columns: ClassVar[tuple[Column, ...]] = (
-        Column("start, s", "load_s", ".1f"),
+        Column("start, s", "start_s", ".1f"),
         Column("processing, s", "processing_s", ".2f"),
+        Column("of it kernels, s", "kernels_s", ".2f"),
         Column("weights, GiB", "weights_gib", ".2f"),
         Column("cache, tokens", "kv_tokens"),
         Column("layer error", "layer_error", ".1e"),
@@ -92,7 +95,7 @@ class StartRow(_EngineRow):
     @property
     def result(self) -> str:
         error = "not checked" if self.layer_error is None else f"{self.layer_error:.1e}"
-        return f"started in {self.load_s:.1f} s, layer error {error}, same twice: {self.repeated or 'not checked'}"
+        return f"first token after {self.start_s:.1f} s, layer error {error}, same twice: {self.repeated or 'not checked'}"
 
     @property
     def remark(self) -> str:

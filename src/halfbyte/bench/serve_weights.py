@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from halfbyte.bench.shapes import NAMED_SHAPES, MoEShape
+from halfbyte.env import cache_dir
 from halfbyte.errors import UnsupportedError
 from halfbyte.experts import ExpertWeights
 from halfbyte.formats import QuantTensor
@@ -40,9 +41,12 @@ class Geometry:
     def vocabulary(self) -> int:
         return int(self.config["vocab_size"])
 
-    def write_config(self, directory: Path) -> None:
-        """Make `directory` a model without files of weights."""
+    def directory(self) -> Path:
+        """A model without files of weights, always in the same place: engines look for what they compiled by the model's path."""
+        directory = cache_dir() / "geometries" / self.name
+        directory.mkdir(parents=True, exist_ok=True)
         (directory / "config.json").write_text(json.dumps(self.config, indent=1))
+        return directory
 
 
 def _nvfp4(*ignored: str) -> dict[str, Any]:

@@ -25,15 +25,17 @@ _REPEATED = Workload("prefill", 4, 64, 32)  # given twice, to see whether the to
 def measure(plan: Plan, start: Callable[[Plan], OfflineEngine], vocabulary: int) -> Iterator[dict[str, Any]]:
     """Start the engine and run the plan's workloads: an event with "start", then one with "index" for each workload.
 
+    `start_s` is from the launch of this process until the first token of the first prompt.
+
     Raises:
         HalfbyteError: the engine returned another number of tokens.
     """
-    began = time.perf_counter()
     engine = start(plan)
-    load_s = time.perf_counter() - began
     repeated = prompts_of(_REPEATED, vocabulary, plan.seed)
+    engine.generate(repeated[:1], 1)
+    start_s = time.time() - plan.launched
     first, again = (engine.generate(repeated, _REPEATED.tokens_out) for _ in range(2))
-    yield {"start": {"load_s": load_s, **engine.facts(), "repeats": first == again}}
+    yield {"start": {"start_s": start_s, **engine.facts(), "repeats": first == again}}
     for index, workload in enumerate(Workload(**fields) for fields in plan.workloads):
         prompts = prompts_of(workload, vocabulary, plan.seed)
         _timed(engine, prompts, min(workload.tokens_out, _WARM_TOKENS))

@@ -6,6 +6,7 @@ import argparse
 import multiprocessing
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
@@ -44,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--goodput", type=_goodput, metavar="ttft:MS,tpot:MS", help="--server: what a good request takes at most")
     parser.add_argument("--repeats", type=positive_int, default=2, metavar="N", help="how often each is timed; the shortest counts")
     parser.add_argument("--limit-s", type=float, metavar="S", help="end a system after this many seconds; what it has measured stays")
+    parser.add_argument("--logs", type=Path, metavar="DIR", help="keep what the engines print in this directory")
     shared.add_output(parser, seed="of weights and prompts", chooses_device=False)
 
 
@@ -58,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
     from halfbyte.serve import choose_engine
 
     _check(args)
+    if args.logs:
+        args.logs.mkdir(parents=True, exist_ok=True)
     engine = choose_engine(args.engine)
     options = Options(
         engine=engine.name,
@@ -71,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
         repeats=args.repeats,
         seed=args.seed,
         limit_s=args.limit_s,
+        logs=args.logs,
     )
     systems = [*map(System, args.against), *(System("halfbyte", kind) for kind in args.activations)]
     about = {"benchmark": "serve", "environment": _environment(["halfbyte", *sys.argv[1:]]), "ceilings": {}}
