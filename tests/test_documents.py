@@ -1,16 +1,21 @@
-"""README and docs keep to their form, their Python examples run as they stand, and their links lead somewhere."""
+"""README and docs keep to their form, their Python examples and those of examples/ run as they stand, and links lead somewhere."""
 
 from __future__ import annotations
 
+import os
 import re
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from devices import hopper
 
 from halfbyte import env
 from halfbyte.cli import main as command_line
-from halfbyte.convert import QuantizeOptions, quantize_model
 
 ROOT = Path(__file__).parent.parent
 LAB_NOTES = ROOT / "docs" / "lab-notes"
@@ -27,10 +32,29 @@ EXAMPLES = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where a reader is who has run the first command of README's "Try it"."""
+    """Where a reader is who has run examples/quantise_model.py, or the first command of README's "Try it"."""
     folder = tmp_path_factory.mktemp("reader")
-    quantize_model("demo", folder / "demo-NVFP4", QuantizeOptions(format="nvfp4"))
+    example("quantise_model")("demo", str(folder / "demo-NVFP4"))
     return folder
+
+
+def example(name: str) -> Callable[..., None]:
+    return runpy.run_path(str(ROOT / "examples" / f"{name}.py"))["main"]
+
+
+@pytest.mark.parametrize("name", ["accuracy", "engine_step", "rl_refit"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=hopper)])
+def test_programs_run(name: str, device: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
+    example(name)()
+
+
+def test_two_ranks_run() -> None:
+    program = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(ROOT / "examples" / "expert_parallel.py")]
+    finished = subprocess.run(program, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count("from the whole layer") == 2
 
 
 @pytest.mark.parametrize(("page", "code"), EXAMPLES)

@@ -1,0 +1,61 @@
+"""A decode step of an engine of one's own: every MoE layer of a checkpoint, one workspace, a CUDA graph per batch size.
+
+python examples/engine_step.py demo             # the embedded model; or a directory, or org/name
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import torch
+
+import halfbyte as hb
+
+BATCH_SIZES = (1, 4)
+
+
+def main(model: str = "demo") -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    layers = dict(hb.iter_prepared(model, device=device))
+    routers = {layer: hb.load_router(model, layer, device) for layer in layers}
+    rule = routers[min(layers)].rule
+    hb.warm_up(layers.values(), top_k=rule.top_k)  # before graphs are captured: nothing compiles later
+
+    # The layers run one after another, so one buffer serves them all.
+    nbytes = max(hb.workspace_nbytes(experts, max(BATCH_SIZES), rule.top_k) for experts in layers.values())
+    workspace = hb.Workspace(torch.empty(nbytes, dtype=torch.uint8, device=device))
+
+    def step(hidden: torch.Tensor) -> torch.Tensor:
+        for layer, experts in layers.items():
+            logits = hidden.float() @ routers[layer].weight.float().T
+            ids, weights = hb.route(logits, rule.top_k, method=rule.method)
+            hidden = hidden + hb.fused_moe(hidden, experts, ids, weights, workspace=workspace)
+        return hidden
+
+    width = layers[min(layers)].hidden
+    for batch in BATCH_SIZES:
+        tokens = torch.randn(batch, width, device=device, dtype=torch.bfloat16)
+        run = captured(step, tokens) if device == "cuda" else step
+        result = run(tokens)
+        assert torch.equal(result, step(tokens)) and result.isfinite().all()
+        print(f"{batch} tokens through {len(layers)} layers: {'replayed a graph' if device == 'cuda' else 'ran'}, result {tuple(result.shape)}")
+
+
+def captured(step: Callable[[torch.Tensor], torch.Tensor], example: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """`step` as a CUDA graph: inputs are copied to where the graph reads them, the result is where it writes it."""
+    buffer, graph = example.clone(), torch.cuda.CUDAGraph()
+    step(buffer)
+    with torch.cuda.graph(graph):
+        result = step(buffer)
+
+    def replay(tokens: torch.Tensor) -> torch.Tensor:
+        buffer.copy_(tokens)
+        graph.replay()
+        return result.clone()
+
+    return replay
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
