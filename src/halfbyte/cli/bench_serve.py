@@ -6,8 +6,8 @@ import argparse
 import multiprocessing
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
