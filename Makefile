@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # Waiting threads sleep: two test processes on two cores would otherwise spin against each other.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-gpu test-vllm check bench lm-eval clean
+.PHONY: demo test test-gpu test-vllm check docs bench lm-eval clean
 
 demo: $(STAMP)
 	$(BIN)/halfbyte demo
@@ -24,6 +24,9 @@ check: $(STAMP)
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
+docs: $(VENV)/.docs-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 bench: $(STAMP)
 	$(BIN)/halfbyte bench moe --peers torch,reference
 
@@ -39,11 +42,15 @@ test-vllm:
 	$(VLLM_PYTHON) tests/integrations/vllm/on_vllm.py
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist demo-output .lm-eval
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist demo-output .lm-eval site
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "halfbyte needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[hf,serve,bench,test]'
+	touch $@
+
+$(VENV)/.docs-installed: $(STAMP)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@

@@ -14,6 +14,7 @@ import pytest
 import torch
 from devices import hopper
 
+import halfbyte
 from halfbyte import env
 from halfbyte.cli import main as command_line
 
@@ -97,6 +98,12 @@ def test_variables_and_exit_codes_are_listed() -> None:
     assert all(f"| `{variable.name}` |" in page for variable in env.VARIABLES)
     codes = (0, 1, 2, 3, command_line.INTERRUPTED, command_line.BROKEN_PIPE)
     assert all(f"| {code} |" in page for code in codes)
+
+
+def test_the_reference_has_every_public_name() -> None:
+    named = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "reference" / "python.md").read_text(), flags=re.MULTILINE)
+    missing = {*halfbyte.__all__} - {name.rpartition(".")[2] for name in named} - {"MXFP4", "NVFP4", "__version__", "distributed", "moe"}
+    assert not missing, missing
 
 
 def anchors(page: Path) -> set[str]:
