@@ -140,12 +140,8 @@ class ExpertWeights:
         activation = Activation() if activation is None else activation
         plain: dict[str, torch.Tensor] = {name: tensor.detach().as_subclass(torch.Tensor) for name, tensor in tensors.items() if tensor is not None}
         _check_engine_names(plain, format)
-        if w13_order != "gate_up" and activation.gated:
-            for name in ("w13.codes", "w13.scales", "w13_bias"):
-                if name in plain:
-                    _gate_rows_first(plain[name], w13_order)
-            if w13_order == "up_gate":
-                plain |= {name: plain[name].flip(1) for name in ("w13.global_scale", "w13_input_scale") if name in plain and plain[name].ndim == 2}
+        if w13_order == "up_gate" and activation.gated:
+            plain |= {name: plain[name].flip(1) for name in ("w13.global_scale", "w13_input_scale") if name in plain and plain[name].ndim == 2}
         for name in plain:
             if name.endswith(("global_scale", "input_scale")):
                 scale = plain[name].float()
@@ -159,7 +155,12 @@ class ExpertWeights:
             return QuantTensor(codes, scales.view(format.scale_dtype), plain.get(f"{side}.global_scale"), format)
 
         vectors = {name: plain.get(name) for name in _TENSOR_FIELDS[2:]}
-        return ExpertWeights(matrix("w13"), matrix("w2"), activation, **vectors, first_expert=first_expert, num_global_experts=num_global_experts)
+        experts = ExpertWeights(matrix("w13"), matrix("w2"), activation, **vectors, first_expert=first_expert, num_global_experts=num_global_experts)
+        if w13_order != "gate_up" and activation.gated:  # in the engine's memory, so after all that can be refused
+            for name in ("w13.codes", "w13.scales", "w13_bias"):
+                if name in plain:
+                    _gate_rows_first(plain[name], w13_order)
+        return experts
 
     def __repr__(self) -> str:
         return "\n".join(["ExpertWeights(", *(f"  {line}," for line in self._facts()), ")"])

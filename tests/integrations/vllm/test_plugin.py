@@ -13,6 +13,7 @@ from vllm_stubs import RoutedExperts, VllmConfig, vllm  # noqa: F401  (a fixture
 
 import halfbyte as hb
 from halfbyte.errors import InputError, UnsupportedError
+from halfbyte.experts import GPT_OSS_SWIGLU
 from halfbyte.integrations.vllm import register
 
 METHOD = "ModelOptNvFp4FusedMoE"
@@ -47,11 +48,11 @@ def weights(seed: int = 0) -> hb.ExpertWeights:
     return w
 
 
-def chosen(vllm: Any, method: Any | None = None) -> tuple[Any, Any]:  # noqa: F811
+def chosen(vllm: Any, method: Any | None = None, layer: Any | None = None) -> tuple[Any, Any]:  # noqa: F811
     """A layer and the method that the plug-in makes of vLLM's choice."""
     vllm.method = lambda: own() if method is None else method
     register()
-    layer = vllm.layer_class(weights(), METHOD)
+    layer = vllm.layer_class(weights(), METHOD) if layer is None else layer
     return layer, layer._get_quant_method(layer.layer_name, None, layer.moe_config)
 
 
@@ -127,16 +128,42 @@ def test_a_bug_of_the_plug_in_leaves_the_layer_to_vllm(vllm: Any, monkeypatch: p
     assert "ZeroDivisionError" in vllm.logged[0]
 
 
-def test_what_cannot_be_prepared_is_given_back(vllm: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    layer, method = chosen(vllm)
-
+@pytest.mark.parametrize("fails", ["prepare", "warm_up"])  # before the experts are arranged, and when they are
+@pytest.mark.parametrize("error", [UnsupportedError("not today"), RuntimeError("no compiler: not today")])
+@pytest.mark.parametrize(("name", "activation"), [(METHOD, "silu"), ("GptOssMxfp4MoEMethod", "swigluoai")])  # rows gate first, and in turns
+def test_a_failure_while_weights_are_arranged_gives_them_back(
+    vllm: Any, monkeypatch: pytest.MonkeyPatch, fails: str, error: Exception, name: str, activation: str  # noqa: F811
+) -> None:
     def fail(*_: Any, **__: Any) -> None:
-        raise UnsupportedError("not today")
+        raise error
 
-    monkeypatch.setattr("halfbyte.integrations.engines.prepare", fail)
+    def packed_in_place(experts: hb.ExpertWeights, **_: Any) -> hb.PreparedExperts:  # as on a GPU
+        return hb.prepare(experts, "hopper", in_place=True)
+
+    w = weights() if name == METHOD else make_experts(4, 128, 64, hb.MXFP4, GPT_OSS_SWIGLU)
+    layer, method = chosen(vllm, own(name), vllm.layer_class(w, name, activation))
+    loaded = {parameter: tensor.detach().clone() for parameter, tensor in layer.named_parameters()}
+    monkeypatch.setattr("halfbyte.integrations.engines.prepare", packed_in_place)
+    monkeypatch.setattr(f"halfbyte.integrations.engines.{fails}", fail)
     method.process_weights_after_loading(layer)
-    assert method.processed == [layer] and type(method).__name__ == METHOD and "w13_weight" in layer._parameters
-    assert "not today" in vllm.logged[0]
+    assert method.processed == [layer] and type(method).__name__ == name and not hasattr(layer, "halfbyte_experts")
+    assert layer._parameters.keys() == loaded.keys()
+    for parameter, tensor in loaded.items():
+        assert torch.equal(getattr(layer, parameter).view(torch.uint8), tensor.view(torch.uint8)), parameter
+    assert len(vllm.logged) == 1 and "halfbyte leaves" in vllm.logged[0] and "not today" in vllm.logged[0]
+
+
+def test_a_reload_that_fails_is_an_error(vllm: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """vLLM's own method knows nothing of a layer that serves with halfbyte."""
+    layer, method = chosen(vllm)
+    method.process_weights_after_loading(layer)
+    for name in list(layer._parameters):
+        delattr(layer, name)
+    layer.load(weights(1), METHOD)
+    layer.w2_weight.data = layer.w2_weight.data[:, :32]
+    with pytest.raises(InputError):
+        method.process_weights_after_loading(layer)
+    assert not method.processed
 
 
 @pytest.mark.parametrize("enabled", [True, False])

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import logging
 
+from halfbyte.integrations.engines import FAILURES  # here, for vLLM goes on without a plug-in that cannot be imported
+
 STATS: dict[str, float] = {}
 """Numbers of the model that this process serves: `EngineModel.stats`."""
 
 
 def register() -> None:
     """Put the hook into vLLM. Where that fails, vLLM starts without halfbyte, and the log says why."""
-    from halfbyte.integrations.engines import FAILURES
-
     try:
         from halfbyte.integrations.vllm.hook import install
 

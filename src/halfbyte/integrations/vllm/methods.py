@@ -131,6 +131,14 @@ def experts_of(layer: Layer, holding: Holding, options: Options) -> ExpertWeight
     )
 
 
+def rows_as_loaded(layer: Layer, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Canonical tensor `name`, rows in dimension 1, as vLLM's Parameter has it."""
+    found = activation_of(layer)
+    if found is None or found[1] != "interleaved" or not name.startswith("w13"):
+        return tensor
+    return torch.stack(tensor.chunk(2, dim=1), dim=2).flatten(1, 2)
+
+
 def first_expert(manager: Any) -> int:
     """The id of the first expert held here, where they are a contiguous slice: experts left over go to the first ranks, one each."""
     if manager.expert_map is None or manager.placement_strategy != "linear":

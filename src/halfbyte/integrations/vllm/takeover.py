@@ -7,6 +7,7 @@ and "compressed". Only its class is replaced, by a subclass that arranges the ex
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,9 +15,9 @@ from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CO
 from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_manager_initialized
 
 from halfbyte.errors import HalfbyteError
-from halfbyte.experts import ExpertMap
-from halfbyte.integrations.engines import EngineModel
-from halfbyte.integrations.vllm.methods import HOLDINGS, Holding, Layer, expert_map_of, experts_of, parameters_of
+from halfbyte.experts import ExpertMap, ExpertWeights
+from halfbyte.integrations.engines import FAILURES, PARAMETER_PREFIX, EngineModel
+from halfbyte.integrations.vllm.methods import HOLDINGS, Holding, Layer, expert_map_of, experts_of, parameters_of, rows_as_loaded
 from halfbyte.kernels.workspace import ALIGNMENT, Workspace
 from halfbyte.moe import fused_moe
 
@@ -48,6 +49,26 @@ class State:
             self._mapped, self._map = layer._expert_map, expert_map_of(layer)
         return self._map
 
+    def parameters(self, module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+        """What vLLM has loaded, by canonical name."""
+        names = self.holding.parameters.items()
+        return {name: parameter for name, leaf in names if (parameter := module._parameters.get(leaf)) is not None}
+
+    @torch.no_grad()
+    def give_back(self, module: torch.nn.Module, loaded: Mapping[str, torch.nn.Parameter], experts: ExpertWeights | None) -> None:
+        """Leave the layer as vLLM loaded it, whatever was done to it since: `loaded` are its Parameters, `experts` what was made of them, if it was."""
+        held = getattr(module, "halfbyte_experts", None)
+        if held is not None:
+            experts = held.unprepare()
+            for name in [name for name in module._parameters if name.startswith(PARAMETER_PREFIX)]:
+                delattr(module, name)
+            del module.halfbyte_experts
+        for name, parameter in loaded.items():
+            if experts is not None and name.endswith((".codes", ".scales", "_bias")):
+                memory, values = (t.view(torch.uint8) if t.element_size() == 1 else t for t in (parameter.data, experts.tensors[name]))
+                memory.copy_(rows_as_loaded(module, name, values))
+            module.register_parameter(self.holding.parameters[name], parameter)
+
 
 class _Method:
     """What differs from vLLM's method: the members of the subclass."""
@@ -74,22 +95,22 @@ class _Method:
 
     def process_weights_after_loading(self, layer: Layer) -> None:
         state = self.halfbyte
+        loaded = state.parameters(layer)
+        is_reload = getattr(layer, "halfbyte_experts", None) is not None
+        experts = None
         try:
             experts = experts_of(layer, state.holding, state.model.options)
             names = parameters_of(state.holding)
             state.model.take_over(layer, layer.layer_name, experts, names, top_k=layer.top_k, max_tokens=state.max_tokens)
-        except HalfbyteError as error:
-            self._give_back(layer, error)
+        except (HalfbyteError, *FAILURES) as error:
+            if is_reload:
+                raise
+            state.model.refuse(layer.layer_name, f"{type(error).__name__}: {error}")
+            state.give_back(layer, loaded, experts)
+            self.__class__ = type(self).__mro__[1]
+            self.process_weights_after_loading(layer)
             return
         self.moe_quant_config = FUSED_MOE_UNQUANTIZED_CONFIG
-
-    def _give_back(self, layer: Layer, error: HalfbyteError) -> None:
-        """Let vLLM's own method process the layer, where it has not been taken over before."""
-        if getattr(layer, "halfbyte_experts", None) is not None:
-            raise error
-        self.halfbyte.model.refuse(layer.layer_name, str(error))
-        self.__class__ = type(self).__mro__[1]
-        self.process_weights_after_loading(layer)
 
     def apply(
         self,
