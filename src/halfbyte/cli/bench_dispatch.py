@@ -6,7 +6,6 @@ torchrun --nproc-per-node 2 -m halfbyte bench dispatch
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 
@@ -19,7 +18,8 @@ from halfbyte.bench.records import environment
 from halfbyte.bench.shapes import NAMED_SHAPES
 from halfbyte.cli import bench_options as shared
 from halfbyte.cli.bench_moe import parse_shape
-from halfbyte.cli.terminal import comma_list, one_of, positive_int
+from halfbyte.cli.ranks import is_torchrun, process_group
+from halfbyte.cli.terminal import comma_list, one_of, positive_int, usable_device
 from halfbyte.distributed.peer_memory import Capacity
 from halfbyte.errors import InputError
 from halfbyte.formats.activation_formats import ACTIVATION_FORMATS
@@ -62,20 +62,11 @@ def run(args: argparse.Namespace) -> int:
         InputError: not started by torchrun.
         UnsupportedError: the peer is not installed.
     """
-    if "RANK" not in os.environ:
+    if not is_torchrun():
         next_step = "run: torchrun --nproc-per-node 2 -m halfbyte bench dispatch"
         raise InputError("this benchmark runs on every rank", where="bench dispatch", needed="torchrun", next_step=next_step)
-    cuda = torch.cuda.is_available() and args.device != "cpu"
-    if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    is_ours = not dist.is_initialized()
-    if is_ours:
-        dist.init_process_group("nccl" if cuda else "gloo")
-    try:
-        return _run(args, torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"))
-    finally:
-        if is_ours:
-            dist.destroy_process_group()
+    with process_group(usable_device(args.device)) as device:
+        return _run(args, device)
 
 
 def _run(args: argparse.Namespace, device: torch.device) -> int:

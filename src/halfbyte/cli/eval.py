@@ -1,4 +1,7 @@
-"""`halfbyte eval`: measure a model on questions and text."""
+"""`halfbyte eval`: measure a model on questions and text. Started by torchrun, ranks share the questions, the text and the packed experts:
+
+torchrun --nproc-per-node 2 -m halfbyte eval demo-output/nvfp4 --text demo
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,12 @@ import argparse
 import itertools
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
+    import torch
+
+    from halfbyte.eval.ranks import Ranks
     from halfbyte.formats.activation_formats import ActivationFormat
 
 EXAMPLE = "halfbyte eval demo-output/nvfp4 --questions demo --text demo --reference demo"
@@ -38,9 +44,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Measure, and print a report; on several ranks the first prints.
+
+    Raises:
+        InputError, CheckpointError, UnsupportedError: files or models that cannot be used; layers with different numbers of experts on several ranks.
+    """
+    from halfbyte.cli.ranks import is_torchrun, process_group
+    from halfbyte.cli.terminal import usable_device
+    from halfbyte.eval.ranks import ALONE, Ranks
+
+    device = usable_device(args.device)
+    if not is_torchrun():
+        return _run(args, device, ALONE)
+    with process_group(device) as own_device:
+        return _run(args, own_device, Ranks.of_group())
+
+
+def _load(model: str, device: torch.device, activations: str, ranks: Ranks) -> tuple[Any, Any]:
+    """A model and its tokenizer; with several ranks each keeps its own experts of packed layers."""
+    from halfbyte.cli.terminal import load_model
+
+    if ranks.world == 1:
+        return load_model(model, device, activations)
+    import torch
+
+    from halfbyte.integrations.transformers import set_parallel
+    from halfbyte.integrations.transformers.parallel import num_experts
+    from halfbyte.moe.parallel import ExpertParallel
+
+    loaded, tokenizer = load_model(model, torch.device("cpu"), activations)  # whole, which a GPU may have no room for
+    experts = num_experts(loaded)
+    if experts is not None:
+        set_parallel(loaded, ExpertParallel(None, experts))
+    return loaded.to(device), tokenizer
+
+
+def _run(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> int:
     from halfbyte.checkpoint.source import DEMO_MODEL, demo_model_dir
     from halfbyte.cli.progress import Bar
-    from halfbyte.cli.terminal import load_model, set_threads, usable_device
+    from halfbyte.cli.terminal import set_threads
     from halfbyte.eval.activations import FASTEST_FIRST, choose_activations
     from halfbyte.eval.data import load_documents, load_questions
     from halfbyte.eval.evaluate import evaluate
@@ -63,15 +105,14 @@ def run(args: argparse.Namespace) -> int:
     # Files first: a wrong name should not cost the loading of a model.
     questions = load_questions(file(args.questions, "eval.jsonl"), limit=args.limit) if args.questions else []
     documents = load_documents(file(args.text, "heldout.txt.xz")) if args.text else []
-    device = usable_device(args.device)
     is_auto = args.activations == "auto"
-    model, tokenizer = load_model(args.model, device=device, activations="bf16" if is_auto else args.activations)
-    reference = load_model(args.reference, device=device)[0] if args.reference else None
+    model, tokenizer = _load(args.model, device, "bf16" if is_auto else args.activations, ranks)
+    reference = _load(args.reference, device, "bf16", ranks)[0] if args.reference else None
     passages = text_passages(tokenizer, documents, limit=args.windows) if documents else []
     tried: dict[ActivationFormat, float] = {}
     if is_auto:
         rounds = itertools.count()
-        with Bar("choosing activations", unit="tokens") as bar:
+        with Bar("choosing activations", unit="tokens", shown=ranks.rank == 0) as bar:
 
             def perplexity_of(kind: ActivationFormat) -> float:
                 before = next(rounds)
@@ -80,11 +121,11 @@ def run(args: argparse.Namespace) -> int:
                 def progress(done: int, total: int) -> None:
                     bar.reach(before * total + done, len(FASTEST_FIRST) * total)
 
-                return cast(float, evaluate(model, tokenizer, passages=passages, progress=progress).perplexity)
+                return cast(float, evaluate(model, tokenizer, passages=passages, progress=progress, ranks=ranks).perplexity)
 
             args.activations, tried = choose_activations(perplexity_of, args.budget / 100)
         set_activations(model, args.activations)
-    with Bar("evaluating", unit="tokens") as bar:
+    with Bar("evaluating", unit="tokens", shown=ranks.rank == 0) as bar:
         report = evaluate(
             model,
             tokenizer,
@@ -94,7 +135,10 @@ def run(args: argparse.Namespace) -> int:
             batch=args.batch,
             max_new_tokens=args.max_new_tokens,
             progress=bar.reach,
+            ranks=ranks,
         )
+    if ranks.rank > 0:
+        return 0
     if args.json:
         choice = {"budget_percent": args.budget, "perplexities": tried} if is_auto else {}
         print(json.dumps({"model": args.model, "activations": args.activations, **choice, "reference": args.reference, **report.as_dict()}))

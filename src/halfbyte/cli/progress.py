@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 
@@ -17,12 +18,13 @@ class Bar:
         label: what is going on.
         total: how much there is to do, where it is known before the first `reach`.
         unit: what is counted; bytes, "B", get prefixes.
+        shown: False on ranks that leave it to another one to tell.
     """
 
-    def __init__(self, label: str, total: int | None = None, unit: str = "it"):
+    def __init__(self, label: str, total: int | None = None, unit: str = "it", *, shown: bool = True):
         self._label, self._total, self._done, self._unit = label, total, 0, unit
-        self._next_line = time.monotonic() + _LINE_EVERY_S
-        self._bar = tqdm(total=total, desc=label, unit=unit, unit_scale=unit == "B", leave=False) if sys.stderr.isatty() else None
+        self._next_line = time.monotonic() + _LINE_EVERY_S if shown else math.inf
+        self._bar = tqdm(total=total, desc=label, unit=unit, unit_scale=unit == "B", leave=False) if shown and sys.stderr.isatty() else None
 
     def __enter__(self) -> Bar:
         return self

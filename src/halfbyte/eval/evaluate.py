@@ -11,6 +11,7 @@ from typing import Any
 from halfbyte.eval.data import Question, is_correct, kinds_of
 from halfbyte.eval.generation import generate_answers
 from halfbyte.eval.metrics import Passage, answer_passage, kl_divergence, negative_log_likelihood
+from halfbyte.eval.ranks import ALONE, Ranks
 
 Progress = Callable[[int, int], object]  # called with what is done, and how much there is
 
@@ -70,6 +71,7 @@ def evaluate(
     batch: int = 64,
     max_new_tokens: int = 256,
     progress: Progress = no_progress,
+    ranks: Ranks = ALONE,
 ) -> EvalReport:
     """Measure `model` on questions and on text passages (`text_passages`), the latter against `reference` too when there is one.
 
@@ -78,6 +80,7 @@ def evaluate(
         batch: questions generated together.
         max_new_tokens: a longer completion is cut, and usually wrong then.
         progress: called with the tokens generated and read so far, and how many there are in all.
+        ranks: who shares the work, each with the same arguments; all of them get the whole report.
 
     Raises:
         InputError: the reference has another vocabulary.
@@ -94,8 +97,8 @@ def evaluate(
 
     kinds: dict[str, KindScore] = {}
     if questions:
-        completions = generate_answers(model, tokenizer, questions, batch=batch, max_new_tokens=max_new_tokens, advance=advance)
-        nll = negative_log_likelihood(model, answers, advance=advance)
+        completions = generate_answers(model, tokenizer, questions, batch=batch, max_new_tokens=max_new_tokens, advance=advance, ranks=ranks)
+        nll = negative_log_likelihood(model, answers, advance=advance, ranks=ranks)
         for kind in kinds_of(questions):
             members = [index for index, question in enumerate(questions) if question.kind == kind]
             kinds[kind] = KindScore(
@@ -108,7 +111,7 @@ def evaluate(
         kinds=kinds,
         exact_match=fmean(score.exact_match for score in kinds.values()) if kinds else None,
         answer_nll=fmean(score.answer_nll for score in kinds.values()) if kinds else None,
-        perplexity=math.exp(sum(negative_log_likelihood(model, passages, advance=advance)) / tokens) if passages else None,
-        kl=kl_divergence(model, reference, passages, advance=advance) if passages and reference is not None else None,
+        perplexity=math.exp(sum(negative_log_likelihood(model, passages, advance=advance, ranks=ranks)) / tokens) if passages else None,
+        kl=kl_divergence(model, reference, passages, advance=advance, ranks=ranks) if passages and reference is not None else None,
         text_tokens=tokens,
     )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from halfbyte.eval.data import Question
+from halfbyte.eval.ranks import ALONE, Ranks
 
 Advance = Callable[[int], object]  # called with the number of tokens just generated or read, as tqdm's `update` is
 GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}  # None: a checkpoint's sampling defaults would draw warnings
@@ -24,17 +25,28 @@ def prompt_ids(tokenizer: Any, text: str) -> list[int]:
 
 @torch.inference_mode()
 def generate_answers(
-    model: Any, tokenizer: Any, questions: Sequence[Question], *, batch: int = 64, max_new_tokens: int = 256, advance: Advance = no_progress
+    model: Any,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    *,
+    batch: int = 64,
+    max_new_tokens: int = 256,
+    advance: Advance = no_progress,
+    ranks: Ranks = ALONE,
 ) -> list[str]:
-    """Return the greedy completion of each question's prompt, without special tokens. Advances by `max_new_tokens` per question in all."""
+    """Return the greedy completion of each question's prompt, without special tokens, `batch` at a time on each of `ranks`; the same on all.
+
+    Advances by `max_new_tokens` per question in all.
+    """
     from transformers import StoppingCriteriaList
 
     prompts = [prompt_ids(tokenizer, question.text) for question in questions]
-    answers = [""] * len(prompts)
+    answers: dict[int, str] = {}
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    for start in range(0, len(order), batch):
-        indices = order[start : start + batch]
-        ids, mask = pad([prompts[index] for index in indices], model.device, left=True)
+    for start in range(0, len(order), batch * ranks.world):
+        indices = order[start : start + batch * ranks.world]
+        own = ranks.own(indices)
+        ids, mask = pad([prompts[index] for index in own or indices[:1]], model.device, left=True)
         steps = _Steps(lambda: advance(len(indices)))  # noqa: B023 (called before the next round)
         output = model.generate(
             input_ids=ids,
@@ -42,12 +54,14 @@ def generate_answers(
             max_new_tokens=max_new_tokens,
             pad_token_id=_pad_id(tokenizer),
             stopping_criteria=StoppingCriteriaList([steps]),
+            synced_gpus=ranks.world > 1,  # who is done goes on calling the model until all are
             **GREEDY,
         )
-        for index, text in zip(indices, tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True), strict=True):
-            answers[index] = text
+        texts = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+        answers |= zip(own, texts[: len(own)], strict=True)
         advance((max_new_tokens - steps.count) * len(indices))  # what was never generated is done too
-    return answers
+    answers = ranks.merge(answers)
+    return [answers[index] for index in range(len(prompts))]
 
 
 class _Steps:

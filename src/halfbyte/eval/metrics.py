@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from halfbyte.errors import InputError, UnsupportedError
 from halfbyte.eval.data import Question
 from halfbyte.eval.generation import Advance, encode, no_progress, pad, prompt_text
+from halfbyte.eval.ranks import ALONE, Ranks
 
 WINDOW = 512  # tokens of a text window
 _SHORTEST_WINDOW = 32  # a shorter last one would score tokens almost without context
@@ -76,31 +77,31 @@ def text_passages(tokenizer: Any, documents: Sequence[str], *, limit: int | None
 
 
 @torch.inference_mode()
-def negative_log_likelihood(model: Any, passages: Sequence[Passage], *, advance: Advance = no_progress) -> list[float]:
+def negative_log_likelihood(model: Any, passages: Sequence[Passage], *, advance: Advance = no_progress, ranks: Ranks = ALONE) -> list[float]:
     """Return -sum log p(token | tokens before it) of each passage in nats, over its scored tokens.
 
-    Divide by `Passage.scored` for the mean; exp of the mean is the perplexity.
+    Divide by `Passage.scored` for the mean; exp of the mean is the perplexity. All of `ranks` call it and get the same.
     """
     totals = [0.0] * len(passages)
-    for indices, ids, mask in _padded_batches(passages, model.device):
+    for together, indices, ids, mask in _padded_batches(passages, model.device, ranks):
         logits = model(input_ids=ids, attention_mask=mask).logits
         for row, index in enumerate(indices):
             first, end = passages[index].first, len(passages[index].ids)
             losses = F.cross_entropy(logits[row, first - 1 : end - 1].float(), ids[row, first:end], reduction="none")
             totals[index] = losses.sum(dtype=torch.float64).item()
-        advance(sum(len(passages[index].ids) for index in indices))
-    return totals
+        advance(together)
+    return ranks.add(totals, model.device)
 
 
 @torch.inference_mode()
-def kl_divergence(model: Any, reference: Any, passages: Sequence[Passage], *, advance: Advance = no_progress) -> float:
-    """Return the mean over scored tokens of KL(reference || model) = sum_v p_ref(v) log(p_ref(v) / p_model(v)), in nats.
+def kl_divergence(model: Any, reference: Any, passages: Sequence[Passage], *, advance: Advance = no_progress, ranks: Ranks = ALONE) -> float:
+    """Return the mean over scored tokens of KL(reference || model) = sum_v p_ref(v) log(p_ref(v) / p_model(v)), in nats; the same on all of `ranks`.
 
     Raises:
         InputError: the two vocabularies have different sizes.
     """
     total = 0.0
-    for indices, ids, mask in _padded_batches(passages, model.device):
+    for together, indices, ids, mask in _padded_batches(passages, model.device, ranks):
         logits = model(input_ids=ids, attention_mask=mask).logits
         expected = reference(input_ids=ids.to(reference.device), attention_mask=mask.to(reference.device)).logits.to(logits.device)
         if logits.shape != expected.shape:
@@ -109,15 +110,17 @@ def kl_divergence(model: Any, reference: Any, passages: Sequence[Passage], *, ad
             scored = slice(passages[index].first - 1, len(passages[index].ids) - 1)
             log_p, log_q = expected[row, scored].float().log_softmax(-1), logits[row, scored].float().log_softmax(-1)
             total += F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(dtype=torch.float64).item()
-        advance(sum(len(passages[index].ids) for index in indices))
-    return total / sum(passage.scored for passage in passages)
+        advance(together)
+    return ranks.add([total], model.device)[0] / sum(passage.scored for passage in passages)
 
 
-def _padded_batches(passages: Sequence[Passage], device: torch.device) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
-    """Passages of similar length together, at most _TOKENS_A_BATCH tokens with their padding, or one passage: indices, ids, mask."""
+def _padded_batches(passages: Sequence[Passage], device: torch.device, ranks: Ranks) -> Iterator[tuple[int, list[int], torch.Tensor, torch.Tensor]]:
+    """Passages of similar length together, for each rank at most _TOKENS_A_BATCH tokens with their padding, or one passage: how many tokens the
+    ranks read together, this rank's indices, ids, mask."""
     order = sorted(range(len(passages)), key=lambda index: len(passages[index].ids), reverse=True)
     while order:
-        rows = max(1, _TOKENS_A_BATCH // len(passages[order[0]].ids))
+        rows = ranks.world * max(1, _TOKENS_A_BATCH // len(passages[order[0]].ids))
         indices, order = order[:rows], order[rows:]
-        ids, mask = pad([passages[index].ids for index in indices], device, left=False)
-        yield indices, ids, mask
+        own = ranks.own(indices)
+        ids, mask = pad([passages[index].ids for index in own or indices[:1]], device, left=False)
+        yield sum(len(passages[index].ids) for index in indices), own, ids, mask

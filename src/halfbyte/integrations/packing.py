@@ -26,6 +26,7 @@ from halfbyte.formats import BlockFormat
 from halfbyte.formats.activation_formats import ActivationFormat
 from halfbyte.kernels.table import wanted_layout
 from halfbyte.loading import prepare
+from halfbyte.moe.parallel import ExpertParallel
 from halfbyte.weights import PreparedExperts
 
 Module = Any  # a module of the host with a `Packing` at `halfbyte`
@@ -57,6 +58,7 @@ class Packing:
         prepared: what the next call uses, as long as its tensors are at `addresses`.
         prepared_for: the circumstances that `prepared` fits.
         replaced: while packed in place, the dtypes of the Parameters that are gone, by name.
+        parallel: who carries tokens to the ranks of their experts; the module then holds those of its own rank.
     """
 
     host: Host
@@ -67,6 +69,7 @@ class Packing:
     addresses: tuple[int, ...] = ()
     prepared_for: str = ""
     replaced: dict[str, torch.dtype] = field(default_factory=dict)
+    parallel: ExpertParallel | None = None
 
 
 def attach(module: Module, packing: Packing) -> None:

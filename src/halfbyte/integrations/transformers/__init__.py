@@ -50,13 +50,14 @@ except ImportError as error:
 from halfbyte.formats.activation_formats import ActivationFormat, check_activations
 from halfbyte.integrations.packing import is_attached, restore_canonical
 from halfbyte.integrations.transformers.modules import experts_forward
+from halfbyte.integrations.transformers.parallel import set_parallel
 from halfbyte.integrations.transformers.quantizers import IMPLEMENTATION, FP4Config, FP4Quantizer, is_compressed_fp4, is_fp8_beside_fp4, is_quark_fp4
 from halfbyte.integrations.transformers.saving import save_packed
 
 # Of `cached_file`: a file that is not there, or cannot be asked for, is None.
 _OPTIONAL = {f"_raise_exceptions_for_{reason}": False for reason in ("missing_entries", "connection_errors", "gated_repo")}
 
-__all__ = ["load", "register", "set_activations", "set_layout"]
+__all__ = ["load", "register", "set_activations", "set_layout", "set_parallel"]
 
 
 def register() -> None:

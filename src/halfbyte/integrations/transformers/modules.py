@@ -264,7 +264,7 @@ def _tensor(module: nn.Module, name: str) -> torch.Tensor | None:
 
 def expert_weights(module: ExpertsModule, format: BlockFormat, activation: Activation) -> ExpertWeights:
     """The experts of a packed module in canonical form, sharing its storage (biases that alternate gate and up are copied)."""
-    first = first_projection(module)
+    first, parallel = first_projection(module), module.halfbyte.parallel
     w13_bias = _tensor(module, f"{first}_bias")
     if w13_bias is not None and not module.is_concatenated:
         w13_bias = halves_from_alternating(w13_bias, dim=1)
@@ -276,6 +276,7 @@ def expert_weights(module: ExpertsModule, format: BlockFormat, activation: Activ
         w2_bias=_tensor(module, "down_proj_bias"),
         w13_input_scale=_tensor(module, first + INPUT_SCALE),
         w2_input_scale=_tensor(module, "down_proj" + INPUT_SCALE),
+        num_global_experts=None if parallel is None else parallel.num_experts,
     )
 
 
@@ -299,12 +300,15 @@ def experts_forward(self: ExpertsModule, hidden_states: torch.Tensor, top_k_inde
         raise UnsupportedError(f"{type(self).__name__}: packed experts have no backward pass", next_step="run under torch.no_grad()")
     if torch.compiler.is_compiling():
         return _compiled_forward(self, hidden_states, top_k_index, top_k_weights)
-    return fused_moe(hidden_states, prepared_experts(self), top_k_index, top_k_weights, activations=self.halfbyte.activations)
+    layer = fused_moe if self.halfbyte.parallel is None else self.halfbyte.parallel.forward
+    return layer(hidden_states, prepared_experts(self), top_k_index, top_k_weights, activations=self.halfbyte.activations)
 
 
 def _compiled_forward(module: ExpertsModule, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
     """What torch.compile traces: the op that `fused_moe` is then, on the module's own tensors, so that a graph follows them when they move."""
     packing = module.halfbyte
+    if packing.parallel is not None:
+        raise UnsupportedError("experts that are spread over ranks are not traced by torch.compile", where=type(module).__name__)
     # Nothing may look at the tensors of the module yet: torch.compile would go on with those that packing replaces.
     if packing.prepared_for == circumstances(module, hidden.device):
         description, layout = packing.prepared.description, packing.prepared.layout

@@ -124,6 +124,8 @@ def _packed_modules(model: Any, plan: LoadPlan) -> dict[str, dict[str, Recipe]]:
             )
         modules[module_name][name] = recipe
         module = model.get_submodule(module_name)
+        if is_attached(module) and module.halfbyte.parallel is not None:
+            raise UnsupportedError("a rank holds its own experts only and cannot save the model", where=module_name)
         if is_attached(module) and name in module.halfbyte.replaced:
             packed_tensors(module)  # raises where they were cast
             continue
