@@ -24,14 +24,16 @@ def check_rows(rank: int, world: int) -> None:
     rows = list(bench_dispatch(SHAPE, ep, options, ceiling=None))
     assert all(row.status == "ok" and row.median_us > 0 and row.fraction is None for row in rows)
     of = {(row.step, row.tokens_spread, row.num_tokens, row.system): row for row in rows}
-    assert len(of) == len(rows) == 3 * 2 * (4 + 3) + 3
+    assert len(of) == len(rows) == 3 * 2 * (4 + 3) + 3 * 4
     assert of["dispatch", "skewed", 4, "gloo fp4"].sizes == (4, 2)
     assert of["dispatch", "skewed", 4, "gloo fp4"].received_bytes == 4 * (32 + 4 + SLOTS)
     assert of["dispatch", "partly-empty", 4, "gloo fp8"].received_bytes == 4 * (64 + 4 + SLOTS)
     assert of["dispatch", "partly-empty", 4, "padded bf16 all-gather"].received_bytes == 4 * (128 + SLOTS)
     assert of["combine", "even", 2, "gloo bf16"].received_bytes == 2 * 128 and of["combine", "even", 2, "gloo fp8"].received_bytes == 2 * 68
     assert of["layer", "even", 3, "gloo fp8 + bf16"].received_bytes == 3 * (64 + 4 + SLOTS + 128)
+    assert of["layer", "partly-empty", 3, "gloo fp8 + bf16"].received_bytes == 3 * (64 + 4 + SLOTS + 128)
     assert of["layer", "even", 3, "gloo fp8 + bf16"].tflops > 0
+    assert of["layer", "even", 3, "experts alone, fp8"].received_bytes == 0
     assert row_of(json.loads(json.dumps(asdict(rows[0])))) == rows[0]
 
 

@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 import torch.distributed as dist
 
-from halfbyte.bench.dispatch import SPREADS, DispatchRow, Options, bench_dispatch, costs_of, peer_gbps
+from halfbyte.bench.dispatch import SPREADS, DispatchRow, Options, bench_dispatch, costs_of
 from halfbyte.bench.dispatch_peers import MinimalAsyncEP
 from halfbyte.bench.records import environment
 from halfbyte.bench.shapes import NAMED_SHAPES
+from halfbyte.bench.together import peer_gbps
 from halfbyte.cli import bench_options as shared
 from halfbyte.cli.bench_moe import parse_shape
 from halfbyte.cli.ranks import is_torchrun, process_group

@@ -136,7 +136,7 @@ def reduce_scatterv(
         if deterministic or out.dtype != tensor.dtype or backend_of(group, tensor.device.type) != "nccl":
             _exchange_and_add(tensor, sizes, out, group)
         elif len(set(sizes)) == 1:
-            _reduce_equal(out, tensor, group=group)
+            scatter_equal(out, tensor, group)
         else:
             dist.reduce_scatter(out, list(tensor.split(list(sizes))), group=group)
     return out
@@ -176,6 +176,11 @@ def _gather(rows: torch.Tensor, sizes: Sequence[int], out: torch.Tensor, group: 
 def gather_equal(out: torch.Tensor, tensor: torch.Tensor, group: dist.ProcessGroup | None) -> None:
     """The same number of elements from every rank, one after another, to out."""
     _gather_equal(out.view(-1), tensor.reshape(-1), group=group)
+
+
+def scatter_equal(out: torch.Tensor, tensor: torch.Tensor, group: dist.ProcessGroup | None) -> None:
+    """The sum over the ranks of `tensor`, an equal part to each rank's out."""
+    _reduce_equal(out, tensor, group=group)
 
 
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
