@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import itertools
 import os
 import platform
 import sys
@@ -16,7 +17,7 @@ import halfbyte
 from halfbyte import env
 from halfbyte.errors import HalfbyteError
 
-OPTIONAL_PACKAGES = {"transformers": "hf", "accelerate": "hf", "huggingface_hub": "hf", "matplotlib": "bench"}
+OPTIONAL_PACKAGES = {"transformers": "hf", "accelerate": "hf", "huggingface_hub": "hf", "matplotlib": "bench", "flashinfer-python": "flashinfer"}
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def report() -> list[Finding]:
         ("hardware", "cuda", _gpus),
         ("settings", "cache directory", _cache_directory),
         ("settings", "environment", _environment),
-        ("kernels", "kernel table", _kernels),
+        ("kernels", "kernel table", lambda: itertools.chain(_layers(), _kernels())),
     ]
     findings: list[Finding] = []
     for section, name, probe in probes:
@@ -149,10 +150,30 @@ def _layer_kernels() -> Iterable[str]:
 
     gpus = [Target.of(f"cuda:{index}") for index in range(torch.cuda.device_count())]
     for target in dict.fromkeys(gpus) or [Target.of("cpu")]:
-        layout, _ = wanted_layout(NVFP4, target, "bf16")
+        layout, _ = wanted_layout(Problem("fused_moe", target, NVFP4, activations="bf16"))
         kernel = choose(Problem("fused_moe", target, NVFP4, layout, "bf16", torch.bfloat16, num_experts=8, hidden=1024, intermediate=1024)).name
         on = "CPU, no GPU found" if target.is_cpu else f"{gpus.count(target)} x {target.name}"
         yield f"{on}, {'plain torch, for trying out' if kernel == 'reference' else f'kernel {kernel!r}'}"
+
+
+def _layers() -> Iterable[tuple[str, str]]:
+    """On every device: the layout that `prepare` takes for calibrated experts, and the kernel that reads it."""
+    import torch
+
+    from halfbyte.device import Target
+    from halfbyte.formats import FORMATS
+    from halfbyte.formats.activation_formats import ACTIVATION_FORMATS
+    from halfbyte.kernels.problem import Problem
+    from halfbyte.kernels.table import support, wanted_layout
+
+    devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    for target in dict.fromkeys(Target.of(device) for device in devices):
+        for format in FORMATS.values():
+            for activations in ACTIVATION_FORMATS:
+                problem = Problem("fused_moe", target, format, activations=activations, dtype=torch.bfloat16, calibrated=True)
+                layout, _ = wanted_layout(problem)
+                kernel = next(name for name, answer in support(problem._replace(layout=layout)).items() if answer.runs)
+                yield f"{target.arch} {format!r} x {activations}", f"{kernel}, layout {layout}"
 
 
 def _kernels() -> Iterable[tuple[str, str]]:

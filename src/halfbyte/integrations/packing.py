@@ -24,6 +24,7 @@ from halfbyte.errors import UnsupportedError
 from halfbyte.experts import ExpertWeights
 from halfbyte.formats import BlockFormat
 from halfbyte.formats.activation_formats import ActivationFormat
+from halfbyte.kernels.problem import Problem
 from halfbyte.kernels.table import wanted_layout
 from halfbyte.loading import prepare
 from halfbyte.moe.parallel import ExpertParallel
@@ -157,7 +158,7 @@ def _layout_of(module: Module) -> str:
 
 @functools.cache
 def _wanted_layout(device: torch.device, format: BlockFormat, activations: ActivationFormat) -> str:
-    return wanted_layout(format, Target.of(device), activations)[0]
+    return wanted_layout(Problem("fused_moe", Target.of(device), format, activations=activations), in_place=True)[0]
 
 
 def _packed(module: Module) -> PreparedExperts:

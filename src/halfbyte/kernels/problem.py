@@ -9,6 +9,7 @@ import torch
 
 from halfbyte.device import Target
 from halfbyte.errors import InputError
+from halfbyte.experts import ActivationKind
 from halfbyte.formats import BlockFormat, QuantTensor
 from halfbyte.formats.fp8_tensor import Fp8Tensor
 
@@ -28,6 +29,8 @@ class Problem(NamedTuple):
         quantized: the format in which the input arrives, where it is not floats: "nvfp4", "mxfp4", "fp8" or "mxfp8".
         num_experts: held here, or to route to; num_groups: of `route`.
         hidden, intermediate, gated: sizes of an expert, and whether it has a gate; hidden is also the width of what is quantised.
+        kind: of the function between the two matrices (`experts.Activation`).
+        calibrated: the experts have input scales, which fix the global scales of nvfp4 activations.
         batch_invariant: bits of a token may not depend on the others.
         fused: what a quantiser computes in front: "swiglu", "norm" or "four_over_six".
     """
@@ -44,6 +47,8 @@ class Problem(NamedTuple):
     hidden: int = 0
     intermediate: int = 0
     gated: bool = True
+    kind: ActivationKind = "swiglu"
+    calibrated: bool = False
     batch_invariant: bool = False
     fused: str | None = None
 
@@ -80,6 +85,8 @@ def layer_problem(
         hidden=experts.hidden,
         intermediate=experts.intermediate,
         gated=experts.activation.gated,
+        kind=experts.activation.kind,
+        calibrated=experts.w13_input_scale is not None and experts.w2_input_scale is not None,
         batch_invariant=batch_invariant,
     )
 

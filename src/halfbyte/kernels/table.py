@@ -12,15 +12,20 @@ from typing import Any
 
 from halfbyte.device import Target
 from halfbyte.errors import InputError, UnsupportedError
-from halfbyte.formats import BlockFormat
 from halfbyte.kernels.problem import Problem, Provider, Size, Support
+from halfbyte.weights.layouts import is_arranged_in_place
 
 logger = logging.getLogger(__name__)
 
 # op -> name of a kernel (what `backend=` takes) -> its module in this package, in order of preference. A module is loaded when it is asked.
 PROVIDERS: dict[str, dict[str, str]] = {
     "route": {"triton": "shared.route", "reference": "reference.routing"},
-    "fused_moe": {"hopper": "sm90.fused_moe", "triton": "portable.fused_moe", "reference": "reference.fused_moe"},
+    "fused_moe": {
+        "hopper": "sm90.fused_moe",
+        "flashinfer": "flashinfer.fused_moe",
+        "triton": "portable.fused_moe",
+        "reference": "reference.fused_moe",
+    },
     "sort": {"triton": "shared.sort", "reference": "reference.sort"},
     "expert_rows": {"hopper": "sm90.expert_rows", "triton": "portable.expert_rows", "reference": "reference.expert_rows"},
     "combine": {"triton": "shared.combine", "reference": "reference.combine"},
@@ -81,19 +86,23 @@ def choose(problem: Problem, backend: str | None = None) -> KernelChoice:
     raise UnsupportedError(f"no kernel runs {problem.op} here", where=str(problem), needed=f"one of [{reasons}]")
 
 
-def wanted_layout(format: BlockFormat | None, target: Target, activations: str) -> tuple[str, str]:
-    """The layout in which weights are read fastest on `target`, and why: that of the first kernel that runs them.
+def wanted_layout(problem: Problem, *, in_place: bool = False) -> tuple[str, str]:
+    """The layout in which weights are read fastest, and why: that of the first kernel of fused_moe that runs `problem`, its layout left open.
 
-    >>> wanted_layout(halfbyte.NVFP4, halfbyte.Target.of("cpu"), "bf16")[0]
+    `in_place` leaves out layouts that are not arranged in the memory of the weights.
+
+    >>> wanted_layout(Problem("fused_moe", halfbyte.Target.of("cpu"), halfbyte.NVFP4, activations="bf16"))[0]
     'canonical'
     """
-    problem = Problem("fused_moe", target, format, activations=activations)
     for name, module in PROVIDERS["fused_moe"].items():
-        if not _is_loadable(module, target):
+        if not _is_loadable(module, problem.target):
             continue
         layout = _choice(name, module, "").layout(problem)
+        if in_place and not is_arranged_in_place(layout):
+            continue
         if _load(module).supports(problem._replace(layout=layout)).runs:
-            what = f"{repr(format) if format else 'dense'} experts with {activations} activations on {target.arch}"
+            weights = repr(problem.format) if problem.format else "dense"
+            what = f"{weights} experts with {problem.activations} activations on {problem.target.arch}"
             return layout, f"read by kernel {name!r}, the first that runs {what}"
     raise AssertionError("the reference runs everything")
 

@@ -19,8 +19,8 @@ from halfbyte.checkpoint.source import Checkpoint
 from halfbyte.device import Target
 from halfbyte.errors import CheckpointError, InputError
 from halfbyte.experts import ExpertWeights
-from halfbyte.formats import BlockFormat
 from halfbyte.formats.activation_formats import ActivationFormat, check_activations
+from halfbyte.kernels.problem import layer_problem
 from halfbyte.kernels.table import wanted_layout
 from halfbyte.loading.cache import CacheEntry
 from halfbyte.loading.stream import Progress, stream_experts
@@ -49,8 +49,8 @@ def prepare(
         w: the experts of one layer (NVFP4, MXFP4 or dense).
         layout: "canonical" (no copy: the result shares storage with `w`; "triton", the name of the kernels that read it, means the same);
             "hopper", "hopper_fp8", "trtllm_gen" or "cutlass" (FP4 only; packed with about one expert of working memory, and room for a second copy
-            while `w` is alive; the latter two are read by the engines they are named after, not by `fused_moe`); or "auto": for FP4 experts on a
-            GPU of compute capability 9.0 hopper, or hopper_fp8 where `activations` are, else canonical.
+            while `w` is alive; the latter two are read by FlashInfer's kernels, on Blackwell); or "auto": what the first kernel of the table
+            reads that runs `w` there, hopper or hopper_fp8 on a GPU of compute capability 9.0.
         policy: "packed".
         activations: what the result is for: layout "auto" is chosen by them, and `fused_moe` and `warm_up` take them unless told otherwise. "hopper"
             and "hopper_fp8" hold the same values and serve all activations, the latter faster on fp8 tensor cores and slower with few tokens and in
@@ -78,15 +78,21 @@ def prepare(
     place = w.device if device is None else as_device(device, "prepare")
     if in_place and place != w.device:
         raise InputError("weights cannot be arranged in place on another device", where="prepare", given=f"{place}", needed=f"{w.device}")
-    chosen = _choose_layout(layout, policy, w.format, Target.of(place), activations)
+    chosen = _choose_layout(layout, policy, w, Target.of(place), activations, in_place=in_place)
     return arrange(w, chosen, place, in_place=in_place, scale_check=scale_check)
 
 
-def _choose_layout(layout: str, policy: str, format: BlockFormat | None, target: Target, activations: ActivationFormat) -> ChosenLayout:
+def _choose_layout(
+    layout: str, policy: str, w: ExpertWeights, target: Target, activations: ActivationFormat, *, in_place: bool = False
+) -> ChosenLayout:
     """The layout that was asked for or, for "auto", that the kernels of the target want."""
     check_activations(activations, "prepare")
     layout = check_names(layout, policy)
-    layout, reason = wanted_layout(format, target, activations) if layout == "auto" else (layout, "asked for")
+    if layout == "auto":
+        problem = layer_problem("fused_moe", w, target, layout, activations)
+        layout, reason = wanted_layout(problem, in_place=in_place)
+    else:
+        reason = "asked for"
     return ChosenLayout(layout, policy, target, reason, activations)
 
 
@@ -249,7 +255,7 @@ class _Plan:
     def of(cls, checkpoint: Checkpoint, layer: int, wanted: Wanted) -> _Plan:
         target = Target.of(as_device(wanted.device, "load_prepared"))
         reader = ExpertReader(checkpoint, layer, wanted.experts)
-        chosen = _choose_layout(wanted.layout, wanted.policy, reader.format, target, wanted.activations)
+        chosen = _choose_layout(wanted.layout, wanted.policy, reader.allocate("meta"), target, wanted.activations)
         return cls(reader, chosen, CacheEntry.of(checkpoint, layer, reader.experts, chosen.layout, chosen.policy, target.arch, wanted.cache_dir))
 
     def allocate(self, device: torch.device | str) -> Any:

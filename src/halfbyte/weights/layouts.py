@@ -32,7 +32,7 @@ class Layout:
             foreign, a fourth argument takes the check of the scales (`checks.ScaleCheck`).
         unpack: storage to canonical experts.
         reused: canonical tensor in whose storage each tensor may lie while `pack` runs, where the sizes are the same.
-        foreign: no kernel of halfbyte reads it, only the engine it is named after.
+        foreign: made for another project's kernels, which halfbyte calls (`kernels.flashinfer`); its scales are checked as it is packed.
     """
 
     purpose: str
@@ -57,7 +57,7 @@ LAYOUTS = {
         REUSED,
     ),
     "trtllm_gen": Layout(
-        "shuffled rows and 128x4 scales, for the trtllm-gen kernels of Blackwell engines",
+        "shuffled rows and 128x4 scales, read by the trtllm-gen kernels of FlashInfer on Blackwell",
         EngineExperts,
         TRTLLM_GEN.allocate,
         TRTLLM_GEN.pack,
@@ -65,7 +65,7 @@ LAYOUTS = {
         foreign=True,
     ),
     "cutlass": Layout(
-        "rows in order and 128x4 scales, for the CUTLASS kernels of Blackwell engines",
+        "rows in order and 128x4 scales, read by the CUTLASS kernels of FlashInfer on Blackwell",
         EngineExperts,
         CUTLASS.allocate,
         CUTLASS.pack,
@@ -74,6 +74,11 @@ LAYOUTS = {
     ),
 }
 POLICIES = {"packed": "weights stay in 4 bits"}
+
+
+def is_arranged_in_place(layout: str) -> bool:
+    """Whether `prepare(..., in_place=True)` can make it: out of the memory of the weights, or, "canonical", with nothing to do."""
+    return layout == "canonical" or bool(LAYOUTS[layout].reused)
 
 
 def check_names(layout: str, policy: str) -> str:

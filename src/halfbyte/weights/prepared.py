@@ -15,7 +15,7 @@ from halfbyte.formats import BlockFormat
 from halfbyte.formats.activation_formats import ActivationFormat
 from halfbyte.weights.checks import ScaleCheck, check_same_kind, check_scales, has_unusable_scales
 from halfbyte.weights.description import describe
-from halfbyte.weights.layouts import LAYOUTS, Layout, Storage
+from halfbyte.weights.layouts import LAYOUTS, Layout, Storage, is_arranged_in_place
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,7 +167,7 @@ def arrange(
 
 
 def _pack(layout: Layout, w: ExpertWeights, storage: Any, scale_check: ScaleCheck | None) -> None:
-    if scale_check is None or layout.foreign:  # the layouts of other engines check more, and at once
+    if scale_check is None or layout.foreign:  # foreign layouts check more, and at once
         layout.pack(w, storage, 0)
     else:
         layout.pack(w, storage, 0, scale_check)
@@ -183,7 +183,7 @@ def _check_scales(w: ExpertWeights, scale_check: ScaleCheck | None) -> None:
 def _storage_within(w: ExpertWeights, layout: str) -> tuple[Any, tuple[str, ...]]:
     """Storage of the layout that lies in the tensors of `w` where those have the right size, and which these are."""
     places, sources = LAYOUTS[layout].reused, w.tensors
-    if not places:
+    if not is_arranged_in_place(layout):
         raise UnsupportedError(f"layout {layout!r} is not arranged in place", where="prepare", needed="in_place=False")
     wanted = LAYOUTS[layout].allocate(w, "meta")
     tensors, reused = {}, []

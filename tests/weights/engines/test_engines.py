@@ -37,7 +37,7 @@ SIZED_FORMATS = [pytest.param(*sizes, format, id=f"{format!r}-{sizes}") for form
 
 # H and I are padded to multiples of these: (layout, format, gated).
 PADDING = {
-    (TRTLLM_GEN, hb.NVFP4, True): (256, 64),
+    (TRTLLM_GEN, hb.NVFP4, True): (256, 128),
     (TRTLLM_GEN, hb.NVFP4, False): (512, 128),
     (TRTLLM_GEN, hb.MXFP4, True): (256, 256),
     (TRTLLM_GEN, hb.MXFP4, False): (512, 256),

@@ -44,6 +44,7 @@ class EngineExperts:
         w2_input_scale_quant: fp32 [E], the encode multiplier for the activated product (cutlass).
         w13_bias, w2_bias: fp32 [E, N] in the order of the rows, or None.
         gemm1_alpha, gemm1_beta, gemm1_clamp_limit: fp32 [E], or None where the activation has none.
+        layout: the name of the arrangement.
         canonical: the vectors of the canonical experts that the scalars and biases were made from, by their names there: `unpack` is exact with them.
             Input scales belong to the whole layer; every other tensor has one entry an expert.
     """
@@ -63,6 +64,7 @@ class EngineExperts:
     gemm1_beta: torch.Tensor | None
     gemm1_clamp_limit: torch.Tensor | None
     canonical: dict[str, torch.Tensor]
+    layout: str
     format: BlockFormat
     activation: Activation
     hidden: int
@@ -77,6 +79,14 @@ class EngineExperts:
     @property
     def device(self) -> torch.device:
         return self.w13_codes.device
+
+    @property
+    def w13_input_scale(self) -> torch.Tensor | None:
+        return self.canonical.get("w13_input_scale")
+
+    @property
+    def w2_input_scale(self) -> torch.Tensor | None:
+        return self.canonical.get("w2_input_scale")
 
     @property
     def padded_hidden(self) -> int:
@@ -166,6 +176,7 @@ class Arrangement:
             w13_bias=None if w.w13_bias is None else empty(num_experts, rows),
             w2_bias=None if w.w2_bias is None else empty(num_experts, hidden),
             canonical={name: empty(*tensor.shape, dtype=tensor.dtype) for name, tensor in _vectors(w).items()},
+            layout=self.name,
             format=w13.format,
             activation=w.activation,
             hidden=w.hidden,

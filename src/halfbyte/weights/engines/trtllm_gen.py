@@ -7,7 +7,7 @@
 
 Rows of scales move like rows of codes and then go into 128x4 tiles. This order is that of kernels whose epilogue tile is a multiple of 128, the only
 ones that engines pick for FP4. Padding: H to 256 (512 without a gate, below which kernels that scale activations token by token read garbage), I to
-64 (NVFP4 with a gate), 128 (NVFP4) or 256 (MXFP4), each half on its own.
+128 (NVFP4) or 256 (MXFP4), each half on its own.
 
 Scalars, with a13 and a2 the largest input scales of the whole layer and s the global scales of an expert's weights, all decoding:
 
@@ -17,7 +17,7 @@ The kernel computes g1_scale_c * (up + beta) * act(g1_alphas * gate), so gate an
 compared with an accumulator is in the accumulator's units: biases are divided by a13 s_gate, a13 s_up and a2 s_w2, beta by a13 s_up. The limit too,
 but there is only one for both: where s_gate and s_up differ, no value is right, and `pack` refuses. MXFP4 has no global scales: all of them are 1.
 
-Sources: FlashInfer 0.7.2 (`fused_moe/core.py`, `utils.py`), TensorRT-LLM's `BatchedGemmInterface.h` (bias, limit, beta), padding in vLLM and SGLang.
+Sources: FlashInfer 0.7.4 (`fused_moe/core.py`, `utils.py`), TensorRT-LLM's `BatchedGemmInterface.h` (bias, limit, beta), padding in vLLM and SGLang.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def trtllm_gen_row_order(rows: int, gated: bool) -> torch.Tensor:
 
 
 def _multiples(format: BlockFormat, gated: bool) -> tuple[int, int]:
-    return 256 if gated else 512, (64 if gated else 128) if format == NVFP4 else 256
+    return 256 if gated else 512, 128 if format == NVFP4 else 256
 
 
 def _rows(storage: torch.Tensor, halves: int) -> tuple[torch.Tensor, ...]:
