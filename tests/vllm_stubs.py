@@ -58,7 +58,7 @@ def moe_config(w: hb.ExpertWeights, **changes: Any) -> SimpleNamespace:
     parallel = SimpleNamespace(use_all2all_kernels=False, all2all_backend="allgather_reducescatter")
     config = SimpleNamespace(
         moe_backend="auto", moe_parallel_config=parallel, in_dtype=torch.bfloat16, hidden_dim=w.hidden, device="cpu",
-        intermediate_size_per_partition=w.intermediate,
+        intermediate_size_per_partition=w.intermediate, dp_size=1, pcp_size=1, is_sequence_parallel=False,
     )  # fmt: skip
     for name, value in changes.items():
         setattr(parallel if hasattr(parallel, name) else config, name, value)
@@ -105,8 +105,9 @@ class VllmConfig:
 
 @pytest.fixture
 def vllm(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Modules in vLLM's place. `vllm.config` is the current configuration, `vllm.method` what vLLM's own choice of a method returns or raises."""
-    state = SimpleNamespace(config=VllmConfig(), method=None, logged=[])
+    """Modules in vLLM's place. `vllm.config` is the current configuration, `vllm.method` what vLLM's own choice of a method returns or raises,
+    `vllm.group` the ranks that share the experts."""
+    state = SimpleNamespace(config=VllmConfig(), method=None, logged=[], group=None)
 
     class Choosing(RoutedExperts):
         def _get_quant_method(self, prefix: str, quant_config: Any, moe_config: Any) -> Any:
@@ -134,6 +135,8 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> Any:
     module(f"{fused_moe}.modular_kernel")
     module(f"{fused_moe}.config", FUSED_MOE_UNQUANTIZED_CONFIG="no quantisation of its own")
     module(f"{fused_moe}.routed_experts", RoutedExperts=Choosing)
+    module("vllm.distributed")
+    module("vllm.distributed.parallel_state", get_ep_group=lambda: state.group)
     module("vllm.v1.worker.workspace", current_workspace_manager=None, is_workspace_manager_initialized=lambda: False)
     for name in ("hook", "takeover"):
         monkeypatch.delitem(sys.modules, f"halfbyte.integrations.vllm.{name}", raising=False)

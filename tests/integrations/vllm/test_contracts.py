@@ -95,6 +95,7 @@ def test_attributes_that_are_asked_for_are_there(facts: dict[str, Any], variable
 def test_configs_have_what_is_read_of_them(facts: dict[str, Any]) -> None:
     found = classes(facts)
     moe = {"moe_backend", "moe_parallel_config", "in_dtype", "hidden_dim", "intermediate_size_per_partition", "device"}
+    moe |= {"dp_size", "pcp_size", "is_sequence_parallel"}
     assert moe <= set(found["FusedMoEConfig"]["attributes"])
     assert {"additional_config", "lora_config", "scheduler_config", "parallel_config"} <= set(found["VllmConfig"]["attributes"])
     assert "max_num_batched_tokens" in found["SchedulerConfig"]["attributes"]
@@ -118,6 +119,7 @@ def test_methods_take_what_vllm_passes(facts: dict[str, Any]) -> None:
     assert base["methods"]["get_fused_moe_quant_config"] == parameters(function("takeover.py", "get_fused_moe_quant_config"))
     for name in (
         "is_monolithic",
+        "supports_internal_mk",
         "supports_eplb",
         "skip_forward_padding",
         "has_unpadded_output",
@@ -147,6 +149,13 @@ def test_methods_hold_experts_as_the_table_says(facts: dict[str, Any], method: s
 @each_release
 def test_activations_are_named_as_in_vllm(facts: dict[str, Any]) -> None:
     assert _ACTIVATIONS.keys() <= set(classes(facts)["MoEActivation"]["values"].values())
+
+
+@each_release
+def test_tokens_are_moved_as_vllm_moves_them(facts: dict[str, Any]) -> None:
+    group = classes(facts)["GroupCoordinator"]["methods"]
+    assert group["dispatch"] == ["self", "hidden_states", "topk_weights", "topk_ids", "is_sequence_parallel", "extra_tensors"]
+    assert group["combine"] == ["self", "hidden_states", "is_sequence_parallel"]
 
 
 @each_release

@@ -132,7 +132,12 @@ def test_a_bug_of_the_plug_in_leaves_the_layer_to_vllm(vllm: Any, monkeypatch: p
 @pytest.mark.parametrize("error", [UnsupportedError("not today"), RuntimeError("no compiler: not today")])
 @pytest.mark.parametrize(("name", "activation"), [(METHOD, "silu"), ("GptOssMxfp4MoEMethod", "swigluoai")])  # rows gate first, and in turns
 def test_a_failure_while_weights_are_arranged_gives_them_back(
-    vllm: Any, monkeypatch: pytest.MonkeyPatch, fails: str, error: Exception, name: str, activation: str  # noqa: F811
+    vllm: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    fails: str,
+    error: Exception,
+    name: str,
+    activation: str,  # noqa: F811
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise error
@@ -151,6 +156,52 @@ def test_a_failure_while_weights_are_arranged_gives_them_back(
     for parameter, tensor in loaded.items():
         assert torch.equal(getattr(layer, parameter).view(torch.uint8), tensor.view(torch.uint8)), parameter
     assert len(vllm.logged) == 1 and "halfbyte leaves" in vllm.logged[0] and "not today" in vllm.logged[0]
+
+
+class Ranks:
+    """As vLLM's group with `allgather_reducescatter`: this rank, and one whose tokens it knows."""
+
+    def __init__(self, other: list[torch.Tensor], ids: torch.Tensor, weights: torch.Tensor) -> None:
+        self.other, self.ids, self.weights, self.rows = other, ids, weights, 0
+
+    def dispatch(self, hidden_states: Any, topk_weights: Any, topk_ids: Any, is_sequence_parallel: bool, extra_tensors: Any) -> Any:
+        assert hidden_states.dtype == torch.uint8 and not is_sequence_parallel
+        self.rows = len(hidden_states)
+        ours = (hidden_states, topk_weights, topk_ids, *extra_tensors)
+        theirs = (self.other[0], self.weights, self.ids, *self.other[1:])
+        hidden, weights, ids, *others = (torch.cat(pair) for pair in zip(ours, theirs, strict=True))
+        return hidden, weights, ids, others
+
+    def combine(self, hidden_states: torch.Tensor, is_sequence_parallel: bool) -> torch.Tensor:
+        return hidden_states[: self.rows]
+
+
+@pytest.mark.parametrize("activations", ["fp8", "mxfp8"])
+def test_tokens_that_the_experts_would_round_travel_rounded(vllm: Any, activations: Any) -> None:  # noqa: F811
+    vllm.config = VllmConfig({"halfbyte": {"activations": activations}})
+    layer, method = chosen(vllm)
+    layer.moe_config.dp_size = 2
+    method.process_weights_after_loading(layer)
+    assert method.supports_internal_mk  # so that vLLM does not gather them
+    random = torch.Generator().manual_seed(3)
+    hidden = torch.randn(5, 128, generator=random).bfloat16()
+    routing = hb.route(torch.randn(5, 4, generator=random), 2)
+    wire = method.halfbyte.wire
+    vllm.group = Ranks([part.view(torch.uint8) for part in wire.encode(hidden[3:])], routing.ids[3:], routing.weights[3:])
+    own = method.apply(layer, hidden[:3], routing.weights[:3], routing.ids[:3], None, None)
+    assert torch.equal(own, hb.fused_moe(hidden, layer.halfbyte_experts, *routing)[:3])
+
+
+@pytest.mark.parametrize(
+    ("activations", "changed"),
+    [("bf16", {"dp_size": 2}), ("nvfp4", {"dp_size": 2}), ("fp8", {}), ("fp8", {"dp_size": 2, "pcp_size": 2})],
+)
+def test_other_tokens_are_gathered_by_vllm(vllm: Any, activations: str, changed: dict[str, int]) -> None:  # noqa: F811
+    vllm.config = VllmConfig({"halfbyte": {"activations": activations}})
+    layer, method = chosen(vllm)
+    vars(layer.moe_config).update(changed)
+    method.process_weights_after_loading(layer)
+    assert not method.supports_internal_mk and hasattr(layer, "halfbyte_experts")
 
 
 def test_a_reload_that_fails_is_an_error(vllm: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811

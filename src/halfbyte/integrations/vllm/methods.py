@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from halfbyte.distributed.wire import Wire
 from halfbyte.experts import Activation, ExpertMap, ExpertWeights, W13Order
 from halfbyte.formats import MXFP4, NVFP4, BlockFormat
+from halfbyte.formats.activation_formats import ActivationFormat
 from halfbyte.integrations.engines import Options, refusal_of_device
 
 Layer = Any  # vLLM's RoutedExperts
@@ -64,6 +66,7 @@ _ACTIVATIONS: dict[str, tuple[Any, W13Order]] = {
     "swigluoai_uninterleave": ("swiglu", "gate_up"),
 }
 _GPT_OSS = {"alpha": 1.702, "beta": 1.0, "limit": 7.0}  # which "swigluoai" means in vLLM, whatever the layer says
+_TRAVELLING: dict[str, Literal["token", "mx"]] = {"fp8": "token", "mxfp8": "mx"}  # activations whose scales are made of one token alone
 _GATHERED = ("naive", "allgather_reducescatter")  # all-to-all backends in which every rank gets the tokens of all
 
 
@@ -137,6 +140,18 @@ def rows_as_loaded(layer: Layer, name: str, tensor: torch.Tensor) -> torch.Tenso
     if found is None or found[1] != "interleaved" or not name.startswith("w13"):
         return tensor
     return torch.stack(tensor.chunk(2, dim=1), dim=2).flatten(1, 2)
+
+
+def wire_of(config: Any, activations: ActivationFormat) -> Wire | None:
+    """How tokens travel between ranks where the experts would round each of them anyway; None where vLLM gathers them, or where they stay.
+
+    Args:
+        config: vLLM's FusedMoEConfig.
+        activations: what the experts compute on. NVFP4 has scales of the experts' own, so such tokens travel as they are.
+    """
+    if activations not in _TRAVELLING or config.pcp_size > 1 or not (config.dp_size > 1 or config.is_sequence_parallel):
+        return None
+    return Wire("fp8", config.hidden_dim, config.in_dtype, _TRAVELLING[activations])
 
 
 def first_expert(manager: Any) -> int:

@@ -11,13 +11,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from vllm.distributed.parallel_state import get_ep_group
 from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG
 from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_manager_initialized
 
+from halfbyte.distributed.wire import Wire
 from halfbyte.errors import HalfbyteError
 from halfbyte.experts import ExpertMap, ExpertWeights
 from halfbyte.integrations.engines import FAILURES, PARAMETER_PREFIX, EngineModel
-from halfbyte.integrations.vllm.methods import HOLDINGS, Holding, Layer, expert_map_of, experts_of, parameters_of, rows_as_loaded
+from halfbyte.integrations.vllm.methods import HOLDINGS, Holding, Layer, expert_map_of, experts_of, parameters_of, rows_as_loaded, wire_of
+from halfbyte.kernels.problem import Hidden
 from halfbyte.kernels.workspace import ALIGNMENT, Workspace
 from halfbyte.moe import fused_moe
 
@@ -36,10 +39,16 @@ def take_over(method: Any, model: EngineModel, max_tokens: int) -> None:
 
 
 class State:
-    """What a method that was taken over keeps for its layer."""
+    """What a method that was taken over keeps for its layer.
+
+    Attributes:
+        holding, model, max_tokens: as in `take_over`.
+        wire: how tokens come from other ranks where vLLM does not gather them.
+    """
 
     def __init__(self, holding: Holding, model: EngineModel, max_tokens: int) -> None:
         self.holding, self.model, self.max_tokens = holding, model, max_tokens
+        self.wire: Wire | None = None
         self._mapped: torch.Tensor | None = None
         self._map: ExpertMap | None = None
 
@@ -87,8 +96,13 @@ class _Method:
         block = self.halfbyte.holding.format.block
         return hidden_size, -(-intermediate_size_per_partition // block) * block
 
+    @property
+    def supports_internal_mk(self) -> bool:
+        """Whether `apply` gathers the tokens of other ranks itself: it does where it would round them anyway, so that they travel rounded."""
+        return self.halfbyte.wire is not None
+
     def maybe_make_prepare_finalize(self, *_: Any, **__: Any) -> None:
-        """There is no modular kernel: `apply` is the whole layer, and tokens of other ranks are gathered before it."""
+        """There is no modular kernel: `apply` is the whole layer."""
 
     def get_fused_moe_quant_config(self, layer: Layer) -> Any:
         return FUSED_MOE_UNQUANTIZED_CONFIG
@@ -101,6 +115,7 @@ class _Method:
         try:
             experts = experts_of(layer, state.holding, state.model.options)
             names = parameters_of(state.holding)
+            state.wire = wire_of(layer.moe_config, state.model.options.activations)
             state.model.take_over(layer, layer.layer_name, experts, names, top_k=layer.top_k, max_tokens=state.max_tokens)
         except (HalfbyteError, *FAILURES) as error:
             if is_reload:
@@ -124,15 +139,25 @@ class _Method:
         """The experts of `layer` on x bf16 [T, H]; shared experts are the runner's, before or beside this call."""
         state = self.halfbyte
         state.model.finish()
-        return fused_moe(
-            x,
-            layer.halfbyte_experts,
-            topk_ids,
-            topk_weights,
-            expert_map=state.expert_map(layer),
-            batch_invariant=state.model.batch_invariant,
-            workspace=_workspace(state.model.workspace_nbytes),
-        )
+        if state.wire is None:
+            return _experts(state, layer, x, topk_ids, topk_weights)
+        group, is_sequence_parallel = get_ep_group(), layer.moe_config.is_sequence_parallel
+        codes, *others = (part.view(torch.uint8) for part in state.wire.encode(x))
+        codes, topk_weights, topk_ids, others = group.dispatch(codes, topk_weights, topk_ids, is_sequence_parallel, others)
+        arrived = [rows.view(part.dtype) for rows, part in zip((codes, *others), state.wire.parts, strict=True)]
+        return group.combine(_experts(state, layer, state.wire.decode(arrived), topk_ids, topk_weights), is_sequence_parallel)
+
+
+def _experts(state: State, layer: Layer, hidden: Hidden, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+    return fused_moe(
+        hidden,
+        layer.halfbyte_experts,
+        topk_ids,
+        topk_weights,
+        expert_map=state.expert_map(layer),
+        batch_invariant=state.model.batch_invariant,
+        workspace=_workspace(state.model.workspace_nbytes),
+    )
 
 
 @functools.cache
