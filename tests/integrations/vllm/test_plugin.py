@@ -132,12 +132,12 @@ def test_a_bug_of_the_plug_in_leaves_the_layer_to_vllm(vllm: Any, monkeypatch: p
 @pytest.mark.parametrize("error", [UnsupportedError("not today"), RuntimeError("no compiler: not today")])
 @pytest.mark.parametrize(("name", "activation"), [(METHOD, "silu"), ("GptOssMxfp4MoEMethod", "swigluoai")])  # rows gate first, and in turns
 def test_a_failure_while_weights_are_arranged_gives_them_back(
-    vllm: Any,
+    vllm: Any,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
     fails: str,
     error: Exception,
     name: str,
-    activation: str,  # noqa: F811
+    activation: str,
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise error

@@ -65,7 +65,13 @@ class State:
 
     @torch.no_grad()
     def give_back(self, module: torch.nn.Module, loaded: Mapping[str, torch.nn.Parameter], experts: ExpertWeights | None) -> None:
-        """Leave the layer as vLLM loaded it, whatever was done to it since: `loaded` are its Parameters, `experts` what was made of them, if it was."""
+        """Leave the layer as vLLM loaded it, whatever was done to it since.
+
+        Args:
+            module: the layer.
+            loaded: its Parameters as `parameters` gave them.
+            experts: what was made of them, if it was.
+        """
         held = getattr(module, "halfbyte_experts", None)
         if held is not None:
             experts = held.unprepare()
