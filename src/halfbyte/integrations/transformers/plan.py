@@ -32,7 +32,13 @@ from halfbyte.errors import CheckpointError, UnsupportedError
 from halfbyte.integrations.transformers.stored import Stored, find_stored, missing_tensor
 
 # Transformers renames experts alike whatever their number, so that one of a layer speaks for all: R1 has 178,176 names, and 696 such templates.
-_EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
+_EXPERT = re.compile("|".join(rf"(?<=\.experts\.{leaf})\d+(?=\.)" for leaf in ("", *(rf"{leaf}\." for leaf in PROJECTION_OF))))
+# Stems of one expert's matrix, with the projection behind its number or before it (ModelOpt 0.43), and of all experts'.
+_STEMS = (
+    r"(?P<experts>.+)\.(?P<expert>\d+)\.(?P<leaf>\w+)",
+    r"(?P<experts>.+)\.(?P<leaf>\w+)\.(?P<expert>\d+)",
+    r"(?P<experts>.+)\.(?P<leaf>gate_up_proj|up_proj|down_proj)",
+)
 _MTP, _LAYER = re.compile(r"(^|\.)mtp\."), re.compile(r"(^|\.)layers\.(\d+)\.")
 _QUANTISED_DTYPES = (*CODE_DTYPES, torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -234,15 +240,16 @@ def _place_by_name(model: Any, names: Names, stored: Stored) -> tuple[str, int, 
 
     The class may know only stacked experts, and may keep them one module further up (`moe.experts` as `experts`, in Gemma 4).
     """
-    match = re.fullmatch(r"(.+)\.(\d+)\.(\w+)", stored.stem) or re.fullmatch(r"(.+)()\.(gate_up_proj|up_proj|down_proj)", stored.stem)
-    projection = PROJECTION_OF.get(match[3]) if match else None
+    match = next(filter(None, (re.fullmatch(pattern, stored.stem) for pattern in _STEMS)), None)
     if match:
-        leaves = dict.fromkeys((STACKED[projection], match[3])) if projection and match[2] else (match[3],)
-        for experts in (match[1], re.sub(r"\.(moe|mlp)\.(\w+)$", r".\2", match[1]), re.sub(r"\.moe$", ".experts", match[1])):
-            for leaf in leaves:
-                target, _, _ = names.place(f"{experts}.{leaf}")
+        prefix, leaf, is_one = match["experts"], match["leaf"], "expert" in match.groupdict()
+        projection = PROJECTION_OF.get(leaf)
+        leaves = dict.fromkeys((STACKED[projection], leaf)) if projection and is_one else (leaf,)
+        for experts in (prefix, re.sub(r"\.(moe|mlp)\.(\w+)$", r".\2", prefix), re.sub(r"\.moe$", ".experts", prefix)):
+            for stacked in leaves:
+                target, _, _ = names.place(f"{experts}.{stacked}")
                 if target in names.dense and names.dense[target].ndim == 3:
-                    return target, int(projection == UP and leaf == STACKED[UP]), bool(match[2])
+                    return target, int(projection == UP and stacked == STACKED[UP]), is_one
     raise UnsupportedError(
         f"{type(model).__name__} has no place for this packed tensor",
         where=stored.stem,
