@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ GREEDY = {"model": "demo-nvfp4", "max_tokens": 48, "temperature": 0}
 @contextmanager
 def serving(model: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
     """The process, and what it said when it was ready. It has as long as it needs: it ends when it fails."""
-    command = [sys.executable, "-m", "halfbyte", "serve", str(model), "--served-name", "demo-nvfp4", "--port", "0", "--json", *options]
+    command = [sys.executable, "-m", "halfbyte", "serve", str(model), "--served-model-name", "demo-nvfp4", "--port", "0", "--json", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
         line = process.stdout.readline()
@@ -69,12 +70,14 @@ def test_every_endpoint_answers_and_a_signal_ends_it(model: Path) -> None:
 
         status, text = ask(url, "/v1/completions", {**GREEDY, "prompt": PROMPT})
         answer = json.loads(text)
+        assert answer["model"] == GREEDY["model"]
         assert status == 200 and answer["choices"][0]["text"] == ANSWER and answer["choices"][0]["finish_reason"] == "stop"
         length = answer["usage"]["completion_tokens"]
 
         asked = {**GREEDY, "prompt": PROMPT, "stream": True, "stream_options": {"include_usage": True}}
         *streamed, usage = events(ask(url, "/v1/completions", asked)[1])
         assert "".join(event["choices"][0]["text"] for event in streamed) == ANSWER and len(streamed) > length / 2
+        assert {event["model"] for event in streamed} == {GREEDY["model"]}
         assert usage["choices"] == [] and usage["usage"]["completion_tokens"] == length
 
         chat = {**GREEDY, "messages": [{"role": "user", "content": QUESTION}]}
@@ -86,12 +89,19 @@ def test_every_endpoint_answers_and_a_signal_ends_it(model: Path) -> None:
         answer = json.loads(ask(url, "/v1/completions", longer)[1])
         assert answer["usage"]["completion_tokens"] == length + 4 and answer["choices"][0]["text"].startswith(ANSWER)
 
+        with ThreadPoolExecutor() as clients:  # at once
+            asked = [("/v1/completions", {**GREEDY, "prompt": PROMPT, "max_tokens": 8}), ("/v1/chat/completions", {**chat, "max_tokens": 8})]
+            text, message = (json.loads(text)["choices"][0] for _, text in clients.map(lambda one: ask(url, *one), asked))
+        assert ANSWER.startswith(text["text"]) and ANSWER.strip().startswith(message["message"]["content"]) and message["message"]["content"]
+
         status, text = ask(url, "/v1/completions", {**GREEDY, "prompt": PROMPT, "logprobs": 1})
-        assert status == 400 and "cannot follow logprobs" in text
+        assert status == 400 and "cannot follow logprobs" in json.loads(text)["error"]["message"]
+        status, text = ask(url, "/v1/completions")  # GET
+        assert status == 405 and json.loads(text)["error"]["type"] == "invalid_request_error"
         assert ask(url, "/load_model", {"model": "other/model"})[0] == 404
 
         process.send_signal(signal.SIGINT)
-        assert process.wait() == 0
+        assert process.wait() == 130
         with pytest.raises(ConnectionError):
             ask(url, "/health")
 
@@ -99,7 +109,9 @@ def test_every_endpoint_answers_and_a_signal_ends_it(model: Path) -> None:
 def test_continuous_batching_gives_the_same_text(model: Path) -> None:
     batching = ("--continuous-batching", "--cb-num-blocks", "16", "--cb-block-size", "32", "--cb-max-batch-tokens", "64")
     with serving(model, "--", *batching) as (process, ready):
-        text = json.loads(ask(ready["url"], "/v1/completions", {**GREEDY, "prompt": PROMPT, "max_tokens": 8})[1])["choices"][0]["text"]
-        assert len(text) > 5 and ANSWER.startswith(text)
+        asked = {**GREEDY, "prompt": PROMPT, "max_tokens": 8}
+        with ThreadPoolExecutor() as clients:
+            one, other = clients.map(lambda _: json.loads(ask(ready["url"], "/v1/completions", asked)[1])["choices"][0]["text"], range(2))
+        assert one == other and len(one) > 5 and ANSWER.startswith(one)
         process.send_signal(signal.SIGTERM)
         assert process.wait() == 0

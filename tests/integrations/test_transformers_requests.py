@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ def test_what_sglang_bench_serving_sends() -> None:
 def test_sampling_fields_become_a_generation_config() -> None:
     given = {"temperature": 0.7, "top_k": 5, "min_p": 0.1, "min_tokens": 3}
     assert sampling(given) == {"do_sample": True, "top_k": 5, "min_p": 0.1, "min_new_tokens": 3}
+    assert sampling({"top_k": -1}) == {"top_k": 0}
 
 
 @pytest.mark.parametrize(
@@ -57,7 +59,15 @@ def test_sampling_fields_become_a_generation_config() -> None:
         (TEXT, {}, "the prompt is not a text"),
         (CHAT, {}, "no messages"),
         (CHAT, {"messages": MESSAGES, "response_format": {"type": "json_object"}}, "cannot follow response_format"),
+        (CHAT, {"messages": []}, "no messages"),
+        (CHAT, {"messages": ["Why?"]}, "no messages"),
         (TEXT, {"prompt": "a", "model": "other"}, "one model"),
+        (TEXT, {"prompt": "a", "max_tokens": 0}, r"max_tokens does not fit \(given 0; needed a whole number > 0\)"),
+        (TEXT, {"prompt": "a", "max_tokens": "8"}, "max_tokens does not fit"),
+        (TEXT, {"prompt": "a", "temperature": -1}, "temperature does not fit"),
+        (TEXT, {"prompt": "a", "temperature": True}, "temperature does not fit"),
+        (TEXT, {"prompt": "a", "stop": [1]}, "stop does not fit"),
+        (TEXT, {"prompt": "a", "stream_options": "usage"}, "stream_options does not fit"),
     ],
 )
 def test_what_cannot_be_followed_is_refused_by_name(path: str, body: dict[str, Any], message: str) -> None:
@@ -65,8 +75,10 @@ def test_what_cannot_be_followed_is_refused_by_name(path: str, body: dict[str, A
         adapt_request(path, body, "m")
 
 
-def call(path: str, body: bytes = b"", method: str = "POST", answer: list[bytes] | None = None) -> tuple[int, bytes, list[bytes]]:
-    """Status and body of the answer, and the bodies that the application inside got; that streams the parts of `answer`."""
+def call(
+    path: str, body: bytes = b"", method: str = "POST", answer: list[bytes] | None = None, status: int = 200
+) -> tuple[int, bytes, list[bytes]]:
+    """Status and body of the answer, and the bodies that the application inside got; that sends the parts of `answer`, or raises."""
     got: list[bytes] = []
     sent: list[dict[str, Any]] = []
 
@@ -75,8 +87,12 @@ def call(path: str, body: bytes = b"", method: str = "POST", answer: list[bytes]
         headers = dict(scope["headers"])
         assert int(headers[b"content-length"]) == len(message["body"]) and headers[b"content-type"] == b"application/json"
         got.append(message["body"])
-        await send({"type": "http.response.start", "status": 200 if answer else 422, "headers": []})
-        for part in answer or [b"refused"]:
+        if answer is None:
+            raise KeyError("no such layer")
+        kind = b"text/event-stream; charset=utf-8" if answer[0].startswith(b"data: ") else b"application/json"
+        length = [] if kind.startswith(b"text") else [(b"content-length", str(sum(map(len, answer))).encode())]
+        await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", kind), *length]})
+        for part in answer:
             await send({"type": "http.response.body", "body": part, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -89,8 +105,17 @@ def call(path: str, body: bytes = b"", method: str = "POST", answer: list[bytes]
         sent.append(message)
 
     headers = [(b"content-type", b"text/plain"), (b"content-length", str(len(body)).encode())]
-    asyncio.run(OneModel(inside, "m")({"type": "http", "path": path, "method": method, "headers": headers}, receive, send))
-    return sent[0]["status"], b"".join(message.get("body", b"") for message in sent[1:]), got
+    with contextlib.suppress(KeyError):
+        asyncio.run(OneModel(inside, "m")({"type": "http", "path": path, "method": method, "headers": headers}, receive, send))
+    text = b"".join(message.get("body", b"") for message in sent[1:])
+    assert int(dict(sent[0]["headers"]).get(b"content-length", len(text))) == len(text)
+    return sent[0]["status"], text, got
+
+
+def events(answer: bytes) -> list[dict[str, Any]]:
+    *parts, done, rest = answer.decode().split("\n\n")
+    assert (done, rest) == ("data: [DONE]", "")
+    return [json.loads(part.removeprefix("data: ")) for part in parts]
 
 
 def test_endpoints_that_load_other_models_are_closed() -> None:
@@ -111,22 +136,42 @@ def test_a_bad_request_is_answered_as_openai_does(body: bytes) -> None:
 
 
 def test_streams_end_as_openais_do() -> None:
-    parts = [b'data: {"choices": [1]}\n\n', b'data: {"choices": [2]}\n\ndata: {"choices": [3], "usage": {"total_tokens": 5}}\n\n']
+    parts = [b'data: {"choices": [1], "model": "/dir"}\n', b'\ndata: {"choices": [2]}\n\ndata: {"choices": [3], "usage": {"total_tokens": 5}}\n\n']
     asked: dict[str, Any] = {"prompt": "a", "stream": True}
+    streamed = [{"choices": [1], "model": "m"}, {"choices": [2], "model": "m"}, {"choices": [3], "usage": {"total_tokens": 5}, "model": "m"}]
     status, answer, got = call(TEXT, json.dumps(asked).encode(), answer=parts)
-    assert status == 200 and answer == b"".join(parts) + b"data: [DONE]\n\n" and json.loads(got[0]) == asked
+    assert status == 200 and events(answer) == streamed and json.loads(got[0]) == asked
     asked["stream_options"] = {"include_usage": True}
-    _, answer, _ = call(TEXT, json.dumps(asked).encode(), answer=parts)
-    assert answer.removeprefix(b"".join(parts)) == b'data: {"choices": [], "usage": {"total_tokens": 5}}\n\ndata: [DONE]\n\n'
-    _, answer, _ = call(
-        TEXT, json.dumps({**asked, "stream_options": {"include_usage": True}}).encode(), answer=[b'data: {"error": "it "failed""}\n\n']
-    )
-    assert answer.endswith(b'failed""}\n\ndata: [DONE]\n\n') and b"usage" not in answer
+    assert events(call(TEXT, json.dumps(asked).encode(), answer=parts)[1]) == [*streamed, {**streamed[2], "choices": []}]
 
 
-def test_what_is_no_stream_is_passed_on_as_it_is() -> None:
-    assert call(TEXT, b'{"prompt": "a"}', answer=[b"{}"])[:2] == (200, b"{}")
-    assert call(TEXT, b'{"prompt": "a", "stream": true}')[:2] == (422, b"refused")
+@pytest.mark.parametrize("text", [b'"it failed"', b'"it "failed""'])
+def test_an_error_in_a_stream(text: bytes) -> None:
+    asked = {"prompt": "a", "stream": True, "stream_options": {"include_usage": True}}
+    (event,) = events(call(TEXT, json.dumps(asked).encode(), answer=[b'data: {"error": ' + text + b"}\n\n"])[1])
+    assert event["error"]["type"] == "server_error" and "failed" in event["error"]["message"]
+
+
+def test_an_answer_names_the_model_as_clients_do() -> None:
+    status, body, _ = call(TEXT, b'{"prompt": "a"}', answer=[b'{"choices": [], ', b'"model": "/some/directory@main"}'])
+    assert status == 200 and json.loads(body) == {"choices": [], "model": "m"}
+    assert call(TEXT, b'{"prompt": "a"}', answer=[b'{"status":"ok"}'])[:2] == (200, b'{"status":"ok"}')
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "message", "kind"),
+    [
+        ([b'{"detail": "prompt is strange"}'], 422, "prompt is strange", "invalid_request_error"),
+        ([b'{"detail": [{"loc": ["body"]}]}'], 422, '[{"loc": ["body"]}]', "invalid_request_error"),
+        ([b'{"error": "the worker died"}'], 503, "the worker died", "server_error"),
+        ([b"Internal Server Error"], 500, "Internal Server Error", "server_error"),
+        (None, 500, "KeyError: 'no such layer'", "server_error"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_errors_are_openais(answer: list[bytes] | None, status: int, message: str, kind: str, stream: bool) -> None:
+    given, body, _ = call(TEXT, json.dumps({"prompt": "a", "stream": stream}).encode(), answer=answer, status=status)
+    assert given == status and json.loads(body)["error"] == {"message": message, "type": kind, "param": None, "code": None}
 
 
 def test_a_model_that_cannot_be_loaded_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,15 +25,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine", choices=engines, default="auto", help="what serves it; auto: the first of the others that is installed")
     parser.add_argument("--host", default=_LOOPBACK, help="address to listen on; 0.0.0.0 opens it to the network, without any password")
     parser.add_argument("--port", type=_port, default=8000, help="port to listen on; 0 takes a free one")
-    parser.add_argument("--served-name", metavar="NAME", help="the model's name in requests (default: MODEL)")
+    name = "the model's name in requests and answers (default: MODEL)"
+    parser.add_argument("--served-model-name", "--served-name", dest="served_name", metavar="NAME", help=name)
     parser.add_argument("--activations", choices=("bf16", "fp8", "mxfp8", "nvfp4"), default="bf16", help="what packed experts compute on")
     parser.add_argument("--json", action="store_true", help="say that it is ready with one JSON document")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until SIGINT or SIGTERM comes, which is success.
+    """Serve until SIGTERM comes, which is success, or SIGINT.
 
     Raises:
+        KeyboardInterrupt: SIGINT came; the engine has ended.
         CheckpointError: no such model.
         InputError: a port that is taken, options that contradict each other.
         UnsupportedError: the engine is not installed.
@@ -53,15 +55,16 @@ def run(args: argparse.Namespace) -> int:
     )
     command = engine.command(launch)
     print(f"halfbyte: starting {engine.name} {engine.version}: {shlex.join(command)}", file=sys.stderr, flush=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # one way to stop
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # what a supervisor sends
     server = Server(command, launch)
     try:
         server.wait_until_ready()
         reserved.close()
         print(_ready(launch, engine.name, args.json), flush=True)
         server.wait()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         print("halfbyte: stopping", file=sys.stderr, flush=True)
+        raise
     finally:
         server.stop()
     return 0

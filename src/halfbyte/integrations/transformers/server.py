@@ -4,8 +4,8 @@
 
 `halfbyte serve` runs this module as its engine "transformers".
 
-Around the application that transformers builds stands `OneModel`, which knows the model by its name, translates requests (`requests.py`), ends
-streams as OpenAI's do, and leaves only the endpoints below open: the rest of transformers' server loads other models.
+Around the application that transformers builds stands `OneModel`, which knows the model by its name, translates requests (`requests.py`) and answers
+(`answers.py`), and leaves only the endpoints below open: the rest of transformers' server loads other models.
 """
 
 from __future__ import annotations
@@ -13,20 +13,19 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any, cast
 
 from halfbyte.errors import CheckpointError, HalfbyteError, InputError
 from halfbyte.formats.activation_formats import ActivationFormat
 from halfbyte.integrations.transformers import set_activations
+from halfbyte.integrations.transformers.answers import Answer, Message, Send, error_document, reply
 from halfbyte.integrations.transformers.requests import COMPLETION_PATHS, adapt_request
 
 OPEN_PATHS = ("/health", "/v1/models", *COMPLETION_PATHS)
 
-Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Message, Receive, Send], Awaitable[None]]
 
 
@@ -41,14 +40,14 @@ class OneModel:
         if scope["type"] != "http":  # start-up and shutdown
             await self.application(scope, receive, send)
         elif scope["path"] not in OPEN_PATHS:
-            await _reply(send, 404, _error(f"{scope['path']} is not served: {', '.join(OPEN_PATHS)} are"))
+            await reply(send, 404, error_document(f"{scope['path']} is not served: {', '.join(OPEN_PATHS)} are"))
         elif scope["path"] == "/v1/models":
             model = {"id": self.served, "object": "model", "created": 0, "owned_by": "halfbyte"}
-            await _reply(send, 200, {"object": "list", "data": [model]})
+            await reply(send, 200, {"object": "list", "data": [model]})
         elif scope["path"] in COMPLETION_PATHS and scope["method"] == "POST":
             await self._complete(scope, receive, send)
         else:
-            await self.application(scope, receive, send)
+            await self.application(scope, receive, Answer(send, self.served))
 
     async def _complete(self, scope: Message, receive: Receive, send: Send) -> None:
         body = await _read(receive)
@@ -58,7 +57,7 @@ class OneModel:
                 raise InputError("not a request", given=type(asked).__name__, needed="a JSON object")
             adapted = json.dumps(adapt_request(scope["path"], asked, self.served)).encode()
         except (ValueError, InputError) as error:  # JSON's own error is a ValueError
-            await _reply(send, 400, _error(str(error)))
+            await reply(send, 400, error_document(str(error)))
             return
         headers = [(name, value) for name, value in scope["headers"] if name not in (b"content-length", b"content-type")]
         headers += [(b"content-length", str(len(adapted)).encode()), (b"content-type", b"application/json")]
@@ -67,39 +66,13 @@ class OneModel:
         async def receive_adapted() -> Message:
             return first.pop() if first else await receive()  # later messages tell that the client has gone
 
-        if not asked.get("stream"):
-            await self.application({**scope, "headers": headers}, receive_adapted, send)
-            return
-        wants_usage = bool((asked.get("stream_options") or {}).get("include_usage"))
-        await self.application({**scope, "headers": headers}, receive_adapted, _ending_stream(send, wants_usage))
-
-
-def _ending_stream(send: Send, wants_usage: bool) -> Send:
-    """A `send` that closes a stream of events as OpenAI's server does: the usage alone where it was asked for, then [DONE]."""
-    is_stream, last = False, b""
-
-    async def ending(message: Message) -> None:
-        nonlocal is_stream, last
-        if message["type"] == "http.response.start":
-            is_stream = message["status"] == 200
-        elif is_stream and message["type"] == "http.response.body":
-            body = message.get("body", b"")
-            last = body or last
-            if not message.get("more_body", False):
-                usage = _usage_event(last) if wants_usage else b""
-                message = {**message, "body": body + usage + b"data: [DONE]\n\n"}
-        await send(message)
-
-    return ending
-
-
-def _usage_event(events: bytes) -> bytes:
-    """The last of `events` without its choices, if it tells the usage: clients of `stream_options` look for it there."""
-    try:
-        event = json.loads(events.decode().strip().rpartition("data: ")[2])
-    except ValueError:  # an error's text
-        return b""
-    return f"data: {json.dumps({**event, 'choices': []})}\n\n".encode() if event.get("usage") else b""
+        answer = Answer(send, self.served, wants_usage=bool((asked.get("stream_options") or {}).get("include_usage")))
+        try:
+            await self.application({**scope, "headers": headers}, receive_adapted, answer)
+        except Exception as error:
+            if not answer.has_begun:
+                await reply(send, 500, error_document(f"{type(error).__name__}: {error}", 500))
+            raise  # for the log
 
 
 async def _read(receive: Receive) -> bytes:
@@ -109,17 +82,6 @@ async def _read(receive: Receive) -> bytes:
         body += message.get("body", b"")
         if not message.get("more_body", False):
             return body
-
-
-async def _reply(send: Send, status: int, document: Any) -> None:
-    body = json.dumps(document).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
-
-
-def _error(message: str) -> dict[str, Any]:
-    return {"error": {"message": message, "type": "invalid_request_error"}}
 
 
 def run(directory: str, served: str, activations: ActivationFormat, options: Sequence[str]) -> None:
