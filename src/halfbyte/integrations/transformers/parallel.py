@@ -45,9 +45,9 @@ def set_parallel(model: nn.Module, parallel: ExpertParallel) -> None:
     >>> from halfbyte.integrations.transformers import load, set_parallel
     >>> dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     >>> model, _ = load(Path(halfbyte.__file__).parent / "demo_model")
-    >>> set_parallel(model, halfbyte.ExpertParallel(None, num_experts=32))
+    >>> set_parallel(model, halfbyte.ExpertParallel(None, num_experts=16))
     Traceback (most recent call last):
-    halfbyte.errors.InputError: set_parallel: the model has no packed experts; needed FP4 experts; run: halfbyte quantize SRC DST
+    halfbyte.errors.InputError: set_parallel: the model has no packed experts (needed FP4 experts). Run: halfbyte quantize SRC DST
     >>> dist.destroy_process_group()
     """
     where = "set_parallel"
