@@ -8,10 +8,12 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
+import torch
 from tqdm import tqdm
 
 from halfbyte.cli import progress
 from halfbyte.cli.progress import Bar
+from halfbyte.cli.terminal import load_model
 
 
 class Terminal(io.StringIO):
@@ -53,3 +55,13 @@ def test_a_line_every_ten_seconds_without_a_terminal(monkeypatch: pytest.MonkeyP
         bar.reach(4000, 4000)
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "evaluating: 50% of 4,000 tokens\nevaluating: 100% of 4,000 tokens\n")
+
+
+def test_loading_a_model_shows_its_tensors(every_step_shows: None) -> None:
+    with redirect_stderr(Terminal()) as terminal:
+        load_model("demo", torch.device("cpu"))
+    shown = terminal.getvalue()
+    assert "loading demo:   1%" in shown and "loading demo: 100%" in shown and "Loading weights" not in shown
+    with redirect_stderr(Terminal()) as terminal:
+        load_model("demo", torch.device("cpu"), shown=False)
+    assert not terminal.getvalue()

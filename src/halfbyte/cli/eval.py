@@ -72,7 +72,7 @@ def _load(model: str, device: torch.device, activations: str, ranks: Ranks) -> t
     from halfbyte.integrations.transformers.parallel import num_experts
     from halfbyte.moe.parallel import ExpertParallel
 
-    loaded, tokenizer = load_model(model, torch.device("cpu"), activations)  # whole, which a GPU may have no room for
+    loaded, tokenizer = load_model(model, torch.device("cpu"), activations, shown=ranks.rank == 0)  # whole, which a GPU may have no room for
     experts = num_experts(loaded)
     if experts is not None:
         set_parallel(loaded, ExpertParallel(None, experts))

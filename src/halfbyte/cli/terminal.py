@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
 
 from halfbyte.arguments import as_device
+from halfbyte.cli.progress import Bar
 
 _Item = TypeVar("_Item")
 _TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json", "tokenization_*.py")
@@ -81,8 +83,8 @@ def usable_device(name: str | None) -> torch.device:
     return as_device(name or ("cuda" if torch.cuda.is_available() else "cpu"), "--device")
 
 
-def load_model(model: str, device: torch.device, activations: Any = "bf16") -> tuple[Any, Any]:
-    """`halfbyte.integrations.transformers.load` without transformers' own bars and warnings.
+def load_model(model: str, device: torch.device, activations: Any = "bf16", *, shown: bool = True) -> tuple[Any, Any]:
+    """`halfbyte.integrations.transformers.load` without transformers' own bars and warnings; ours is `shown`.
 
     Raises:
         CheckpointError: as `load`; there is no tokenizer, or transformers cannot load the directory.
@@ -97,7 +99,8 @@ def load_model(model: str, device: torch.device, activations: Any = "bf16") -> t
     if not any(file for pattern in _TOKENIZER_FILES for file in path.glob(pattern)):
         raise CheckpointError("no tokenizer", where=str(path), needed="tokenizer.json or its like", next_step="copy it from the original model")
     try:
-        return load(path, device=device, activations=activations)
+        with _bar_of_loading(f"loading {model}", shown):
+            return load(path, device=device, activations=activations)
     except HalfbyteError:
         raise
     except Exception as error:  # whatever transformers, tokenizers and safetensors raise for broken files
@@ -105,6 +108,25 @@ def load_model(model: str, device: torch.device, activations: Any = "bf16") -> t
         raise CheckpointError(
             f"transformers cannot load this directory: {reason}", where=str(path), next_step="run `halfbyte inspect` on it, or download it again"
         ) from error
+
+
+@contextlib.contextmanager
+def _bar_of_loading(label: str, shown: bool) -> Iterator[None]:
+    """Within, what transformers goes through with a bar of its own, which are the tensors of a model, moves ours."""
+    from transformers.utils import logging
+
+    with Bar(label, unit="tensors", shown=shown) as bar:
+
+        def counted(items: Collection[Any]) -> Iterator[Any]:
+            for done, item in enumerate(items, 1):
+                yield item
+                bar.reach(done, len(items))
+
+        previous = logging.set_tqdm_hook(lambda factory, args, options: counted(*args) if args else factory(**options))
+        try:
+            yield
+        finally:
+            logging.set_tqdm_hook(previous)
 
 
 def quieten_transformers() -> None:
