@@ -20,7 +20,7 @@ def main(model: str = "demo") -> None:
     layers = dict(hb.iter_prepared(model, device=device))
     routers = {layer: hb.load_router(model, layer, device) for layer in layers}
     rule = routers[min(layers)].rule
-    hb.warm_up(layers.values(), top_k=rule.top_k)  # before graphs are captured: nothing compiles later
+    hb.warm_up(layers.values(), top_k=rule.top_k, max_tokens=max(BATCH_SIZES))  # before graphs are captured: nothing compiles later
 
     # The layers run one after another, so one buffer serves them all.
     nbytes = max(hb.workspace_nbytes(experts, max(BATCH_SIZES), rule.top_k) for experts in layers.values())

@@ -21,7 +21,7 @@ def main() -> None:
     w2 = torch.randn(NUM_EXPERTS, HIDDEN, INTERMEDIATE, device=device) * INTERMEDIATE**-0.5
 
     served = hb.prepare(quantised(w13, w2))
-    hb.warm_up(served, TOP_K)
+    hb.warm_up(served, TOP_K, max_tokens=TOKENS)
     hidden = torch.randn(TOKENS, HIDDEN, device=device, dtype=torch.bfloat16)
     routing = hb.route(torch.randn(TOKENS, NUM_EXPERTS, device=device), TOP_K)
     out = torch.empty_like(hidden)
