@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import runpy
@@ -49,6 +50,13 @@ def test_programs_run(name: str, device: str, folder: Path, monkeypatch: pytest.
     monkeypatch.chdir(folder)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
     example(name)()
+
+
+def test_the_notebook_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    cells = [cell for cell in json.loads((ROOT / "examples" / "demo.ipynb").read_text())["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] for cell in cells)
+    exec(compile("\n".join("".join(cell["source"]) for cell in cells), "demo.ipynb", "exec"), {})
 
 
 def test_two_ranks_run() -> None:
