@@ -75,9 +75,7 @@ def test_what_cannot_be_followed_is_refused_by_name(path: str, body: dict[str, A
         adapt_request(path, body, "m")
 
 
-def call(
-    path: str, body: bytes = b"", method: str = "POST", answer: list[bytes] | None = None, status: int = 200
-) -> tuple[int, bytes, list[bytes]]:
+def call(path: str, body: bytes = b"", method: str = "POST", answer: list[bytes] | None = None, status: int = 200) -> tuple[int, bytes, list[bytes]]:
     """Status and body of the answer, and the bodies that the application inside got; that sends the parts of `answer`, or raises."""
     got: list[bytes] = []
     sent: list[dict[str, Any]] = []
