@@ -60,6 +60,17 @@ FAMILIES = {
         "sliding_window": 8,
         "layer_types": ["sliding_attention", "full_attention"],
     },
+    "deepseek_v4": {
+        "intermediate_size": 64,
+        "moe_intermediate_size": 32,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "o_groups": 2,
+        "mlp_layer_types": ["hash_moe", "moe"],
+        "pad_token_id": 0,
+    },
 }
 EXPERT = re.compile(r"\.experts\.\d+\.\w+\.weight$")
 LINEAR = re.compile(r"\.(\w+_proj|kv_a_proj_with_mqa|[qk]v?_[ab]_proj)\.weight$")

@@ -17,15 +17,24 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda match: repr(match[0])[1:-1], " ".join(text.splitlines()))
 
 
+def shortened(text: str, most: int = 1_500) -> str:
+    """`text` without its middle where it is longer than `most`: a name or a value out of a file may have any length.
+
+    >>> shortened("a" * 40 + "b" * 60, 20)
+    'aaaaaaaaaaaaaaa [100 letters] bbbbb'
+    """
+    return text if len(text) <= most else f"{text[: most * 3 // 4]} [{len(text)} letters] {text[-(most // 4) :]}"
+
+
 class HalfbyteError(Exception):
     """Base of the three below; `exit_code` is what the command line returns for it."""
 
     exit_code = 1
 
     def __init__(self, problem: str, *, where: str = "", given: object = None, needed: object = None, next_step: str = ""):
-        """Build the one-line message `where: problem (given ...; needed ...). next_step`; empty parts are left out."""
-        details = [f"{name} {value}" for name, value in (("given", given), ("needed", needed)) if value is not None]
-        message = f"{where}: {problem}" if where else problem
+        """Build the one-line message `where: problem (given ...; needed ...). next_step`; empty parts are left out, and long ones shortened."""
+        details = [shortened(f"{name} {value}") for name, value in (("given", given), ("needed", needed)) if value is not None]
+        message = f"{shortened(where)}: {shortened(problem)}" if where else shortened(problem)
         if details:
             message += f" ({'; '.join(details)})"
         if next_step:

@@ -13,7 +13,7 @@ from helpers import assert_close_rel
 from plug_in import EXACT, outputs
 from safetensors.torch import load_file, save_file
 from saved_models import read_tensors
-from tiny_models import COMMON
+from tiny_models import COMMON, FAMILIES
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import halfbyte as hb
@@ -21,17 +21,6 @@ from halfbyte.errors import CheckpointError, UnsupportedError
 from halfbyte.integrations.packing import is_attached
 
 Tensors = dict[str, torch.Tensor]
-CONFIG = {
-    "intermediate_size": 64,
-    "moe_intermediate_size": 32,
-    "n_routed_experts": 4,
-    "n_shared_experts": 1,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "o_groups": 2,
-    "mlp_layer_types": ["hash_moe", "moe"],
-    "pad_token_id": 0,
-}
 EXPERT = re.compile(r"\.ffn\.experts\.\d+\.w[123]\.weight$")
 # Linear layers; wo_a is multiplied group by group.
 LINEAR = re.compile(r"\.(attn\.(wq_a|wq_b|wkv|wo_a|wo_b)|shared_experts\.w[123])\.weight$")
@@ -52,7 +41,7 @@ FORMS: dict[str, tuple[str, dict, dict]] = {
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dense model in the names of the published files."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("deepseek_v4", **COMMON | CONFIG), dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("deepseek_v4", **COMMON | FAMILIES["deepseek_v4"]), dtype=torch.float32).eval()
     for name, tensor in model.named_parameters():
         if tensor.ndim >= 2:
             tensor.data.normal_(0, 0.15)

@@ -16,6 +16,7 @@ from halfbyte.errors import CheckpointError, UnsupportedError
 
 # An input scale this many times above or below the median of its layer is no calibration result: an expert that calibration never reached.
 SCATTER_LIMIT = 1000.0
+READ_ALWAYS = 4_000_000_000  # a checkpoint of so many bytes is read whole in a few seconds
 _MOST_LISTED = 12
 T = TypeVar("T")
 
@@ -50,20 +51,28 @@ class ScaleStatistics:
     input_scale: tuple[float, float] | None
 
 
-def find_defects(checkpoint: Checkpoint) -> list[Defect]:
+def find_defects(checkpoint: Checkpoint, values: bool | None = None) -> list[Defect]:
     """Examine every MoE layer, and those that predict further tokens: missing, misshapen and superfluous tensors; NaN, zero and scattered scales.
 
-    Reads scales, biases and routers; of codes and dense weights the headers, unless a global scale of 0 makes a matrix suspect of being pruned.
+    Reads scales, biases and routers; of codes the headers, unless a global scale of 0 makes a matrix suspect of being pruned. Experts in bf16 or fp8
+    are searched for NaN with `values`; None: where the checkpoint has at most `READ_ALWAYS` bytes.
 
     >>> from pathlib import Path
     >>> find_defects(Checkpoint.open(Path(halfbyte.__file__).parent / "demo_model"))
     []
     """
-    return [defect for layer in checkpoint.moe.expert_layers for defect in examine_layer(checkpoint, layer)[1]]
+    return [defect for layer in checkpoint.moe.expert_layers for defect in examine_layer(checkpoint, layer, values)[1]]
 
 
-def examine_layer(checkpoint: Checkpoint, layer: int) -> tuple[list[ScaleStatistics], list[Defect]]:
+def reads_values(checkpoint: Checkpoint, values: bool | None = None) -> bool:
+    """Whether `find_defects` with these arguments reads experts in bf16 or fp8."""
+    return checkpoint.nbytes <= READ_ALWAYS if values is None else values
+
+
+def examine_layer(checkpoint: Checkpoint, layer: int, values: bool | None = None) -> tuple[list[ScaleStatistics], list[Defect]]:
     """Statistics of the scales of one layer (none for dense experts) and its defects; errors of a kind are counted, the first is told.
+
+    `values` as in `find_defects`.
 
     Raises:
         CheckpointError: there is no such layer, or it has no routed experts.
@@ -82,6 +91,7 @@ def examine_layer(checkpoint: Checkpoint, layer: int) -> tuple[list[ScaleStatist
     statistics: list[ScaleStatistics] = []
     warnings: list[str] = []
     attempt(moe.check_layer, layer)
+    attempt(moe.known_activation, str(checkpoint.path / "config.json"))
     if moe.routing is not None:
         attempt(load_router, checkpoint, layer)
     tensors = attempt(LayerTensors, checkpoint, layer)
@@ -90,7 +100,9 @@ def examine_layer(checkpoint: Checkpoint, layer: int) -> tuple[list[ScaleStatist
         experts = range(moe.num_experts)
         for projection in tensors.projections:
             for expert in experts:
-                attempt(tensors.check_matrix, expert, projection)
+                sound = attempt(tensors.check_matrix, expert, projection)
+                if sound and tensors.format is None and reads_values(checkpoint, values):
+                    attempt(tensors.dense, expert, projection)
                 if tensors.has_bias(projection):
                     attempt(tensors.bias, expert, projection)
         if tensors.format is not None:

@@ -9,6 +9,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from typing import Literal
 
 import torch
 
@@ -18,7 +19,7 @@ from halfbyte.checkpoint.fp8_source import read_fp8_block, read_fp8_scales
 from halfbyte.checkpoint.projections import DOWN, GATE, UP, Projection, find_layout, place_of, stacked_sizes
 from halfbyte.checkpoint.source import Checkpoint
 from halfbyte.errors import CheckpointError, UnsupportedError
-from halfbyte.formats import BlockFormat
+from halfbyte.formats import BlockFormat, count_nonfinite
 from halfbyte.formats.fp8_block import dequantize as dequantize_fp8_block
 
 _MAGNITUDES = 0x77  # of two codes in a byte: all but their signs
@@ -84,9 +85,11 @@ class LayerTensors:
         return scales
 
     def dense(self, expert: int, projection: Projection) -> torch.Tensor:
-        """An unquantised projection [N, K] in its own dtype; fp8-block is dequantised to bf16."""
+        """An unquantised projection [N, K] in its own dtype, finite; fp8-block is dequantised to bf16."""
         weight, scale = self.dense_parts(expert, projection)
-        return weight if scale is None else dequantize_fp8_block(weight, scale)
+        if scale is not None:
+            return dequantize_fp8_block(weight, scale)
+        return self._finite(self.name(expert, projection, self.dialect.codes), weight)
 
     def dense_parts(self, expert: int, projection: Projection) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The weight [N, K] as stored and, for fp8-block, its checked scales."""
@@ -153,7 +156,7 @@ class LayerTensors:
             others = (self.name(expert, part, self.dialect.bias) for part in self.projections)
             present = next((other for other in others if other in self.checkpoint), "no other")
             raise self._error("missing tensor", name, given=f"{present} of this expert", needed="a bias of each matrix, or of none")
-        return self._part(expert, projection, name, (self.bias_dtype(projection),), ())
+        return self._finite(name, self._part(expert, projection, name, (self.bias_dtype(projection),), ()))
 
     def global_scales(self, experts: Iterable[int]) -> torch.Tensor | None:
         """Decode multipliers fp32 [len(experts), 3] of gate, up, down (2 without gate); None for a format without.
@@ -209,8 +212,8 @@ class LayerTensors:
         missing = [name for name in names if name not in self.checkpoint]
         return missing if len(missing) < len(names) else []
 
-    def check_matrix(self, expert: int, projection: Projection) -> None:
-        """Compare a matrix with the configuration, by header alone; of fp8 blocks the scales are read.
+    def check_matrix(self, expert: int, projection: Projection) -> Literal[True]:
+        """Compare a matrix with the configuration, by header alone; of fp8 blocks the scales are read. True: it fits.
 
         Raises:
             CheckpointError: a missing tensor, or one of another dtype or shape.
@@ -223,6 +226,7 @@ class LayerTensors:
         self._check(name, self._matrix_dtypes, self._stored_shape(projection, self.dialect.codes_shape(self.shape(projection)[1])))
         if self.format is None and self._is_fp8(name):
             read_fp8_scales(self.checkpoint, name)
+        return True
 
     @property
     def _matrix_dtypes(self) -> tuple[torch.dtype, ...]:
@@ -298,6 +302,11 @@ class LayerTensors:
         of_expert = tensor.reshape(1) if tensor.numel() == 1 else tensor.reshape(experts, -1)[expert]
         stored = of_expert[1 if projection == UP and len(of_expert) == 2 else 0]
         return self.dialect.decode_scalar(stored).item(), stored.item()
+
+    def _finite(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        if count := count_nonfinite(values):
+            raise self._error("NaN or infinite values", name, given=f"{count} of {values.numel()}", needed="finite values")
+        return values
 
     def _positive(self, name: str, scale: float, stored: float) -> float:
         if not 0 < scale < torch.inf:

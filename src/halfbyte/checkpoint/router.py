@@ -13,6 +13,7 @@ from halfbyte.checkpoint.families import RoutingRule, tensor_names
 from halfbyte.checkpoint.families.description import Config
 from halfbyte.checkpoint.source import Checkpoint
 from halfbyte.errors import CheckpointError, UnsupportedError
+from halfbyte.formats import count_nonfinite
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _INTEGERS = (torch.int32, torch.int64)
@@ -41,7 +42,7 @@ def load_router(model: str | Path | Checkpoint, layer: int, device: torch.device
     """Read the router of one MoE layer.
 
     Raises:
-        CheckpointError: a tensor that is missing, or of another dtype or shape; two for one thing; no MoE layer.
+        CheckpointError: a tensor that is missing, of another dtype or shape, or not finite; two for one thing; no MoE layer.
         UnsupportedError: a model family that halfbyte does not know, or a tensor that its router does not use.
 
     >>> from pathlib import Path
@@ -79,7 +80,10 @@ class _RouterTensors:
         dtype, given = self._checkpoint.dtype_shape(f"{self._block}.{leaf}")
         if given != shape or dtype not in _FLOATS:
             raise self._misfit(leaf, f"{dtype} {given}", f"unquantised {shape}")
-        return self._checkpoint.read(f"{self._block}.{leaf}").to(self._device, copy=True)
+        tensor = self._checkpoint.read(f"{self._block}.{leaf}")
+        if count := count_nonfinite(tensor):
+            raise self._misfit(leaf, f"{count} NaN or infinite values", "finite values")
+        return tensor.to(self._device, copy=True)
 
     def read_ids(self, leaf: str, top_k: int, num_experts: int) -> torch.Tensor:
         """The experts of every token id, [vocabulary, top_k]."""

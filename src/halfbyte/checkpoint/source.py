@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import reprlib
-import struct
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -19,11 +17,10 @@ from halfbyte.checkpoint.families import MoEConfig, describe_moe, find_experts, 
 from halfbyte.checkpoint.families.counts import check_counts
 from halfbyte.checkpoint.families.unknown import describe_unknown
 from halfbyte.checkpoint.fingerprint import fingerprint
+from halfbyte.checkpoint.json_files import AGAIN, damaged_header, read_header_of, read_json, wrong_length
 from halfbyte.checkpoint.quantization import Quantization, describe_quantization
 from halfbyte.errors import CheckpointError, UnsupportedError
 
-_AGAIN = "download the file again"
-_MAX_HEADER_BYTES = 100_000_000  # the limit of safetensors itself
 _SHARD = re.compile(r"-0*[1-9]\d*-of-(?!0*1\.)\d+\.safetensors$")  # a part of several, not the only one
 DEMO_MODEL = "demo"  # the model inside this package, wherever a model is asked for; a directory of that name comes first
 INDEX = "model.safetensors.index.json"
@@ -189,6 +186,11 @@ class Checkpoint:
                 raise CheckpointError(f"damaged safetensors file: {error}", where=str(file), next_step="download the file again") from error
         return self._open_files[file].get_tensor(name)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(info.nbytes for info in self._tensors.values())
+
     @cached_property
     def fingerprint(self) -> str:
         """Changes when the files do: see `checkpoint.fingerprint`."""
@@ -210,34 +212,11 @@ class Checkpoint:
         return describe_quantization(self.config, read_json(modelopt) if modelopt.exists() else None, where=str(self.path))
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object, or raise CheckpointError naming the file."""
-    try:
-        if file.exists() and not file.is_file():  # opening a pipe would wait for somebody to write
-            raise CheckpointError("not a regular file", where=str(file), next_step=_AGAIN)
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError("missing file", where=str(file), next_step="a model directory has config.json and safetensors files") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"not readable JSON: {error}", where=str(file), next_step=_AGAIN) from error
-    if not isinstance(content, dict):
-        raise CheckpointError("not a JSON object", where=str(file), given=type(content).__name__, next_step=_AGAIN)
-    return content
-
-
-def text_of(file: Path) -> str:
-    """What a text file says; "" where there is none that can be read."""
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        return ""
-
-
 def _weight_map(index: Path) -> dict[str, str]:
     """File names by tensor. They lead nowhere but into the directory; a link that lies there may lead out, as those of the Hub's cache do."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
-        raise CheckpointError("the index has no weight_map", where=str(index), next_step=_AGAIN)
+        raise CheckpointError("the index has no weight_map", where=str(index), next_step=AGAIN)
     for name, file_name in weight_map.items():
         parts = file_name.split("/") if isinstance(file_name, str) else ["."]
         if not {"", ".", ".."}.isdisjoint(parts) or "\\" in file_name or "\0" in file_name or len(file_name.encode()) > 255:
@@ -246,7 +225,7 @@ def _weight_map(index: Path) -> dict[str, str]:
                 where=str(index),
                 given=reprlib.repr(file_name),
                 needed="a file name such as model-00001-of-00002.safetensors",
-                next_step=_AGAIN,
+                next_step=AGAIN,
             )
     return weight_map
 
@@ -258,38 +237,28 @@ def read_header(file: Path, *, named_by: Path | None = None) -> dict[str, Tensor
         CheckpointError: absent, unreadable, truncated, or no safetensors file.
         UnsupportedError: a tensor of a dtype halfbyte does not know.
     """
+    if not file.is_file():
+        named = f", named by {named_by.name}" if named_by else ""
+        raise CheckpointError(f"missing file{named}", where=str(file), next_step="download the model again")
+    header = read_header_of(file)
     try:
-        if not file.is_file():
-            raise CheckpointError(
-                "missing file" + (f", named by {named_by.name}" if named_by else ""), where=str(file), next_step="download the model again"
-            )
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            start = stream.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-            if len(start) < 8 or 8 + length > size:
-                raise _truncated(file, size, 8 + length)
-            if length > _MAX_HEADER_BYTES:
-                raise CheckpointError(
-                    "no safetensors header is as long",
-                    where=str(file),
-                    given=f"{length} bytes",
-                    needed=f"at most {_MAX_HEADER_BYTES}",
-                    next_step=_AGAIN,
-                )
-            raw = stream.read(length)
-    except OSError as error:
-        raise CheckpointError(f"cannot read the file: {error.strerror}", where=str(file), next_step=_AGAIN) from error
-    try:
-        header = json.loads(raw)
-        del raw  # as long as all of the names together
-        tensors = {name: _tensor_info(file, name, entry) for name, entry in header.items() if name != "__metadata__"}
-        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-    except (ValueError, AttributeError, KeyError, IndexError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"damaged safetensors header: {error!r}", where=str(file), next_step=_AGAIN) from error
-    if size < 8 + length + end:
-        raise _truncated(file, size, 8 + length + end)
+        tensors = {name: _tensor_info(file, name, entry) for name, entry in header.entries.items()}
+        end = header.data_start + _end_of_data([entry["data_offsets"] for entry in header.entries.values()])
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise damaged_header(file, repr(error)) from error
+    if header.size != end:
+        raise wrong_length(file, header.size, end)
     return tensors
+
+
+def _end_of_data(places: list[tuple[int, int]]) -> int:
+    """The end of the last of these (first, end), which lie one after the other without a gap: each byte belongs to one tensor."""
+    end = 0
+    for first, next_end in sorted(places):
+        if first != end:
+            raise ValueError(f"bytes {min(first, end)} to {max(first, end)} belong to {'no tensor' if first > end else 'two tensors'}")
+        end = next_end
+    return end
 
 
 def _tensor_info(file: Path, name: str, entry: dict[str, Any]) -> TensorInfo:
@@ -308,10 +277,6 @@ def _tensor_info(file: Path, name: str, entry: dict[str, Any]) -> TensorInfo:
     if math.prod(shape) * dtype.itemsize != end - first:
         raise ValueError(f"tensor {name}, {stored} {shape}, has {end - first} bytes")
     return TensorInfo(dtype, shape, end - first)
-
-
-def _truncated(file: Path, size: int, needed: int) -> CheckpointError:
-    return CheckpointError("truncated safetensors file", where=str(file), given=f"{size} bytes", needed=f"{needed} bytes", next_step=_AGAIN)
 
 
 def _only_file(path: Path) -> Path:

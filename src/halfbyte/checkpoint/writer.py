@@ -26,7 +26,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from halfbyte.checkpoint.source import INDEX, text_of
+from halfbyte.checkpoint.json_files import text_of
+from halfbyte.checkpoint.source import INDEX
 from halfbyte.errors import CheckpointError
 
 JOURNAL = ".halfbyte-job.json"

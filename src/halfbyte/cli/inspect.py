@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="model directory, or org/name on the Hugging Face Hub")
     parser.add_argument("--layer", type=int, metavar="N", help="examine the scales of this layer only")
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
+    parser.add_argument("--values", action="store_true", help="search experts in bf16 or fp8 for NaN (small checkpoints: always); reads all of them")
     parser.add_argument("--fp8-error", action="store_true", help="measure what Hopper's fp8 tensor cores round off (reads all experts)")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
@@ -39,26 +40,27 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         CheckpointError, UnsupportedError: the checkpoint cannot be opened or described at all; no such MoE layer.
     """
-    report = describe(args.model, args.layer, args.tensors, args.fp8_error)
+    report = describe(args.model, args.layer, args.tensors, args.fp8_error, args.values)
     print(json.dumps(report, indent=2, allow_nan=False) if args.json else _render(report))
     return int(any(problem["severity"] == "error" for problem in report["problems"]))
 
 
-def describe(model: str, layer: int | None = None, tensors: bool = False, fp8_error: bool = False) -> dict[str, Any]:
+def describe(model: str, layer: int | None = None, tensors: bool = False, fp8_error: bool = False, values: bool = False) -> dict[str, Any]:
     """The report as a JSON-able dict; `layer` limits the scale statistics, fp8 errors and problems to one layer."""
-    from halfbyte.checkpoint.defects import examine_layer
+    from halfbyte.checkpoint.defects import examine_layer, reads_values
     from halfbyte.checkpoint.source import Checkpoint
 
     checkpoint = Checkpoint.open(model)
     moe, quantization = checkpoint.moe, checkpoint.quantization
     layers = moe.expert_layers if layer is None else (layer,)
-    examined = {index: examine_layer(checkpoint, index) for index in layers}
+    examined = {index: examine_layer(checkpoint, index, values or None) for index in layers}
     report: dict[str, Any] = {
         "model": str(checkpoint.path),
         "moe": asdict(moe),
         "quantization": {"kind": quantization.kind, "format": quantization.format.name if quantization.format else None},
         "sizes": _sizes(checkpoint),
         "scales": [{"layer": index, **asdict(row)} for index, (rows, _) in examined.items() for row in rows],
+        "values_read": quantization.format is None and reads_values(checkpoint, values or None),
         "problems": [asdict(defect) for _, defects in examined.values() for defect in defects],
     }
     if fp8_error:
@@ -146,7 +148,10 @@ def _render(report: dict[str, Any]) -> str:
             *_table(("tensor", "dtype", "shape", "file"), [(t["name"], t["dtype"], list(t["shape"]), t["file"]) for t in report["tensors"]]),
         ]
     lines += ["", *(printable(f"{p['severity']}: layer {p['layer']}: {p['message']}") for p in report["problems"])]
-    return "\n".join(lines if report["problems"] else [*lines, "no problems found"])
+    if not report["problems"]:
+        unread = quantization["format"] is None and not report["values_read"]
+        lines.append("no problems found" + ("; values of experts in bf16 or fp8 were not looked at: --values does" if unread else ""))
+    return "\n".join(lines)
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[object, ...]]) -> list[str]:

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -84,10 +85,10 @@ def usable_device(name: str | None) -> torch.device:
 
 
 def load_model(model: str, device: torch.device, activations: Any = "bf16", *, shown: bool = True) -> tuple[Any, Any]:
-    """`halfbyte.integrations.transformers.load` without transformers' own bars and warnings; ours is `shown`.
+    """`halfbyte.integrations.transformers.load` without transformers' own bars and warnings, of a model that has read one token; ours is `shown`.
 
     Raises:
-        CheckpointError: as `load`; there is no tokenizer, or transformers cannot load the directory.
+        CheckpointError: as `load`; there is no tokenizer, the experts have a defect, or transformers cannot load or run the directory.
         UnsupportedError: as `load`.
     """
     from halfbyte.checkpoint.source import resolve_model
@@ -98,16 +99,33 @@ def load_model(model: str, device: torch.device, activations: Any = "bf16", *, s
     path = resolve_model(model)
     if not any(file for pattern in _TOKENIZER_FILES for file in path.glob(pattern)):
         raise CheckpointError("no tokenizer", where=str(path), needed="tokenizer.json or its like", next_step="copy it from the original model")
+    _check_dense_experts(path)
     try:
         with _bar_of_loading(f"loading {model}", shown):
-            return load(path, device=device, activations=activations)
+            loaded, tokenizer = load(path, device=device, activations=activations)
+        with torch.inference_mode():
+            loaded(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device))
     except HalfbyteError:
         raise
     except Exception as error:  # whatever transformers, tokenizers and safetensors raise for broken files
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise CheckpointError(
-            f"transformers cannot load this directory: {reason}", where=str(path), next_step="run `halfbyte inspect` on it, or download it again"
+            f"transformers cannot run this directory: {reason}", where=str(path), next_step="run `halfbyte inspect` on it, or download it again"
         ) from error
+    return loaded, tokenizer
+
+
+def _check_dense_experts(path: Path) -> None:
+    """Raise CheckpointError for the first defect of experts in bf16 or fp8, which stock transformers loads: those in FP4 are checked as they load."""
+    from halfbyte.checkpoint import Checkpoint, find_defects
+    from halfbyte.checkpoint.families import is_known
+    from halfbyte.errors import CheckpointError
+
+    checkpoint = Checkpoint.open(path)
+    if is_known(checkpoint.config, str(path / "config.json")) and not checkpoint.quantization.dialects:
+        error = next((defect for defect in find_defects(checkpoint) if defect.severity == "error"), None)
+        if error is not None:
+            raise CheckpointError(f"layer {error.layer}: {error.message}", where=str(path))
 
 
 @contextlib.contextmanager

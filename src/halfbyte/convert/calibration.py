@@ -7,7 +7,6 @@ so no made-up token enters the statistics.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from halfbyte.checkpoint.source import read_json
+from halfbyte.checkpoint.json_files import parse_object, read_json
 from halfbyte.convert.plan import Matrix
 from halfbyte.errors import CheckpointError, UnsupportedError
 
@@ -99,14 +98,13 @@ def read_texts(file: Path) -> list[str]:
 
 def _text_of(line: str, where: str) -> str:
     try:
-        record = json.loads(line)
+        record = parse_object(line.encode())
     except ValueError as error:
         raise CheckpointError("not a JSON line", where=where, given=error) from error
-    if isinstance(record, dict):
-        parts = [record[key] for key in _TEXT_KEYS if isinstance(record.get(key), str)]
-        parts += [message["content"] for message in record.get("messages", []) if isinstance(message.get("content"), str)]
-        if parts:
-            return "\n".join(parts)
+    messages = record.get("messages")
+    said = [message.get("content") for message in messages if isinstance(message, dict)] if isinstance(messages, list) else []
+    if parts := [text for text in (*map(record.get, _TEXT_KEYS), *said) if isinstance(text, str)]:
+        return "\n".join(parts)
     raise CheckpointError("no text in this line", where=where, needed=", ".join(_TEXT_KEYS) + " or messages")
 
 

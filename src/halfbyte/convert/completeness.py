@@ -1,6 +1,6 @@
 """Whether a source is a whole model, before anything is written: every expert and projection, shapes that agree, and what config.json says of them.
 
-Reads headers, and the scales of fp8 blocks.
+Reads headers, routers, and the scales of fp8 blocks.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from halfbyte.checkpoint.families.description import Config
 from halfbyte.checkpoint.fp8_source import read_fp8_scales
 from halfbyte.checkpoint.layer_tensors import LayerTensors
 from halfbyte.checkpoint.projections import DOWN, GATE, PROJECTIONS, Projection
+from halfbyte.checkpoint.router import load_router
 from halfbyte.checkpoint.source import Checkpoint
 from halfbyte.errors import CheckpointError, UnsupportedError
 
@@ -63,7 +64,7 @@ def check_complete(checkpoint: Checkpoint, matrices: Iterable[ExpertMatrix], cop
 
     Raises:
         CheckpointError: tensors that the index leaves out, missing or additional experts and projections, shapes that do not belong together or
-            contradict config.json, fp8 blocks without usable scales.
+            contradict config.json, fp8 blocks without usable scales, a router that `load_router` refuses.
         UnsupportedError: experts in a layout or dtype that is not read.
     """
     if checkpoint.unlisted:
@@ -159,6 +160,8 @@ def _check_configuration(checkpoint: Checkpoint, found: Mapping[str, Shapes], sk
     if is_known(checkpoint.config, where):
         moe = checkpoint.moe
         for layer in moe.expert_layers:
+            if moe.routing is not None:
+                load_router(checkpoint, layer)
             if f"{moe.block_of(layer)}.experts" not in skipped:
                 _check_layer(LayerTensors(checkpoint, layer))
         return

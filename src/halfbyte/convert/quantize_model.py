@@ -25,7 +25,8 @@ import torch
 
 from halfbyte import __version__
 from halfbyte.checkpoint.dialects import MODELOPT, STACKED_MODELOPT, Dialect, OutputName, fp8_scales_of, output_dialect
-from halfbyte.checkpoint.source import Checkpoint, read_json, text_of
+from halfbyte.checkpoint.json_files import read_json, text_of
+from halfbyte.checkpoint.source import Checkpoint
 from halfbyte.checkpoint.writer import (
     DEFAULT_SHARD_BYTES,
     CheckpointWriter,
@@ -47,6 +48,7 @@ from halfbyte.formats.e8m0 import ScaleRule
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
 _REPLACED_FILES = ("config.json", "hf_quant_config.json", "README.md")
 _OF_OTHER_WEIGHTS = re.compile(r"(^|/)eval[^/]*(/|\.jsonl?$)")  # results of evaluations
+_MOST_BYTES = 10**9  # of a file beside the weights: what is longer is no tokenizer, licence or code
 _CHANGED = "put the source back, remove the destination or give --restart, and repeat the command"
 _log = logging.getLogger("halfbyte")
 
@@ -293,10 +295,12 @@ def _other_files(path: Path) -> Iterator[tuple[Path, str]]:
         of_weights = file.name.endswith(_WEIGHT_FILES) or _OF_OTHER_WEIGHTS.search(relative.as_posix())
         if not file.is_file() or hidden or of_weights or str(relative) in _REPLACED_FILES:
             continue
-        if any(file.resolve().is_relative_to(root) for root in roots):
-            yield file, relative.as_posix()
-        else:
+        if not any(file.resolve().is_relative_to(root) for root in roots):
             _log.warning("%s is a link that leads out of the model directory: it is not copied", file)
+        elif file.stat().st_size > _MOST_BYTES:
+            _log.warning("%s has over %d bytes: it is not copied", file, _MOST_BYTES)
+        else:
+            yield file, relative.as_posix()
 
 
 def _flags(options: QuantizeOptions) -> str:

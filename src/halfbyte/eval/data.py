@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import lzma
 import re
 from collections import Counter
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 
+from halfbyte.checkpoint.json_files import parse_object
 from halfbyte.errors import InputError
 
 DOCUMENT_SEPARATOR = "\n\x1e\n"
@@ -106,10 +106,10 @@ def _read(file: Path) -> str:
 
 def _parse_question(line: str, where: str) -> Question:
     try:
-        record = json.loads(line)
+        record = parse_object(line.encode())
     except ValueError as error:
         raise InputError(f"not JSON: {error}", where=where) from None
-    if not isinstance(record, dict) or not {"question", "answer"} <= record.keys():
+    if not {"question", "answer"} <= record.keys():
         raise InputError("not a question", where=where, needed="an object with `question` and `answer`")
     answer_text = str(record["answer"])
     answer = extract_answer(answer_text)

@@ -8,11 +8,13 @@ from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
 
+from halfbyte.errors import CheckpointError
 from halfbyte.eval.data import Question, is_correct, kinds_of
 from halfbyte.eval.generation import generate_answers
 from halfbyte.eval.metrics import Passage, answer_passage, kl_divergence, negative_log_likelihood
 from halfbyte.eval.ranks import ALONE, Ranks
 
+_MOST_NATS = 700.0  # per token; exp(710) is beyond a double
 Progress = Callable[[int, int], object]  # called with what is done, and how much there is
 
 
@@ -84,6 +86,7 @@ def evaluate(
 
     Raises:
         InputError: the reference has another vocabulary.
+        CheckpointError: the model's likelihoods are no finite numbers.
         UnsupportedError: the chat template leaves no boundary between prompt and answer.
     """
     answers = [answer_passage(tokenizer, question) for question in questions]
@@ -104,14 +107,23 @@ def evaluate(
             kinds[kind] = KindScore(
                 questions=len(members),
                 exact_match=fmean(is_correct(questions[index], completions[index]) for index in members),
-                answer_nll=sum(nll[index] for index in members) / sum(answers[index].scored for index in members),
+                answer_nll=_mean(sum(nll[index] for index in members), sum(answers[index].scored for index in members)),
             )
     tokens = sum(passage.scored for passage in passages)
     return EvalReport(
         kinds=kinds,
         exact_match=fmean(score.exact_match for score in kinds.values()) if kinds else None,
         answer_nll=fmean(score.answer_nll for score in kinds.values()) if kinds else None,
-        perplexity=math.exp(sum(negative_log_likelihood(model, passages, advance=advance, ranks=ranks)) / tokens) if passages else None,
+        perplexity=math.exp(_mean(sum(negative_log_likelihood(model, passages, advance=advance, ranks=ranks)), tokens)) if passages else None,
         kl=kl_divergence(model, reference, passages, advance=advance, ranks=ranks) if passages and reference is not None else None,
         text_tokens=tokens,
     )
+
+
+def _mean(nats: float, tokens: int) -> float:
+    """Nats per token, whose exponential is a number."""
+    if not math.isfinite(nats) or nats / tokens > _MOST_NATS:
+        raise CheckpointError(
+            "the likelihoods that this model computes are no finite numbers", given=f"{nats} nats", next_step="run `halfbyte inspect --values` on it"
+        )
+    return nats / tokens

@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from halfbyte.checkpoint.json_files import read_header_of
 from halfbyte.checkpoint.source import SAFETENSORS_DTYPES
 from halfbyte.errors import CheckpointError
 
@@ -70,20 +71,8 @@ class TensorFile:
         Raises:
             CheckpointError: no readable safetensors header.
         """
-        try:
-            size = path.stat().st_size
-            with path.open("rb") as stream:
-                start = stream.read(8)
-                length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-                if 8 + length > size:
-                    raise CheckpointError("truncated file", where=str(path), given=f"{size} bytes", needed=f"{8 + length} bytes of header")
-                header = json.loads(stream.read(length))
-            metadata = header.pop("__metadata__", {})
-            if not isinstance(metadata, dict):
-                raise TypeError("__metadata__ is no object")
-        except (OSError, ValueError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"damaged header: {error!r}", where=str(path)) from error
-        return cls(path, metadata, header, 8 + length, size)
+        header = read_header_of(path)
+        return cls(path, header.metadata, header.entries, header.data_start, header.size)
 
     def check_holds(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Compare names, dtypes, shapes and the file's length with `tensors` ("meta" will do).

@@ -28,7 +28,8 @@ from typing import Any, Literal
 
 import torch
 
-from halfbyte.checkpoint.source import read_json, resolve_model
+from halfbyte.checkpoint.json_files import read_json
+from halfbyte.checkpoint.source import resolve_model
 from halfbyte.errors import InputError, UnsupportedError
 
 try:

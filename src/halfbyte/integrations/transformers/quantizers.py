@@ -15,8 +15,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from halfbyte.checkpoint.dialects import OUTPUTS
+from halfbyte.checkpoint.json_files import read_json
 from halfbyte.checkpoint.quantization import describe_quantization
-from halfbyte.checkpoint.source import TensorInfo, read_header, read_json
+from halfbyte.checkpoint.source import TensorInfo, read_header
 from halfbyte.errors import UnsupportedError
 from halfbyte.integrations.transformers.conversion import LoadPlan, PackedWeights, Recipe
 from halfbyte.integrations.transformers.modules import (

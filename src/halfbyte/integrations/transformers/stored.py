@@ -119,10 +119,10 @@ def _with_companions(stem: str, dialect: Dialect, codes: str, scales: str, tenso
     names = {CODES: codes, BLOCK_SCALE: scales}
     if dialect.global_scale:
         names[GLOBAL_SCALE] = stem + dialect.global_scale
-        _check_dtype(tensors, names[GLOBAL_SCALE], _FLOATS)
+        _check_scalars(tensors, names[GLOBAL_SCALE])
     if dialect.input_scale and stem + dialect.input_scale in tensors:
         names[INPUT_SCALE] = stem + dialect.input_scale
-        _check_dtype(tensors, names[INPUT_SCALE], _FLOATS)
+        _check_scalars(tensors, names[INPUT_SCALE])
     if dialect.input_factor and stem + dialect.input_factor in tensors:
         names[PRE_QUANT_SCALE] = stem + dialect.input_factor
         _check_dtype(tensors, names[PRE_QUANT_SCALE], _FLOATS)
@@ -159,6 +159,13 @@ def missing_tensor(name: str, reason: str) -> CheckpointError:
         given="nothing",
         next_step="download the files again, or run `halfbyte inspect` on the checkpoint",
     )
+
+
+def _check_scalars(tensors: Mapping[str, TensorInfo], name: str) -> None:
+    """How many there must be, for one matrix or for all experts, is known where they are used."""
+    _check_dtype(tensors, name, _FLOATS)
+    if not math.prod(tensors[name].shape):
+        raise CheckpointError("a scale without a number", where=name, given=tensors[name].shape, needed="at least one number")
 
 
 def _check_dtype(tensors: Mapping[str, TensorInfo], name: str, dtypes: tuple[torch.dtype, ...]) -> None:

@@ -42,7 +42,7 @@ def usable_block_scales(scales: torch.Tensor, codes: ReadCodes, format: BlockFor
     largest, zero = (0x7E, 0x00) if format is NVFP4 else (0xFE, 0x7F)
     if int(stored.max()) <= largest:
         return scales
-    bad = (stored > largest) & (stored != 0x80 if format is NVFP4 else True)
+    bad = stored > largest
     nonzero = (codes().view(torch.uint8).to(stored.device) & _MAGNITUDES) != 0
     blocks = nonzero.flatten(scales.ndim - 1).unflatten(-1, (scales.shape[-1], -1)).any(-1)
     refused = bad & blocks

@@ -1,0 +1,132 @@
+"""JSON that others wrote, alone or as the header of a safetensors file, read with limits.
+
+No size, depth, number or name in it stops the program other than by an error that names the file.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from halfbyte.errors import CheckpointError
+
+AGAIN = "download the file again"
+MAX_BYTES = 100_000_000  # of a header, by safetensors' own limit; the index of DeepSeek-R1, which is longest, has 16 MB
+_HALVES = tuple(f"\\u{letter}{digit}".encode() for letter in "dD" for digit in "89abcdefABCDEF")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a regular file.
+
+    Raises:
+        CheckpointError: absent, unreadable, another kind of file, too long, or not one JSON object (see `parse_object`).
+    """
+    if not file.exists():
+        raise CheckpointError("missing file", where=str(file), next_step="a model directory has config.json and safetensors files")
+    raw = _read(file, 0, MAX_BYTES + 1)
+    if len(raw) > MAX_BYTES:
+        raise _too_long(file, f"over {MAX_BYTES} bytes")
+    try:
+        return parse_object(raw)
+    except ValueError as error:
+        raise CheckpointError(f"not readable JSON: {error}", where=str(file), next_step=AGAIN) from error
+
+
+class Header(NamedTuple):
+    """Of a safetensors file: what it says of each tensor, its metadata, and where the data begin and the file ends."""
+
+    entries: dict[str, Any]
+    metadata: dict[str, str]
+    data_start: int
+    size: int
+
+
+def read_header_of(file: Path) -> Header:
+    """The header of a safetensors file; what it says of each tensor is not looked at.
+
+    Raises:
+        CheckpointError: unreadable, another kind of file, shorter than its header, a header that is too long or not one JSON object.
+    """
+    start = _read(file, 0, 8)
+    size = file.stat().st_size
+    length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+    if len(start) < 8 or 8 + length > size:
+        raise wrong_length(file, size, 8 + length)
+    if length > MAX_BYTES:
+        raise _too_long(file, f"{length} bytes")
+    try:
+        entries = parse_object(_read(file, 8, length))
+        metadata = entries.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("__metadata__ is no object of strings")
+    except ValueError as error:
+        raise damaged_header(file, error) from error
+    return Header(entries, metadata, 8 + length, size)
+
+
+def wrong_length(file: Path, size: int, needed: int) -> CheckpointError:
+    """The error for a safetensors file of `size` bytes that should have `needed`."""
+    problem = "truncated safetensors file" if size < needed else "bytes behind the last tensor of a safetensors file"
+    return CheckpointError(problem, where=str(file), given=f"{size} bytes", needed=f"{needed} bytes", next_step=AGAIN)
+
+
+def damaged_header(file: Path, reason: object) -> CheckpointError:
+    """The error for a header that says what cannot be."""
+    return CheckpointError(f"damaged safetensors header: {reason}", where=str(file), next_step=AGAIN)
+
+
+def parse_object(raw: bytes) -> dict[str, Any]:
+    """One JSON object in UTF-8.
+
+    Raises:
+        ValueError: something else, a name given twice, half a surrogate pair, or more levels than can be read.
+
+    >>> parse_object(b'{"a": 1, "a": 2}')
+    Traceback (most recent call last):
+    ValueError: the name 'a' is given twice
+    """
+    try:
+        content = json.loads(raw.decode(), object_pairs_hook=_without_repetition)
+    except RecursionError:
+        raise ValueError("too many levels") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"a {type(content).__name__}, not an object")
+    if any(half in raw for half in _HALVES):
+        json.dumps(content, ensure_ascii=False).encode()  # UnicodeEncodeError, a ValueError, where the other half is missing
+    return content
+
+
+def text_of(file: Path) -> str:
+    """What a text file says; "" where there is none that can be read."""
+    try:
+        return file.read_text(encoding="utf-8") if file.is_file() and file.stat().st_size <= MAX_BYTES else ""
+    except (OSError, ValueError):
+        return ""
+
+
+def _read(file: Path, first: int, count: int) -> bytes:
+    """Up to `count` bytes of a regular file: opening a pipe would wait for somebody to write, and a device may have no end."""
+    if not file.is_file():
+        raise CheckpointError("not a regular file", where=str(file), next_step=AGAIN)
+    try:
+        with file.open("rb") as stream:
+            stream.seek(first)
+            return stream.read(count)
+    except OSError as error:
+        raise CheckpointError(f"cannot read the file: {error.strerror}", where=str(file), next_step=AGAIN) from error
+
+
+def _too_long(file: Path, given: str) -> CheckpointError:
+    return CheckpointError(
+        "no description of a model is as long", where=str(file), given=given, needed=f"at most {MAX_BYTES} bytes of JSON", next_step=AGAIN
+    )
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the name {next(name for name in names if names.count(name) > 1)!r} is given twice")
+    return unique
