@@ -272,6 +272,8 @@ def dense(
 
 def add_router(files: Files, block: str, name: str = "gate") -> Files:
     files.tensors[f"{block}.{name}.weight"] = torch.randn(E, H, dtype=torch.bfloat16)
+    if files.config["model_type"] == "deepseek_v3":
+        files.tensors[f"{block}.{name}.e_score_correction_bias"] = torch.randn(E)
     return files
 
 

@@ -58,8 +58,8 @@ def cut(file: Path, size: int) -> None:
     os.truncate(file, size)
 
 
-def write_header(file: Path, header: dict) -> None:
-    encoded = json.dumps(header).encode()
+def write_header(file: Path, header: dict | str) -> None:
+    encoded = (header if isinstance(header, str) else json.dumps(header)).encode()
     file.write_bytes(struct.pack("<Q", len(encoded)) + encoded)
 
 
@@ -106,7 +106,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "config not UTF-8": (lambda p: (p / "config.json").write_bytes(b"\xff{}"), ["not readable JSON", "config.json"]),
     "config a pipe": (lambda p: ((p / "config.json").unlink(), os.mkfifo(p / "config.json")), ["not a regular file", "config.json"]),
     "config a directory": (lambda p: ((p / "config.json").unlink(), (p / "config.json").mkdir()), ["not a regular file", "config.json"]),
-    "header of brackets": (lambda p: first_file(p).write_bytes(struct.pack("<Q", 100_000) + b"[" * 100_000), ["damaged", "RecursionError"]),
+    "header of brackets": (lambda p: first_file(p).write_bytes(struct.pack("<Q", 100_000) + b"[" * 100_000), ["damaged", "too many levels"]),
     "header too long": (lambda p: lengthen(first_file(p), 100_000_001), ["header", "given 100000001", "at most 100000000"]),
     "shape of strings": (lambda p: write_header(first_file(p), {"a": entry(shape=["4"])}), ["damaged", "tensor a has shape ('4',)"]),
     "shape a string": (lambda p: write_header(first_file(p), {"a": entry(shape="4")}), ["damaged", "tensor a has shape"]),
@@ -117,8 +117,16 @@ BROKEN: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "index without map": (lambda p: edit_index(p, lambda i: i.pop("weight_map")), ["no weight_map", INDEX]),
     "index no JSON": (lambda p: (p / INDEX).write_text("{"), ["not readable JSON", INDEX]),
     "index missing": (lambda p: (p / INDEX).unlink(), ["3 safetensors files but no", INDEX]),
+    "a key twice in the config": (lambda p: (p / "config.json").write_text('{"a": 1, "a": 2}'), ["not readable JSON", "'a' is given twice"]),
+    "half a surrogate pair": (lambda p: (p / "config.json").write_text('{"a": "\\ud800"}'), ["not readable JSON", "surrogates not allowed"]),
+    "a config without end": (lambda p: cut(p / "config.json", 2**40), ["no description of a model is as long", "config.json"]),
+    "a tensor twice": (lambda p: write_header(first_file(p), '{"a": 1, "a": 2}'), ["damaged", "'a' is given twice"]),
+    "bytes of two tensors": (lambda p: write_header(first_file(p), {"a": entry(), "b": entry()}), ["damaged", "bytes 0 to 4 belong to two tensors"]),
+    "bytes of no tensor": (lambda p: write_header(first_file(p), {"a": entry(data_offsets=[4, 8])}), ["damaged", "bytes 0 to 4 belong to no tensor"]),
+    "bytes behind the tensors": (lambda p: first_file(p).write_bytes(first_file(p).read_bytes() + b"more"), ["bytes behind the last tensor"]),
+    "metadata of numbers": (lambda p: write_header(first_file(p), {"__metadata__": {"a": 3}, "a": entry()}), ["damaged", "__metadata__"]),
     "config missing": (lambda p: (p / "config.json").unlink(), ["missing file", "config.json"]),
-    "config a list": (lambda p: (p / "config.json").write_text("[]"), ["not a JSON object", "given list"]),
+    "config a list": (lambda p: (p / "config.json").write_text("[]"), ["not readable JSON", "a list, not an object"]),
 }
 
 
@@ -132,10 +140,10 @@ def test_broken_directories(sharded: Path, damage: Callable[[Path], object], sai
         assert text in str(caught.value)
 
 
-def test_damage_the_header_does_not_show(sharded: Path) -> None:
+def test_damage_after_the_headers_were_read(sharded: Path) -> None:
     file = first_file(sharded)
-    file.write_bytes(file.read_bytes() + b"trailing")
     checkpoint = Checkpoint.open(sharded)
+    file.write_bytes(file.read_bytes() + b"trailing")
     name = next(name for name in checkpoint.names if checkpoint.file_of(name) == file)
     with pytest.raises(CheckpointError, match="damaged safetensors file"):
         checkpoint.read(name)

@@ -96,7 +96,8 @@ def test_unknown_family(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert report["moe"]["routing"] is None and report["moe"]["moe_layers"] == [1] and len(report["scales"]) == 3
     del files.config["hidden_act"]
     assert run(str(files.write(tmp_path))) == 0
-    assert "expert intermediate 32, activation unknown" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "expert intermediate 32, activation unknown" in printed and "warning: layer 1: the activation is unknown" in printed
 
 
 def test_sizes_by_kind() -> None:

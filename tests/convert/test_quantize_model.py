@@ -368,6 +368,7 @@ def test_stacked_layouts_are_found_and_read_back(family: str, tmp_path: Path) ->
         named = {"gate_proj": w13[:, : cf.I], "up_proj": w13[:, cf.I :], "down_proj": w2, "gate": torch.randn(cf.E, cf.H)}
     others = {"model.layers.1.shared_mlp.input_linear.weight": torch.randn(2 * cf.I, cf.H), "model.layers.1.mlp.gate_proj.weight": torch.randn(8, 64)}
     files.tensors = {f"{block}.{name}.weight": tensor.clone().contiguous() for block in blocks for name, tensor in named.items()} | others
+    files.tensors |= {"model.layers.1.moe.router_bias": torch.rand(cf.E)} if family == "step3p5" else {}
     source = files.write(tmp_path / "in")
     dense = load_experts(source, 1)
     assert_equal_bits(dense.w13, w13)

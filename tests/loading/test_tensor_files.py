@@ -75,16 +75,16 @@ def test_every_flipped_bit_of_a_page_and_exchanged_pages_are_found() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda path: path.write_bytes(b""), "truncated file"),
-        (lambda path: path.write_bytes(path.read_bytes()[:40]), "truncated file .*of header"),
+        (lambda path: path.write_bytes(b""), "truncated safetensors file"),
+        (lambda path: path.write_bytes(path.read_bytes()[:40]), "truncated safetensors file"),
         (lambda path: path.write_bytes(path.read_bytes()[:-1]), "truncated file"),
         (lambda path: path.write_bytes(path.read_bytes() + b"x"), "goes on behind its tensors"),
-        (lambda path: path.write_bytes(path.read_bytes().replace(b'"dtype"', b'"dtype;', 1)), "damaged header"),
+        (lambda path: path.write_bytes(path.read_bytes().replace(b'"dtype"', b'"dtype;', 1)), "damaged safetensors header"),
         (lambda path: path.write_bytes(path.read_bytes().replace(b'"I32"', b'"F32"', 1)), "tensor words is not what it should be"),
         (lambda path: save_file({"other": torch.zeros(2)}, path), "missing tensor"),
-        (lambda path: path.unlink(), "damaged header.*No such file"),
-        (lambda path: path.write_bytes((2).to_bytes(8, "little") + b"[]"), "damaged header"),
-        (lambda path: path.write_bytes((20).to_bytes(8, "little") + b'{"__metadata__": 17}'), "damaged header"),
+        (lambda path: path.unlink(), "missing file"),
+        (lambda path: path.write_bytes((2).to_bytes(8, "little") + b"[]"), "damaged safetensors header"),
+        (lambda path: path.write_bytes((20).to_bytes(8, "little") + b'{"__metadata__": 17}'), "damaged safetensors header"),
     ],
 )
 def test_other_files_are_refused(tmp_path: Path, change: object, message: str) -> None:

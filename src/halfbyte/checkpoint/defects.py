@@ -91,7 +91,6 @@ def examine_layer(checkpoint: Checkpoint, layer: int, values: bool | None = None
     statistics: list[ScaleStatistics] = []
     warnings: list[str] = []
     attempt(moe.check_layer, layer)
-    attempt(moe.known_activation, str(checkpoint.path / "config.json"))
     if moe.routing is not None:
         attempt(load_router, checkpoint, layer)
     tensors = attempt(LayerTensors, checkpoint, layer)
@@ -119,6 +118,8 @@ def examine_layer(checkpoint: Checkpoint, layer: int, values: bool | None = None
             warnings += _describe_gate_up(global_scales) if GATE in tensors.projections else []
             warnings += describe_missing(tensors.missing_input_scales())
             warnings += [] if input_scales is None else describe_scatter(input_scales, tensors.projections)
+    if moe.activation is None:
+        warnings.append("the activation is unknown, so that these experts cannot be loaded: the model family is not one halfbyte knows")
     defects = [Defect("warning", layer, message) for message in warnings]
     if failures:
         more = f" (and {len(failures) - 1} more errors in this layer)" if len(failures) > 1 else ""

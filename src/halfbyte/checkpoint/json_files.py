@@ -109,7 +109,7 @@ def text_of(file: Path) -> str:
 def _read(file: Path, first: int, count: int) -> bytes:
     """Up to `count` bytes of a regular file: opening a pipe would wait for somebody to write, and a device may have no end."""
     if not file.is_file():
-        raise CheckpointError("not a regular file", where=str(file), next_step=AGAIN)
+        raise CheckpointError("not a regular file" if file.exists() else "missing file", where=str(file), next_step=AGAIN)
     try:
         with file.open("rb") as stream:
             stream.seek(first)

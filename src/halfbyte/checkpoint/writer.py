@@ -64,13 +64,11 @@ class CheckpointWriter:
         self._lock = _locked(path)
         try:
             journal = check_destination(path, job)  # again: now nobody else changes it
-            if journal is None:
-                self._save_journal()
-            else:
+            if journal is not None:
                 self._files, self._notes = journal["files"], journal["notes"]
-                for leftover in (*path.rglob(f"*{PARTIAL}"), *path.glob(_SAFETENSORS_PARTIAL)):
-                    leftover.unlink()
-                self._save_journal()
+            for leftover in (*path.rglob(f"*{PARTIAL}"), *path.glob(_SAFETENSORS_PARTIAL)):  # of a run that was killed, perhaps in its first journal
+                leftover.unlink()
+            self._save_journal()
         except BaseException:
             self.close()
             raise

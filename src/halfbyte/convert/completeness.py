@@ -160,10 +160,10 @@ def _check_configuration(checkpoint: Checkpoint, found: Mapping[str, Shapes], sk
     if is_known(checkpoint.config, where):
         moe = checkpoint.moe
         for layer in moe.expert_layers:
-            if moe.routing is not None:
-                load_router(checkpoint, layer)
             if f"{moe.block_of(layer)}.experts" not in skipped:
                 _check_layer(LayerTensors(checkpoint, layer))
+            if moe.routing is not None:
+                load_router(checkpoint, layer)
         return
     _log.warning("%s: model_type %r is no family that halfbyte knows: what config.json says of its experts is not checked", where, config.model_type)
     for experts, shapes in found.items():
