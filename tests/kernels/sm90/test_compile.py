@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -69,10 +68,11 @@ def test_decode_kernels_use_mma_without_spills(direct: bool, parts: int, nvfp4: 
         assert kernel.shared_bytes <= 256  # the one reduction of the direct variant
 
 
-# Register budgets of 240, 160 and 112 for two to four consumers leave a few values in local memory, which the loop over K does not touch: 0 to 40
-# bytes a thread with Triton 3.6, what all measurements were made with, and up to 376 with 3.9 (2026-11). A wider budget costs a consumer warpgroup,
-# which costs more.
-MAX_SPILL_BYTES = 64 if version("triton").startswith("3.6") else 384
+# Register budgets of 240, 160 and 112 for two to four consumers leave a few values in local memory, which the loop over K does not touch. A wider
+# budget costs a consumer warpgroup, which costs more. The most: LARGE, two row tiles of up to 160 tokens, where the words are coded for fp8, with the
+# ptxas 13.4 of Triton 3.9; with 12.8, of Triton 3.6, 64 bytes.
+MAX_SPILL_BYTES = 40
+MAX_SPILL_BYTES_LARGE_FP8_WORDS = 200
 
 
 def check_prefill_kernel(config: configs.PrefillConfig, experts: HopperExperts, *, is_w13: bool, scaled: bool) -> None:
@@ -83,7 +83,8 @@ def check_prefill_kernel(config: configs.PrefillConfig, experts: HopperExperts, 
         expert_rows._prefill_gemm(x, scales, matrix, y, experts, WORK, config, is_w13=is_w13)
     (kernel,) = compiled
     assert all(f"wgmma.mma_async.sync.aligned.m64n{size}{instruction}" in kernel.ptx for pair in config.sizes for size in pair if size)
-    assert kernel.spill_bytes <= MAX_SPILL_BYTES
+    has_least_room = config is configs.LARGE and experts.words_for == "fp8"
+    assert kernel.spill_bytes <= (MAX_SPILL_BYTES_LARGE_FP8_WORDS if has_least_room else MAX_SPILL_BYTES)
     assert kernel.registers <= config.launch_registers
     assert kernel.shared_bytes <= 227 * 1024
 

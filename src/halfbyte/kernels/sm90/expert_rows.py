@@ -57,6 +57,10 @@ MIN_COLUMNS_OF_PARTS = 2816
 DECODE_REGISTERS = 64
 WIDE_REGISTERS = 72  # of the direct w2, and of the direct w13 with quantised activations, which would keep some in memory
 
+# Triton 3.7 and newer ask ptxas for level 2 of the register allocation, with which the ptxas 13.4 of Triton 3.9 spills up
+# to 376 bytes per thread of the prefill kernels. The last of two levels counts, and 4 is what ptxas does unasked. Older ones (12.8, 12.9) ignore it.
+PTXAS_OPTIONS = "--regAllocOptLevel=4"
+
 
 def supports(problem: Problem) -> Support:
     if problem.layout not in ("hopper", "hopper_fp8"):
@@ -204,7 +208,7 @@ def _prefill_gemm(
         matrix.row_tiles, matrix.column_tiles, y.shape[1], y.shape[1], experts.format == NVFP4, experts.words_for, x_scale is not None,
         is_w13, *_activation(experts), matrix.bias is not None, config.sizes, config.consumers, config.row_tiles_per_consumer, config.x_stages,
         config.w_stages, config.consumer_registers,
-        num_warps=4, maxnreg=config.launch_registers,
+        num_warps=4, maxnreg=config.launch_registers, ptx_options=PTXAS_OPTIONS,
     )  # fmt: skip
 
 
