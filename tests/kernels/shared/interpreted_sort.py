@@ -4,9 +4,11 @@ import random
 
 import torch
 
+import halfbyte as hb
 from halfbyte.kernels.reference.sort import run as reference_sort
 from halfbyte.kernels.shared.combine import combine_direct
 from halfbyte.kernels.shared.combine import run as combine
+from halfbyte.kernels.shared.decode_rows import decode_rows
 from halfbyte.kernels.shared.sort import run as sort
 from halfbyte.kernels.sm90.gather import gather
 from halfbyte.weights.hopper.layout import FRAGMENT_COLUMN_BF16
@@ -41,6 +43,17 @@ def check_gather_and_combine() -> None:
     assert gathered_scales is not None and torch.equal(gathered_scales[:4], scales[[0, 2, 0, 1]])
     padded = torch.nn.functional.pad(hidden, (0, 32)).view(3, 2, 64)[:, :, list(FRAGMENT_COLUMN_BF16)].reshape(3, 128)
     assert torch.equal(gathered[:4], padded[[0, 2, 0, 1]])
+    row_scale = torch.tensor([0.01, 0.5, 7.0])
+    for q in (
+        hb.quantize(hidden, hb.NVFP4, row_scale, backend="reference"), hb.quantize(hidden, hb.NVFP4, torch.tensor(0.02), backend="reference"),
+        hb.quantize(hidden, hb.MXFP4, backend="reference"), hb.quantize_fp8(hidden, backend="reference"),
+        hb.quantize_fp8(hidden, "mx", backend="reference"),
+    ):  # fmt: skip
+        decoded, decoded_scale = decode_rows(q)
+        expected, expected_scale = gather(decoded, work, 128, decoded_scale)
+        got, got_scale = gather(q, work, 128)
+        assert torch.equal(got[:4], expected[:4]) and not torch.equal(got[0], got[1])
+        assert (got_scale is None) == (expected_scale is None) and (got_scale is None or torch.equal(got_scale[:4], expected_scale[:4]))
     y, weights = torch.randn(6, 96), torch.rand(3, 2)
     out = combine(y, work.row_of_slot, weights, torch.full((3, 96), torch.nan))
     expected = torch.stack([weights[0, 0] * y[2] + weights[0, 1] * y[0], weights[1, 1] * y[3], weights[2, 0] * y[1]])

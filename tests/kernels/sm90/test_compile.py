@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 
 from halfbyte.kernels.problem import Problem, Size
 from halfbyte.kernels.sm90 import configs, expert_rows, fused_moe
+from halfbyte.kernels.sm90.gather import gather
 from halfbyte.kernels.sm90.quantize_rows import gather_codes, quantize_rows, quantize_tokens
 from halfbyte.kernels.work_list import WorkList
 
@@ -132,6 +133,15 @@ def test_quantising_kernels_compile() -> None:
         gather_codes(hb.quantize_fp8(torch.zeros((4, 7168))), WORK, 7168)
     assert len(compiled) == 3 and all(kernel.spill_bytes == 0 for kernel in compiled)
     assert ["cvt.rn.satfinite.e4m3x2.f32" in kernel.ptx for kernel in compiled] == [True, True, False]
+
+
+def test_gathers_compile() -> None:
+    x = torch.zeros((4, 7168), dtype=torch.bfloat16)
+    coded = (hb.quantize(x, hb.NVFP4, torch.ones(4)), hb.quantize(x, hb.MXFP4), hb.quantize_fp8(x), hb.quantize_fp8(x, "mx"))
+    with compiling(90) as compiled:
+        for hidden in (x, *coded):
+            gather(hidden, WORK, 7168, launch_early=True)
+    assert len(compiled) == 5 and all(kernel.spill_bytes == 0 and kernel.registers <= 64 for kernel in compiled)
 
 
 @pytest.mark.parametrize("in_registers", [True, False])

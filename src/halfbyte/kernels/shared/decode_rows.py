@@ -12,10 +12,14 @@
 | fp8, one scale per token | e4m3 code | the scale |
 | MXFP8 | e4m3 code * 2^(byte - 127) | none |
 
+`decode_rows` does it in a launch of its own; `decode_pairs` in another kernel (`sm90.gather`), which writes the rows where they are multiplied.
+
 Target: any GPU of compute capability 8.0 or newer. Not measured yet.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -50,48 +54,83 @@ def _block_scale(scales_ptr, index, mask, E8M0: tl.constexpr):
     return scale
 
 
+@triton.jit
+def decode_pairs(codes_ptr, scales_ptr, row, pair, mask, PAIRS: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, E8M0: tl.constexpr):
+    """Both columns of pairs of a row (int64) of codes, times their block scales, in fp32. BLOCK: columns per scale, 0 where there are none."""
+    if BITS == 4:
+        byte = tl.load(codes_ptr + row * PAIRS + pair, mask=mask, other=0).to(tl.int32)
+        low, high = e2m1_value(byte), e2m1_value(byte >> 4)
+    else:
+        both = tl.load(codes_ptr + row * PAIRS + pair, mask=mask, other=0).to(tl.int32)
+        low, high = _e4m3_value(both & 0xFF), _e4m3_value(both >> 8 & 0xFF)
+    if BLOCK > 0:
+        scale = _block_scale(scales_ptr + row * (2 * PAIRS // BLOCK), 2 * pair // BLOCK, mask, E8M0)
+        low, high = low * scale, high * scale
+    return low, high
+
+
 @triton.jit(do_not_specialize=["rows_per_scale"])
 def _decode(
     codes_ptr, scales_ptr, given_scale_ptr, out_ptr, row_scale_ptr, rows_per_scale,
     PAIRS: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, E8M0: tl.constexpr, SCALED: tl.constexpr, PADDED: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Program r decodes row r, in pairs of columns. BLOCK: columns per scale, 0 where there are none; SCALED: there is a scale per row."""
+    """Program r decodes row r, in pairs of columns. SCALED: there is a scale per row."""
     row = tl.program_id(0)
     pair = tl.arange(0, PADDED)
     mask = pair < PAIRS
-    if BITS == 4:
-        byte = tl.load(codes_ptr + row.to(tl.int64) * PAIRS + pair, mask=mask, other=0).to(tl.int32)
-        low, high = e2m1_value(byte), e2m1_value(byte >> 4)
-    else:
-        both = tl.load(codes_ptr + row.to(tl.int64) * PAIRS + pair, mask=mask, other=0).to(tl.int32)
-        low, high = _e4m3_value(both & 0xFF), _e4m3_value(both >> 8 & 0xFF)
-    if BLOCK > 0:
-        scale = _block_scale(scales_ptr + row.to(tl.int64) * (2 * PAIRS // BLOCK), 2 * pair // BLOCK, mask, E8M0)
-        low, high = low * scale, high * scale
+    low, high = decode_pairs(codes_ptr, scales_ptr, row.to(tl.int64), pair, mask, PAIRS, BITS, BLOCK, E8M0)
     tl.store(out_ptr + row.to(tl.int64) * PAIRS + pair, pack(low, high, True, ASM), mask=mask)
     if SCALED:
         tl.store(row_scale_ptr + row, tl.load(given_scale_ptr + row // rows_per_scale))
 
 
+class CodedRows(NamedTuple):
+    """What `decode_pairs` is given of quantised rows.
+
+    Attributes:
+        codes: uint8 [rows, K/2] or int16 [rows, K/2], one element per pair; scales: uint8 per block, or what is never read.
+        row_scale: fp32, one for all rows or one per row; None where there is none.
+        rows_per_scale: rows that share an element of it.
+        pairs, bits, block, e8m0: constants of the kernel.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    row_scale: torch.Tensor | None
+    rows_per_scale: int
+    pairs: int
+    bits: int
+    block: int
+    e8m0: bool
+
+    @staticmethod
+    def of(hidden: QuantTensor | Fp8Tensor) -> CodedRows:
+        """Those of hidden [rows, K] in scale layout "linear"."""
+        codes, scales, num_rows = hidden.codes.contiguous(), hidden.scales.contiguous(), hidden.codes.shape[0]
+        if isinstance(hidden, QuantTensor):
+            given = hidden.global_scale
+            rows_per_scale = 1 if given is None else num_rows // given.numel()
+            return CodedRows(
+                codes, scales.view(torch.uint8), given, rows_per_scale, codes.shape[1], 4, hidden.format.block, not hidden.format.has_global_scale
+            )
+        if hidden.scaling == "token":
+            return CodedRows(codes.view(torch.int16), scales, scales, 1, codes.shape[1] // 2, 8, 0, True)
+        return CodedRows(codes.view(torch.int16), scales.view(torch.uint8), None, 1, codes.shape[1] // 2, 8, 32, True)
+
+
 def decode_rows(hidden: QuantTensor | Fp8Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """hidden [rows, K] in scale layout "linear" to `out` bf16 [rows, K] and `row_scale` fp32 [rows] or None, as the module says."""
-    num_rows, is_fp4 = hidden.codes.shape[0], isinstance(hidden, QuantTensor)
-    codes, scales = hidden.codes.contiguous(), hidden.scales.contiguous()
-    pairs = codes.shape[1] if is_fp4 else codes.shape[1] // 2
-    if is_fp4:
-        given, block = hidden.global_scale, hidden.format.block
-    else:
-        given, block = (scales, 0) if hidden.scaling == "token" else (None, 32)
-    out = scratch((num_rows, 2 * pairs), torch.bfloat16, codes.device)
-    row_scale = None if given is None else scratch((num_rows,), torch.float32, codes.device)
+    given, num_rows = CodedRows.of(hidden), hidden.codes.shape[0]
+    out = scratch((num_rows, 2 * given.pairs), torch.bfloat16, given.codes.device)
+    row_scale = None if given.row_scale is None else scratch((num_rows,), torch.float32, given.codes.device)
     if num_rows == 0:
         return out, row_scale
-    padded = next_power_of_2(pairs)
+    padded = next_power_of_2(given.pairs)
     launch(
         _decode, (num_rows,),
-        codes if is_fp4 else codes.view(torch.int16), scales if given is scales else scales.view(torch.uint8), scales if given is None else given,
-        out.view(torch.int32), out if row_scale is None else row_scale, num_rows if given is None else num_rows // given.numel(),
-        pairs, 4 if is_fp4 else 8, block, not is_fp4 or not hidden.format.has_global_scale, given is not None, padded, not INTERPRETED,
+        given.codes, given.scales, given.scales if given.row_scale is None else given.row_scale, out.view(torch.int32),
+        out if row_scale is None else row_scale, given.rows_per_scale,
+        given.pairs, given.bits, given.block, given.e8m0, row_scale is not None, padded, not INTERPRETED,
         **({} if INTERPRETED else {"num_warps": min(8, max(1, padded // 256))}),
     )  # fmt: skip
     return out, row_scale

@@ -8,7 +8,7 @@ Activations "mxfp8" and "nvfp4", and "fp8" where memory limits and fp8 tensor co
 quantised activations, which bf16 holds exactly, and exact weights. Two more launches, `encode_rows` before each GEMM, which move 4 T H and 4 R I
 bytes. That is never faster than "bf16": it is for the numbers that a Blackwell GPU would give. On fp8 tensor cores weights are rounded to e4m3 too
 (`weights.hopper.rounding_fp8`): `rounds_weights`. Hidden states that arrive quantised are decoded into bf16, which holds them exactly but for one
-scale per row, or, in one-scale fp8, go to fp8 tensor cores as they are.
+scale per row, by `gather` or (few tokens) by a launch of its own; one-scale fp8 goes to fp8 tensor cores as it is.
 
 h gets one scale per row, which needs the largest value of the whole row and so a pass of its own. It moves 3 R I bytes where GEMM2 computes 2 R H I
 operations: at 3 TB/s and 1.3 Pflop/s 650 / H of GEMM2's time, 3 % of a DeepSeek-R1 layer and 10 % of a Qwen3-30B one. A scale for every 64 columns
@@ -126,7 +126,8 @@ def workspace_nbytes(problem: Problem, size: Size, config: Config) -> int:
     sizes = [2 * rows * intermediate, parts * rows * hidden * (4 if config == DIRECT else 2)]
     if isinstance(config, PrefillConfig) and config.fp8:
         return sum(map(aligned, (*sizes, rows * intermediate, 4 * rows, 4 * rows)))
-    if problem.quantized is not None or problem.activations != "bf16":
+    is_encoded = problem.activations != "bf16" if problem.quantized is None else not isinstance(config, PrefillConfig)
+    if is_encoded:  # or decoded, where no gather does it
         sizes.append(2 * tokens * hidden)
     if isinstance(config, PrefillConfig) and padded_size(hidden) > hidden:
         sizes.append(2 * rows * padded_size(hidden))
@@ -173,7 +174,7 @@ def _decode_gemm(
 def _prefill(
     hidden: Hidden, experts: HopperExperts, work: WorkList, h: torch.Tensor, rows: torch.Tensor, activations: ActivationFormat, config: PrefillConfig
 ) -> None:
-    codes, scales = _encoded(hidden, activations, experts)
+    codes, scales = _encoded(hidden, activations, experts) if isinstance(hidden, torch.Tensor) else (hidden, None)
     x = _in_memory_of(rows, padded_size(experts.hidden), torch.bfloat16)
     x, x_scale = gather(codes, work, x.shape[1], scales, out=x, launch_early=True)
     _prefill_gemm(x, x_scale, experts.w13, h, experts, work, config, is_w13=True)
