@@ -14,6 +14,7 @@ import halfbyte
 from halfbyte import doctor
 from halfbyte.cli.main import main
 from halfbyte.device import Target
+from halfbyte.kernels.flashinfer import package
 
 
 def squeezed(text: str) -> list[str]:
@@ -99,3 +100,14 @@ def test_the_verdict_counts_gpus_and_names_the_kernel(monkeypatch) -> None:
 def test_the_next_step_installs_what_the_demo_lacks(monkeypatch) -> None:
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
     assert doctor.next_step() == "pip install 'halfbyte[demo]', then: halfbyte demo"
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_blackwell_runs_flashinfers_kernels_where_they_are(installed: bool, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(Target, "of", staticmethod(lambda device: Target("NVIDIA B200", "sm_100", 148, 126 << 20, 8000.0)))
+    monkeypatch.setattr(package, "refusal", lambda: None if installed else "needs the package flashinfer-python, which is not installed")
+    findings = {finding.name: finding.value for finding in doctor.report() if finding.section == "kernels"}
+    expected = "flashinfer, layout trtllm_gen" if installed else "triton, layout canonical"
+    assert findings["sm_100 NVFP4 x nvfp4"] == findings["sm_100 MXFP4 x bf16"] == expected
+    assert findings["sm_100 NVFP4 x bf16"] == "triton, layout canonical"

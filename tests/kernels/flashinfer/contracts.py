@@ -1,8 +1,8 @@
 """What halfbyte calls in FlashInfer, read from FlashInfer's source: PYTHONPATH=tests python contracts.py FOLDER [RELEASE.json]
 
 FOLDER        the package `flashinfer`: of a source tree, of an unpacked wheel, or where an installed one lies
-RELEASE.json  where the facts go; without it the calls are bound to the functions of this release, whichever it is, and its facts compared with those
-              in releases/, if it is there
+RELEASE.json  where the facts go; without it the calls are bound to the functions of this release, whichever it is, the order of rows is compared with
+              that of its own functions, and its facts with those in releases/, if it is there
 
 Facts only: names of parameters, and numbers of enumerations.
 """
@@ -88,10 +88,35 @@ def bind(facts: Facts) -> None:
     assert len(facts["activation_types"]) == len(stand_in.ActivationType)
 
 
+# What moves rows, by file: plain torch, which runs without the package.
+MOVES_ROWS = {
+    "utils.py": ("get_shuffle_matrix_a_row_indices", "get_shuffle_block_size", "srcToDstBlk16RowMap", "srcToDstBlk32RowMap"),
+    "fused_moe/core.py": ("reorder_rows_for_gated_act_gemm", "get_reorder_rows_for_gated_act_gemm_row_indices"),
+}
+
+
+def compare_row_order(package: Path) -> None:
+    """Raise AssertionError where the release orders rows in another way than the layout."""
+    names: dict[str, Any] = {"torch": torch}
+    for file, wanted in MOVES_ROWS.items():
+        for node in _parsed(package / file).body:
+            if isinstance(node, ast.FunctionDef) and node.name in wanted:
+                node.decorator_list = []
+            elif not (isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in wanted):
+                continue
+            exec(f"from __future__ import annotations\n{ast.unparse(node)}", names)
+    for rows in (128, 256, 6144):
+        matrix = torch.arange(rows).unsqueeze(1)
+        shuffle = names["get_shuffle_matrix_a_row_indices"](matrix, 128)
+        assert torch.equal(matrix[shuffle].flatten(), hb.trtllm_gen_row_order(rows, gated=False))
+        assert torch.equal(names["reorder_rows_for_gated_act_gemm"](matrix)[shuffle].flatten(), hb.trtllm_gen_row_order(rows, gated=True))
+
+
 if __name__ == "__main__":
     package = Path(sys.argv[1])
     found, releases = facts_of(package), Path(__file__).parent / "releases"
     bind(found)
+    compare_row_order(package)
     version = version_of(package)
     if len(sys.argv) > 2 or (releases / f"{version}.json").exists():
         record_or_compare(package, found, releases)
