@@ -35,14 +35,13 @@ WAYS: dict[str, dict[str, Any]] = {
     "ep2": {"tensor_parallel_size": 2, "enable_expert_parallel": True},
     "sleep": {"enable_sleep_mode": True},
 }
-CHOICES = (
-    "nvfp4-modelopt",
-    "nvfp4-compressed-tensors",
-    "mxfp4-compressed-tensors",
-    "nvfp4-modelopt+tp2",
-    "nvfp4-modelopt+ep2",
-    "nvfp4-modelopt+sleep",
-)
+
+
+def choices() -> list[str]:
+    """What this machine can do."""
+    ways = ["sleep"] if torch.cuda.is_available() else []
+    ways += ["tp2", "ep2"] if torch.cuda.device_count() != 1 else []
+    return ["nvfp4-modelopt", "nvfp4-compressed-tensors", "mxfp4-compressed-tensors", *(f"nvfp4-modelopt+{way}" for way in ways)]
 
 
 def quantized(directory: Path, checkpoint: str) -> Path:
@@ -101,7 +100,10 @@ def check(path: Path, way: str) -> None:
     first = generate(llm, prompts)
     places = llm.apply_model(addresses)
     assert all(places), "no layer runs on halfbyte"
-    sleep(llm) if way == "sleep" else llm.collective_rpc("reload_weights")
+    if way == "sleep":
+        sleep(llm)
+    else:
+        llm.collective_rpc("reload_weights")
     assert llm.apply_model(addresses) == places
     assert generate(llm, prompts) == first, "other text after a reload"
     model, _ = load(path, dtype=torch.bfloat16)
@@ -114,7 +116,7 @@ def check(path: Path, way: str) -> None:
 def main() -> None:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_ALLOW_INSECURE_SERIALIZATION="1", VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1")
-    chosen = sys.argv[1:] or [choice for choice in CHOICES if not choice.endswith("+sleep") or torch.cuda.is_available()]
+    chosen = sys.argv[1:] or choices()
     if len(chosen) > 1:  # vLLM keeps what it took until its process ends
         for choice in chosen:
             subprocess.run([sys.executable, __file__, choice], check=True)
