@@ -142,7 +142,7 @@ class VLLM:
         if not self._models:
             return {**known, "checked": "not, the model is in other processes"}
         model = self._models[-1]
-        layers = [_vllm_layer(name, module) for name, module in model.named_modules() if type(module).__name__ == "RoutedExperts"]
+        layers = [_vllm_layer(name, module) for name, module in model.named_modules() if _is_a(module, "RoutedExperts")]
         return {**known, **check_layers(layers, self._source, next(model.parameters()).device)}
 
     def _watch_processing(self) -> None:
@@ -170,6 +170,11 @@ class VLLM:
 
         register_model_loader("halfbyte_random")(RandomLoader)
         return "halfbyte_random"
+
+
+def _is_a(module: torch.nn.Module, name: str) -> bool:
+    """Whether a module is of the engine's class of this name, or of one made of it: engines have such for single models."""
+    return any(cls.__name__ == name for cls in type(module).__mro__)
 
 
 def _vllm_layer(name: str, module: Any) -> EngineLayer:
@@ -236,7 +241,7 @@ def watch_sglang(plan: Plan) -> None:
         model = processing.around(lambda: original(*args, **kwargs))
         # Of the whole loading, that after the filling; of files, SGLang reads and processes layer by layer.
         processing.facts["processing_s"] = time.perf_counter() - started if started else None
-        layers = [_sglang_layer(name, module) for name, module in model.named_modules() if type(module).__name__ == "FusedMoE"]
+        layers = [_sglang_layer(name, module) for name, module in model.named_modules() if _is_a(module, "FusedMoE")]
         source, device = experts_source(Path(plan.model), filled), next(model.parameters()).device
         _facts_file(plan).write_text(json.dumps({**processing.facts, **check_layers(layers, source, device)}))
         return model

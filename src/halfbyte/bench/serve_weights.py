@@ -70,6 +70,50 @@ _COMMON = {
     "use_cache": True,
 }
 
+
+def _gpt_oss(name: str, layers: int) -> Geometry:
+    return Geometry(
+        name,
+        NAMED_SHAPES["gptoss"],
+        _COMMON
+        | {
+            "architectures": ["GptOssForCausalLM"],
+            "model_type": "gpt_oss",
+            "attention_bias": True,
+            "vocab_size": 201088,
+            "hidden_size": 2880,
+            "intermediate_size": 2880,
+            "num_local_experts": 128,
+            "num_experts_per_tok": 4,
+            "experts_per_token": 4,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 150000,
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 32.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 4096,
+            },
+            "sliding_window": 128,
+            "layer_types": ["sliding_attention", "full_attention"] * (layers // 2),
+            "swiglu_limit": 7.0,
+            "tie_word_embeddings": False,
+            "quantization_config": {
+                "quant_method": "mxfp4",
+                "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"],
+            },
+        },
+        alternating=True,
+    )
+
+
 GEOMETRIES = {
     geometry.name: geometry
     for geometry in (
@@ -100,46 +144,8 @@ GEOMETRIES = {
                 "quantization_config": _nvfp4(),
             },
         ),
-        Geometry(
-            "gpt-oss-120b",
-            NAMED_SHAPES["gptoss"],
-            _COMMON
-            | {
-                "architectures": ["GptOssForCausalLM"],
-                "model_type": "gpt_oss",
-                "attention_bias": True,
-                "vocab_size": 201088,
-                "hidden_size": 2880,
-                "intermediate_size": 2880,
-                "num_local_experts": 128,
-                "num_experts_per_tok": 4,
-                "experts_per_token": 4,
-                "num_hidden_layers": 36,
-                "num_attention_heads": 64,
-                "num_key_value_heads": 8,
-                "head_dim": 64,
-                "max_position_embeddings": 131072,
-                "rms_norm_eps": 1e-5,
-                "rope_theta": 150000,
-                "rope_scaling": {
-                    "rope_type": "yarn",
-                    "factor": 32.0,
-                    "beta_fast": 32.0,
-                    "beta_slow": 1.0,
-                    "truncate": False,
-                    "original_max_position_embeddings": 4096,
-                },
-                "sliding_window": 128,
-                "layer_types": ["sliding_attention", "full_attention"] * 18,
-                "swiglu_limit": 7.0,
-                "tie_word_embeddings": False,
-                "quantization_config": {
-                    "quant_method": "mxfp4",
-                    "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"],
-                },
-            },
-            alternating=True,
-        ),
+        _gpt_oss("gpt-oss-120b", 36),
+        _gpt_oss("gpt-oss-120b-12l", 12),
         Geometry(
             "deepseek-r1-8l",
             NAMED_SHAPES["dsr1"],
