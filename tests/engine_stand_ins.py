@@ -88,6 +88,8 @@ VLLM = {
         import torch
         class RoutedExperts(torch.nn.Module):
             pass
+        class ModelRoutedExperts(RoutedExperts):  # as gpt-oss has
+            pass
         class SamplingParams:
             def __init__(self, temperature, max_tokens, ignore_eos, detokenize):
                 assert temperature == 0 and ignore_eos and not detokenize
@@ -101,7 +103,7 @@ VLLM = {
                 if mode == "broken" and options:
                     raise RuntimeError("no kernel image")
                 Method.apply = lambda self, layer, x, weights, ids, shared, inputs: self.compute(layer, x, weights, ids)
-                model = experts(RoutedExperts, wrong=mode == "wrong" and bool(options))
+                model = experts(ModelRoutedExperts, wrong=mode == "wrong" and bool(options))
                 LOADERS[given["load_format"]]().load_weights(model, None)
                 base_loader.process_weights_after_loading(model, None, None)
                 cache = Namespace(num_gpu_blocks=10, block_size=16)

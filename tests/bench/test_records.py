@@ -204,8 +204,7 @@ def test_report_reads_every_results_file(capsys):
     files = sorted(str(file) for file in RESULTS.glob("*.jsonl") if not file.name.startswith(("tiles-", "checkouts-")))
     assert len(files) >= 7 and main(["bench", "report", *files]) == 0
     printed = capsys.readouterr().out
-    kept = [name for name in ROW_MODULES if name != "serve"]  # of that no run is kept yet
-    assert [line for line in printed.splitlines() if line.startswith("## ")] == [f"## halfbyte bench {name}" for name in kept]
+    assert [line for line in printed.splitlines() if line.startswith("## ")] == [f"## halfbyte bench {name}" for name in ROW_MODULES]
     assert "| 1 | halfbyte, in place | 18.73 | 256 |" in printed and "| 65536 | halfbyte | 306.7 |" in printed
     assert main(["bench", "report", *files, "--all"]) == 0
     layer = "### dsr1 NVFP4, layout hopper\n"

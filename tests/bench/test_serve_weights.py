@@ -96,11 +96,12 @@ def test_a_layer_that_cannot_be_called_is_told_and_not_hidden() -> None:
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
-def test_configurations_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+def test_configurations_are_those_of_transformers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HALFBYTE_CACHE_DIR", str(tmp_path))
     geometry = GEOMETRIES[name]
-    geometry.write_config(tmp_path)
-    config = AutoConfig.from_pretrained(tmp_path)
-    assert config.architectures == list(json.loads((tmp_path / "config.json").read_text())["architectures"])
+    config = AutoConfig.from_pretrained(geometry.directory())
+    assert config.architectures == list(json.loads((geometry.directory() / "config.json").read_text())["architectures"])
+    assert len(getattr(config, "layer_types", None) or [()] * config.num_hidden_layers) == config.num_hidden_layers
     experts = getattr(config, "n_routed_experts", None) or getattr(config, "num_local_experts", None) or config.num_experts
     intermediate = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
     shape = geometry.shape
