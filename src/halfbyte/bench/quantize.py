@@ -6,7 +6,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -182,7 +182,7 @@ def _call_of(system: str, case: QuantizeCase, device: torch.device, seed: int) -
         offsets, scales = _experts(case, device, seed)
         if system == "halfbyte":
             return lambda x: halfbyte.quantize_experts(x, offsets, scales, format, scale_layout=layout)[:2]
-        return _grouped_kernel(offsets, scales, format, layout, scan=system == "scan")
+        return _grouped_kernel(offsets, scales, format, layout, "scan" if system == "scan" else "search")
     scale = torch.tensor(_GLOBAL_SCALE, dtype=torch.float32, device=device) if format.has_global_scale else None
     if system == "halfbyte":
         return lambda x: _parts(halfbyte.quantize(x, format, scale, scale_layout=layout))
@@ -194,14 +194,14 @@ def _call_of(system: str, case: QuantizeCase, device: torch.device, seed: int) -
 
 
 def _grouped_kernel(
-    offsets: torch.Tensor, scales: torch.Tensor | None, format: BlockFormat, layout: ScaleLayout, *, scan: bool
+    offsets: torch.Tensor, scales: torch.Tensor | None, format: BlockFormat, layout: ScaleLayout, lookup: Literal["scan", "search"]
 ) -> Callable[[torch.Tensor], Quantized]:
     from halfbyte.kernels.quantize import allocate_experts
     from halfbyte.kernels.quantizers.fp4_experts import run as quantize_experts
 
     def call(x: torch.Tensor) -> Quantized:
         out = allocate_experts(x, offsets, format, layout)
-        quantize_experts(x, offsets, scales, format, layout, *out, scan=scan)
+        quantize_experts(x, offsets, scales, format, layout, *out, lookup=lookup)
         return out[:2]
 
     return call

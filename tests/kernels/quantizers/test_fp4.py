@@ -124,9 +124,20 @@ def offsets_of(counts: list[int], before: int = 0) -> torch.Tensor:
 
 SPLITS = [[0, 3, 0, 130, 2], [0, 0, 0], [0] * 16 + [7]] if INTERPRETED else [[5], [1] * 9, [128, 129, 127], [2] * 17, [0, 0, 0], [0, 3, 0, 130, 2]]
 
+# Interpreted, a program takes a quarter of a second, and "row" has one for each row.
+LOOKUPS = [(counts, lookup) for counts in SPLITS for lookup in ("scan", "search") + (() if INTERPRETED else ("row",))] + [([0, 1, 9], "row")]
+
 
 def check_experts(
-    counts: list[int], width: int, format: hb.BlockFormat, layout: str, scan: bool, *, before: int = 0, after: int = 0, dtype: torch.dtype = DTYPES[0]
+    counts: list[int],
+    width: int,
+    format: hb.BlockFormat,
+    layout: str,
+    lookup: str,
+    *,
+    before: int = 0,
+    after: int = 0,
+    dtype: torch.dtype = DTYPES[0],
 ) -> None:
     """Against the codec, expert by expert, in buffers that were full of 99: what no expert covers must still be."""
     offsets = offsets_of(counts, before)
@@ -145,7 +156,7 @@ def check_experts(
         expected[1][start : start + part.scales.shape[0]] = part.scales.view(torch.uint8)
         starts.append(starts[-1] + -(-(end - first) // tile) * tile)
     on_device = [None if part is None else part.to(DEVICE) for part in (x, offsets, scales)]
-    kernel_quantize_experts(*on_device, format, layout, *actual, scan=scan)
+    kernel_quantize_experts(*on_device, format, layout, *actual, lookup=lookup)
     assert_equal_bits(actual[0].cpu(), expected[0])
     assert_equal_bits(actual[1].cpu(), expected[1])
     assert actual[2].tolist() == ([99] * len(starts) if layout == "linear" else starts)
@@ -153,11 +164,10 @@ def check_experts(
 
 @numeric
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("scan", [True, False])
-@pytest.mark.parametrize("counts", SPLITS, ids=str)
-def test_experts(counts, scan, layout):
-    check_experts(counts, 96, hb.NVFP4, layout, scan, before=2, after=3)
-    check_experts(counts, 64, hb.MXFP4, layout, scan, after=1, dtype=torch.float16)
+@pytest.mark.parametrize(("counts", "lookup"), LOOKUPS, ids=str)
+def test_experts(counts, lookup, layout):
+    check_experts(counts, 96, hb.NVFP4, layout, lookup, before=2, after=3)
+    check_experts(counts, 64, hb.MXFP4, layout, lookup, after=1, dtype=torch.float16)
 
 
 @numeric
@@ -363,13 +373,15 @@ def test_compiles_lean(format, dtype, capability):
     x, offsets, scale = torch.empty(256, 7168, dtype=dtype), offsets_of([100, 156]), torch.ones(2) if format is hb.NVFP4 else None
     with compiling(capability) as launched:
         quantize(x, format, None if scale is None else 1.0, scale_layout="128x4")
-        kernel_quantize_experts(x, offsets, scale, format, "128x4", *hb.quantize_experts(x, offsets, scale, format, backend="reference"))
-        kernel_quantize_experts(x, offsets, scale, format, "128x4", *hb.quantize_experts(x, offsets, scale, format, backend="reference"), scan=False)
+        out = hb.quantize_experts(x, offsets, scale, format, backend="reference")
+        for lookup in ("scan", "search", "row"):
+            kernel_quantize_experts(x, offsets, scale, format, "128x4", *out, lookup=lookup)
     assert [compiled.name for compiled in launched] == [
         "quantize_kernel",
         "quantize_experts_kernel",
         "expert_ends_kernel",
         "quantize_experts_kernel",
+        "quantize_single_rows_kernel",
     ]
     for compiled in launched:
         assert compiled.spill_bytes == 0 and compiled.registers <= (96 if format is hb.NVFP4 else 64) and compiled.shared_bytes <= 1024
@@ -396,7 +408,7 @@ def test_compiles_with_an_activation_or_a_norm(format, dtype):
         kernel_quantize_experts(x, offsets, scales, format, "128x4", *out, activation=SWIGLU)
         if format is hb.NVFP4:
             quantize(x, format, scale, four_over_six=True)
-    names = ["quantize_kernel", "inverse_rms_kernel", "quantize_kernel", "quantize_experts_kernel"] + ["quantize_kernel"] * (format is hb.NVFP4)
+    names = ["quantize_kernel", "inverse_rms_kernel", "quantize_kernel", "quantize_single_rows_kernel"] + ["quantize_kernel"] * (format is hb.NVFP4)
     assert [compiled.name for compiled in launched] == names
     max_registers = 144 if triton.__version__.startswith("3.6") else 128
     assert all(compiled.registers <= max_registers and compiled.spill_bytes <= 64 for compiled in launched)
@@ -435,13 +447,13 @@ def test_reciprocals_on_a_gpu():
 
 
 @gpu_only
-@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("lookup", ["row", "scan", "search"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("counts", [[300], [0, 1, 127, 128, 129, 0], [3] * 257, [0] * 100 + [2000] + [0] * 155, [17] * 33], ids=lambda c: f"{len(c)}")
-def test_experts_on_a_gpu(counts, layout, scan):
-    check_experts(counts, 7168, hb.NVFP4, layout, scan, before=5, after=7)
-    check_experts(counts, 2880, hb.MXFP4, layout, scan)
-    check_experts(counts, 64, hb.NVFP4, layout, scan, dtype=torch.float16)
+def test_experts_on_a_gpu(counts, layout, lookup):
+    check_experts(counts, 7168, hb.NVFP4, layout, lookup, before=5, after=7)
+    check_experts(counts, 2880, hb.MXFP4, layout, lookup)
+    check_experts(counts, 64, hb.NVFP4, layout, lookup, dtype=torch.float16)
 
 
 @gpu_only

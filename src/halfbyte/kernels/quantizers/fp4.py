@@ -213,14 +213,18 @@ def launch(
     num_chunks: int,
     device: torch.device,
     matrices: int = 1,
+    *,
+    take_turns: bool = True,
 ) -> None:
-    """Start as many programs as there are chunks in each matrix, or as the GPU holds at once."""
+    """Start as many programs as there are chunks in each matrix, or, where programs `take_turns` at them, as the GPU holds at once."""
     # Without fusion: the codec rounds every product.
     options = {} if INTERPRETED else {"num_warps": config.num_warps, "maxnreg": config.max_registers, "enable_fp_fusion": False}
     columns = triton.cdiv(num_columns, config.block_columns)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        most = _programs_per_sm(kernel, arguments, {**constants, **options}) * Target.of(device).num_sms
-        kernel[(matrices * min(num_chunks, max(1, most // (columns * matrices))), columns)](*arguments, **constants, **options)
+        if take_turns:
+            most = _programs_per_sm(kernel, arguments, {**constants, **options}) * Target.of(device).num_sms
+            num_chunks = min(num_chunks, max(1, most // (columns * matrices)))
+        kernel[(matrices * num_chunks, columns)](*arguments, **constants, **options)
 
 
 _MEASURED: dict[tuple, int] = {}
