@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -70,6 +72,27 @@ def test_two_ranks_run() -> None:
 def test_examples_run(page: Path, code: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     exec(compile(code, page.name, "exec"), {"__name__": "__main__"})
+
+
+COMMAND_LINES = [
+    pytest.param(line, id=line[:60])
+    for page in PAGES
+    if not page.is_relative_to(LAB_NOTES)
+    for code in (
+        *(code for kind, _, code in BLOCK.findall(page.read_text()) if kind == "console"),
+        *re.findall("^ {4}(.*)$", page.read_text(), re.MULTILINE),
+    )
+    for line in re.findall(r"^halfbyte ([a-z][^'\n]*)$", code, flags=re.MULTILINE)
+]
+
+
+@pytest.mark.parametrize("line", COMMAND_LINES)
+def test_commands_have_these_options(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    arguments = shlex.split(line, comments=True)
+    name = "_".join(arguments[:2]) if arguments[0] == "bench" else arguments[0]
+    monkeypatch.setattr(importlib.import_module(f"halfbyte.cli.{name}"), "run", lambda args: 0)
+    assert command_line.main(arguments) == 0
 
 
 def test_every_block_says_what_it_is() -> None:
