@@ -59,7 +59,7 @@ class ExpertWeights:
         w2: [E, H, I], likewise; NVFP4 global scale [E].
         activation: what lies between the two, or its kind.
         w13_bias, w2_bias: [E, 2I] (same row order as w13) and [E, H], or None.
-        w13_input_scale, w2_input_scale: fp32 decode multipliers of calibrated NVFP4 activations, one an expert of the *whole* layer:
+        w13_input_scale, w2_input_scale: fp32 decode multipliers of calibrated NVFP4 activations, one per expert of the *whole* layer:
             [E_global, 2] (gate, up; [E_global] when plain) and [E_global]; None where the checkpoint has none.
         first_expert, num_global_experts: which slice of the layer's experts this is (expert parallel); all of them by default.
     """

@@ -70,7 +70,7 @@ class ReferenceLayer:
 
 
 class TorchLayer:
-    """bf16 weights and torch's grouped_mm: what the layer costs without quantisation. Holds 2 bytes a weight beside the packed ones.
+    """bf16 weights and torch's grouped_mm: what the layer costs without quantisation. Holds 2 bytes per weight beside the packed ones.
 
     Raises:
         UnsupportedError: there is no room for the bf16 weights.

@@ -37,7 +37,7 @@ class MoEShape:
         return 2 if self.activation.gated else 1
 
     def expert_bytes(self, format: BlockFormat) -> int:
-        """Bytes of one expert, each read once: codes, block scales, global scales (fp32, one a projection), biases (bf16).
+        """Bytes of one expert, each read once: codes, block scales, global scales (fp32, one per projection), biases (bf16).
 
         >>> MoEShape("tiny", hidden=64, intermediate=32, num_experts=4, top_k=2).expert_bytes(halfbyte.NVFP4)
         3468

@@ -107,7 +107,7 @@ class Dialect:
 
         Args:
             module: e.g. "model.layers.0.mlp.experts.3.gate_proj".
-            q: [N, K], stacked dialects [E, N, K], in scale layout "linear" with one global scale a matrix (NVFP4) or none (MXFP4).
+            q: [N, K], stacked dialects [E, N, K], in scale layout "linear" with one global scale per matrix (NVFP4) or none (MXFP4).
             input_scale: fp32 decode multiplier [] of calibrated NVFP4 activations; None for weight-only.
 
         Raises:
@@ -170,7 +170,7 @@ MXFP4_PACK = Dialect("mxfp4-pack-quantized", MXFP4, ".weight_packed", (".weight_
 QUARK = Dialect("quark", MXFP4, ".weight", (".weight_scale",), _E8M0)
 GPT_OSS = Dialect("gpt-oss", MXFP4, "_blocks", ("_scales",), _E8M0, bias="_bias", dense="", stacked=True, blocked=True)
 DEEPSEEK_V4 = Dialect("deepseek-v4", MXFP4, ".weight", (".scale", fp8_scales_of(".weight")), (*_E8M0, torch.float32))
-# e4m3 matrices beside FP4 ones: one scale, one a row, or one for 128 x 128 elements.
+# e4m3 matrices beside FP4 ones: one scale, one per row, or one for 128 x 128 elements.
 FP8 = Dialect("fp8", scales=(".weight_scale", fp8_scales_of(".weight"), ".scale"))
 FP8_STACKED = Dialect("fp8 stacked", codes="", scales=("_weight_scale", "_scale", fp8_scales_of("")), dense="", stacked=True)
 FP8_BLOCK = Dialect("fp8-block", scales=(fp8_scales_of(".weight"),), scale_dtypes=(torch.float32, torch.bfloat16))

@@ -38,7 +38,7 @@ def _names(kind: str, known: Iterable[str]) -> Callable[[str], list[str]]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     layer = parser.add_mutually_exclusive_group()
-    layer.add_argument("--shape", type=parse_shape, metavar="H,I,E,k", help="hidden, intermediate, experts, experts a token")
+    layer.add_argument("--shape", type=parse_shape, metavar="H,I,E,k", help="hidden, intermediate, experts, experts per token")
     layer.add_argument("--name", type=shared.named_shape, metavar="NAME", help=f"one of {', '.join(NAMED_SHAPES)}; default dsr1, on a CPU a tiny one")
     parser.add_argument("--tokens", type=comma_list(positive_int), metavar="T,...", help="tokens of the rank that has most; default 1,16,..,4096")
     parser.add_argument("--layer-tokens", type=comma_list(positive_int), metavar="T,...", default=[], help="tokens per rank of whole layers")

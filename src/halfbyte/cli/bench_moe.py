@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     backends = list(PROVIDERS["fused_moe"])
     shared.add_layer(
         parser,
-        shape={"dest": "shapes", "type": parse_shape, "metavar": "H,I,E,k", "help": "hidden, intermediate, experts, experts a token"},
+        shape={"dest": "shapes", "type": parse_shape, "metavar": "H,I,E,k", "help": "hidden, intermediate, experts, experts per token"},
         name={"dest": "shapes", "type": comma_list(shared.named_shape), "metavar": "NAME,...", "help": f"of {', '.join(NAMED_SHAPES)}"},
     )
     parser.add_argument("--tokens", type=comma_list(positive_int), metavar="T,...", help="how many tokens; default 1,4,16,..,4096, on a CPU to 16")
@@ -91,7 +91,7 @@ def parse_shape(text: str) -> list[MoEShape]:
     >>> parse_shape("64,32,4,2")[0].intermediate
     32
     """
-    return [shared.shape_of(text, "four integers H,I,E,k: hidden, intermediate, experts, experts a token")]
+    return [shared.shape_of(text, "four integers H,I,E,k: hidden, intermediate, experts, experts per token")]
 
 
 def parse_peer(text: str) -> Peer:

@@ -1,6 +1,6 @@
 """`quantize_model`: a bf16, fp16, fp32 or fp8-block checkpoint to an NVFP4 or MXFP4 one, matrix by matrix.
 
-Memory beside the mapped source pages, which the system can drop at any time: one output shard, plus 9 bytes an element of the largest source
+Memory beside the mapped source pages, which the system can drop at any time: one output shard, plus 9 bytes per element of the largest source
 matrix (an expert's projection; 13 for fp8-block sources), plus the quantiser's fixed 160 MiB (320 MiB with four-over-six). safetensors 0.8 writes
 the shard from where it lies; older versions may copy it once more. Calibration is another matter: it loads the whole source model.
 

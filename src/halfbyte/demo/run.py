@@ -98,7 +98,7 @@ def run_demo(
 
 
 def table(variants: list[Variant]) -> str:
-    """The variants side by side; `KL` is from bf16, in nats a token."""
+    """The variants side by side; `KL` is from bf16, in nats per token."""
     lines = [f"{'experts':8} {'on disk':>10} {'experts':>10} {'exact match':>12} {'answer NLL':>11} {'perplexity':>11} {'KL':>8}"]
     for variant in variants:
         quality = variant.quality

@@ -24,7 +24,7 @@ def no_progress(done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class KindScore:
-    """The questions of one kind. `exact_match` is a fraction; `answer_nll` is nats a token of the reference solution."""
+    """The questions of one kind. `exact_match` is a fraction; `answer_nll` is nats per token of the reference solution."""
 
     questions: int
     exact_match: float
@@ -59,7 +59,7 @@ class EvalReport:
         if self.perplexity is not None:
             lines.append(f"perplexity {self.perplexity:.3f} over {self.text_tokens} tokens of text")
         if self.kl is not None:
-            lines.append(f"KL(reference || model) {self.kl:.5f} nats a token")
+            lines.append(f"KL(reference || model) {self.kl:.5f} nats per token")
         return "\n".join(lines)
 
 

@@ -3,11 +3,11 @@
 | kind | element | scale | who |
 |---|---|---|---|
 | bf16 | none: the activations' own dtype | | W4A16 |
-| fp8 | e4m3 | fp32 one a row (token): amax / 448 | W4A8, on Hopper's fp8 tensor cores |
+| fp8 | e4m3 | fp32 one per row (token): amax / 448 | W4A8, on Hopper's fp8 tensor cores |
 | mxfp8 | e4m3 | e8m0 one per 32: smallest power of two >= amax / 448 | gpt-oss on Blackwell, W4A8 |
-| nvfp4 | e2m1 | e4m3 per 16, and a global scale: the calibrated one, else one a row | W4A4 |
+| nvfp4 | e2m1 | e4m3 per 16, and a global scale: the calibrated one, else one per row | W4A4 |
 
-A global scale computed on the fly is one a row, not one a tensor: a token's result then does not depend on the other tokens of the batch, nor on
+A global scale computed on the fly is one per row, not one per tensor: a token's result then does not depend on the other tokens of the batch, nor on
 which rank holds an expert.
 """
 

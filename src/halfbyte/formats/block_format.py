@@ -40,7 +40,7 @@ class BlockFormat:
 
     @property
     def bits_per_weight(self) -> float:
-        """Storage bits an element, block scales included, global scale not."""
+        """Storage bits per element, block scales included, global scale not."""
         return 4 + 8 / self.block
 
 

@@ -1,4 +1,4 @@
-"""`Fp8Tensor`: activations in e4m3, with one scale a token, a block of 128, or a block of 32 (MXFP8). `quantize_fp8` defines them.
+"""`Fp8Tensor`: activations in e4m3, with one scale per token, a block of 128, or a block of 32 (MXFP8). `quantize_fp8` defines them.
 
 | scaling | block | scale | chosen as |
 |---|---|---|---|

@@ -25,8 +25,8 @@ class QuantTensor:
         codes: uint8 [..., N, K/2]; two e2m1 codes a byte, low nibble = even column.
         scales: block scales, float8_e4m3fn (NVFP4) or uint8 e8m0 (MXFP4); [..., N, K/block] in layout "linear",
             padded to [..., Np, Cp] in "128x4" and "8x4".
-        global_scale: None (MXFP4), or fp32 *decode* multiplier: shape [...] (one a matrix) or [..., G] where row group g
-            covers rows g*N/G .. (g+1)*N/G (gate and up of a fused w13: G = 2; one a row: G = N).
+        global_scale: None (MXFP4), or fp32 *decode* multiplier: shape [...] (one per matrix) or [..., G] where row group g
+            covers rows `g * N/G` to `(g + 1) * N/G` (gate and up of a fused w13: G = 2; one per row: G = N).
         format: NVFP4 or MXFP4.
         scale_layout: "linear", "128x4" or "8x4".
     """

@@ -41,7 +41,7 @@ def quantize(
     Args:
         x: fp32, bf16 or fp16, [..., N, K], any device; K a multiple of the block (16 or 32).
         format: NVFP4 or MXFP4.
-        global_scale: NVFP4 only: the fp32 *decode* multiplier, one a matrix [...] or one a row group [..., G]; computed from the
+        global_scale: NVFP4 only: the fp32 *decode* multiplier, one per matrix [...] or one per row group [..., G]; computed from the
             finite values of each matrix when None.
         four_over_six: NVFP4 only: choose per block between mapping its maximum to 6 and to 4, by squared error.
         scale_rule: MXFP4 only: "ceil", "floor" or "even" (see `formats.e8m0`).

@@ -37,7 +37,7 @@ def quantize(
     Args:
         x: fp32, bf16 or fp16, [..., N, K]; K a multiple of the block (16 or 32). On a GPU, bf16 and fp16 take one pass.
         format: NVFP4 or MXFP4, or its name.
-        global_scale: NVFP4 only: the fp32 *decode* multiplier, > 0, one a matrix [...] or one a row group [..., G]; None computes it from the
+        global_scale: NVFP4 only: the fp32 *decode* multiplier, > 0, one per matrix [...] or one per row group [..., G]; None computes it from the
             finite values of each matrix, in passes of its own.
         four_over_six: NVFP4 only: choose per block between mapping its maximum to 6 and to 4, by squared error.
         scale_rule: MXFP4 only: "ceil", "floor" or "even" (see `formats.e8m0`).
@@ -161,7 +161,7 @@ def quantize_fp8(
     scale_layout: ScaleLayout = "linear",
     backend: str | None = None,
 ) -> Fp8Tensor:
-    """Quantise x [..., N, K] to e4m3 with one scale a token, a block of 128 ("block") or a block of 32 ("mx", MXFP8), each by its own maximum.
+    """Quantise x [..., N, K] to e4m3 with one scale per token, a block of 128 ("block") or a block of 32 ("mx", MXFP8), each by its own maximum.
 
     Args:
         x: fp32, bf16 or fp16 [..., N, K]; K a multiple of the block.

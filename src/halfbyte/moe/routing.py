@@ -41,7 +41,7 @@ def route(
 
     Args:
         logits: [T, E], fp32 (bf16 and fp16 are accepted, but rounded logits change the selection of a few per cent of the tokens).
-        top_k: experts a token, 1..E.
+        top_k: experts per token, 1..E.
         method: "default", "renormalize", "deepseek_v3", "llama4", "renormalize_naive", "topk", "sigmoid_renorm", "minimax2", "sigmoid",
             "topk_sigmoid" or "deepseek_v4".
         bias: [E], any float dtype, read in fp32: added for the selection only ("deepseek_v3", "minimax2", "deepseek_v4").

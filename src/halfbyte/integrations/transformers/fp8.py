@@ -1,8 +1,8 @@
-"""FP8 matrices outside the experts: x W^T with W e4m3 [N, K] and its fp32 scales: one, one a row, or one for 128 x 128 elements.
+"""FP8 matrices outside the experts: x W^T with W e4m3 [N, K] and its fp32 scales: one, one per row, or one for 128 x 128 elements.
 
 | device | scales | what happens |
 |---|---|---|
-| GPU of compute capability 9.0 or newer, bf16 x, N and K multiples of 16 | one, one a row | torch._scaled_mm, x in e4m3 with a scale per token |
+| GPU of compute capability 9.0 or newer, bf16 x, N and K multiples of 16 | one, one per row | torch._scaled_mm, x in e4m3 with a scale per token |
 | GPU of compute capability 9.0, bf16 x, N a multiple of 128 and K of 512 | blocks | the same, with a scale per token and 128 columns |
 | any other, and blocks under torch.compile | all | W is dequantised to the dtype of x at each call |
 
@@ -52,7 +52,7 @@ def multiplies_fp8(capability: str, shape: torch.Size, scales: torch.Size) -> bo
     >>> multiplies_fp8("rows", torch.Size((64, 64)), torch.Size(())), multiplies_fp8("rows", torch.Size((256, 512)), torch.Size((2, 4)))
     (True, False)
     """
-    if _in_blocks(shape, scales):  # scales of 16 whole bytes a row
+    if _in_blocks(shape, scales):  # scales of 16 whole bytes per row
         return capability == "rows and blocks" and shape[0] % TILE == 0 and shape[1] % (4 * TILE) == 0
     return capability != "none" and shape[0] % 16 == 0 and shape[1] % 16 == 0
 

@@ -141,7 +141,7 @@ def _fp8(name: str, tensors: Mapping[str, TensorInfo]) -> Stored:
             "this layer is quantised in another format",
             where=scales,
             given=f"{info.dtype} {info.shape} for e4m3 {shape}",
-            needed="one float, one a row, or one for 128 x 128 elements",
+            needed="one float, one per row, or one for 128 x 128 elements",
         )
     return Stored(stem, dialect, shape, {CODES: name, BLOCK_SCALE: scales})
 

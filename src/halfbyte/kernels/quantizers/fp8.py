@@ -1,4 +1,4 @@
-"""Activations to e4m3 in one pass: one scale a token, a block of 128, or a block of 32 (MXFP8). Bit for bit `formats.fp8_tensor.quantize_fp8`.
+"""Activations to e4m3 in one pass: one scale per token, a block of 128, or a block of 32 (MXFP8). Bit for bit `formats.fp8_tensor.quantize_fp8`.
 
     x        [rows, K] bf16 or fp16, K contiguous
     codes    e4m3 [rows, K]

@@ -202,7 +202,7 @@ def route_kernel(
 
 @dataclass(frozen=True)
 class Config:
-    """Block sizes of a launch: `block_tokens` tokens a program, the padded shape of a row, and the warps that share it."""
+    """Block sizes of a launch: `block_tokens` tokens per program, the padded shape of a row, and the warps that share it."""
 
     block_tokens: int
     padded_groups: int

@@ -26,7 +26,7 @@ from halfbyte.kernels.workspace import aligned, scratch
 
 ITEM_ALIGNMENT = 16  # cut experts at multiples of this many rows
 MAX_SINGLE_SLOTS = 8192
-MAX_REGISTERS = 128  # per thread of `_sort`: two programs a multiprocessor, so that 256 experts need not take turns
+MAX_REGISTERS = 128  # per thread of `_sort`: two programs per multiprocessor, so that 256 experts need not take turns
 CHUNK = 256  # slots that are ranked among one another
 EXPERTS_SUMMED, CHUNKS_SUMMED = 16, 128  # by a program of `_sum_before` at a time
 MAX_ORDERED_ITEMS = 65535  # of each of the four sizes that items are ordered by: their counts share a word of 64 bits

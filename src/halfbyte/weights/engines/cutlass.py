@@ -8,12 +8,12 @@ Scalars, with a13 and a2 the largest input scales of the whole layer and s the g
     w13_input_scale_quant = 1 / a13    g1_alphas = a13 s_gate    w2_input_scale_quant = (1 / a2) (s_up / s_gate)    g2_alphas = a2 s_w2
 
 The kernel multiplies both halves of an accumulator by the one g1_alphas, which is right for gate. Up, and so the product with the activated gate,
-is too large by s_gate / s_up; w2_input_scale_quant, of which an engine takes one an expert, takes that out again before the product is quantised.
+is too large by s_gate / s_up; w2_input_scale_quant, of which an engine takes one per expert, takes that out again before the product is quantised.
 So differing scales cost nothing but the rounding of this ratio, and equal ones (ratio 1) not even that. Biases, beta and the limit are in units of
 the dequantised values; the bias of up and beta are too large by the same ratio. The limit clamps gate and up alike: where s_gate and s_up differ, no
 value is right, and `pack` refuses. MXFP4 has no global scales: all of them are 1.
 
-Sources: FlashInfer's and TensorRT-LLM's `moe_gemm_kernels.h` (alignment of scales), `cutlass_fused_moe` (shapes, the scale an expert).
+Sources: FlashInfer's and TensorRT-LLM's `moe_gemm_kernels.h` (alignment of scales), `cutlass_fused_moe` (shapes, the scale per expert).
 """
 
 from __future__ import annotations

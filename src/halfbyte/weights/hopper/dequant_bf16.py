@@ -1,4 +1,4 @@
-"""The in-kernel inverse of `pack`: 16 bytes a thread become a [64, 64] bf16 operand in registers (Gluon).
+"""The in-kernel inverse of `pack`: 16 bytes per thread become a [64, 64] bf16 operand in registers (Gluon).
 
 For 32 codes of a thread: 9 integer instructions and 4 bf16x2 multiplies a word of 8, and one PRMT and one IMAD a scale; 11 integer instructions and
 5 multiplications more (IMAD, a pipe of its own) where words are coded for fp8. A code's three magnitude
@@ -67,7 +67,7 @@ def stored_tile(row_tile, ROW_TILES: gl.constexpr, IS_GATED: gl.constexpr):
 
 @gluon.jit
 def word_offsets():
-    """[16, 32] offsets of a tile's words: 16 contiguous bytes a thread."""
+    """[16, 32] offsets of a tile's words: 16 contiguous bytes per thread."""
     row = gl.arange(0, 16, layout=gl.SliceLayout(1, WORD_LAYOUT))
     column = gl.arange(0, 32, layout=gl.SliceLayout(0, WORD_LAYOUT))
     return row[:, None] * 32 + column[None, :]
@@ -75,7 +75,7 @@ def word_offsets():
 
 @gluon.jit
 def scale_offsets(NVFP4: gl.constexpr):
-    """[16, 8] offsets of a run of four tiles' scale words: one a thread, shared by two threads in MXFP4."""
+    """[16, 8] offsets of a run of four tiles' scale words: one per thread, shared by two threads in MXFP4."""
     row = gl.arange(0, 16, layout=gl.SliceLayout(1, SCALE_LAYOUT))
     column = gl.arange(0, 8, layout=gl.SliceLayout(0, SCALE_LAYOUT))
     thread = row[:, None] * 8 + column[None, :]
@@ -106,7 +106,7 @@ _MXFP4_SCALE_PAIRS = gl.constexpr(
 
 @gluon.jit
 def _every_thread(scale, NVFP4: gl.constexpr):
-    """One scale word for one (NVFP4) or two (MXFP4) threads to int32 [16, 8], one a thread; no instruction."""
+    """One scale word for one (NVFP4) or two (MXFP4) threads to int32 [16, 8], one per thread; no instruction."""
     if not NVFP4:
         scale = gl.convert_layout(scale, gl.SliceLayout(2, _MXFP4_SCALE_PAIRS), assert_trivial=True)
         scale, _ = gl.broadcast(gl.expand_dims(scale, 2), gl.zeros((8, 8, 2), gl.int32, layout=_MXFP4_SCALE_PAIRS))

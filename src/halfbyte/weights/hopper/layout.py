@@ -5,7 +5,7 @@ A tile has 64 weight rows and 64 columns of k, and belongs to 128 threads (warp 
     rows     16 w + g (half h = 0) and 16 w + g + 8 (h = 1)
     columns  16 t + 4 s + 2 p + e        s = 0..3, p = 0..1, e = 0..1
 
-so its columns are one block of 16 with one scale a row, and its 64 codes are 16 contiguous bytes: word 2 h + q has the columns 8 q + 2 i + e,
+so its columns are one block of 16 with one scale per row, and its 64 codes are 16 contiguous bytes: word 2 h + q has the columns 8 q + 2 i + e,
 i = 0..3, of row half h. The s-th m16k16 A fragment (`mma.sync.m16n8k16`, `wgmma.m64nNk16`) takes the pairs i = 2 (s % 2) + p of q = s // 2: position
 8 p + 2 t + e of k stands where column 4 s + 2 p + e of thread t stands. Who multiplies brings the activations into the same order inside each 64:
 *fragment order*, `FRAGMENT_COLUMN_BF16`. On fp8 tensor cores a thread's 16 columns are its share of two steps of m64nNk32, which is another order:
@@ -27,7 +27,7 @@ Layout "hopper_fp8" is for fp8: the codes share a table of bytes, and their magn
 The tensors of a projection (`HopperMatrix`; `pack.py` fills them):
 
     words   int32 [E, N/64, K/64, 512]    word 2 h + q of thread i = 32 w + 4 g + t at 4 i + 2 h + q
-    scales  int64 [E, N/64, ceil(K/256), 128 or 64]    8 bytes a thread: byte 2 c + h is the scale of half h in tile c of a run of four.
+    scales  int64 [E, N/64, ceil(K/256), 128 or 64]    8 bytes per thread: byte 2 c + h is the scale of half h in tile c of a run of four.
             NVFP4: entry i. MXFP4 has one scale for two neighbouring t: entry 16 w + 2 g + t // 2
 
 NVFP4 scales are re-encoded, losslessly, from e4m3 to bytes without sign or subnormals: 2^((byte >> 3) - 21) * (1 + (byte & 7) / 8). One multiply-add
