@@ -1,6 +1,6 @@
 """A decode step of an engine of one's own: every MoE layer of a checkpoint, one workspace, a CUDA graph per batch size.
 
-python examples/engine_step.py demo             # the embedded model; or a directory, or org/name
+python examples/engine_step.py ./demo-NVFP4     # as quantise_model.py wrote it; or org/name. Dense experts run in plain torch, which no graph takes
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import halfbyte as hb
 BATCH_SIZES = (1, 4)
 
 
-def main(model: str = "demo") -> None:
+def main(model: str = "demo-NVFP4") -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     layers = dict(hb.iter_prepared(model, device=device))
     routers = {layer: hb.load_router(model, layer, device) for layer in layers}
