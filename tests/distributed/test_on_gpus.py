@@ -164,7 +164,7 @@ def check_layer(rank: int, world: int, layout: str = "auto") -> None:
 
 
 def check_graph(rank: int, world: int, peers: ExpertParallel, nccl: ExpertParallel, experts: hb.PreparedExperts, activations: str) -> None:
-    """A graph of two layers, replayed with other tokens and other numbers of them each time, against the collectives without a graph."""
+    """A graph of two layers, replayed with other tokens and other numbers of them each time, against one over the collectives."""
     sizes = [TOKENS] * world
     static, count = make_tokens(TOKENS, 0), torch.zeros(1, dtype=torch.int32, device="cuda")
     options = {"sizes": sizes, "num_tokens": count, "activations": activations}
@@ -173,12 +173,13 @@ def check_graph(rank: int, world: int, peers: ExpertParallel, nccl: ExpertParall
         first = ep.forward(static.hidden, experts, *static[1:], **options)
         return ep.forward(first, experts, *static[1:], **options)
 
-    layers(peers)
-    graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    dist.barrier()
-    with torch.cuda.graph(graph):
-        out = layers(peers)
+    graphs, outs = [torch.cuda.CUDAGraph() for _ in range(2)], []
+    for ep, graph in zip((peers, nccl), graphs, strict=True):
+        layers(ep)
+        torch.cuda.synchronize()
+        dist.barrier()
+        with torch.cuda.graph(graph):
+            outs.append(layers(ep))
     different = torch.zeros((), dtype=torch.int64, device="cuda")
     pool = [make_tokens(TOKENS, 1000 * rank + seed) for seed in range(8)]
     for replay in range(REPLAYS):
@@ -186,9 +187,10 @@ def check_graph(rank: int, world: int, peers: ExpertParallel, nccl: ExpertParall
         for target, source in zip(static, pool[replay % 8], strict=True):
             target.copy_(source)
         static.hidden.mul_(1 + replay % 3)
-        graph.replay()
-        different += (layers(nccl).view(torch.int16) != out.view(torch.int16)).sum()
-    assert different.item() == 0 and not out.isnan().any()
+        for graph in graphs:
+            graph.replay()
+        different += (outs[0].view(torch.int16) != outs[1].view(torch.int16)).sum()
+    assert different.item() == 0 and not outs[0].isnan().any()
 
 
 @on_several_gpus

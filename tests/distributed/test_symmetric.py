@@ -1,4 +1,6 @@
-"""The symmetric-memory kernels: several processes in Triton's interpreter over shared files, compiled without a GPU; on GPUs see gpu_checks.py.
+"""The symmetric-memory kernels: several processes in Triton's interpreter over shared files, and compiled without a GPU.
+
+On GPUs see test_on_one_gpu.py and test_on_gpus.py.
 
 Whatever goes over peers' memory must be, bit for bit, what the collectives bring.
 """
@@ -68,7 +70,7 @@ def check_transport(rank: int, world: int, folder: str, chooses: bool) -> None:
     from halfbyte.distributed import symmetric
 
     symmetric.WORTH_CHOOSING = 2.0 if chooses else 0.0
-    placement = balanced([9, 1, 1, 1, 1, 1], world, {2: 2, 3: 3}[world]) if chooses else round_robin(EXPERTS, world)
+    placement = balanced([9, 1, 1, 1, 1, 1], world, 2) if chooses else round_robin(EXPERTS, world)
     memory = shared_memory(folder, rank, world, Capacity(TOKENS, HIDDEN, TOP_K))
     over_peers, over_gloo = symmetric.SymmetricTransport(memory, placement, EXPERTS), CollectiveTransport(None, torch.device("cpu"))
     assert over_peers.chooses == chooses
@@ -76,7 +78,7 @@ def check_transport(rank: int, world: int, folder: str, chooses: bool) -> None:
     step = 0
     for dtype in (torch.bfloat16, torch.float16):
         for number, wire in enumerate(wires(dtype)[:: 1 if world == 2 and dtype == torch.bfloat16 else 4]):
-            for sizes in ([3, 0, 5][:world], [TOKENS] * world, [0] * world)[: 1 if number else 3]:
+            for sizes in ([3, 0, 5, 1][:world], [TOKENS] * world, [0] * world)[: 1 if number else 3]:
                 step += 1
                 count = torch.tensor([max(sizes[rank] - 1, 0)], dtype=torch.int32) if step % 2 else None
                 tokens = make_tokens(sizes[rank], rank, step, dtype)
@@ -141,7 +143,7 @@ def check_layer(rank: int, world: int, folder: str) -> None:
 
 
 @not_interpreted
-@pytest.mark.parametrize(("world", "chooses"), [(2, False), (3, True)])
+@pytest.mark.parametrize(("world", "chooses"), [(2, False), (4, True)])
 def test_peers_bring_what_the_collectives_bring(world: int, chooses: bool, tmp_path: Path) -> None:
     run_ranks(check_transport, world, str(tmp_path), chooses, interpreted=True)
 
@@ -174,19 +176,22 @@ def test_push_compiles(format: str, world: int, copies: int) -> None:
 
 
 @not_interpreted
-@pytest.mark.parametrize("fp8", [False, True])
-@pytest.mark.parametrize("world", [2, 8])
-def test_pull_compiles(fp8: bool, world: int) -> None:
-    from halfbyte.distributed.kernels import encode_partial, pull_rows
+@pytest.mark.parametrize(("world", "copies"), [(2, 0), (8, 2)])
+def test_combines_compile(world: int, copies: int) -> None:
+    from halfbyte.distributed.kernels import exchange_codes, pull_rows
 
     bf16, i32, i64 = torch.bfloat16, torch.int32, torch.int64
-    compiled = compile_for(
-        pull_rows, bf16, bf16, i32, i64, i32, 128, 128, 1,
-        HIDDEN=7168, WORLD=world, FP8=fp8, SPARSE=world > 2, BLOCK=1024, ASM=True, num_warps=4, enable_fp_fusion=False,
+    pull = compile_for(
+        pull_rows, bf16, i32, i64, i32, 128, 128, 1,
+        HIDDEN=7168, WORLD=world, SPARSE=world > 2, BLOCK=1024, BF16=True, ASM=True, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
-    assert compiled.spill_bytes == 0 and compiled.registers <= 96
-    assert compiled.ptx.count("ld.global.v4.b32") >= world and "multimem" not in compiled.ptx
-    encode = compile_for(
-        encode_partial, i32, i64, 1, 128, 128, 256, HIDDEN=7168, WORLD=world, BF16=True, NATIVE=True, ASM=True, num_warps=8, enable_fp_fusion=False
-    )
-    assert encode.spill_bytes == 0 and "st.global.v4.b32" in encode.ptx
+    assert pull.spill_bytes == 0 and pull.registers <= 96
+    assert pull.ptx.count("ld.global.v4.b32") >= world and "multimem" not in pull.ptx
+    exchange = compile_for(
+        exchange_codes, bf16, i32, bf16, i32, i32, i64, i32, 128, 1, 256,
+        HIDDEN=7168, TOP_K=8, WORLD=world, COPIES=copies, BLOCK=2048, BF16=True, NATIVE=True, ASM=True,
+        num_warps=8, enable_fp_fusion=False, maxnreg=64,
+    )  # fmt: skip
+    assert exchange.spill_bytes <= (0 if world == 2 else 160)  # addresses of every rank's rows
+    assert "st.global.v4.b32" in exchange.ptx and "release.exch.b64" in exchange.ptx and "ld.global.sys.acquire.b64" in exchange.ptx
+    assert "multimem" not in exchange.ptx and "trap" in exchange.ptx

@@ -1,13 +1,15 @@
-"""Kernels over memory that every GPU of a group can reach: `push_rows` sends tokens, `pull_rows` adds up partial sums (Triton).
+"""Kernels over memory that every GPU of a group can reach (Triton): `push_rows` sends tokens, `pull_rows` adds up partial sums, `exchange_codes`
+does it with partial sums in e4m3.
 
 Memory is addressed through a table, int64 on the device: the base address of each rank's block (the blocks are laid out alike), then the offset of
 each region. Addresses are 64-bit throughout. Every rank runs the same sequence of kernels; this is what orders them:
 
 * A rank counts up one flag in each peer's block when its part of a phase is done, and waits until its own flags have reached the number of the
   phase (the epoch, counted on the device, so that a CUDA graph can be replayed). Flags never return to zero; differences are taken: they may wrap.
-* A dispatch ends when the rows of all ranks are here. A combine begins by saying that the partial sums are ready, and waits for those of the others.
+* A dispatch ends when the rows of all ranks are here. A combine begins by saying that the partial sums are ready, and ends after all have said so.
 * So a rank pushes into a buffer only after every peer has entered the combine behind its last use, and writes partial sums only after every peer has
   left the combine that read the last ones: dispatch and combine take turns, and no other barrier is needed.
+* In `exchange_codes` each row has a flag of its own, its stamp, which holds the epoch.
 
 Scalar operations alone take part in the synchronisation. A wait ends after `SPINS` looks, about two minutes, with a trap: an error, not a hang.
 """
@@ -23,7 +25,7 @@ from halfbyte.kernels.quantizers.chunk import load_words, nvfp4_block, prepare_g
 from halfbyte.kernels.quantizers.fp8 import divide, e4m3_bytes, fp32_scale, mx_scale, prepare_division
 
 # Places in the table, behind the addresses of the ranks.
-FLAGS, CODES, BLOCK_SCALES, ROW_SCALES, IDS, WEIGHTS, PARTIAL, PARTIAL_SCALES = map(tl.constexpr, range(len(REGIONS)))
+FLAGS, SIZES, CODES, BLOCK_SCALES, ROW_SCALES, IDS, WEIGHTS, PARTIAL, STAMPS = map(tl.constexpr, range(len(REGIONS)))
 _SPINS = tl.constexpr(150_000_000)
 _SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 _NVFP4_RANGE = tl.constexpr(6.0 * 448.0)
@@ -45,6 +47,13 @@ def _signal(table_ptr, rank, PHASE: tl.constexpr, WORLD: tl.constexpr):
 
 
 @triton.jit
+def _trap_after(spins, ASM: tl.constexpr):
+    if ASM:  # noqa: SIM102 - decided when compiling
+        if spins >= _SPINS:
+            tl.inline_asm_elementwise("trap; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def _wait(table_ptr, rank, epoch, PHASE: tl.constexpr, WORLD: tl.constexpr, ASM: tl.constexpr):
     """Until every rank's flag here has reached the epoch."""
     flags = _region(table_ptr, rank, FLAGS, WORLD, tl.int32) + PHASE * WORLD
@@ -52,9 +61,16 @@ def _wait(table_ptr, rank, epoch, PHASE: tl.constexpr, WORLD: tl.constexpr, ASM:
         spins = 0
         while (tl.atomic_add(flags + peer, 0, sem="acquire", scope="sys") - epoch < 0) & (spins < _SPINS):
             spins += 1
-        if ASM:  # noqa: SIM102 - decided when compiling
-            if spins >= _SPINS:
-                tl.inline_asm_elementwise("trap; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+        _trap_after(spins, ASM)
+
+
+@triton.jit
+def _wait_for_row(stamp_ptr, epoch, ASM: tl.constexpr):
+    """Until the row's stamp, in its upper half, has reached the epoch."""
+    spins = 0
+    while (tl.cast(tl.atomic_add(stamp_ptr, 0, sem="acquire", scope="sys") >> 32, tl.int32) - epoch < 0) & (spins < _SPINS):
+        spins += 1
+    _trap_after(spins, ASM)
 
 
 @triton.jit
@@ -62,6 +78,15 @@ def _is_last(ticket_ptr):
     """Whether all other programs have come here already; what they did before is visible then."""
     tl.debug_barrier()
     return tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="sys") == tl.num_programs(0) - 1
+
+
+@triton.jit
+def _first_row(sizes_ptr, rank, WORLD: tl.constexpr):
+    """Of this rank among the rows of all, in the order of ranks."""
+    first = 0
+    for other in tl.static_range(WORLD):
+        first += tl.where(other < rank, tl.load(sizes_ptr + other), 0)
+    return first
 
 
 @triton.jit
@@ -163,6 +188,10 @@ def push_rows(
         num_tokens = tl.load(num_tokens_ptr)
     if FORMAT == "nvfp4":
         prepared = prepare_global(tl.load(scale_ptr), 6.0, ASM)
+    epoch = tl.load(sync_ptr + 1) + 1
+    if tl.program_id(0) == 0:
+        for peer in range(WORLD):
+            tl.store(_region(table_ptr, peer, SIZES, WORLD, tl.int32) + (epoch & 1) * WORLD + rank, num_rows)
     for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
         target = tl.cast(first_row + row, tl.int64)
         ids = tl.load(ids_ptr + row * TOP_K + slot, mask=slot < TOP_K, other=-1)
@@ -212,41 +241,19 @@ def push_rows(
                 if (FORMAT == "fp8") | (FORMAT == "nvfp4 by row"):
                     tl.store(_region(table_ptr, peer, ROW_SCALES, WORLD, tl.float32) + target, scale)
     if _is_last(sync_ptr):
-        epoch = tl.load(sync_ptr + 1) + 1
         _signal(table_ptr, rank, 0, WORLD)
         _wait(table_ptr, rank, epoch, 0, WORLD, ASM)
         tl.store(sync_ptr, 0)
         tl.store(sync_ptr + 1, epoch)
 
 
-@triton.jit(do_not_specialize=["first_row", "num_rows"])
-def encode_partial(
-    words_ptr, table_ptr, rank, first_row, num_rows, total_rows,
-    HIDDEN: tl.constexpr, WORLD: tl.constexpr, BF16: tl.constexpr, NATIVE: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    """Partial sums [total_rows, H] (int32 words of bf16 or fp16) to e4m3 with one scale per row in this rank's block; its own rows are left out."""
-    NUM_GROUPS: tl.constexpr = HIDDEN // 16
-    GROUPS: tl.constexpr = triton.next_power_of_2(NUM_GROUPS)
-    group = tl.arange(0, GROUPS)[None, :]
-    inside = group < NUM_GROUPS
-    to = _region(table_ptr, rank, PARTIAL, WORLD, tl.int32)
-    scales = _region(table_ptr, rank, PARTIAL_SCALES, WORLD, tl.float32)
-    for other in range(tl.program_id(0), total_rows - num_rows, tl.num_programs(0)):
-        row = tl.cast(tl.where(other < first_row, other, other + num_rows), tl.int64)
-        w = load_words(words_ptr + row * (HIDDEN // 2) + group * 8, inside)
-        codes, scale = _fp8_row(w, GROUPS, BF16, NATIVE, ASM)
-        _store_quad(to + row * (HIDDEN // 4) + group * 4, codes[0], codes[1], codes[2], codes[3], inside)
-        tl.store(scales + row, scale)
-
-
 @triton.jit(do_not_specialize=["first_row", "num_rows", "rank"])
 def pull_rows(
-    own_ptr, out_ptr, needs_ptr, table_ptr, sync_ptr, first_row, num_rows, rank,
-    HIDDEN: tl.constexpr, WORLD: tl.constexpr, FP8: tl.constexpr, SPARSE: tl.constexpr, BLOCK: tl.constexpr, ASM: tl.constexpr,
+    out_ptr, needs_ptr, table_ptr, sync_ptr, first_row, num_rows, rank,
+    HIDDEN: tl.constexpr, WORLD: tl.constexpr, SPARSE: tl.constexpr, BLOCK: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """out[row] = round(sum over ranks, in their order, of partial[first_row + row] of the rank), in fp32.
 
-    own      [R, H]: this rank's partial sums, of the dtype in which those of the others lie in their blocks (FP8: those are e4m3 with a scale)
     out      [num_rows, H]
     SPARSE   ranks that `needs` int32 [num_rows] does not name have nothing for the row, and are not asked
     """
@@ -256,7 +263,7 @@ def pull_rows(
     _wait(table_ptr, rank, epoch, 1, WORLD, ASM)
     tl.debug_barrier()
     BLOCKS: tl.constexpr = triton.cdiv(HIDDEN, BLOCK)
-    dtype: tl.constexpr = own_ptr.dtype.element_ty
+    dtype: tl.constexpr = tl.bfloat16 if BF16 else tl.float16
     for tile in range(tl.program_id(0), num_rows * BLOCKS, tl.num_programs(0)):
         row = tile // BLOCKS
         column = tile % BLOCKS * BLOCK + tl.arange(0, BLOCK)
@@ -268,18 +275,107 @@ def pull_rows(
         total = tl.zeros((BLOCK,), tl.float32)
         for peer in tl.static_range(WORLD):
             wanted = inside & ((needs >> peer) & 1 != 0)
-            if FP8:
-                is_own = rank + tl.zeros_like(column) == peer
-                value = tl.load(own_ptr + source * HIDDEN + column, mask=wanted & is_own, other=0.0).to(tl.float32)
-                codes = _region(table_ptr, peer, PARTIAL, WORLD, tl.float8e4nv) + source * HIDDEN + column
-                scale = tl.load(_region(table_ptr, peer, PARTIAL_SCALES, WORLD, tl.float32) + source)  # old where it is not wanted
-                decoded = tl.load(codes, mask=wanted & (is_own == 0), other=0.0).to(tl.float32) * scale
-                value += tl.where(wanted & (is_own == 0), decoded, 0.0)
-            else:
-                values = _region(table_ptr, peer, PARTIAL, WORLD, dtype) + source * HIDDEN + column
-                value = tl.load(values, mask=wanted, other=0.0).to(tl.float32)
-            total += value
+            values = _region(table_ptr, peer, PARTIAL, WORLD, dtype) + source * HIDDEN + column
+            total += tl.load(values, mask=wanted, other=0.0).to(tl.float32)
         tl.store(out_ptr + tl.cast(row, tl.int64) * HIDDEN + column, total.to(out_ptr.dtype.element_ty), mask=inside)
     if _is_last(sync_ptr + 2):
+        tl.store(sync_ptr + 2, 0)
+        tl.store(sync_ptr + 3, epoch)
+
+
+@triton.jit
+def _push_codes(
+    words_ptr, table_ptr, peer, source, position, epoch,
+    HIDDEN: tl.constexpr, WORLD: tl.constexpr, BF16: tl.constexpr, NATIVE: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Row `source` of the partial sums in e4m3 to row `position` of what `peer` receives; then its stamp: the epoch, and the scale."""
+    NUM_GROUPS: tl.constexpr = HIDDEN // 16
+    GROUPS: tl.constexpr = triton.next_power_of_2(NUM_GROUPS)
+    group = tl.arange(0, GROUPS)[None, :]
+    inside = group < NUM_GROUPS
+    codes, scale = _fp8_row(load_words(words_ptr + source * (HIDDEN // 2) + group * 8, inside), GROUPS, BF16, NATIVE, ASM)
+    to = _region(table_ptr, peer, PARTIAL, WORLD, tl.int32) + position * (HIDDEN // 4)
+    _store_quad(to + group * 4, codes[0], codes[1], codes[2], codes[3], inside)
+    tl.debug_barrier()
+    stamp = (tl.cast(epoch, tl.int64) << 32) | (tl.cast(scale.to(tl.int32, bitcast=True), tl.int64) & 0xFFFFFFFF)
+    tl.atomic_xchg(_region(table_ptr, peer, STAMPS, WORLD, tl.int64) + position, stamp, sem="release", scope="sys")
+
+
+@triton.jit
+def _add_up(
+    own_ptr, out_ptr, table_ptr, source, row, num_rows, needs, rank, epoch, HIDDEN: tl.constexpr, WORLD: tl.constexpr, BLOCK: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    """out[row] = round(sum over the ranks that `needs` names, in their order, of their partial sums), in fp32, once they have arrived."""
+    stamps = _region(table_ptr, rank, STAMPS, WORLD, tl.int64) + row
+    for peer in tl.static_range(WORLD):
+        if (peer != rank) & ((needs >> peer) & 1 != 0):
+            _wait_for_row(stamps + peer * num_rows, epoch, ASM)
+    tl.debug_barrier()
+    for first in range(0, HIDDEN, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        inside = column < HIDDEN
+        total = tl.zeros((BLOCK,), tl.float32)
+        for peer in tl.static_range(WORLD):
+            wanted = inside & (((needs >> peer) & 1) + tl.zeros_like(column) != 0)
+            is_own = rank + tl.zeros_like(column) == peer
+            own = tl.load(own_ptr + source * HIDDEN + column, mask=wanted & is_own, other=0.0).to(tl.float32)
+            codes = _region(table_ptr, rank, PARTIAL, WORLD, tl.float8e4nv) + tl.cast(peer * num_rows + row, tl.int64) * HIDDEN + column
+            scale = (tl.load(stamps + peer * num_rows) & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)  # old where it is not wanted
+            received = tl.load(codes, mask=wanted & (is_own == 0), other=0.0).to(tl.float32) * scale
+            total += own + tl.where(wanted & (is_own == 0), received, 0.0)
+        tl.store(out_ptr + tl.cast(row, tl.int64) * HIDDEN + column, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["max_rows", "rank", "num_experts"])
+def exchange_codes(
+    own_ptr, words_ptr, out_ptr, placement_ptr, needs_ptr, table_ptr, sync_ptr, max_rows, rank, num_experts,
+    HIDDEN: tl.constexpr, TOP_K: tl.constexpr, WORLD: tl.constexpr, COPIES: tl.constexpr, BLOCK: tl.constexpr, BF16: tl.constexpr,
+    NATIVE: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """As `pull_rows`, but partial sums travel in e4m3 with one scale per row: each is sent to its owner, who adds rows up as they arrive.
+
+    own, words   [R, H]: this rank's partial sums as bf16 or fp16, and as int32 words; those of its own rows are not rounded
+    out          [own rows, H]
+    max_rows     the most rows that a rank has
+    COPIES       as in `push_rows`: 0, or rows without an expert here are not sent, nor waited for by their owners, who have `needs`
+
+    Items are row i of every peer, then row i + 1 of every peer; a program sends one item per step. It adds up a row of its own when the steps before
+    have sent the items of all ranks for this row, so programs wait only for what others send without waiting. All of them have to be on the GPU
+    together. Rows lie by sender, in a buffer that experts do not write to.
+    """
+    SLOTS: tl.constexpr = triton.next_power_of_2(TOP_K)
+    slot = tl.arange(0, SLOTS)
+    epoch = tl.load(sync_ptr + 3) + 1
+    if tl.program_id(0) == 0:
+        _signal(table_ptr, rank, 1, WORLD)
+    sizes = _region(table_ptr, rank, SIZES, WORLD, tl.int32) + (tl.load(sync_ptr + 1) & 1) * WORLD
+    num_rows = tl.load(sizes + rank)
+    first_row = _first_row(sizes, rank, WORLD)
+    num_items = max_rows * (WORLD - 1)
+    row = tl.program_id(0)
+    for sent in range(0, num_items + tl.num_programs(0), tl.num_programs(0)):
+        item = sent + tl.program_id(0)
+        index = item // (WORLD - 1)
+        peer = (rank + 1 + item % (WORLD - 1)) % WORLD
+        peer_rows = tl.load(sizes + peer)
+        if (item < num_items) & (index < peer_rows):
+            source = tl.cast(_first_row(sizes, peer, WORLD) + index, tl.int64)
+            wanted = 1
+            if COPIES > 0:
+                ids = tl.load(_region(table_ptr, rank, IDS, WORLD, tl.int32) + source * TOP_K + slot, mask=slot < TOP_K, other=-1)
+                wanted = (_ranks_of(ids, source.to(tl.int32), placement_ptr, num_experts, WORLD, COPIES) >> rank) & 1
+            if wanted != 0:
+                position = tl.cast(rank * peer_rows + index, tl.int64)
+                _push_codes(words_ptr, table_ptr, peer, source, position, epoch, HIDDEN, WORLD, BF16, NATIVE, ASM)
+        if (row < num_rows) & ((row + 1) * (WORLD - 1) <= sent):
+            needs = tl.full((), -1, tl.int32)
+            if COPIES > 0:
+                needs = tl.load(needs_ptr + row)
+            source = tl.cast(first_row + row, tl.int64)
+            _add_up(own_ptr, out_ptr, table_ptr, source, row, num_rows, needs, rank, epoch, HIDDEN, WORLD, BLOCK, ASM)
+            row += tl.num_programs(0)
+    if _is_last(sync_ptr + 2):
+        _wait(table_ptr, rank, epoch, 1, WORLD, ASM)
         tl.store(sync_ptr + 2, 0)
         tl.store(sync_ptr + 3, epoch)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from halfbyte.errors import InputError
 
-REGIONS = ("flags", "codes", "block_scales", "row_scales", "topk_ids", "topk_weights", "partial", "partial_scales")
+REGIONS = ("flags", "sizes", "codes", "block_scales", "row_scales", "topk_ids", "topk_weights", "partial", "stamps")
 PHASES = 2  # dispatch and combine: each has a flag per rank
 SYNC_WORDS = 2 * PHASES  # of a rank alone, int32: programs done and epoch of each phase
 _ALIGNMENT = 256
@@ -50,13 +50,14 @@ class Capacity:
         rows, codes = num_ranks * self.tokens, 2 * self.hidden if self.code_bytes is None else self.code_bytes
         sizes = {
             "flags": PHASES * num_ranks * 4,
+            "sizes": 2 * num_ranks * 4,
             "codes": rows * codes,
             "block_scales": rows * (self.hidden // 16),
             "row_scales": rows * 4,
             "topk_ids": rows * self.top_k * 4,
             "topk_weights": rows * self.top_k * 4,
             "partial": rows * self.hidden * 2,
-            "partial_scales": rows * 4,
+            "stamps": rows * 8,
         }
         offsets, end = {}, 0
         for region in REGIONS:

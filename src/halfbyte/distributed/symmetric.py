@@ -2,7 +2,7 @@
 
     dispatch   one kernel: quantise a row, store it in every rank's buffer, say so, wait for the rows of the others
     combine    one kernel: say that the partial sums are ready, wait for the others, read their rows of own tokens and add them up in order
-               ("fp8": a kernel before it quantises the rows that others will read)
+               ("fp8": quantise each row, store it in its owner's buffer, and add up those that arrive)
 
 Nothing waits on the host, sizes may be given on the device, and no address changes: a call can be captured in a CUDA graph. Hidden states, ids and
 weights that arrive, and the partial sums that experts write, lie in the buffers: they are good until the next dispatch.
@@ -18,7 +18,7 @@ import torch
 import triton
 
 from halfbyte.device import Target
-from halfbyte.distributed.kernels import encode_partial, pull_rows, push_rows
+from halfbyte.distributed.kernels import exchange_codes, pull_rows, push_rows
 from halfbyte.distributed.peer_memory import PeerMemory
 from halfbyte.distributed.placement import Placement
 from halfbyte.distributed.transport import CombineFormat, Tokens
@@ -27,8 +27,8 @@ from halfbyte.errors import InputError
 from halfbyte.kernels.problem import Hidden
 
 INTERPRETED = triton.knobs.runtime.interpret
-PUSH_PROGRAMS, PULL_PROGRAMS = 4, 8  # per multiprocessor, at most
-PULL_BLOCK = 1024  # columns per program and step: eight per thread, one load of 16 bytes of bf16 from each rank
+PUSH_PROGRAMS, PULL_PROGRAMS = 4, 8  # per multiprocessor, at most: so many are on it together
+PULL_BLOCK = 1024  # columns per program and step: eight per thread, one load of 16 bytes from each rank
 WORTH_CHOOSING = 0.95  # below this share of ranks that an average token needs, rows go only to those
 
 
@@ -106,36 +106,38 @@ class SymmetricTransport:
         if partial.dtype not in (torch.bfloat16, torch.float16):
             raise InputError("partial sums are not 16-bit floats", where="symmetric combine", given=partial.dtype, needed="bfloat16 or float16")
         self._needs_combine = False
-        if format == "bf16":
-            buffer = self.memory.view("partial", len(partial), partial.shape[1], partial.dtype)
-            if partial.data_ptr() != buffer.data_ptr():
-                buffer.copy_(partial)
-        else:
-            self._encode(partial, sizes)
-        self._pull(partial, sizes, format, out)
-
-    def _encode(self, partial: torch.Tensor, sizes: Sequence[int]) -> None:
-        """Launch the kernel that quantises partial sums for the other ranks."""
-        memory = self.memory
-        rows, first_row = sizes[memory.rank], sum(sizes[: memory.rank])
-        if len(partial) == rows:
+        if format == "fp8":
+            self._exchange(partial, sizes, out)
             return
-        self._launch(
-            encode_partial, min(len(partial) - rows, PUSH_PROGRAMS * self._num_sms),
-            (_words(partial), memory.table, memory.rank, first_row, rows, len(partial)),
-            {"HIDDEN": partial.shape[1], "WORLD": memory.num_ranks, "BF16": partial.dtype == torch.bfloat16, "NATIVE": self._native},
-            _row_options(partial.shape[1]),
-        )  # fmt: skip
+        buffer = self.memory.view("partial", len(partial), partial.shape[1], partial.dtype)
+        if partial.data_ptr() != buffer.data_ptr():
+            buffer.copy_(partial)
+        self._pull(partial, sizes, out)
 
-    def _pull(self, partial: torch.Tensor, sizes: Sequence[int], format: CombineFormat, out: torch.Tensor) -> None:
+    def _pull(self, partial: torch.Tensor, sizes: Sequence[int], out: torch.Tensor) -> None:
         """Launch the kernel of a combine; partial sums are in the buffers."""
         memory, hidden = self.memory, partial.shape[1]
         rows, first_row = sizes[memory.rank], sum(sizes[: memory.rank])
         self._launch(
             pull_rows, min(rows * triton.cdiv(hidden, PULL_BLOCK), PULL_PROGRAMS * self._num_sms),
-            (partial, out, memory.needs, memory.table, memory.sync, first_row, rows, memory.rank),
-            {"HIDDEN": hidden, "WORLD": memory.num_ranks, "FP8": format == "fp8", "SPARSE": self.chooses, "BLOCK": PULL_BLOCK},
+            (out, memory.needs, memory.table, memory.sync, first_row, rows, memory.rank),
+            {"HIDDEN": hidden, "WORLD": memory.num_ranks, "SPARSE": self.chooses, "BLOCK": PULL_BLOCK, "BF16": partial.dtype == torch.bfloat16},
             {"num_warps": 4, "enable_fp_fusion": False},  # the same bits as the collectives give
+        )  # fmt: skip
+
+    def _exchange(self, partial: torch.Tensor, sizes: Sequence[int], out: torch.Tensor) -> None:
+        """Launch the kernel of a combine in e4m3."""
+        memory, hidden = self.memory, partial.shape[1]
+        options = _row_options(hidden)
+        items = max(sizes) * (memory.num_ranks - 1)
+        self._launch(
+            exchange_codes, 1 if INTERPRETED else min(items, PUSH_PROGRAMS * self._num_sms),  # the interpreter runs one program after another
+            (partial, _words(partial), out, self._placement, memory.needs, memory.table, memory.sync, max(sizes), memory.rank, self.num_experts),
+            {
+                "HIDDEN": hidden, "TOP_K": memory.capacity.top_k, "WORLD": memory.num_ranks, "COPIES": self._copies,
+                "BLOCK": 256 * options["num_warps"], "BF16": partial.dtype == torch.bfloat16, "NATIVE": self._native,
+            },
+            options,
         )  # fmt: skip
 
     @property
