@@ -62,7 +62,7 @@ def test_answers_in_the_layout_of_gsm8k(tmp_path):
     [
         ('{"question": "1?", "answer": 1}\n{broken', r"questions.jsonl:2: not JSON"),
         ('{"question": "1?"}', r"questions.jsonl:1: not a question"),
-        ("[1]", r"questions.jsonl:1: not a question"),
+        ("[1]", r"questions.jsonl:1: not JSON: a list, not an object"),
         ('{"question": "who?", "answer": "Bob"}', r"questions.jsonl:1: the answer holds no number \(given 'Bob'\)"),
         ("", "no questions"),
     ],

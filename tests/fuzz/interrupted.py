@@ -134,15 +134,17 @@ def check(job: Job, path: Path, what: str) -> str:
 
 
 def kill_at_random(job: Job, folder: Path, kills: int, rng: random.Random) -> Counter[str]:
-    """kill -9 at moments spread over the time that a run takes; a third of the runs is killed twice."""
+    """kill -9 at moments spread over the time that a run takes, every other time from its first file on; a third of the runs is killed twice."""
     begun = time.monotonic()
     assert ended(started(job, folder / "timed")) == _DONE
     seconds, states = time.monotonic() - begun, Counter[str]()
     for number in range(kills):
         path = folder / f"{job.name} {number}"
         for _ in range(1 + (number % 3 == 0)):
-            child = started(job, path)
-            time.sleep(rng.random() * seconds * 1.05)
+            child, begun = started(job, path), time.monotonic()
+            while number % 2 and not path.exists() and time.monotonic() < begun + seconds:
+                time.sleep(0.001)
+            time.sleep(rng.random() * seconds * (0.5 if number % 2 else 1.05))
             os.kill(child, signal.SIGKILL)
             states["ended before" if ended(child) == _DONE else "killed"] += 1
         states["left " + check(job, path, f"kill {number}")] += 1
