@@ -83,9 +83,20 @@ class EngineSpeed(NamedTuple):
 
 def engine_speeds() -> list[EngineSpeed]:
     """vLLM and SGLang, bf16 activations: prefill of 256 prompts of 1,024 tokens, and decoding with 1 to 256 sequences."""
+    return [EngineSpeed("vLLM 0.26.0", _vllm()), EngineSpeed("SGLang 0.5.17", _sglang())]
+
+
+def _vllm() -> dict[str, float]:
+    rows = [json.loads(line)["row"] for line in (RESULTS / "serve-h200.jsonl").read_text().splitlines()]
+    ours = [row for row in rows if (row["model"], row["engine"], row["system"]) == ("qwen3-30b", "vllm 0.26.0", "halfbyte") and "workload" in row]
+    speeds = {(row["workload"]["kind"], row["workload"]["num_prompts"]): row["speedup"] for row in ours}
+    return {"prefill": speeds["prefill", 256]} | {f"{number} seq.": speeds["decode", number] for number in (1, 16, 64, 256)}
+
+
+def _sglang() -> dict[str, float]:
     records = json.loads((RESULTS / "engines-h200.json").read_text())
-    by_key = {(record["engine"], record["system"]): record for record in records}
-    return [EngineSpeed(engine, _factors(by_key[engine, "halfbyte, bf16"], by_key[engine, "marlin"])) for engine in ("vLLM 0.26.0", "SGLang 0.5.17")]
+    of = {record["system"]: record for record in records if record["engine"] == "SGLang 0.5.17"}
+    return _factors(of["halfbyte, bf16"], of["marlin"])
 
 
 def _factors(ours: dict[str, Any], stock: dict[str, Any]) -> dict[str, float]:

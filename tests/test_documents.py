@@ -74,19 +74,17 @@ def test_examples_run(page: Path, code: str, folder: Path, monkeypatch: pytest.M
     exec(compile(code, page.name, "exec"), {"__name__": "__main__"})
 
 
-COMMAND_LINES = [
-    pytest.param(line, id=line[:60])
-    for page in PAGES
-    if not page.is_relative_to(LAB_NOTES)
-    for code in (
-        *(code for kind, _, code in BLOCK.findall(page.read_text()) if kind == "console"),
-        *re.findall("^ {4}(.*)$", page.read_text(), re.MULTILINE),
-    )
-    for line in re.findall(r"^halfbyte ([a-z][^'\n]*)$", code, flags=re.MULTILINE)
-]
+def command_lines(text: str) -> list[str]:
+    """What stands behind `halfbyte` in console blocks and indented lines; arguments that span lines without a backslash are left out."""
+    text = re.sub(r" \\\n\s*", " ", text)
+    code = [code for kind, _, code in BLOCK.findall(text) if kind == "console"] + re.findall("^ {4}(.*)$", text, flags=re.MULTILINE)
+    return re.findall(r"^halfbyte ([a-z](?:[^'\n]|'[^'\n]*')*)$", "\n".join(code), flags=re.MULTILINE)
 
 
-@pytest.mark.parametrize("line", COMMAND_LINES)
+COMMAND_LINES = [line for page in PAGES if not page.is_relative_to(LAB_NOTES) for line in command_lines(page.read_text())]
+
+
+@pytest.mark.parametrize("line", COMMAND_LINES, ids=lambda line: line[:60])
 def test_commands_have_these_options(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     arguments = shlex.split(line, comments=True)
