@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from halfbyte.formats import NVFP4
 from halfbyte.formats.activation_formats import ActivationFormat
 from halfbyte.formats.fp8_tensor import Fp8Tensor
 from halfbyte.kernels.flashinfer import arguments, package
@@ -37,6 +36,8 @@ class Kernel(NamedTuple):
         archs: the GPUs it is for.
         activations: by format of the weights, what it multiplies them by.
         kinds: by format, the functions between the two matrices, each with its name in FlashInfer's ActivationType.
+        needs_input_scales: for nvfp4 activations; otherwise a scale per token does.
+        pads_output: it writes all columns that the layout has.
     """
 
     function: str
@@ -44,6 +45,8 @@ class Kernel(NamedTuple):
     archs: tuple[str, ...]
     activations: Mapping[str, tuple[str, ...]]
     kinds: Mapping[str, Mapping[str, str]]
+    needs_input_scales: bool
+    pads_output: bool
 
 
 _EXACT = {"swiglu": "Swiglu", "geglu": "Geglu", "relu2": "Relu2"}
@@ -54,6 +57,8 @@ KERNELS = {
         ("sm_100", "sm_103"),
         {"nvfp4": ("nvfp4",), "mxfp4": ("bf16", "mxfp8")},
         {"nvfp4": {"swiglu": "Swiglu", "geglu_tanh": "Geglu", "relu2": "Relu2"}, "mxfp4": {"swiglu": "Swiglu"}},
+        needs_input_scales=False,
+        pads_output=False,
     ),
     "cutlass": Kernel(
         "cutlass_fused_moe",
@@ -61,6 +66,8 @@ KERNELS = {
         ("sm_100", "sm_103", "sm_120", "sm_121"),
         {"nvfp4": ("nvfp4",), "mxfp4": ("mxfp8",)},
         {"nvfp4": _EXACT, "mxfp4": _EXACT},
+        needs_input_scales=True,
+        pads_output=True,
     ),
 }
 
@@ -91,8 +98,8 @@ def _refusal(problem: Problem) -> str | None:
         return f"takes bf16, hidden is {problem.dtype}: pass hidden.bfloat16()"
     if problem.kind not in kernel.kinds[format.name]:
         return f"{layout} has no {problem.kind} for {format!r} experts"
-    if layout == "cutlass" and format == NVFP4 and not problem.calibrated:
-        return "cutlass quantises activations with input scales, which these experts lack"
+    if kernel.needs_input_scales and problem.activations == "nvfp4" and not problem.calibrated:
+        return f"{layout} quantises activations with input scales, which these experts lack"
     if problem.batch_invariant:
         return "FlashInfer chooses kernels by the number of tokens, and batch_invariant is asked for"
     return package.refusal()
@@ -133,7 +140,7 @@ def run(
     kernel, flashinfer = KERNELS[experts.layout], package.flashinfer()
     function = getattr(flashinfer, kernel.function)
     activation_type = getattr(flashinfer.ActivationType, kernel.kinds[experts.format.name][experts.activation.kind])
-    width = experts.padded_hidden if experts.layout == "cutlass" else experts.hidden
+    width = experts.padded_hidden if kernel.pads_output else experts.hidden
     direct = out.dtype == torch.bfloat16 and out.is_contiguous() and out.shape[1] == width
     result = out if direct else torch.empty((num_tokens, width), dtype=torch.bfloat16, device=experts.device)
     step = (MAX_BLOCKS - experts.num_global_experts) * SMALLEST_TILE // top_k
