@@ -12,7 +12,6 @@ outputs keep what they held. Works in-process with Triton 3.6 to 3.9, GPU or not
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import re
 import subprocess
@@ -23,14 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
-from triton.backends.compiler import GPUTarget
+
+from halfbyte.tuning.compiling import without_device
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Shared memory of a block in bytes (opt-in), by compute capability: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376, 121: 101376}
-_serial = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -93,15 +91,12 @@ def compiling(capability: int = 90) -> Iterator[list[Compiled]]:
             launched.append(_compiled(metadata_group))
         seen.add(hash)
 
-    config = triton.runtime.driver
-    before = config._active  # not `.active`, which looks for a GPU and fails without one
-    config.set_active(_NoGPU(capability))
     triton.knobs.runtime.kernel_load_end_hook.add(note)
     try:
-        yield launched
+        with without_device(capability, SHARED_LIMIT[capability]):
+            yield launched
     finally:
         triton.knobs.runtime.kernel_load_end_hook.remove(note)
-        config._active = before
 
 
 def _compiled(metadata_group: dict[str, str]) -> Compiled:
@@ -109,35 +104,3 @@ def _compiled(metadata_group: dict[str, str]) -> Compiled:
     metadata = json.loads(paths.pop("json").read_text())
     asm = {stage: path.read_bytes() if stage == "cubin" else path.read_text() for stage, path in paths.items()}
     return Compiled(metadata["name"], asm, metadata["num_warps"], metadata["shared"])
-
-
-class _NoGPU:
-    """The part of Triton's driver interface that compiling and launching go through."""
-
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
-        self.utils = self  # Triton keeps two of the methods below in an object of their own
-        # Triton keeps compiled kernels by device: a new name each time, so that none is taken from, or left to, a real device.
-        self.device = f"compile-only {next(_serial)}"
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.capability, 32)
-
-    def get_current_device(self) -> str:
-        return self.device
-
-    def get_current_stream(self, device: str) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def get_device_properties(self, device: str) -> dict[str, int]:
-        return {"max_shared_mem": SHARED_LIMIT[self.capability]}
-
-    def load_binary(self, name: str, cubin: bytes, shared_bytes: int, device: str) -> tuple[None, None, int, int, int]:
-        """Module, function, registers, spills, threads a block. No module: nothing to unload once the real driver is back."""
-        return None, None, 0, 0, 1024
-
-    def launcher_cls(self, source: Any, metadata: Any) -> Any:
-        return lambda *arguments: None

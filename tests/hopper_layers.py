@@ -27,7 +27,7 @@ def rounds_weights(prepared: hb.PreparedExperts, topk_ids: torch.Tensor, activat
     from halfbyte.kernels.sm90 import configs as module
 
     problem = layer_problem("fused_moe", prepared.storage, prepared.target, prepared.layout, activations)
-    return module.rounds_weights(problem, Size(*topk_ids.shape))
+    return module.rounds_weights(module.choose_config(problem, Size(*topk_ids.shape)))
 
 
 def workspace(experts: HopperExperts, topk_ids: torch.Tensor, config: object) -> tuple[WorkList, torch.Tensor, torch.Tensor]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from halfbyte.kernels.workspace import Workspace
     from halfbyte.loading import iter_prepared, load_prepared, prepare
     from halfbyte.moe import ExpertParallel, MoE, Routing, fused_moe, route, warm_up, workspace_nbytes
+    from halfbyte.tuning.session import autotune
     from halfbyte.weights import PreparedExperts, ScaleChecks, trtllm_gen_row_order
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "UnsupportedError",
     "Workspace",
     "__version__",
+    "autotune",
     "distributed",
     "fused_moe",
     "iter_prepared",
@@ -63,6 +65,7 @@ __all__ = [
 
 # Public name -> home. Resolved on first use, so that `halfbyte --help` and the plug-ins of the engines do not wait for torch.
 _HOMES = {
+    "halfbyte.tuning.session": ("autotune",),
     "halfbyte.checkpoint": ("load_experts", "load_router"),
     "halfbyte.experts": ("Activation", "ExpertMap", "ExpertWeights"),
     "halfbyte.device": ("Target",),

@@ -62,7 +62,7 @@ def missed(*, compile: bool) -> Iterator[set[tuple[str, str]]]:
 
 
 def sizes(layout: str) -> Iterable[int]:
-    few = {*range(1, 24), *range(24, 1600, 97), 64, 65, 511, 512, 513, 1600}
+    few = {*range(1, 24), *range(24, 1600, 97), 64, 65, 240, 511, 512, 513, 1600}
     return sorted(few | {*range(1, 200), *range(200, 1600, 61)} if layout != "canonical" else few)
 
 

@@ -152,7 +152,7 @@ class HalfbyteLayer:
 
     def rounds_weights(self, topk_ids: torch.Tensor) -> bool:
         """Whether the kernel that serves these ids multiplies by weights rounded to e4m3."""
-        return self._choice.rounds_weights(self._problem, Size(*topk_ids.shape))
+        return self._choice.rounds_weights(self._choice.choose_config(self._problem, Size(*topk_ids.shape)))
 
 
 @dataclass(frozen=True)

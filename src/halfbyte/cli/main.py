@@ -23,6 +23,7 @@ COMMANDS = {
     "generate": "continue a prompt with a model, streaming to the terminal",
     "serve": "serve a model with an OpenAI-compatible API, through vLLM, SGLang or transformers",
     "eval": "measure exact match, answer likelihood, perplexity and KL divergence of a model",
+    "tune": "find the fastest configuration of a layer's kernels on this GPU, and keep it for later runs",
     "bench": "measure speed against the floor that this machine allows",
     "doctor": "describe this machine and say which kernels it can run, and why not the others",
 }

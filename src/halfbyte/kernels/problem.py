@@ -175,6 +175,19 @@ class Provider(Protocol):
         return None
 
     @staticmethod
+    def takes(problem: Problem, size: Size, config: Any) -> bool:
+        """Whether one of `configs` can run so many tokens. Tables say what is fastest for a range of them."""
+        return True
+
+    @staticmethod
+    def rivals(problem: Problem, size: Size, config: Any) -> tuple[Hashable, ...]:
+        """What else of `configs` than `config` may be fastest for so many tokens: what a tuner races."""
+        return ()
+
+    sources: tuple[str, ...] = ()
+    """Modules whose code decides which configuration is fastest. What was measured with other code does not count."""
+
+    @staticmethod
     def variants(problem: Problem, size: Size, config: Hashable | None) -> frozenset[Hashable]:
         """What else is compiled for so many tokens beside `config`: `warm_up` sees to each once."""
         return frozenset()
@@ -185,8 +198,8 @@ class Provider(Protocol):
         return 0
 
     @staticmethod
-    def rounds_weights(problem: Problem, size: Size) -> bool:
-        """Whether it multiplies by weights rounded to e4m3 (`weights.hopper.rounding_fp8`) instead of by the FP4 values."""
+    def rounds_weights(config: Hashable | None) -> bool:
+        """Whether it multiplies, with this configuration, by weights rounded to e4m3 (`weights.hopper.rounding_fp8`) instead of by the FP4 values."""
         return False
 
 

@@ -7,11 +7,12 @@ import importlib
 import importlib.util
 import logging
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from halfbyte.device import Target
 from halfbyte.errors import InputError, UnsupportedError
+from halfbyte.kernels import tuned
 from halfbyte.kernels.problem import Problem, Provider, Size, Support
 from halfbyte.weights.layouts import is_arranged_in_place
 
@@ -46,9 +47,12 @@ class KernelChoice:
     layout: Callable[[Problem], str]
     configs: Callable[[Problem], tuple[Hashable, ...]]
     choose_config: Callable[[Problem, Size], Hashable | None]
+    takes: Callable[[Problem, Size, Any], bool]
+    rivals: Callable[[Problem, Size, Any], tuple[Hashable, ...]]
+    sources: tuple[str, ...]
     variants: Callable[[Problem, Size, Hashable | None], frozenset[Hashable]]
     workspace_nbytes: Callable[[Problem, Size, Hashable | None], int]
-    rounds_weights: Callable[[Problem, Size], bool]
+    rounds_weights: Callable[[Hashable | None], bool]
 
 
 def support(problem: Problem) -> dict[str, Support]:
@@ -66,6 +70,8 @@ def support(problem: Problem) -> dict[str, Support]:
 def choose(problem: Problem, backend: str | None = None) -> KernelChoice:
     """Return the kernel for `problem`; `backend` names the only one allowed. Taking a slow one on a GPU is logged, once, with its reason.
 
+    Where tables know which configurations are fastest for the layer (`kernels.tuned`), `choose_config` looks there first.
+
     Raises:
         InputError: no kernel of this op is called `backend`.
         UnsupportedError: none applies; the message has every candidate with its reason.
@@ -73,6 +79,15 @@ def choose(problem: Problem, backend: str | None = None) -> KernelChoice:
     >>> choose(Problem("route", halfbyte.Target.of("cpu"))).name
     'reference'
     """
+    choice = choose_untuned(problem, backend)
+    found = tuned.find(choice.name, problem, choice.configs(problem), choice.sources, tuned.tables_for(problem.target))
+    if found is None:
+        return choice
+    return replace(choice, choose_config=found.chooser(choice.choose_config, choice.takes), reason=f"{choice.reason}; {found.reason}")
+
+
+def choose_untuned(problem: Problem, backend: str | None = None) -> KernelChoice:
+    """`choose` without a look into tables."""
     candidates = support(problem)
     if backend is not None:
         if backend not in candidates:

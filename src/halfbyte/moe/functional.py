@@ -16,6 +16,7 @@ from halfbyte.errors import InputError, UnsupportedError
 from halfbyte.experts import ExpertMap
 from halfbyte.formats import Fp8Tensor, QuantTensor
 from halfbyte.formats.activation_formats import ActivationFormat, check_activations
+from halfbyte.kernels import tuned
 from halfbyte.kernels.problem import Hidden, Size, layer_problem, quantized_format
 from halfbyte.kernels.table import choose
 from halfbyte.kernels.workspace import Workspace, lend
@@ -168,6 +169,8 @@ def run(
     problem = layer_problem("fused_moe", experts, call.target, call.layout, call.activations, hidden, batch_invariant=call.batch_invariant)
     kernel = choose(problem, call.backend)
     config = kernel.choose_config(problem, Size(*topk_ids.shape)) if call.config is None else call.config
+    if tuned.seen is not None:
+        tuned.seen.add((problem, topk_ids.shape[1]))
     if not call.expert_map.is_slice:
         topk_ids = call.expert_map.local(topk_ids)
     options = {"activations": call.activations, "expert_offset": call.expert_map.first, "batch_invariant": call.batch_invariant}

@@ -177,11 +177,12 @@ def test_the_choice_follows_the_rows_an_expert_has() -> None:
     assert fp8[:2] == [choose(num_tokens, 8, 128) for num_tokens in (1, 384)]
     assert fp8[2:] == [configs.FP8_SMALL, configs.FP8_MEDIUM, configs.FP8_LARGE, configs.FP8_HUGE]
     assert [choose(num_tokens, 8, 128, "fp8", hb.MXFP4) for num_tokens in (192, 193, 385)] == [configs.TINY, configs.FP8_TINY, configs.FP8_SMALL]
-    assert [choose(num_tokens, 8, 128, "fp8", layout="hopper_fp8") for num_tokens in (2, 3, 385)] == [
-        configs.DIRECT, configs.FP8_TINY, configs.FP8_SMALL,
+    assert [choose(num_tokens, 8, 128, "fp8", layout="hopper_fp8") for num_tokens in (8, 9, 10, 385)] == [
+        configs.DIRECT, configs.DECODE, configs.FP8_TINY, configs.FP8_SMALL,
     ]  # fmt: skip
-    large = [choose(1, 8, 256, "fp8", hb.MXFP4, "hopper_fp8", sizes=sizes) for sizes in ((4096, 1536), (7168, 2048))]  # 48 and 64 row tiles
+    large = [choose(1, 8, 256, "fp8", hb.MXFP4, "hopper_fp8", sizes=sizes) for sizes in ((4096, 1536), (7168, 2048))]  # 151 and 352 million weights
     assert large == [configs.DIRECT, configs.FP8_TINY]
+    assert [choose(num_tokens, 1, 1, "fp8", layout="hopper_fp8") for num_tokens in (4, 5)] == [configs.DIRECT, configs.FP8_TINY]
 
 
 def test_hidden_states_in_another_format_than_fp8_do_not_go_to_its_tensor_cores() -> None:
@@ -192,10 +193,10 @@ def test_hidden_states_in_another_format_than_fp8_do_not_go_to_its_tensor_cores(
 def test_weights_are_rounded_where_fp8_tensor_cores_multiply() -> None:
     def rounds(num_tokens: int, activations: str, layout: str = "hopper") -> bool:
         problem = Problem("fused_moe", hb.Target.of("cpu"), hb.NVFP4, layout, activations, num_experts=1, hidden=7168, intermediate=2048)
-        return configs.rounds_weights(problem, Size(num_tokens, 1))
+        return configs.rounds_weights(configs.choose_config(problem, Size(num_tokens, 1)))
 
     assert not rounds(24, "fp8") and rounds(25, "fp8") and not rounds(4096, "bf16")
-    assert not rounds(2, "fp8", "hopper_fp8") and rounds(3, "fp8", "hopper_fp8")
+    assert not rounds(4, "fp8", "hopper_fp8") and rounds(5, "fp8", "hopper_fp8")
 
 
 def test_gradients_are_refused_before_anything_runs() -> None:

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from halfbyte.formats import MXFP4, NVFP4
 from halfbyte.kernels.problem import Problem, Size
+
+sources = tuple(
+    f"halfbyte.{module}"
+    for module in (
+        "kernels.sm90.gemm_decode",
+        "kernels.sm90.gemm_prefill",
+        "kernels.sm90.epilogue",
+        "weights.hopper.dequant_bf16",
+        "weights.hopper.dequant_fp8",
+    )
+)  # what the products are made of; the kernels around them take as long whatever the configuration
 
 DECODE_ROWS = 8  # of x per program of the decode kernel
 MAX_DIRECT_TOKENS = 8
@@ -18,6 +30,9 @@ class DecodeConfig:
     """Whether programs find their rows in the expert ids themselves, or in the work list of `sort`. See `gemm_decode`."""
 
     direct: bool
+
+    def __str__(self) -> str:
+        return _NAMES.get(self) or repr(self)
 
     @property
     def max_rows(self) -> int:
@@ -49,6 +64,9 @@ class PrefillConfig:
     launch_registers: int
     row_tiles_per_consumer: int = 1
     fp8: bool = False
+
+    def __str__(self) -> str:
+        return _NAMES.get(self) or repr(self)
 
     @property
     def max_rows(self) -> int:
@@ -98,14 +116,23 @@ FP8_HUGE = PrefillConfig(
     consumers=2, step_k=128, x_stages=4, w_stages=3, box=32, consumer_registers=240, launch_registers=168, fp8=True,
 )  # fmt: skip
 # Rows per expert, on average, from which on fp8 tensor cores gain enough with words for bf16: weights in NVFP4 are rounded for it, those in MXFP4 are
-# not (`weights.hopper.rounding_fp8`). Words for fp8 take the kernels for bf16 8 to 25 % longer, and fp8 tensor cores gain as soon as there are tokens
-# enough, or tiles of 64 weight rows for all multiprocessors: with 1 and 2 tokens FP8_TINY takes 8 and 15 % less time than the direct kernel for
-# DeepSeek-R1 (512 tiles a token), but for Qwen3-235B (384) 8 % more and as long, for Qwen3-30B (192) 35 and 20 % more (H200, MXFP4, 2026-11-28).
+# not (`weights.hopper.rounding_fp8`). Words for fp8 take the kernels for bf16 8 to 25 % longer, so fp8 tensor cores gain as soon as there are weights
+# enough to read that the two launches more do not count: 400 million, of the experts that tokens chose. FP8_TINY instead of the direct kernel takes,
+# with 1 and 2 tokens of DeepSeek-R1 (352 and 705 million) 6 and 11 % less, of Mixtral (1 token, 352) 33 % more, of GLM-4.5 (2, 377) 6 % more, of
+# MiniMax-M2 (2 and 4, 226 and 453) 15 % more and 5 % less, of Qwen3-Next (4, 126) 34 % more (H200, NVFP4, 2026-11-30).
 MIN_FP8_ROWS = {NVFP4: 24, MXFP4: 12}
-MIN_FP8_TOKENS, MIN_FP8_TILES = 3, 512
+MIN_FP8_WEIGHTS, MIN_FP8_AVERAGE = 400e6, 4  # from this average on, whatever the size: decoding would read weights twice
 
 PREFILL = (TINY, SMALL, MEDIUM, LARGE, HUGE)
 PREFILL_FP8 = (FP8_TINY, FP8_SMALL, FP8_MEDIUM, FP8_LARGE, FP8_HUGE)
+_NAMES = {value: name for name, value in globals().items() if isinstance(value, DecodeConfig | PrefillConfig)}
+
+# The largest average of rows per expert that each serves, raced with experts that have equal chances (docs/tuning.md). Between 320 and 448 rows an
+# expert has two items of about 192, which FP8_LARGE takes 3 to 7 % faster than FP8_HUGE.
+LIMITS = ((4.5, DECODE), (24, TINY), (56, SMALL), (80, MEDIUM), (150, LARGE), (math.inf, HUGE))
+LIMITS_FP8 = (
+    (24, FP8_TINY), (84, FP8_SMALL), (112, FP8_MEDIUM), (176, FP8_LARGE), (320, FP8_HUGE), (448, FP8_LARGE), (math.inf, FP8_HUGE),
+)  # fmt: skip
 
 
 def configs(problem: Problem) -> tuple[Config, ...]:
@@ -128,19 +155,27 @@ def choose_config(problem: Problem, size: Size) -> Config:
     """
     average = size.num_rows / max(1, problem.num_experts)
     if takes_fp8(problem) and (problem.batch_invariant or _gains_from_fp8(problem, size)):
-        limits = ((24, FP8_TINY), (72, FP8_SMALL), (112, FP8_MEDIUM), (160, FP8_LARGE))
-        return next((config for limit, config in limits if average <= limit), FP8_HUGE)
-    if not problem.batch_invariant:
-        is_small = size.num_tokens <= MAX_DIRECT_TOKENS and size.num_rows <= MAX_DIRECT_SLOTS
-        if average <= 12 and is_small and problem.op == "fused_moe":
-            return DIRECT
-        if average <= 4:
-            return DECODE
-    return next((config for limit, config in ((24, TINY), (48, SMALL), (80, MEDIUM), (240, LARGE)) if average <= limit), HUGE)
+        return _within(LIMITS_FP8, average)
+    if problem.batch_invariant:
+        return _within(LIMITS[1:], average)
+    return DIRECT if average <= 12 and takes(problem, size, DIRECT) else _within(LIMITS, average)
 
 
-def rounds_weights(problem: Problem, size: Size) -> bool:
-    config = choose_config(problem, size)
+def takes(problem: Problem, size: Size, config: Config) -> bool:
+    """Whether a configuration can run so many tokens."""
+    return config != DIRECT or (problem.op == "fused_moe" and size.num_tokens <= MAX_DIRECT_TOKENS and size.num_rows <= MAX_DIRECT_SLOTS)
+
+
+def rivals(problem: Problem, size: Size, config: Config) -> tuple[Config, ...]:
+    """What else than `config` may be fastest for so many tokens: up to two tiles smaller and two larger."""
+    has_fp8 = config.fp8 if isinstance(config, PrefillConfig) else takes_fp8(problem) and problem.layout == "hopper_fp8"
+    decode = () if problem.batch_invariant else tuple(other for other in (DIRECT, DECODE) if takes(problem, size, other))
+    order: tuple[Config, ...] = (*decode, *(PREFILL_FP8 if has_fp8 else PREFILL))
+    place = order.index(config)
+    return tuple(other for other in order[max(0, place - 2) : place + 3] if other != config)
+
+
+def rounds_weights(config: Config) -> bool:
     return isinstance(config, PrefillConfig) and config.fp8
 
 
@@ -153,5 +188,9 @@ def _gains_from_fp8(problem: Problem, size: Size) -> bool:
     assert problem.format is not None
     if problem.layout != "hopper_fp8":
         return size.num_rows > MIN_FP8_ROWS[problem.format] * problem.num_experts
-    row_tiles = min((2 if problem.gated else 1) * -(-problem.intermediate // 64), -(-problem.hidden // 64))  # of the projection with fewer
-    return size.num_tokens >= MIN_FP8_TOKENS or size.num_rows * row_tiles >= MIN_FP8_TILES
+    weights = (3 if problem.gated else 2) * problem.hidden * problem.intermediate
+    return min(size.num_rows, problem.num_experts) * weights >= MIN_FP8_WEIGHTS or size.num_rows > MIN_FP8_AVERAGE * problem.num_experts
+
+
+def _within(limits: tuple[tuple[float, Config], ...], average: float) -> Config:
+    return next(config for limit, config in limits if average <= limit)

@@ -33,7 +33,7 @@ from halfbyte.kernels.launch import launch
 from halfbyte.kernels.problem import Hidden, Problem, Size, Support, layer_problem
 from halfbyte.kernels.shared.decode_rows import decode_rows
 from halfbyte.kernels.shared.encode_rows import encode_rows
-from halfbyte.kernels.sm90.configs import DIRECT, Config, PrefillConfig, choose_config, configs, rounds_weights
+from halfbyte.kernels.sm90.configs import DIRECT, Config, PrefillConfig, choose_config, configs, rivals, rounds_weights, sources, takes
 from halfbyte.kernels.sm90.epilogue import KINDS
 from halfbyte.kernels.sm90.gather import gather
 from halfbyte.kernels.sm90.gemm_decode import NUM_WARPS, grouped_gemm_w4a16_decode
@@ -43,7 +43,9 @@ from halfbyte.kernels.work_list import WorkList
 from halfbyte.kernels.workspace import aligned, scratch
 from halfbyte.weights.hopper.layout import HopperExperts, HopperMatrix, padded_size
 
-__all__ = ["choose_config", "configs", "layout", "rounds_weights", "run", "supports", "workspace_nbytes"]  # what the table reads
+__all__ = [  # what the table reads
+    "choose_config", "configs", "layout", "rivals", "rounds_weights", "run", "sources", "supports", "takes", "workspace_nbytes",
+]  # fmt: skip
 
 fix_cache_keys(grouped_gemm_w4a16_decode, grouped_gemm_prefill)
 

@@ -23,13 +23,15 @@ from halfbyte.kernels.shared.combine import run as combine
 from halfbyte.kernels.shared.sort import run as sort
 from halfbyte.kernels.shared.sort import variant
 from halfbyte.kernels.shared.sort import workspace_nbytes as sort_nbytes
-from halfbyte.kernels.sm90.configs import DIRECT, Config, choose_config, configs, rounds_weights
+from halfbyte.kernels.sm90.configs import DIRECT, Config, choose_config, configs, rivals, rounds_weights, sources, takes
 from halfbyte.kernels.sm90.expert_rows import layout, problem_of, supports
 from halfbyte.kernels.sm90.expert_rows import run as expert_rows
 from halfbyte.kernels.sm90.expert_rows import workspace_nbytes as expert_rows_nbytes
 from halfbyte.weights.hopper.layout import HopperExperts
 
-__all__ = ["choose_config", "configs", "layout", "rounds_weights", "run", "supports", "variants", "workspace_nbytes"]  # what the table reads
+__all__ = [  # what the table reads
+    "choose_config", "configs", "layout", "rivals", "rounds_weights", "run", "sources", "supports", "takes", "variants", "workspace_nbytes",
+]  # fmt: skip
 
 
 def variants(problem: Problem, size: Size, config: Config) -> frozenset[Hashable]:

@@ -1,0 +1,111 @@
+"""What races say: tables in Markdown, and a picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from halfbyte.bench.ceilings import Ceilings
+from halfbyte.bench.shapes import MoEShape, floor_of
+from halfbyte.errors import UnsupportedError
+from halfbyte.formats import FORMATS
+from halfbyte.kernels.tuned import Layer, Race, Table
+from halfbyte.tuning.models import MODELS
+
+
+def summary(layers: Iterable[Layer]) -> str:
+    """How far the kernels' own rules are from the best candidates, and what the tables gain: over every race with every routing."""
+    races = [race for layer in layers for race in layer.races]
+    regrets = [regret for race in races for regret in _regrets(race)]
+    gains = [race.default_us / race.us for race in races if race.config is not None and race.us and race.default_us]
+    if not regrets:
+        return "no races"
+    mean = math.exp(sum(map(math.log, regrets)) / len(regrets))
+    won = (
+        f"{len(gains)} buckets have a faster configuration, by {min(gains):.3f} to {max(gains):.3f}"
+        if gains
+        else "no bucket has a faster configuration"
+    )
+    return f"{len(regrets)} races: the rule's time over the best candidate's is {mean:.4f} (geometric mean), at most {max(regrets):.3f}; {won}"
+
+
+def render(tables: Sequence[Table]) -> str:
+    """A table for each layer: of every bucket all candidates' times, and how near the one that is taken comes to the floor."""
+    return "\n\n".join(_render(table, layer) for table in tables for layer in table.layers if layer.races)
+
+
+def plot(tables: Sequence[Table], file: Path) -> None:
+    """Time of every candidate over that of the rule's, by bucket, uniform routing; one panel per layer, as a PNG.
+
+    Raises:
+        UnsupportedError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UnsupportedError("the plot needs matplotlib", where="--plot", next_step="run: pip install 'halfbyte[bench]'") from error
+    layers = [layer for table in tables for layer in table.layers if layer.races]
+    columns = min(3, len(layers))
+    lines = math.ceil(len(layers) / columns)
+    figure = Figure(figsize=(5.2 * columns, 3.6 * lines), layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axes, layer in zip(panels, layers, strict=False):
+        names = dict.fromkeys(name for race in layer.races for name in race.times)
+        for name in names:
+            points = [
+                (index, race.times[name][0] / race.times[race.default][0])
+                for index, race in enumerate(layer.races)
+                if {name, race.default} <= race.times.keys()
+            ]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1.2, label=name)
+        axes.set_xticks(range(len(layer.races)), [race.bucket for race in layer.races], rotation=90, fontsize="xx-small")
+        axes.set(title=_title(layer), ylabel="time over the rule's", ylim=(0.8, 1.5))
+        axes.title.set_size("small")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="xx-small", ncols=2)
+    for axes in panels[len(layers) :]:
+        axes.set_axis_off()
+    figure.savefig(file, dpi=100)
+
+
+def _regrets(race: Race) -> list[float]:
+    """The rule's time over the best candidate's, with every routing."""
+    rule = race.times.get(race.default, [])
+    return [us / min(times[index] for times in race.times.values()) for index, us in enumerate(rule)]
+
+
+def _title(layer: Layer) -> str:
+    return f"{layer.name} {layer.key.format.upper()}, {layer.key.activations} activations"
+
+
+def _render(table: Table, layer: Layer) -> str:
+    sizes = f"{layer.key.experts} experts of {layer.key.hidden} x {layer.key.intermediate}, {layer.top_k} per token"
+    software = ", ".join(f"{name} {version}" for name, version in layer.software.items())
+    about = f"{table.device.name}, {layer.measured}, {software}, kernels {layer.source}; us with {', '.join(layer.routings)} routing"
+    lines = [
+        f"### {_title(layer)}",
+        "",
+        f"{sizes}. {about}.",
+        "",
+        "| up to | tokens | rule | taken | of floor | candidates |",
+        "|---|---|---|---|---|---|",
+    ]
+    for race in layer.races:
+        times = "; ".join(f"{name} {', '.join(f'{us:.1f}' for us in each)}" for name, each in race.times.items())
+        failed = "".join(f"; {name}: {reason}" for name, reason in race.excluded.items())
+        lines.append(f"| {race.bucket} | {race.num_tokens} | {race.default} | {race.taken} | {_of_floor(layer, race)} | {times}{failed} |")
+    return "\n".join([*lines, "", summary([layer])])
+
+
+def _of_floor(layer: Layer, race: Race) -> str:
+    """Share of the floor with uniform routing."""
+    if not layer.ceilings or race.taken not in race.times:
+        return ""
+    key, shape = layer.key, MODELS.get(layer.name)
+    if shape is None:
+        shape = MoEShape(layer.name, key.hidden, key.intermediate, key.experts, layer.top_k)
+    touched = key.experts * (1 - (1 - layer.top_k / key.experts) ** race.num_tokens)
+    floor = floor_of(shape, FORMATS[key.format], race.num_tokens, touched, Ceilings(**layer.ceilings), key.activations)  # type: ignore[arg-type]
+    return f"{floor.us / race.times[race.taken][0]:.0%}"

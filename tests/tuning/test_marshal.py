@@ -1,0 +1,21 @@
+"""Races in another process: one that hangs, one that dies, one that is wrong; each is named and stays out."""
+
+from __future__ import annotations
+
+from tracks import Track
+
+from halfbyte.tuning.marshal import Marshal
+
+
+def test_what_hangs_dies_or_is_wrong_is_excluded_and_named() -> None:
+    with Marshal(Track, patience_s=20.0) as measure:
+        first = measure.ceilings()["process"]
+        times = measure(8, "uniform", ["good", "dies", "wrong", "fine"])
+        assert times["good"].us == times["fine"].us == 8.0
+        assert times["dies"].reason == "ended the process with exit code 11" and times["wrong"].reason == "the result is wrong"
+        second = measure.ceilings()["process"]
+        assert second != first
+        assert measure(4, "skewed", ["dies", "good", "wrong"])["dies"].reason  # not tried again: the process is the same
+        assert measure.ceilings()["process"] == second
+        measure._patience_s = 1.0
+        assert measure(8, "uniform", ["good", "hangs"])["hangs"].reason == "hung: nothing was heard for 1 s"
