@@ -16,7 +16,9 @@ class Variable:
         return os.environ.get(self.name) or None
 
 
-CACHE_DIR = Variable("HALFBYTE_CACHE_DIR", "directory for prepared weights (default: $XDG_CACHE_HOME/halfbyte or ~/.cache/halfbyte)")
+CACHE_DIR = Variable(
+    "HALFBYTE_CACHE_DIR", "directory for prepared weights and tuning tables (default: $XDG_CACHE_HOME/halfbyte or ~/.cache/halfbyte)"
+)
 VARIABLES = (CACHE_DIR,)
 
 

@@ -50,13 +50,14 @@ def write(device: Target, layer: Layer, directory: Path | None = None) -> Path:
 
 
 def write_table(table: Table, file: Path) -> None:
-    """Write a file that is whole at every moment.
+    """Write a file that is whole at every moment, a race per line.
 
     Raises:
         CheckpointError: it cannot be written.
     """
     with replacing(file) as partial:
-        partial.write_text(json.dumps(table.to_json(), indent=1, allow_nan=False) + "\n")
+        text = json.dumps(table.to_json(), allow_nan=False)
+        partial.write_text(text.replace('{"bucket"', '\n{"bucket"').replace('{"key"', '\n{"key"') + "\n")
 
 
 @contextmanager
