@@ -51,6 +51,7 @@ def report() -> list[Finding]:
         ("settings", "cache directory", _cache_directory),
         ("settings", "environment", _environment),
         ("kernels", "kernel table", lambda: itertools.chain(_layers(), _kernels())),
+        ("kernels", "tuning tables", _tables),
     ]
     findings: list[Finding] = []
     for section, name, probe in probes:
@@ -154,6 +155,22 @@ def _layer_kernels() -> Iterable[str]:
         kernel = choose(Problem("fused_moe", target, NVFP4, layout, "bf16", torch.bfloat16, num_experts=8, hidden=1024, intermediate=1024)).name
         on = "CPU, no GPU found" if target.is_cpu else f"{gpus.count(target)} x {target.name}"
         yield f"{on}, {'plain torch, for trying out' if kernel == 'reference' else f'kernel {kernel!r}'}"
+
+
+def _tables() -> Iterable[tuple[str, str]]:
+    """On every GPU: the tables of configurations that calls look into, in order."""
+    import torch
+
+    from halfbyte.device import Target
+    from halfbyte.kernels.tuned import tables_for
+
+    targets = dict.fromkeys(Target.of(f"cuda:{index}") for index in range(torch.cuda.device_count()))
+    for target in targets:
+        for origin, table in tables_for(target):
+            won = sum(race.config is not None for layer in table.layers for race in layer.races)
+            yield "tuning tables", f"{target.name}, {origin}: {len(table.layers)} layers, {won} buckets in which the rule lost"
+    if not targets:
+        yield "tuning tables", "none looked up: they are for GPUs"
 
 
 def _layers() -> Iterable[tuple[str, str]]:
