@@ -50,8 +50,7 @@ def report() -> list[Finding]:
         ("hardware", "cuda", _gpus),
         ("settings", "cache directory", _cache_directory),
         ("settings", "environment", _environment),
-        ("kernels", "kernel table", lambda: itertools.chain(_layers(), _kernels())),
-        ("kernels", "tuning tables", _tables),
+        ("kernels", "kernel table", lambda: itertools.chain(_layers(), _kernels(), _tables())),
     ]
     findings: list[Finding] = []
     for section, name, probe in probes:
@@ -164,13 +163,10 @@ def _tables() -> Iterable[tuple[str, str]]:
     from halfbyte.device import Target
     from halfbyte.kernels.tuned import tables_for
 
-    targets = dict.fromkeys(Target.of(f"cuda:{index}") for index in range(torch.cuda.device_count()))
-    for target in targets:
+    for target in dict.fromkeys(Target.of(f"cuda:{index}") for index in range(torch.cuda.device_count())):
         for origin, table in tables_for(target):
             won = sum(race.config is not None for layer in table.layers for race in layer.races)
-            yield "tuning tables", f"{target.name}, {origin}: {len(table.layers)} layers, {won} buckets in which the rule lost"
-    if not targets:
-        yield "tuning tables", "none looked up: they are for GPUs"
+            yield f"{target.arch} tuning", f"{origin}: {len(table.layers)} layers of {table.device.name}, {won} buckets in which the rule lost"
 
 
 def _layers() -> Iterable[tuple[str, str]]:
