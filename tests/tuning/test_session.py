@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 
 from dataclasses import replace
 
+from devices import on_hopper
 from races import H200, SHAPE, layer
 from random_experts import make_experts
 from ranks import run_ranks
@@ -78,3 +79,17 @@ def rank_with_its_own_cache(rank: int, world: int, folder: str) -> None:
 
 def test_ranks_with_different_caches_choose_the_same(tmp_path: Path) -> None:
     run_ranks(rank_with_its_own_cache, 2, str(tmp_path))
+
+
+@on_hopper
+def test_a_layer_is_tuned_on_a_gpu_and_used_by_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HALFBYTE_CACHE_DIR", str(tmp_path))
+    prepared = hb.prepare(make_experts(SHAPE.num_experts, SHAPE.hidden, SHAPE.intermediate, hb.NVFP4).to("cuda"))
+    call = (torch.zeros((3, SHAPE.hidden), dtype=torch.bfloat16, device="cuda"), prepared, torch.zeros((3, 4), dtype=torch.int32, device="cuda"))
+    weights = torch.ones((3, 4), dtype=torch.float32, device="cuda")
+    with hb.autotune(budget_s=90):
+        hb.fused_moe(*call, weights)
+    (table,) = [tuned.read(file) for file in tuned.user_directory().glob("*.json")]
+    races = table.layers[0].races
+    assert races and not any(race.excluded for race in races) and all(race.default in race.times for race in races)
+    assert hb.fused_moe(*call, weights).shape == (3, SHAPE.hidden)
