@@ -50,7 +50,7 @@ class Capacity:
         rows, codes = num_ranks * self.tokens, 2 * self.hidden if self.code_bytes is None else self.code_bytes
         sizes = {
             "flags": PHASES * num_ranks * 4,
-            "sizes": 2 * num_ranks * 4,
+            "sizes": 2 * num_ranks * 4,  # of the last two dispatches: a rank may begin one before another has left the combine before it
             "codes": rows * codes,
             "block_scales": rows * (self.hidden // 16),
             "row_scales": rows * 4,

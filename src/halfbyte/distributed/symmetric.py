@@ -27,7 +27,7 @@ from halfbyte.errors import InputError
 from halfbyte.kernels.problem import Hidden
 
 INTERPRETED = triton.knobs.runtime.interpret
-PUSH_PROGRAMS, PULL_PROGRAMS = 4, 8  # per multiprocessor, at most: so many are on it together
+PUSH_PROGRAMS, PULL_PROGRAMS = 4, 8  # per multiprocessor, at most; of the first kind all are on it together (`_row_options`)
 PULL_BLOCK = 1024  # columns per program and step: eight per thread, one load of 16 bytes from each rank
 WORTH_CHOOSING = 0.95  # below this share of ranks that an average token needs, rows go only to those
 
