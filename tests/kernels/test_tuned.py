@@ -78,13 +78,13 @@ def test_the_order_of_the_tables() -> None:
     shipped(HUGE, H20)
     assert chosen() == HUGE
     shipped(MEDIUM, H100)
-    assert chosen() == MEDIUM and "the package for NVIDIA H100" in found().reason  # as many multiprocessors: more alike than the H20
+    assert chosen() == MEDIUM and "the package for NVIDIA H100" in found().tables  # as many multiprocessors: more alike than the H20
     shipped(SMALL, H200)
-    assert chosen() == SMALL and "from the package, " in found().reason
+    assert chosen() == SMALL and "from the package, " in found().tables
     user(DECODE)
-    assert chosen() == DECODE and "1 of 17 buckets from the user" in found().reason
+    assert chosen() == DECODE and "1 of 17 buckets from the user" in found().tables
     tuned.take([table(HUGE)])
-    assert chosen() == HUGE and "from this process" in found().reason
+    assert chosen() == HUGE and "from this process" in found().tables
 
 
 def test_other_buckets_and_other_ops_keep_to_the_rule() -> None:
@@ -97,7 +97,7 @@ def test_other_buckets_and_other_ops_keep_to_the_rule() -> None:
     assert choose(problem._replace(batch_invariant=True)).choose_config(problem._replace(batch_invariant=True), SIZE) == TINY
     rows = problem._replace(op="expert_rows")
     assert choose(rows).choose_config(rows, SIZE) == SMALL  # the same kernels
-    assert choose(problem._replace(activations="fp8", layout="hopper_fp8")).reason == rule.reason
+    assert choose(problem._replace(activations="fp8", layout="hopper_fp8")).tables == rule.tables == ""
 
 
 def test_a_configuration_that_cannot_run_so_many_tokens_is_not_taken() -> None:
@@ -151,7 +151,7 @@ def test_files_that_are_no_tables_are_passed_over(text: str, caplog: pytest.LogC
 
 def test_the_layer_most_alike_serves_where_none_is_equal() -> None:
     user(SMALL)
-    assert chosen(hidden=640) == SMALL and "measured with 32 experts of 512 x 256" in found(hidden=640).reason
+    assert chosen(hidden=640) == SMALL and "measured with 32 experts of 512 x 256" in found(hidden=640).tables
     assert chosen(hidden=2048) == TINY  # four times
     near = replace(record_of(layer()).key, hidden=576)
     user(MEDIUM, key=near)
@@ -179,7 +179,7 @@ def test_a_look_up_costs_less_than_a_microsecond_more_than_the_rule() -> None:
             times.append((time.perf_counter() - start) / 200 * 1e6)
         return min(times)
 
-    assert best_us(choice.choose_config) < 5 + best_us(choose_untuned(problem).choose_config)  # 0.7 us on an idle core
+    assert best_us(choice.choose_config) < 1 + best_us(choose_untuned(problem).choose_config)  # 0.6 and 1.7 us on a busy core
 
 
 def test_the_hash_is_of_code_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

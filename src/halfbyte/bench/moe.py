@@ -144,7 +144,7 @@ class HalfbyteLayer:
         prepared = self._prepared
         self._problem = layer_problem("fused_moe", prepared.storage, prepared.target, prepared.layout, activations)
         self._choice = choose(self._problem, backend)
-        self.kernel = f"{self._choice.name}, {prepared.layout}"
+        self.kernel = ", ".join(filter(None, (self._choice.name, prepared.layout, self._choice.tables)))
         self.graph = self._choice.capturable
 
     def __call__(self, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:

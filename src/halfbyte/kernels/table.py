@@ -38,7 +38,7 @@ PROVIDERS: dict[str, dict[str, str]] = {
 
 @dataclass(frozen=True)
 class KernelChoice:
-    """The kernel that runs a problem, and why this one; the rest as in `Provider`."""
+    """The kernel that runs a problem, and why this one; the rest as in `Provider`. `tables`: where configurations other than its rule's come from."""
 
     name: str
     reason: str
@@ -53,6 +53,7 @@ class KernelChoice:
     variants: Callable[[Problem, Size, Hashable | None], frozenset[Hashable]]
     workspace_nbytes: Callable[[Problem, Size, Hashable | None], int]
     rounds_weights: Callable[[Hashable | None], bool]
+    tables: str = ""
 
 
 def support(problem: Problem) -> dict[str, Support]:
@@ -83,7 +84,7 @@ def choose(problem: Problem, backend: str | None = None) -> KernelChoice:
     found = tuned.find(choice.name, problem, choice.configs(problem), choice.sources, tuned.tables_for(problem.target))
     if found is None:
         return choice
-    return replace(choice, choose_config=found.chooser(choice.choose_config, choice.takes), reason=f"{choice.reason}; {found.reason}")
+    return replace(choice, choose_config=found.chooser(choice.choose_config, choice.takes), tables=found.reason)
 
 
 def choose_untuned(problem: Problem, backend: str | None = None) -> KernelChoice:
@@ -124,7 +125,7 @@ def wanted_layout(problem: Problem, *, in_place: bool = False) -> tuple[str, str
 
 def _choice(name: str, module: str, reason: str) -> KernelChoice:
     provider = _load(module)
-    facts = [field.name for field in fields(KernelChoice)][2:]
+    facts = [field.name for field in fields(KernelChoice)][2:-1]
     return KernelChoice(name, reason, *(getattr(provider, fact) if hasattr(provider, fact) else getattr(Provider, fact) for fact in facts))
 
 
