@@ -35,7 +35,7 @@ class Options:
     Attributes:
         enabled: false leaves everything to the engine.
         activations: what the experts compute on, as in `fused_moe`.
-        strict: a layer with FP4 experts that is left to the engine is an error.
+        strict: a layer with FP4 experts that is left to the engine is an error, and so are scales that are negative or not finite.
         any_gpu: run on GPUs other than Hopper too, where an engine may have faster kernels of its own.
     """
 
@@ -154,13 +154,20 @@ class EngineModel:
     def finish(self) -> None:
         """To be called before every call of a layer: after loading, it waits for the checks of the scales and logs what runs where; then it is free.
 
+        Engines serve the random weights with which people measure, whose scales are unusable: that is said, and they are served.
+
         Raises:
-            InputError: scales are negative or not finite.
+            InputError: scales are negative or not finite, with option strict.
         """
         if not self._kinds:
             return
         kinds, self._kinds = self._kinds, {}
-        self._checks.wait()
+        try:
+            self._checks.wait()
+        except InputError as error:
+            if self.options.strict:
+                raise
+            self._log(f"halfbyte: results will mean nothing: {error}")
         ours = "; ".join(f"{count} MoE layers ({kind})" for kind, count in kinds.items())
         theirs = "; ".join(f"{count} layers ({reason})" for reason, count in self._refused.items()) or "nothing"
         times = f"weights arranged in {self.stats['prepare_host_s']:.2f} s, kernels ready in {self.stats['warm_up_s']:.2f} s"

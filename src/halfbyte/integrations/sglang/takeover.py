@@ -11,7 +11,6 @@ the memory where they lay if the prepared experts lie there: an update may repla
 from __future__ import annotations
 
 import functools
-import logging
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -23,8 +22,6 @@ from halfbyte.errors import HalfbyteError
 from halfbyte.integrations.engines import FAILURES, PARAMETER_PREFIX, EngineModel
 from halfbyte.integrations.sglang.methods import HOLDINGS, Holding, Layer, canonical_part, empty_parameter, experts_of, kind_of
 from halfbyte.moe import fused_moe
-
-logger = logging.getLogger("sglang.halfbyte")
 
 
 def take_over(layer: Layer, method: Any, model: EngineModel, *, name: str, max_tokens: int) -> Any:
@@ -117,14 +114,8 @@ class State:
     def finish(self) -> None:
         """The first weights of this layer have come; after those of the last layer, the log says what runs where."""
         _unfinished.discard(self)
-        if _unfinished:
-            return
-        try:
+        if not _unfinished:
             self.model.finish()
-        except HalfbyteError as error:  # SGLang serves such weights, random ones for instance
-            if self.model.options.strict:
-                raise
-            logger.error("halfbyte: results will mean nothing: %s", error)
 
 
 class _Method:
