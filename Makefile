@@ -25,7 +25,7 @@ check: $(STAMP)
 	$(BIN)/mypy
 
 docs: $(VENV)/.docs-installed
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 bench: $(STAMP)
 	$(BIN)/halfbyte bench moe --peers torch,reference

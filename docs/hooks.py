@@ -31,6 +31,7 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     place = page.file.src_uri
     source = ROOT / SOURCES.get(place, f"docs/{place}")
     markdown = CODE_OR_LINK.sub(lambda found: _on_the_site(found, source, place), markdown)
+    markdown = markdown.replace("```python gpu\n", "```python\n")  # a fence of the site has a language and nothing else
     return markdown.replace(MARKER, _commands()) if MARKER in markdown else markdown
 
 
