@@ -126,7 +126,7 @@ def check_rows_and_sums(_: int, __: int, world: int, chooses: bool) -> None:
 
 
 def check_replays(_: int, __: int, world: int, replays: int, payload: str, format: str, activations: str) -> None:
-    """A graph of dispatch, experts and combine of every rank; each replay has other tokens, and other numbers of them, none on some ranks."""
+    """Dispatch, experts and combine of every rank, at two ranks as a graph; each time other tokens, and other numbers of them, none on some ranks."""
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"
     random = torch.Generator().manual_seed(0)
     w13 = torch.randn(EXPERTS, 2 * INTERMEDIATE, HIDDEN, generator=random) / 32
@@ -166,11 +166,12 @@ def check_replays(_: int, __: int, world: int, replays: int, payload: str, forma
         return [added_up(partial, rank, own, format) for rank, own in enumerate(slices(sizes))]
 
     expected()  # compiles
-    layer()
-    graph = torch.cuda.CUDAGraph()
+    outs = layer()
+    graph = torch.cuda.CUDAGraph() if world == 2 else None  # nobody promises that branches of a graph run together: two do
     torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        outs = layer()
+    if graph is not None:
+        with torch.cuda.graph(graph):
+            outs = layer()
     different = torch.zeros((), dtype=torch.int64, device="cuda")
     pool = [[make_tokens(TOKENS, 1000 * rank + seed) for seed in range(8)] for rank in range(world)]
     for replay in range(replays):
@@ -179,7 +180,10 @@ def check_replays(_: int, __: int, world: int, replays: int, payload: str, forma
             for target, source in zip(static[rank], pool[rank][replay % 8], strict=True):
                 target.copy_(source)
             static[rank].hidden.mul_(1 + replay % 3)
-        graph.replay()
+        if graph is None:
+            outs = layer()
+        else:
+            graph.replay()
         for out, wanted in zip(outs, expected(), strict=True):
             different += (out.view(torch.int16) != wanted.view(torch.int16)).sum()
     assert different.item() == 0
