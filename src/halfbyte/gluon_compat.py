@@ -6,6 +6,8 @@ import functools
 from typing import Any
 
 import torch
+import triton
+from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -13,6 +15,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 # The second names are those of Triton 3.6; calling them raises in 3.9.
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+aggregate = getattr(gluon, "aggregate", None) or triton.language.core._aggregate
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 

@@ -19,10 +19,11 @@ _known: dict[tuple[Any, ...], Any] = {}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """kernel[grid](*arguments, **options): all parameters of the kernel by position, in order, and Triton's options by name."""
+    """kernel[grid](*arguments, **options): all parameters of the kernel, by position or by name, and Triton's options by name."""
     if not isinstance(kernel, JITFunction):  # interpreted
         kernel[grid](*arguments, **options)
         return
+    arguments = (*arguments, *(options.pop(name) for name in kernel.arg_names[len(arguments) :]))
     driver = triton.runtime.driver.active
     device = driver.get_current_device()
     key: list[Any] = [id(kernel), device, *options.values()]

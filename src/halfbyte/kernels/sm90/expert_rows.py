@@ -38,6 +38,7 @@ from halfbyte.kernels.sm90.epilogue import KINDS
 from halfbyte.kernels.sm90.gather import gather
 from halfbyte.kernels.sm90.gemm_decode import NUM_WARPS, grouped_gemm_w4a16_decode
 from halfbyte.kernels.sm90.gemm_prefill import grouped_gemm_prefill
+from halfbyte.kernels.sm90.prefill_spec import PrefillSpec, derived
 from halfbyte.kernels.sm90.quantize_rows import gather_codes, quantize_rows, quantize_tokens
 from halfbyte.kernels.work_list import WorkList
 from halfbyte.kernels.workspace import aligned, scratch
@@ -203,16 +204,42 @@ def _prefill_gemm(
     """Multiply x, bf16 or (with a `config` for it) e4m3; rows times `x_scale` where there is one."""
     whole_runs = matrix.column_tiles % 4 == 0
     shift, multiplier, bias = _optional(matrix)
+    kind, alpha, beta, limit = _activation(experts)
+    spec = PrefillSpec(
+        row_tiles=matrix.row_tiles,
+        column_tiles=matrix.column_tiles,
+        y_columns=y.shape[1],
+        nvfp4=experts.format == NVFP4,
+        words_for=experts.words_for,
+        scaled=x_scale is not None,
+        is_w13=is_w13,
+        gated=is_w13 and experts.activation.gated,
+        kind=kind,
+        alpha=alpha,
+        beta=beta,
+        limit=limit,
+        has_bias=matrix.bias is not None,
+        **derived(config, matrix.row_tiles, matrix.column_tiles),
+    )
     launch(
-        grouped_gemm_prefill, (Target.of(x.device).num_sms,),
-        tma_descriptor(x, config.box, config.step_k), tma_descriptor(matrix.words.view(-1, 32), 64 if whole_runs else 16, 32),
-        tma_descriptor(matrix.scales.view(torch.int32).view(-1, matrix.scales.shape[-1] // 4), 8, matrix.scales.shape[-1] // 4),
-        shift, multiplier, matrix.row_exponent, multiplier if x_scale is None else x_scale, bias, y, work.entries, work.num_entries,
-        matrix.row_tiles, matrix.column_tiles, y.shape[1], y.shape[1], experts.format == NVFP4, experts.words_for, x_scale is not None,
-        is_w13, *_activation(experts), matrix.bias is not None, config.sizes, config.consumers, config.row_tiles_per_consumer, config.x_stages,
-        config.w_stages, config.consumer_registers,
-        num_warps=4, maxnreg=config.launch_registers, ptx_options=PTXAS_OPTIONS,
-    )  # fmt: skip
+        grouped_gemm_prefill,
+        (Target.of(x.device).num_sms,),
+        x_desc=tma_descriptor(x, config.box, config.step_k),
+        words_desc=tma_descriptor(matrix.words.view(-1, 32), 64 if whole_runs else 16, 32),
+        scales_desc=tma_descriptor(matrix.scales.view(torch.int32).view(-1, matrix.scales.shape[-1] // 4), 8, matrix.scales.shape[-1] // 4),
+        shift_ptr=shift,
+        multiplier_ptr=multiplier,
+        exponents_ptr=matrix.row_exponent,
+        x_scale_ptr=multiplier if x_scale is None else x_scale,
+        bias_ptr=bias,
+        y_ptr=y,
+        items_ptr=work.entries,
+        num_items_ptr=work.num_entries,
+        SPEC=spec,
+        num_warps=4,
+        maxnreg=config.launch_registers,
+        ptx_options=PTXAS_OPTIONS,
+    )
 
 
 def _optional(matrix: HopperMatrix) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -18,10 +18,11 @@ across the loop's back edge (a group in flight there makes ptxas serialise, or o
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from halfbyte.gluon_compat import tma_load
-from halfbyte.kernels.sm90.epilogue import RELU2, activate, split_halves
+from halfbyte.gluon_compat import aggregate, tma_load
+from halfbyte.kernels.sm90.epilogue import activate, split_halves
+from halfbyte.kernels.sm90.rings import Counter, make_ring
 from halfbyte.weights.hopper.dequant_bf16 import WORD_LAYOUT, dequantize, exponent_bias, load_scales, stored_tile
 from halfbyte.weights.hopper.dequant_fp8 import dequantize_fp8, scale_limits
 from halfbyte.weights.hopper.layout import ELEMENT_EXPONENT, NVFP4_SCALE_EXPONENT
@@ -30,77 +31,108 @@ RUN = gl.constexpr(4)  # tiles of 64 columns that share a word of scales: the un
 NVFP4_MULTIPLIER = gl.constexpr(2.0 ** (NVFP4_SCALE_EXPONENT + ELEMENT_EXPONENT))  # takes the bf16 kernels' exponents out of the multiplier
 
 
-@gluon.jit
-def _stage_and_phase(it, barriers):
-    """Where the it-th use of a ring falls."""
-    STAGES: gl.constexpr = barriers.shape[0]
-    return it % STAGES, it // STAGES & 1
+@aggregate
+class Tensors:
+    """What is in global memory, and how many tiles there are. Rows of exponents and biases are those of the matrix, in its order."""
+
+    x: tma.tensor_descriptor
+    words: tma.tensor_descriptor
+    scales: tma.tensor_descriptor
+    shift: gl.tensor
+    multiplier: gl.tensor
+    exponents: gl.tensor
+    x_scale: gl.tensor
+    bias: gl.tensor
+    y: gl.tensor
+    items: gl.tensor
+    num_tiles: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, x, words, scales, shift, multiplier, exponents, x_scale, bias, y, items, num_tiles):
+        self.x = x
+        self.words = words
+        self.scales = scales
+        self.shift = shift
+        self.multiplier = multiplier
+        self.exponents = exponents
+        self.x_scale = x_scale
+        self.bias = bias
+        self.y = y
+        self.items = items
+        self.num_tiles = num_tiles
+
+    @gluon.jit
+    def item(self, tile, GROUPS: gl.constexpr):
+        """Expert, first row and number of rows of what a tile belongs to."""
+        entry = self.items + tile // GROUPS * 4
+        return gl.load(entry), gl.load(entry + 1), gl.load(entry + 2)
 
 
 @gluon.jit
-def _produce_x(
-    x_desc, low, high, full, empty, items_ptr, num_tiles, GROUPS: gl.constexpr, STEPS: gl.constexpr, SIZES: gl.constexpr,
-):  # fmt: skip
-    BOX: gl.constexpr = x_desc.block_type.shape[0]
-    STEP_K: gl.constexpr = x_desc.block_type.shape[1]
-    MAX_TOKENS: gl.constexpr = SIZES[len(SIZES) - 1][0] + SIZES[len(SIZES) - 1][1]
-    BOXES: gl.constexpr = (MAX_TOKENS + BOX - 1) // BOX
+def _produce_x(tensors, ring, SPEC: gl.constexpr):
+    x_desc = tensors.x
+    low, high = ring.first, ring.second
+    SIZES: gl.constexpr = SPEC.sizes
+    BOX: gl.constexpr = SPEC.box
+    BOXES: gl.constexpr = (SPEC.max_rows + BOX - 1) // BOX
     LOW_BOXES: gl.constexpr = low.shape[1] // BOX
-    it = 0
-    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        row_start = gl.load(items_ptr + tile // GROUPS * 4 + 1)
-        num_rows = gl.load(items_ptr + tile // GROUPS * 4 + 2)
+    count = Counter(gl.to_tensor(0), SPEC.x_stages)
+    for tile in range(gl.program_id(0), tensors.num_tiles, gl.num_programs(0)):
+        _, row_start, num_rows = tensors.item(tile, SPEC.groups)
         boxes = BOXES  # of the tile that the item gets
         for s in gl.static_range(len(SIZES) - 2, -1, -1):
             boxes = gl.where(num_rows <= SIZES[s][0] + SIZES[s][1], (SIZES[s][0] + SIZES[s][1] + BOX - 1) // BOX, boxes)
-        for step in range(STEPS):
-            stage, phase = _stage_and_phase(it, empty)
-            mbarrier.wait(empty.index(stage), phase ^ 1)
+        for step in range(SPEC.steps):
+            stage = count.stage()
+            full = ring.full.index(stage)
+            mbarrier.wait(ring.empty.index(stage), count.phase() ^ 1)
             for box in gl.static_range(BOXES):
-                mbarrier.expect(full.index(stage), (box + 1) * x_desc.block_type.nbytes, pred=boxes == box + 1)
+                mbarrier.expect(full, (box + 1) * x_desc.block_type.nbytes, pred=boxes == box + 1)
             for box in gl.static_range(BOXES):
                 destination = low.index(stage) if box < LOW_BOXES else high.index(stage)
                 if destination.shape[0] != BOX:
                     destination = destination.slice(box * BOX if box < LOW_BOXES else (box - LOW_BOXES) * BOX, BOX, dim=0)
                 # Boxes beyond the item's rows are filled with zeros, as all that lies outside of x: what the last tile left there would cost power.
                 row = gl.where(box * BOX < num_rows, row_start + box * BOX, 1 << 30)
-                tma_load(x_desc, [row, step * STEP_K], full.index(stage), destination, pred=box < boxes)
-            it += 1
+                tma_load(x_desc, [row, step * SPEC.step_k], full, destination, pred=box < boxes)
+            count = count.next()
 
 
 @gluon.jit
-def _produce_w(
-    words_desc, scales_desc, words, scales, full, empty, items_ptr, num_tiles, GROUPS: gl.constexpr, GROUP_TILES: gl.constexpr,
-    ROW_TILES: gl.constexpr, COLUMN_TILES: gl.constexpr, IS_GATED: gl.constexpr,
-):  # fmt: skip
-    """Copy the weights of GROUP_TILES row tiles, four tiles of columns at a time; in the last run only as many as there are."""
+def _produce_w(tensors, ring, SPEC: gl.constexpr):
+    """Copy the weights of a group of row tiles, four tiles of columns at a time; in the last run only as many as there are."""
+    words_desc, scales_desc = tensors.words, tensors.scales
+    ROW_TILES: gl.constexpr = SPEC.row_tiles
+    COLUMN_TILES: gl.constexpr = SPEC.column_tiles
+    GROUP_TILES: gl.constexpr = SPEC.group_tiles
+    STAGES: gl.constexpr = SPEC.w_stages
     RUNS: gl.constexpr = (COLUMN_TILES + RUN - 1) // RUN
     BOX: gl.constexpr = words_desc.block_type.shape[0] // 16  # tiles a copy: 16 rows of 128 bytes each
     PIECES: gl.constexpr = RUN // BOX
     LAST_PIECES: gl.constexpr = (COLUMN_TILES - (RUNS - 1) * RUN) // BOX
     SCALE_ROWS: gl.constexpr = scales_desc.block_type.shape[0]
-    STAGES: gl.constexpr = full.shape[0]
-    it = 0
-    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        first_row_tile = tile % GROUPS * GROUP_TILES
-        matrix = gl.load(items_ptr + tile // GROUPS * 4) * ROW_TILES
+    count = Counter(gl.to_tensor(0), STAGES)
+    for tile in range(gl.program_id(0), tensors.num_tiles, gl.num_programs(0)):
+        first_row_tile = tile % SPEC.groups * GROUP_TILES
+        expert, _, _ = tensors.item(tile, SPEC.groups)
         for run in range(RUNS):
-            stage, phase = _stage_and_phase(it, empty)
+            stage = count.stage()
+            full = ring.full.index(stage)
             whole = run < RUNS - 1
-            mbarrier.wait(empty.index(stage), phase ^ 1)
+            mbarrier.wait(ring.empty.index(stage), count.phase() ^ 1)
             scales_bytes: gl.constexpr = GROUP_TILES * scales_desc.block_type.nbytes
-            mbarrier.expect(full.index(stage), GROUP_TILES * PIECES * words_desc.block_type.nbytes + scales_bytes, pred=whole)
-            mbarrier.expect(full.index(stage), GROUP_TILES * LAST_PIECES * words_desc.block_type.nbytes + scales_bytes, pred=run == RUNS - 1)
+            mbarrier.expect(full, GROUP_TILES * PIECES * words_desc.block_type.nbytes + scales_bytes, pred=whole)
+            mbarrier.expect(full, GROUP_TILES * LAST_PIECES * words_desc.block_type.nbytes + scales_bytes, pred=run == RUNS - 1)
             for t in gl.static_range(GROUP_TILES):
                 # The last group may be short: what is beyond the last row tile repeats it.
-                matrix_tile = matrix + stored_tile(gl.minimum(first_row_tile + t, ROW_TILES - 1), ROW_TILES, IS_GATED)
-                destination = words.index(t * STAGES + stage)
+                matrix_tile = expert * ROW_TILES + stored_tile(gl.minimum(first_row_tile + t, ROW_TILES - 1), ROW_TILES, SPEC.gated)
+                destination = ring.first.index(t * STAGES + stage)
                 for piece in gl.static_range(PIECES):
                     row = (matrix_tile * COLUMN_TILES + run * RUN + piece * BOX) * 16
                     part = destination if PIECES == 1 else destination.slice(piece * BOX * 16, BOX * 16, dim=0)
-                    tma_load(words_desc, [row, 0], full.index(stage), part, pred=whole | (piece < LAST_PIECES))
-                tma_load(scales_desc, [(matrix_tile * RUNS + run) * SCALE_ROWS, 0], full.index(stage), scales.index(t * STAGES + stage))
-            it += 1
+                    tma_load(words_desc, [row, 0], full, part, pred=whole | (piece < LAST_PIECES))
+                tma_load(scales_desc, [(matrix_tile * RUNS + run) * SCALE_ROWS, 0], full, ring.second.index(t * STAGES + stage))
+            count = count.next()
 
 
 @gluon.constexpr_function
@@ -110,9 +142,10 @@ def _accumulator_layout(tokens: int, elements: int) -> gl.NVMMADistributedLayout
 
 
 @gluon.jit
-def _step(w, accumulators, low, high, stage, FIRST: gl.constexpr, COLUMN: gl.constexpr, SIZE0: gl.constexpr, SIZE1: gl.constexpr):
+def _step(w, accumulators, x, stage, FIRST: gl.constexpr, COLUMN: gl.constexpr, SIZE0: gl.constexpr, SIZE1: gl.constexpr):
     """Add w [64, 64] times columns COLUMN .. COLUMN + 63 of the stage's SIZE0 + SIZE1 rows of x to the accumulators from FIRST on."""
     PARTS: gl.constexpr = 2 if SIZE1 > 0 else 1
+    low, high = x.first, x.second
     x0 = _columns(low.index(stage), 0, SIZE0, COLUMN)
     new = (warpgroup_mma(w, x0.permute((1, 0)), accumulators[FIRST], is_async=True),)
     if SIZE1 > 0:
@@ -142,79 +175,72 @@ def _columns(x, FIRST: gl.constexpr, ROWS: gl.constexpr, COLUMN: gl.constexpr):
 
 
 @gluon.jit
-def _decode(
-    words, scales, decoding, OPERAND: gl.constexpr, ODD: gl.constexpr, NVFP4: gl.constexpr, WORDS_FOR: gl.constexpr, FP8: gl.constexpr
-):  # fmt: skip
+def _decode(words, scales, decoding, OPERAND: gl.constexpr, ODD: gl.constexpr, SPEC: gl.constexpr):
     """One tile of weights as a register operand; `decoding` is what the tile's rows or expert need for it."""
-    if FP8:
-        operand = dequantize_fp8(words, scales, decoding[0], decoding[1], OPERAND, ODD, NVFP4, WORDS_FOR)
+    WORDS_FOR: gl.constexpr = SPEC.words_for
+    if SPEC.fp8:
+        operand = dequantize_fp8(words, scales, decoding[0], decoding[1], OPERAND, ODD, SPEC.nvfp4, WORDS_FOR)
     else:
-        operand = dequantize(words, scales, decoding, OPERAND, ODD, NVFP4, WORDS_FOR)
+        operand = dequantize(words, scales, decoding, OPERAND, ODD, SPEC.nvfp4, WORDS_FOR)
     return operand
 
 
 @gluon.jit
-def _multiply(
-    rings, x_it, w_it, decodings, CONSUMER: gl.constexpr, COLUMN_TILES: gl.constexpr, NVFP4: gl.constexpr, WORDS_FOR: gl.constexpr, FP8: gl.constexpr,
-    SIZE0: gl.constexpr, SIZE1: gl.constexpr,
-):  # fmt: skip
+def _multiply(x, w, x_count, w_count, decodings, SPEC: gl.constexpr, CONSUMER: gl.constexpr, SIZE0: gl.constexpr, SIZE1: gl.constexpr):
     """The row tiles of a consumer, 64 weight rows each, times SIZE0 + SIZE1 tokens, over all of K: the accumulators of the first tile, then those of
-    the second, and the advanced stage counters."""
-    ROW_TILES_PER_CONSUMER: gl.constexpr = len(decodings)
-    ELEMENTS: gl.constexpr = 4 if FP8 else 2
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, _accumulator_layout(SIZE0, ELEMENTS), ELEMENTS)
+    the second, and the advanced counters."""
+    ELEMENTS: gl.constexpr = 4 if SPEC.fp8 else 2
+    ROW_TILES: gl.constexpr = SPEC.row_tiles_per_consumer
     accumulators = ()
-    for _ in gl.static_range(ROW_TILES_PER_CONSUMER):
+    for _ in gl.static_range(ROW_TILES):
         accumulators = accumulators + (gl.zeros((64, SIZE0), gl.float32, layout=_accumulator_layout(SIZE0, ELEMENTS)),)
         if SIZE1 > 0:
             accumulators = accumulators + (gl.zeros((64, SIZE1), gl.float32, layout=_accumulator_layout(SIZE1, ELEMENTS)),)
-    for _ in range(COLUMN_TILES // RUN):
-        accumulators, x_it, w_it = _multiply_run(
-            rings, accumulators, x_it, w_it, decodings, CONSUMER, RUN, NVFP4, WORDS_FOR, FP8, OPERAND, SIZE0, SIZE1
-        )
-    if COLUMN_TILES % RUN != 0:
-        accumulators, x_it, w_it = _multiply_run(
-            rings, accumulators, x_it, w_it, decodings, CONSUMER, COLUMN_TILES % RUN, NVFP4, WORDS_FOR, FP8, OPERAND, SIZE0, SIZE1
-        )
-    return accumulators, x_it, w_it
+    for _ in range(SPEC.column_tiles // RUN):
+        accumulators, x_count, w_count = _multiply_run(accumulators, x, w, x_count, w_count, decodings, SPEC, CONSUMER, RUN, SIZE0, SIZE1)
+    LAST: gl.constexpr = SPEC.column_tiles % RUN
+    if LAST != 0:
+        accumulators, x_count, w_count = _multiply_run(accumulators, x, w, x_count, w_count, decodings, SPEC, CONSUMER, LAST, SIZE0, SIZE1)
+    return accumulators, x_count, w_count
 
 
 @gluon.jit
 def _multiply_run(
-    rings, accumulators, x_it, w_it, decodings, CONSUMER: gl.constexpr, COUNT: gl.constexpr, NVFP4: gl.constexpr, WORDS_FOR: gl.constexpr,
-    FP8: gl.constexpr, OPERAND: gl.constexpr, SIZE0: gl.constexpr, SIZE1: gl.constexpr,
+    accumulators, x, w, x_count, w_count, decodings, SPEC: gl.constexpr, CONSUMER: gl.constexpr, COUNT: gl.constexpr, SIZE0: gl.constexpr,
+    SIZE1: gl.constexpr,
 ):  # fmt: skip
     """The first COUNT tiles of a run."""
-    low, high, x_full, x_empty, words, scales, w_full, w_empty = rings
-    ROW_TILES_PER_CONSUMER: gl.constexpr = len(decodings)
-    STEP_K: gl.constexpr = low.shape[2]
-    W_STAGES: gl.constexpr = w_full.shape[0]
+    ROW_TILES: gl.constexpr = SPEC.row_tiles_per_consumer
+    STEP_K: gl.constexpr = SPEC.step_k
     PARTS: gl.constexpr = 2 if SIZE1 > 0 else 1
-    w_stage, w_phase = _stage_and_phase(w_it, w_full)
-    mbarrier.wait(w_full.index(w_stage), w_phase)
+    ELEMENTS: gl.constexpr = 4 if SPEC.fp8 else 2
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, _accumulator_layout(SIZE0, ELEMENTS), ELEMENTS)
+    w_stage = w_count.stage()
+    mbarrier.wait(w.full.index(w_stage), w_count.phase())
     for c in gl.static_range(COUNT):
-        x_stage, x_phase = _stage_and_phase(x_it, x_full)
-        for t in gl.static_range(ROW_TILES_PER_CONSUMER):
-            place = (CONSUMER * ROW_TILES_PER_CONSUMER + t) * W_STAGES + w_stage
-            tile_words = words.index(place).slice(c * 16, 16, dim=0).load(WORD_LAYOUT)
-            tile_scales = load_scales(scales.index(place), NVFP4)[c // 2]
-            if c * ROW_TILES_PER_CONSUMER + t == COUNT * ROW_TILES_PER_CONSUMER - 1:
-                mbarrier.arrive(w_empty.index(w_stage), count=1)
-            w = _decode(tile_words, tile_scales, decodings[t], OPERAND, c % 2 == 1, NVFP4, WORDS_FOR, FP8)
+        x_stage = x_count.stage()
+        x_phase = x_count.phase()
+        for t in gl.static_range(ROW_TILES):
+            place = (CONSUMER * ROW_TILES + t) * SPEC.w_stages + w_stage
+            tile_words = w.first.index(place).slice(c * 16, 16, dim=0).load(WORD_LAYOUT)
+            tile_scales = load_scales(w.second.index(place), SPEC.nvfp4)[c // 2]
+            if c * ROW_TILES + t == COUNT * ROW_TILES - 1:
+                mbarrier.arrive(w.empty.index(w_stage), count=1)
+            operand = _decode(tile_words, tile_scales, decodings[t], OPERAND, c % 2 == 1, SPEC)
             if c * 64 % STEP_K == 0 and t == 0:
-                mbarrier.wait(x_full.index(x_stage), x_phase)
-            accumulators = _step(w, accumulators, low, high, x_stage, t * PARTS, c * 64 % STEP_K, SIZE0, SIZE1)
+                mbarrier.wait(x.full.index(x_stage), x_phase)
+            accumulators = _step(operand, accumulators, x, x_stage, t * PARTS, c * 64 % STEP_K, SIZE0, SIZE1)
             # One step stays in flight while the next is dequantised, but none across the loop's back edge.
-            if c * ROW_TILES_PER_CONSUMER + t == COUNT * ROW_TILES_PER_CONSUMER - 1:
+            if c * ROW_TILES + t == COUNT * ROW_TILES - 1:
                 accumulators = _wait(accumulators, 0)
-            elif c * ROW_TILES_PER_CONSUMER + t > 0:
+            elif c * ROW_TILES + t > 0:
                 accumulators = _wait(accumulators, PARTS)
             if c > 0 and t == 0 and c * 64 % STEP_K == 0:
-                mbarrier.arrive(x_empty.index(_stage_and_phase(x_it - 1, x_empty)[0]), count=1)
+                mbarrier.arrive(x.empty.index(x_count.last_stage()), count=1)
         if (c + 1) * 64 % STEP_K == 0 or c == COUNT - 1:
-            x_it += 1
-    mbarrier.arrive(x_empty.index(_stage_and_phase(x_it - 1, x_empty)[0]), count=1)
-    return accumulators, x_it, w_it + 1
+            x_count = x_count.next()
+    mbarrier.arrive(x.empty.index(x_count.last_stage()), count=1)
+    return accumulators, x_count, w_count.next()
 
 
 @gluon.jit
@@ -227,110 +253,94 @@ def _row_factors(exponents_ptr, rows, multiplier, NVFP4: gl.constexpr):
 
 
 @gluon.jit
-def _store(
-    accumulator, multiplier0, multiplier1, exponents_ptr, x_scale_ptr, bias_ptr, y_ptr, row_start, num_rows, n_start, TOKENS: gl.constexpr,
-    N: gl.constexpr, Y_STRIDE: gl.constexpr, NVFP4: gl.constexpr, FP8: gl.constexpr, SCALED: gl.constexpr, IS_W13: gl.constexpr, KIND: gl.constexpr,
-    ALPHA: gl.constexpr, BETA: gl.constexpr, LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr,
-):  # fmt: skip
-    """Scale, add the bias, activate, and write [tokens, 64 or 32] of y from column `n_start` (in units of one tile) on."""
-    WIDTH: gl.constexpr = 32 if IS_W13 and KIND != RELU2 else 64
+def _store(accumulator, tensors, multipliers, expert, row_start, num_rows, row_tile, TOKENS: gl.constexpr, SPEC: gl.constexpr):
+    """Scale, add the bias, activate, and write [tokens, 64 or 32] of y, of the matrix' tile `row_tile`."""
+    WIDTH: gl.constexpr = 32 if SPEC.gated else 64
     OUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (WIDTH // 8), WIDTH // 8], [4, 1], [1, 0])
-    if SCALED:
+    tile_rows = _first_row(expert, row_tile, SPEC)
+    exponents = tensors.exponents + tile_rows
+    bias = tensors.bias + tile_rows
+    if SPEC.scaled:
         row = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, accumulator.type.layout))
-        accumulator = accumulator * gl.load(x_scale_ptr + row_start + row, mask=row < num_rows, other=0.0)[None, :]
-    if WIDTH == 32:
+        accumulator = accumulator * gl.load(tensors.x_scale + row_start + row, mask=row < num_rows, other=0.0)[None, :]
+    if SPEC.gated:
         gate, up = split_halves(accumulator, TOKENS)
         i = gl.arange(0, 32, layout=gl.SliceLayout(1, gate.type.layout))
         entry = i // 8 * 16 + i % 8
-        if FP8:
-            gate = gate * _row_factors(exponents_ptr, entry, multiplier0, NVFP4)
-            up = up * _row_factors(exponents_ptr, entry + 8, multiplier1, NVFP4)
+        if SPEC.fp8:
+            gate = gate * _row_factors(exponents, entry, multipliers[0], SPEC.nvfp4)
+            up = up * _row_factors(exponents, entry + 8, multipliers[1], SPEC.nvfp4)
         else:
-            gate = gate * multiplier0
-            up = up * multiplier1
-        if HAS_BIAS:
-            gate = gate + gl.load(bias_ptr + entry)[:, None]
-            up = up + gl.load(bias_ptr + entry + 8)[:, None]
-        value = activate(gate, up, KIND, ALPHA, BETA, LIMIT)
+            gate = gate * multipliers[0]
+            up = up * multipliers[1]
+        if SPEC.has_bias:
+            gate = gate + gl.load(bias + entry)[:, None]
+            up = up + gl.load(bias + entry + 8)[:, None]
+        value = activate(gate, up, SPEC.kind, SPEC.alpha, SPEC.beta, SPEC.limit)
     else:
         entry = gl.arange(0, 64, layout=gl.SliceLayout(1, accumulator.type.layout))
-        value = accumulator * (_row_factors(exponents_ptr, entry, multiplier0, NVFP4) if FP8 else multiplier0)
-        if HAS_BIAS:
-            value = value + gl.load(bias_ptr + entry)[:, None]
-        if IS_W13:
-            value = activate(value, value, KIND, ALPHA, BETA, LIMIT)
-    value = gl.convert_layout(gl.permute(value.to(y_ptr.dtype.element_ty), (1, 0)), OUT)
+        value = accumulator * (_row_factors(exponents, entry, multipliers[0], SPEC.nvfp4) if SPEC.fp8 else multipliers[0])
+        if SPEC.has_bias:
+            value = value + gl.load(bias + entry)[:, None]
+        if SPEC.is_w13:
+            value = activate(value, value, SPEC.kind, SPEC.alpha, SPEC.beta, SPEC.limit)
+    value = gl.convert_layout(gl.permute(value.to(tensors.y.dtype.element_ty), (1, 0)), OUT)
     token = gl.arange(0, TOKENS, layout=gl.SliceLayout(1, OUT))
-    n = n_start * WIDTH + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, OUT))
-    pointers = y_ptr + (row_start + token).to(gl.int64)[:, None] * Y_STRIDE + n[None, :]
-    gl.store(pointers, value, mask=(token < num_rows)[:, None] & (n < N)[None, :])
+    n = row_tile * WIDTH + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, OUT))
+    pointers = tensors.y + (row_start + token).to(gl.int64)[:, None] * SPEC.y_columns + n[None, :]
+    gl.store(pointers, value, mask=(token < num_rows)[:, None] & (n < SPEC.y_columns)[None, :])
 
 
 @gluon.jit
 def _multiply_and_store(
-    rings, x_it, w_it, decodings, multiplier0, multiplier1, exponents_ptr, x_scale_ptr, bias_ptr, y_ptr, expert, row_start, num_rows, first_row_tile,
-    CONSUMER: gl.constexpr, ROW_TILES: gl.constexpr, COLUMN_TILES: gl.constexpr, N: gl.constexpr, Y_STRIDE: gl.constexpr, NVFP4: gl.constexpr,
-    WORDS_FOR: gl.constexpr, FP8: gl.constexpr, SCALED: gl.constexpr, IS_W13: gl.constexpr, KIND: gl.constexpr, ALPHA: gl.constexpr,
-    BETA: gl.constexpr, LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr, SIZE0: gl.constexpr, SIZE1: gl.constexpr,
+    tensors, x, w, x_count, w_count, decodings, multipliers, expert, row_start, num_rows, first_row_tile, SPEC: gl.constexpr, CONSUMER: gl.constexpr,
+    SIZE0: gl.constexpr, SIZE1: gl.constexpr,
 ):  # fmt: skip
     PARTS: gl.constexpr = 2 if SIZE1 > 0 else 1
-    accumulators, x_it, w_it = _multiply(rings, x_it, w_it, decodings, CONSUMER, COLUMN_TILES, NVFP4, WORDS_FOR, FP8, SIZE0, SIZE1)
+    accumulators, x_count, w_count = _multiply(x, w, x_count, w_count, decodings, SPEC, CONSUMER, SIZE0, SIZE1)
     for t in gl.static_range(len(decodings)):
         row_tile = first_row_tile + t
-        tile_rows = _first_row(expert, row_tile, ROW_TILES, IS_W13 and KIND != RELU2)
         for part in gl.static_range(PARTS):
             first = SIZE0 if part == 1 else 0
+            stored = gl.where(row_tile < SPEC.row_tiles, num_rows - first, 0)
             _store(
-                accumulators[t * PARTS + part], multiplier0, multiplier1, exponents_ptr + tile_rows, x_scale_ptr, bias_ptr + tile_rows, y_ptr,
-                row_start + first, gl.where(row_tile < ROW_TILES, num_rows - first, 0), row_tile, SIZE1 if part == 1 else SIZE0, N, Y_STRIDE, NVFP4,
-                FP8, SCALED, IS_W13, KIND, ALPHA, BETA, LIMIT, HAS_BIAS,
-            )  # fmt: skip
-    return x_it, w_it
+                accumulators[t * PARTS + part], tensors, multipliers, expert, row_start + first, stored, row_tile, SIZE1 if part == 1 else SIZE0, SPEC
+            )
+    return x_count, w_count
 
 
 @gluon.jit
-def _first_row(expert, row_tile, ROW_TILES: gl.constexpr, IS_GATED: gl.constexpr):
+def _first_row(expert, row_tile, SPEC: gl.constexpr):
     """Where the rows of a tile begin among those of all experts; beyond the last tile, that of the last: nothing of it is stored."""
-    return (expert * ROW_TILES + stored_tile(gl.minimum(row_tile, ROW_TILES - 1), ROW_TILES, IS_GATED)) * 64
+    return (expert * SPEC.row_tiles + stored_tile(gl.minimum(row_tile, SPEC.row_tiles - 1), SPEC.row_tiles, SPEC.gated)) * 64
 
 
 @gluon.jit
-def _consume(
-    tensors, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, ROW_TILES_PER_CONSUMER: gl.constexpr, ROW_TILES: gl.constexpr,
-    COLUMN_TILES: gl.constexpr, N: gl.constexpr,
-    Y_STRIDE: gl.constexpr, NVFP4: gl.constexpr, WORDS_FOR: gl.constexpr, SCALED: gl.constexpr, IS_W13: gl.constexpr, KIND: gl.constexpr,
-    ALPHA: gl.constexpr, BETA: gl.constexpr, LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr, SIZES: gl.constexpr,
-):  # fmt: skip
-    rings, shift_ptr, multiplier_ptr, exponents_ptr, x_scale_ptr, bias_ptr, y_ptr, items_ptr, num_tiles = tensors
-    FP8: gl.constexpr = rings[0].dtype == gl.float8e4nv
-    GROUPS: gl.constexpr = (ROW_TILES + CONSUMERS * ROW_TILES_PER_CONSUMER - 1) // (CONSUMERS * ROW_TILES_PER_CONSUMER)
-    x_it = 0
-    w_it = 0
-    item = items_ptr + gl.program_id(0) // GROUPS * 4
+def _consume(tensors, x, w, SPEC: gl.constexpr, CONSUMER: gl.constexpr):
+    SIZES: gl.constexpr = SPEC.sizes
+    ROW_TILES: gl.constexpr = SPEC.row_tiles_per_consumer
+    x_count = Counter(gl.to_tensor(0), SPEC.x_stages)
+    w_count = Counter(gl.to_tensor(0), SPEC.w_stages)
     next_expert, next_row_start, next_num_rows = 0, 0, 0
-    if gl.program_id(0) < num_tiles:
-        next_expert, next_row_start, next_num_rows = gl.load(item), gl.load(item + 1), gl.load(item + 2)
-    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+    if gl.program_id(0) < tensors.num_tiles:
+        next_expert, next_row_start, next_num_rows = tensors.item(gl.program_id(0), SPEC.groups)
+    for tile in range(gl.program_id(0), tensors.num_tiles, gl.num_programs(0)):
         expert, row_start, num_rows = next_expert, next_row_start, next_num_rows
-        if tile + gl.num_programs(0) < num_tiles:  # read a tile ahead, so that no consumer waits for it
-            item = items_ptr + (tile + gl.num_programs(0)) // GROUPS * 4
-            next_expert, next_row_start, next_num_rows = gl.load(item), gl.load(item + 1), gl.load(item + 2)
-        first_row_tile = (tile % GROUPS * CONSUMERS + CONSUMER) * ROW_TILES_PER_CONSUMER
-        multiplier0 = gl.load(multiplier_ptr + expert * 2)
-        multiplier1 = gl.load(multiplier_ptr + expert * 2 + 1)
+        if tile + gl.num_programs(0) < tensors.num_tiles:  # read a tile ahead, so that no consumer waits for it
+            next_expert, next_row_start, next_num_rows = tensors.item(tile + gl.num_programs(0), SPEC.groups)
+        first_row_tile = (tile % SPEC.groups * SPEC.consumers + CONSUMER) * ROW_TILES
+        multipliers = gl.load(tensors.multiplier + expert * 2), gl.load(tensors.multiplier + expert * 2 + 1)
         decodings = ()
-        for t in gl.static_range(ROW_TILES_PER_CONSUMER):
-            if FP8:
-                tile_rows = _first_row(expert, first_row_tile + t, ROW_TILES, IS_W13 and KIND != RELU2)
-                decodings = decodings + (scale_limits(exponents_ptr + tile_rows, NVFP4),)
+        for t in gl.static_range(ROW_TILES):
+            if SPEC.fp8:
+                decodings = decodings + (scale_limits(tensors.exponents + _first_row(expert, first_row_tile + t, SPEC), SPEC.nvfp4),)
             else:
-                decodings = decodings + (exponent_bias(0 if NVFP4 else gl.load(shift_ptr + expert)),)
+                decodings = decodings + (exponent_bias(0 if SPEC.nvfp4 else gl.load(tensors.shift + expert)),)
         for s in gl.static_range(len(SIZES)):
             if (num_rows > (0 if s == 0 else SIZES[s - 1][0] + SIZES[s - 1][1])) & (num_rows <= SIZES[s][0] + SIZES[s][1]):
-                x_it, w_it = _multiply_and_store(
-                    rings, x_it, w_it, decodings, multiplier0, multiplier1, exponents_ptr, x_scale_ptr, bias_ptr, y_ptr, expert, row_start, num_rows,
-                    first_row_tile, CONSUMER, ROW_TILES, COLUMN_TILES, N, Y_STRIDE, NVFP4, WORDS_FOR, FP8, SCALED, IS_W13, KIND, ALPHA, BETA,
-                    LIMIT, HAS_BIAS, SIZES[s][0], SIZES[s][1],
+                x_count, w_count = _multiply_and_store(
+                    tensors, x, w, x_count, w_count, decodings, multipliers, expert, row_start, num_rows, first_row_tile, SPEC, CONSUMER,
+                    SIZES[s][0], SIZES[s][1],
                 )  # fmt: skip
 
 
@@ -344,49 +354,28 @@ def _rows_of_stages(max_tokens: int) -> tuple[int, int]:
 @gluon.jit
 def grouped_gemm_prefill(
     x_desc, words_desc, scales_desc, shift_ptr, multiplier_ptr, exponents_ptr, x_scale_ptr, bias_ptr, y_ptr, items_ptr, num_items_ptr,
-    ROW_TILES: gl.constexpr, COLUMN_TILES: gl.constexpr, N: gl.constexpr, Y_STRIDE: gl.constexpr,
-    NVFP4: gl.constexpr, WORDS_FOR: gl.constexpr, SCALED: gl.constexpr, IS_W13: gl.constexpr, KIND: gl.constexpr, ALPHA: gl.constexpr,
-    BETA: gl.constexpr, LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr, SIZES: gl.constexpr, CONSUMERS: gl.constexpr,
-    ROW_TILES_PER_CONSUMER: gl.constexpr,
-    X_STAGES: gl.constexpr, W_STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+    SPEC: gl.constexpr,
 ):  # fmt: skip
-    GROUP_TILES: gl.constexpr = CONSUMERS * ROW_TILES_PER_CONSUMER
-    GROUPS: gl.constexpr = (ROW_TILES + GROUP_TILES - 1) // GROUP_TILES
-    MAX_TOKENS: gl.constexpr = SIZES[len(SIZES) - 1][0] + SIZES[len(SIZES) - 1][1]
-    ROWS: gl.constexpr = _rows_of_stages(MAX_TOKENS)
-    STEP_K: gl.constexpr = x_desc.block_type.shape[1]
-    STEPS: gl.constexpr = COLUMN_TILES // RUN * (RUN * 64 // STEP_K) + (COLUMN_TILES % RUN * 64 + STEP_K - 1) // STEP_K
-    num_tiles = gl.load(num_items_ptr) * GROUPS
-    low = gl.allocate_shared_memory(x_desc.dtype, [X_STAGES, ROWS[0], STEP_K], x_desc.layout)
-    high = gl.allocate_shared_memory(x_desc.dtype, [X_STAGES if ROWS[0] < MAX_TOKENS else 1, ROWS[1], STEP_K], x_desc.layout)
-    words = gl.allocate_shared_memory(gl.int32, [W_STAGES * GROUP_TILES, RUN * 16, 32], words_desc.layout)
-    scales = gl.allocate_shared_memory(gl.int32, [W_STAGES * GROUP_TILES] + scales_desc.block_type.shape, scales_desc.layout)
-    x_full = gl.allocate_shared_memory(gl.int64, [X_STAGES, 1], mbarrier.MBarrierLayout())
-    x_empty = gl.allocate_shared_memory(gl.int64, [X_STAGES, 1], mbarrier.MBarrierLayout())
-    w_full = gl.allocate_shared_memory(gl.int64, [W_STAGES, 1], mbarrier.MBarrierLayout())
-    w_empty = gl.allocate_shared_memory(gl.int64, [W_STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(X_STAGES):
-        mbarrier.init(x_full.index(i), count=1)
-        mbarrier.init(x_empty.index(i), count=CONSUMERS)
-    for i in gl.static_range(W_STAGES):
-        mbarrier.init(w_full.index(i), count=1)
-        mbarrier.init(w_empty.index(i), count=CONSUMERS)
-    rings = (low, high, x_full, x_empty, words, scales, w_full, w_empty)
-    tensors = (rings, shift_ptr, multiplier_ptr, exponents_ptr, x_scale_ptr, bias_ptr, y_ptr, items_ptr, num_tiles)
-    partitions: gl.constexpr = 4 - CONSUMERS  # how many of the following are left out
+    """SPEC: a `PrefillSpec`."""
+    ROWS: gl.constexpr = _rows_of_stages(SPEC.max_rows)
+    W_TILES: gl.constexpr = SPEC.w_stages * SPEC.group_tiles
+    num_tiles = gl.load(num_items_ptr) * SPEC.groups
+    tensors = Tensors(x_desc, words_desc, scales_desc, shift_ptr, multiplier_ptr, exponents_ptr, x_scale_ptr, bias_ptr, y_ptr, items_ptr, num_tiles)
+    low = gl.allocate_shared_memory(x_desc.dtype, [SPEC.x_stages, ROWS[0], SPEC.step_k], x_desc.layout)
+    high = gl.allocate_shared_memory(x_desc.dtype, [SPEC.x_stages if ROWS[0] < SPEC.max_rows else 1, ROWS[1], SPEC.step_k], x_desc.layout)
+    words = gl.allocate_shared_memory(gl.int32, [W_TILES, RUN * 16, 32], words_desc.layout)
+    scales = gl.allocate_shared_memory(gl.int32, [W_TILES] + scales_desc.block_type.shape, scales_desc.layout)
+    x = make_ring(low, high, SPEC.x_stages, SPEC.consumers)
+    w = make_ring(words, scales, SPEC.w_stages, SPEC.consumers)
+    partitions: gl.constexpr = 4 - SPEC.consumers  # how many of the following are left out
     gl.warp_specialize([
-        (_consume, (tensors, 3, CONSUMERS, ROW_TILES_PER_CONSUMER, ROW_TILES, COLUMN_TILES, N, Y_STRIDE, NVFP4, WORDS_FOR, SCALED, IS_W13, KIND,
-                    ALPHA, BETA, LIMIT, HAS_BIAS, SIZES)),
-        (_consume, (tensors, 2, CONSUMERS, ROW_TILES_PER_CONSUMER, ROW_TILES, COLUMN_TILES, N, Y_STRIDE, NVFP4, WORDS_FOR, SCALED, IS_W13, KIND,
-                    ALPHA, BETA, LIMIT, HAS_BIAS, SIZES)),
-        (_consume, (tensors, 1, CONSUMERS, ROW_TILES_PER_CONSUMER, ROW_TILES, COLUMN_TILES, N, Y_STRIDE, NVFP4, WORDS_FOR, SCALED, IS_W13, KIND,
-                    ALPHA, BETA, LIMIT, HAS_BIAS, SIZES)),
-        (_consume, (tensors, 0, CONSUMERS, ROW_TILES_PER_CONSUMER, ROW_TILES, COLUMN_TILES, N, Y_STRIDE, NVFP4, WORDS_FOR, SCALED, IS_W13, KIND,
-                    ALPHA, BETA, LIMIT, HAS_BIAS, SIZES)),
-        (_produce_x, (x_desc, low, high, x_full, x_empty, items_ptr, num_tiles, GROUPS, STEPS, SIZES)),
-        (_produce_w, (words_desc, scales_desc, words, scales, w_full, w_empty, items_ptr, num_tiles, GROUPS, GROUP_TILES, ROW_TILES, COLUMN_TILES,
-                      IS_W13 and KIND != RELU2)),
-    ][partitions:], _worker_warps(CONSUMERS), _worker_registers(CONSUMERS, CONSUMER_REGISTERS))  # fmt: skip
+        (_consume, (tensors, x, w, SPEC, 3)),
+        (_consume, (tensors, x, w, SPEC, 2)),
+        (_consume, (tensors, x, w, SPEC, 1)),
+        (_consume, (tensors, x, w, SPEC, 0)),
+        (_produce_x, (tensors, x, SPEC)),
+        (_produce_w, (tensors, w, SPEC)),
+    ][partitions:], _worker_warps(SPEC.consumers), _worker_registers(SPEC.consumers, SPEC.consumer_registers))  # fmt: skip
 
 
 @gluon.constexpr_function
