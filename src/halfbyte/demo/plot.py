@@ -35,7 +35,8 @@ def plot_quality(rows: Sequence[tuple[str, int, EvalReport]], file: Path) -> Non
     _bars(panels[0], names, sizes, [f"{size:.1f} MB" for size in sizes], "Model on disk: smaller is better")
     labels = [f"{match:.1f} ± {error:.1f} %" for match, error in zip(matches, errors, strict=True)]
     _bars(panels[1], names, matches, labels, "Questions answered exactly: more is better", errors)
-    labels = [f"{value:.2f} ({value / perplexities[0] - 1:+.1%})" for value in perplexities]
+    first, *others = perplexities
+    labels = [f"{first:.2f}", *(f"{value:.2f} ({value / first - 1:+.1%})" for value in others)]
     _bars(panels[2], names, perplexities, labels, "Perplexity of held-out text: lower is better")
     panels[0].invert_yaxis()  # shared: the first row on top
     figure.suptitle("FP4 experts in the halfbyte demo model", size="large")
