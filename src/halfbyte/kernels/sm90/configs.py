@@ -14,6 +14,8 @@ sources = tuple(
     for module in (
         "kernels.sm90.gemm_decode",
         "kernels.sm90.gemm_prefill",
+        "kernels.sm90.prefill_spec",
+        "kernels.sm90.rings",
         "kernels.sm90.epilogue",
         "weights.hopper.dequant_bf16",
         "weights.hopper.dequant_fp8",
