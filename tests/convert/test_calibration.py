@@ -46,7 +46,7 @@ def expected() -> dict[str, float]:
 
 
 @pytest.mark.parametrize("output", ["modelopt", "compressed-tensors"])
-def test_input_scales_of_the_demo_model(tmp_path: Path, output: str, expected: dict[str, float]) -> None:
+def test_input_scales_of_the_demo_model(tmp_path: Path, caplog: pytest.LogCaptureFixture, output: str, expected: dict[str, float]) -> None:
     (tmp_path / "text.txt").write_text(TEXT)
     options = QuantizeOptions(output=output, calibrate=tmp_path / "text.txt", skip=(ONE_LAYER,))
     report = quantize_model(DEMO, tmp_path / "out", options)
@@ -68,6 +68,7 @@ def test_input_scales_of_the_demo_model(tmp_path: Path, output: str, expected: d
         assert input_scale(f"{layer}.{expert}.up_proj") == input_scale(f"{layer}.{expert}.gate_proj")
     assert report.never_routed == {layer: sorted(set(range(16)) - routed)}
     assert report.calibration_tokens and "never routed to" in str(report)
+    assert "calibration: 16 of 16 experts have had fewer than 1000 tokens, the fewest 0" in caplog.text
     weights = load_experts(tmp_path / "out", 0)
     assert weights.w13_input_scale is not None and weights.w13_input_scale.shape == (16, 2)
     algorithm = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]

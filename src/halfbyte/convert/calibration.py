@@ -7,8 +7,10 @@ so no made-up token enters the statistics.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,9 +24,11 @@ from halfbyte.checkpoint.json_files import parse_object, read_json
 from halfbyte.convert.plan import Matrix
 from halfbyte.errors import CheckpointError, UnsupportedError
 
+_log = logging.getLogger("halfbyte")
 MAX_WINDOWS = 512
 WINDOW_TOKENS = 1024
 _TEXT_KEYS = ("text", "prompt", "question", "completion", "response", "solution", "answer")
+FEW_TOKENS = 1_000  # of an expert, below which its largest input may not have been seen
 _LAYER = re.compile(r"(?:^|\.)((?:mtp\.)?layers\.\d+)\.")
 _IMPLEMENTATION = "halfbyte_calibration"
 
@@ -42,7 +46,7 @@ def calibrate(model_dir: Path, matrices: Sequence[Matrix], file: Path, *, device
     """Measure the inputs of `matrices` while the model in `model_dir` reads `file`.
 
     An expert that no token reaches gets the largest amax of its layer, and is listed: its own would be 0 or wild, and some engines spread one bad
-    scale over the layer.
+    scale over the layer. Experts that fewer than `FEW_TOKENS` tokens reach are counted in a warning.
 
     Args:
         model_dir: the source model; loaded whole, in its own dtype.
@@ -74,6 +78,7 @@ def calibrate(model_dir: Path, matrices: Sequence[Matrix], file: Path, *, device
                 recorder.tokens += len(window)
     finally:
         del ALL_EXPERTS_FUNCTIONS[_IMPLEMENTATION]
+    recorder.warn_of_few_tokens(matrices)
     return recorder.result(matrices)
 
 
@@ -126,6 +131,7 @@ class _Recorder:
         self.tokens = 0
         self.linear: dict[str, float] = {}
         self.experts: dict[tuple[str, int, str], float] = {}
+        self.tokens_of: Counter[tuple[str, int]] = Counter()  # (layer, expert)
         self._layer_of: dict[torch.nn.Module, str] = {}
 
     @contextmanager
@@ -171,12 +177,22 @@ class _Recorder:
         for expert in top_k_index.unique().tolist():
             token, slot = torch.where(top_k_index == expert)
             x = hidden[token]
+            self.tokens_of[layer, expert] += len(x)
             inner = linear(x, first, expert)
             inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
             self._see_expert(layer, expert, "in", x)
             self._see_expert(layer, expert, "inner", inner)
             out.index_add_(0, token, linear(inner, "down_proj", expert).float() * top_k_weights[token, slot, None].float())
         return out.to(hidden.dtype)
+
+    def warn_of_few_tokens(self, matrices: Sequence[Matrix]) -> None:
+        """Say how many of the experts, of all layers together, have had fewer than `FEW_TOKENS`."""
+        tokens = [self.tokens_of[_layer(matrix.module), matrix.expert] for matrix in matrices if matrix.role == "down" and matrix.expert is not None]
+        if few := sum(count < FEW_TOKENS for count in tokens):
+            message = (
+                "calibration: %d of %d experts have had fewer than %d tokens, the fewest %d; input scales may be too small: give more text"
+            )
+            _log.warning(message, few, len(tokens), FEW_TOKENS, min(tokens))
 
     def _see_expert(self, layer: str, expert: int, what: str, x: torch.Tensor) -> None:
         key = (layer, expert, what)
