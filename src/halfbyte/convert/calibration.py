@@ -189,9 +189,7 @@ class _Recorder:
         """Say how many of the experts, of all layers together, have had fewer than `FEW_TOKENS`."""
         tokens = [self.tokens_of[_layer(matrix.module), matrix.expert] for matrix in matrices if matrix.role == "down" and matrix.expert is not None]
         if few := sum(count < FEW_TOKENS for count in tokens):
-            message = (
-                "calibration: %d of %d experts have had fewer than %d tokens, the fewest %d; input scales may be too small: give more text"
-            )
+            message = "calibration: %d of %d experts have had fewer than %d tokens, the fewest %d; input scales may be too small: give more text"
             _log.warning(message, few, len(tokens), FEW_TOKENS, min(tokens))
 
     def _see_expert(self, layer: str, expert: int, what: str, x: torch.Tensor) -> None:
