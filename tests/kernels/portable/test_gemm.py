@@ -72,6 +72,8 @@ def check(w: ExpertWeights, hidden: torch.Tensor, ids: torch.Tensor, weights: to
     assert fused_moe(hidden, w, ids, weights, out=out, **options) is out
     token, overall = TOLERANCE[hidden.dtype]
     assert_close_rel(out, reference_fused_moe(hidden, w, ids, weights, out=torch.empty_like(out), **options), token=token, overall=overall)
+    if INTERPRETED:  # where every call takes seconds, `test_half_precision` alone looks at the rounding
+        return out.to(hidden.dtype)
     rounded = fused_moe(hidden, w, ids, weights, **options)
     assert_equal_bits(rounded, out.to(hidden.dtype))
     return rounded

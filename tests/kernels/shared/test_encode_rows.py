@@ -66,7 +66,7 @@ def in_fragments(x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("columns", [96, 320, 1408, 2688, 2880, 7168])
 @pytest.mark.parametrize(("activations", "input_scale"), [("fp8", None), ("mxfp8", None), ("nvfp4", None), ("nvfp4", INPUT_SCALE)], ids=CASES)
 def test_equals_the_codec_bit_for_bit(activations, input_scale, columns, dtype):
-    if INTERPRETED and columns > 320:
+    if INTERPRETED and columns > (320 if dtype is torch.bfloat16 else 96):
         pytest.skip("takes long where it is interpreted")
     x = make_rows(columns, dtype)
     values, scales = expected_of(x, activations, input_scale)
@@ -120,7 +120,7 @@ def test_bf16_and_no_rows_need_no_kernel():
 @not_interpreted
 def test_interpreted():
     """Every numeric test above, in Triton's interpreter."""
-    assert run_interpreted(__file__) == 30
+    assert run_interpreted(__file__) == 26
 
 
 @not_interpreted
