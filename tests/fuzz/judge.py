@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import logging
 import random
 import re
 import resource
@@ -158,7 +157,6 @@ def judge(layout: str, files: Files, done: Damage, folder: Path, rng: random.Ran
     """
     path = write(files, folder / "model")
     expected = expected_of(layout)
-    logging.disable()
     torch.set_num_threads(1)
     told, found = "", {}
     try:

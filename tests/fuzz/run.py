@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import random
 import sys
 import tempfile
@@ -36,6 +37,7 @@ def main() -> int:
     parser.add_argument("--only", metavar="N", type=int, action="append", help="only the cases of these numbers")
     parser.add_argument("--verbose", action="store_true", help="print every case")
     args = parser.parse_args()
+    logging.disable()
     layouts, verdicts, start = args.layout or list(LAYOUTS), Counter[str](), time.monotonic()
     for number in args.only or range(args.cases):
         layout = layouts[number % len(layouts)]

@@ -118,6 +118,12 @@ def rewrite(file: Path, change: Callable[[bytearray], object]) -> None:
     file.write_bytes(data)
 
 
+def lengthen_the_header(data: bytearray) -> None:
+    length = int.from_bytes(data[:8], "little")
+    data[:8] = (length + 8).to_bytes(8, "little")
+    data[8 + length : 8 + length] = b" " * 8
+
+
 def flip(position: int) -> Callable[[bytearray], object]:
     def change(data: bytearray) -> None:
         data[position] ^= 16
@@ -138,15 +144,15 @@ def touch_model(model: Path) -> None:
 
 SPOILED = {
     "truncated": (lambda model, file: rewrite(file, lambda data: data.__delitem__(slice(-5, None))), "truncated file"),
-    "header cut": (lambda model, file: rewrite(file, lambda data: data.__delitem__(slice(30, None))), "truncated file"),
+    "header cut": (lambda model, file: rewrite(file, lambda data: data.__delitem__(slice(30, None))), "truncated safetensors file"),
     "first data byte": (
         lambda model, file: rewrite(file, flip(tensor_files.TensorFile.open(file).data_start)),
         "damaged: the checksums of w13.words",
     ),
     "last byte": (lambda model, file: rewrite(file, flip(-1)), "damaged: the checksums of w2_input_scale"),
-    "header byte": (lambda model, file: rewrite(file, lambda data: data.__setitem__(8, 0)), "damaged header"),
+    "header byte": (lambda model, file: rewrite(file, lambda data: data.__setitem__(8, 0)), "damaged safetensors header"),
     "tensor missing": (lambda model, file: without_a_tensor(file), "missing tensor w2.multiplier"),
-    "empty": (lambda model, file: file.write_bytes(b""), "truncated file"),
+    "empty": (lambda model, file: file.write_bytes(b""), "truncated safetensors file"),
     "model written again": (lambda model, file: touch_model(model), "made from another checkpoint"),
     "model's config changed": (
         lambda model, file: (model / "config.json").write_text(json.dumps({**cf.QWEN, "x": 1})),
@@ -293,8 +299,7 @@ def test_the_fingerprint_follows_the_files(model: Path, tmp_path: Path) -> None:
     touch_model(model)
     touched = Checkpoint.open(model).fingerprint
     assert touched != first
-    with (model / "model-00002-of-00002.safetensors").open("ab") as stream:
-        stream.write(b"x")
+    rewrite(model / "model-00002-of-00002.safetensors", lengthen_the_header)
     assert Checkpoint.open(model).fingerprint not in (first, touched)
 
 

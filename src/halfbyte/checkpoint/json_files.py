@@ -43,38 +43,38 @@ class Header(NamedTuple):
     size: int
 
 
-def read_header_of(file: Path) -> Header:
-    """The header of a safetensors file; what it says of each tensor is not looked at.
+def read_header_of(file: Path, next_step: str = AGAIN) -> Header:
+    """The header of a safetensors file; what it says of each tensor is not looked at. `next_step` is of the errors.
 
     Raises:
         CheckpointError: unreadable, another kind of file, shorter than its header, a header that is too long or not one JSON object.
     """
-    start = _read(file, 0, 8)
+    start = _read(file, 0, 8, next_step)
     size = file.stat().st_size
     length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
     if len(start) < 8 or 8 + length > size:
-        raise wrong_length(file, size, 8 + length)
+        raise wrong_length(file, size, 8 + length, next_step)
     if length > MAX_BYTES:
-        raise _too_long(file, f"{length} bytes")
+        raise _too_long(file, f"{length} bytes", next_step)
     try:
-        entries = parse_object(_read(file, 8, length))
+        entries = parse_object(_read(file, 8, length, next_step))
         metadata = entries.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("__metadata__ is no object of strings")
     except ValueError as error:
-        raise damaged_header(file, error) from error
+        raise damaged_header(file, error, next_step) from error
     return Header(entries, metadata, 8 + length, size)
 
 
-def wrong_length(file: Path, size: int, needed: int) -> CheckpointError:
+def wrong_length(file: Path, size: int, needed: int, next_step: str = AGAIN) -> CheckpointError:
     """The error for a safetensors file of `size` bytes that should have `needed`."""
     problem = "truncated safetensors file" if size < needed else "bytes behind the last tensor of a safetensors file"
-    return CheckpointError(problem, where=str(file), given=f"{size} bytes", needed=f"{needed} bytes", next_step=AGAIN)
+    return CheckpointError(problem, where=str(file), given=f"{size} bytes", needed=f"{needed} bytes", next_step=next_step)
 
 
-def damaged_header(file: Path, reason: object) -> CheckpointError:
+def damaged_header(file: Path, reason: object, next_step: str = AGAIN) -> CheckpointError:
     """The error for a header that says what cannot be."""
-    return CheckpointError(f"damaged safetensors header: {reason}", where=str(file), next_step=AGAIN)
+    return CheckpointError(f"damaged safetensors header: {reason}", where=str(file), next_step=next_step)
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:
@@ -106,21 +106,21 @@ def text_of(file: Path) -> str:
         return ""
 
 
-def _read(file: Path, first: int, count: int) -> bytes:
+def _read(file: Path, first: int, count: int, next_step: str = AGAIN) -> bytes:
     """Up to `count` bytes of a regular file: opening a pipe would wait for somebody to write, and a device may have no end."""
     if not file.is_file():
-        raise CheckpointError("not a regular file" if file.exists() else "missing file", where=str(file), next_step=AGAIN)
+        raise CheckpointError("not a regular file" if file.exists() else "missing file", where=str(file), next_step=next_step)
     try:
         with file.open("rb") as stream:
             stream.seek(first)
             return stream.read(count)
     except OSError as error:
-        raise CheckpointError(f"cannot read the file: {error.strerror}", where=str(file), next_step=AGAIN) from error
+        raise CheckpointError(f"cannot read the file: {error.strerror}", where=str(file), next_step=next_step) from error
 
 
-def _too_long(file: Path, given: str) -> CheckpointError:
+def _too_long(file: Path, given: str, next_step: str = AGAIN) -> CheckpointError:
     return CheckpointError(
-        "no description of a model is as long", where=str(file), given=given, needed=f"at most {MAX_BYTES} bytes of JSON", next_step=AGAIN
+        "no description of a model is as long", where=str(file), given=given, needed=f"at most {MAX_BYTES} bytes of JSON", next_step=next_step
     )
 
 

@@ -71,7 +71,7 @@ class TensorFile:
         Raises:
             CheckpointError: no readable safetensors header.
         """
-        header = read_header_of(path)
+        header = read_header_of(path, next_step="")
         return cls(path, header.metadata, header.entries, header.data_start, header.size)
 
     def check_holds(self, tensors: Mapping[str, torch.Tensor]) -> None:
