@@ -24,11 +24,17 @@ ANSWER = " Saved: 17*8=136. Has: 75+136=211.\n#### 211"
 GREEDY = {"model": "demo-nvfp4", "max_tokens": 48, "temperature": 0}
 
 
+def as_at_a_terminal() -> None:
+    """Ctrl-C arrives: a shell lets what it starts in the background, these tests perhaps, ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextmanager
 def serving(model: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
     """The process, and what it said when it was ready. It has as long as it needs: it ends when it fails."""
     command = [sys.executable, "-m", "halfbyte", "serve", str(model), "--served-model-name", "demo-nvfp4", "--port", "0", "--json", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, preexec_fn=as_at_a_terminal)
     try:
         line = process.stdout.readline()
         assert line, f"ended with {process.wait()}"
@@ -89,8 +95,9 @@ def test_every_endpoint_answers_and_a_signal_ends_it(model: Path) -> None:
         answer = json.loads(ask(url, "/v1/completions", longer)[1])
         assert answer["usage"]["completion_tokens"] == length + 4 and answer["choices"][0]["text"].startswith(ANSWER)
 
-        asked = [("/v1/completions", {**GREEDY, "prompt": PROMPT, "max_tokens": 8}), ("/v1/chat/completions", {**chat, "max_tokens": 8})]
-        text, message = (json.loads(text)["choices"][0] for _, text in (ask(url, *one) for one in asked))
+        with ThreadPoolExecutor() as clients:  # at once
+            asked = [("/v1/completions", {**GREEDY, "prompt": PROMPT, "max_tokens": 8}), ("/v1/chat/completions", {**chat, "max_tokens": 8})]
+            text, message = (json.loads(text)["choices"][0] for _, text in clients.map(lambda one: ask(url, *one), asked))
         assert ANSWER.startswith(text["text"]) and ANSWER.strip().startswith(message["message"]["content"]) and message["message"]["content"]
 
         status, text = ask(url, "/v1/completions", {**GREEDY, "prompt": PROMPT, "logprobs": 1})
