@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -53,8 +52,7 @@ class Racing:
 
     def announce(self, layer: Layer, heats: Any) -> None: ...
 
-    @contextmanager
-    def open(self, layer: Layer, deadline: float) -> Iterator[Any]:
-        yield self.races
+    def open(self, layer: Layer, deadline: float) -> Any:
+        return self.races
 
     def close(self) -> None: ...

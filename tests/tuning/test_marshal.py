@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+from functools import partial
+
 from tracks import Track
 
 from halfbyte.tuning.marshal import Marshal
 
 
 def test_what_hangs_dies_or_is_wrong_is_excluded_and_named() -> None:
-    with Marshal(Track, patience_s=20.0) as measure:
+    with closing(Marshal(patience_s=20.0).open(Track)) as measure:
         first = measure.ceilings()["process"]
         times = measure(8, "uniform", ["good", "dies", "wrong", "fine"])
         assert times["good"].us == times["fine"].us == 8.0
@@ -19,3 +22,13 @@ def test_what_hangs_dies_or_is_wrong_is_excluded_and_named() -> None:
         assert measure.ceilings()["process"] == second
         measure._patience_s = 1.0
         assert measure(8, "uniform", ["good", "hangs"])["hangs"].reason == "hung: nothing was heard for 1 s"
+
+
+def test_layers_share_a_process_and_no_failures() -> None:
+    with closing(Marshal(patience_s=20.0).open(Track)) as measure:
+        process = measure.ceilings()["process"]
+        assert measure(8, "uniform", ["good", "wrong"])["wrong"].reason
+        measure.open(partial(Track, wrong=()))
+        assert measure(8, "uniform", ["good", "wrong"])["wrong"].us == 8.0 and measure.ceilings()["process"] == process
+        assert measure(8, "uniform", ["dies"])["dies"].reason  # the process that follows has the layer that is open
+        assert measure(8, "uniform", ["wrong"])["wrong"].us == 8.0 and measure.ceilings()["process"] != process

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import time
 from pathlib import Path
 
 from halfbyte.bench.shapes import MoEShape
@@ -60,12 +61,15 @@ def run(args: argparse.Namespace) -> int:
         raise argparse.ArgumentError(None, "say what to tune: MODEL, --name or --shape; or --report")
     device = usable_device(args.device)
     layers = _layers(args, Target.of(device))
+    start, number = time.monotonic(), 0
     racing = OnDevice(device)
     try:
         for layer, race in tune(layers, racing, budget_s=args.budget_s, again=args.again):
-            shared.say(f"{layer}, up to {race.bucket}: {race}")
+            number += 1
+            shared.say(f"{time.monotonic() - start:5.1f} s: {layer}, up to {race.bucket}: {race}")
     finally:
         racing.close()
+    shared.say(f"{number} buckets in {time.monotonic() - start:.1f} s")
     known = load(layers)
     _show(args, known)
     return int(any(missing(layer, table.layers[0]) for layer, table in zip(layers, known, strict=True)))

@@ -116,10 +116,10 @@ def _different(layer: Layer, calls: Iterable[tuple[Hashable, int]]) -> Iterator[
 
 
 class Compilation:
-    """Processes that compile what they are given, in that order."""
+    """Processes that compile what they are given, in that order: one per core, but for that of the races."""
 
     def __init__(self, processes: int | None = None):
-        self._pool = ProcessPoolExecutor(processes or len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn"))
+        self._pool = ProcessPoolExecutor(processes or max(1, len(os.sched_getaffinity(0)) - 1), multiprocessing.get_context("spawn"))
 
     def start(self, layer: Layer, calls: Iterable[tuple[Hashable, int]]) -> list[Future[None]]:
         """Compile the kernels of calls (configuration, number of tokens). A future fails with what Triton says of a kernel."""

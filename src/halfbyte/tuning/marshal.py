@@ -24,18 +24,24 @@ class Races(Protocol):
 
 
 class Marshal:
-    """A `search.Measure`. `make_track`, which other processes can import, makes what is asked there. Configurations that failed once stay out."""
+    """A `search.Measure`, of one layer after the other: a process takes longer to start than to race a layer of few buckets."""
 
-    def __init__(self, make_track: Callable[[], Races], patience_s: float = PATIENCE_S):
-        self._make_track, self._patience_s = make_track, patience_s
+    def __init__(self, patience_s: float = PATIENCE_S):
+        self._patience_s = patience_s
+        self._make_track: Callable[[], Races] | None = None
         self._excluded: dict[Hashable, Time] = {}
         self._process: Any = None
         self._connection: Connection | None = None
 
-    def __enter__(self) -> Marshal:
+    def open(self, make_track: Callable[[], Races]) -> Marshal:
+        """Race what `make_track`, which other processes can import, makes there. Configurations that fail once stay out until the next `open`."""
+        self._make_track, self._excluded = make_track, {}
+        if self._connection:
+            self._connection.send(("open", make_track))
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
+        """End the process."""
         self._stop()
 
     def ceilings(self) -> dict[str, float | None]:
@@ -71,9 +77,10 @@ class Marshal:
     def _start(self) -> Connection:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self._make_track), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
         self._process.start()
         theirs.close()
+        self._connection.send(("open", self._make_track))
         return self._connection
 
     def _stop(self) -> str:
@@ -92,14 +99,17 @@ class Marshal:
         return outcome
 
 
-def _serve(connection: Connection, make_track: Callable[[], Races]) -> None:
-    track = make_track()
+def _serve(connection: Connection) -> None:
+    track: Any = None
     while True:
         try:
             question, *arguments = connection.recv()
         except EOFError:
             return
-        if question == "ceilings":
+        if question == "open":
+            track = None  # the memory of the layer before
+            track = arguments[0]()
+        elif question == "ceilings":
             connection.send(("answer", track.ceilings()))
         else:
             num_tokens, routing, configs = arguments

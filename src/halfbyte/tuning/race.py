@@ -52,6 +52,7 @@ class Track:
                 else:
                     graphs[config] = self._captured(calls, config, pool)
             except (HalfbyteError, RuntimeError) as error:  # a launch that the driver or Triton refuses
+                torch.cuda.synchronize(self._device)  # raises where the CUDA context went with it: the end of this process, and no other's fault
                 times[config] = Time(reason=f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}")
         return times | _interleaved(graphs, len(calls))
 

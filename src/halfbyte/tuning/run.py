@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, wait
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,8 +29,8 @@ class Racing(Protocol):
     def announce(self, layer: Layer, heats: Sequence[Heat]) -> None:
         """Say what will be raced, before anything is."""
 
-    def open(self, layer: Layer, deadline: float) -> AbstractContextManager[Marshal]:
-        """What times the candidates of a layer that was announced."""
+    def open(self, layer: Layer, deadline: float) -> Marshal:
+        """What times the candidates of a layer that was announced, until the next is opened."""
 
     def close(self) -> None:
         """No more races."""
@@ -57,13 +56,13 @@ def tune(
     for layer in layers:
         if not heats[layer] or time.monotonic() >= deadline:
             continue
-        with racing.open(layer, deadline) as measure:
-            ceilings = ceilings or measure.ceilings()
-            record = replace(known[layer], ceilings=ceilings)
-            for race in search(heats[layer], measure, deadline):
-                record = replace(record, races=(*record.races, race))
-                store.write(layer.target, record, directory)
-                yield layer, race
+        measure = racing.open(layer, deadline)
+        ceilings = ceilings or measure.ceilings()
+        record = replace(known[layer], ceilings=ceilings)
+        for race in search(heats[layer], measure, deadline):
+            record = replace(record, races=(*record.races, race))
+            store.write(layer.target, record, directory)
+            yield layer, race
         whole = store.known_of(layer.target, record, directory)
         store.write(layer.target, replace(whole, races=tuple(merge(whole.races))), directory)
 
@@ -84,12 +83,12 @@ def record_of(layer: Layer) -> tuned.Layer:
 
 
 class OnDevice:
-    """Races on a device, each layer in a process of its own, while the kernels of the layers after it are compiled."""
+    """Races on a device, in a process of their own, while the kernels of the layers after are compiled."""
 
     def __init__(self, device: torch.device):
         from halfbyte.tuning.compiling import Compilation  # needs Triton
 
-        self._device, self._compilation = device, Compilation()
+        self._device, self._compilation, self._marshal = device, Compilation(), Marshal()
         self._kernels: dict[Layer, list[Future[None]]] = {}
 
     def announce(self, layer: Layer, heats: Sequence[Heat]) -> None:
@@ -100,9 +99,10 @@ class OnDevice:
 
         # A kernel that does not compile is found again, and named, by the race that needs it.
         wait(self._kernels.pop(layer), None if math.isinf(deadline) else max(0.0, deadline - time.monotonic()))
-        return Marshal(functools.partial(Track, layer, self._device))
+        return self._marshal.open(functools.partial(Track, layer, self._device))
 
     def close(self) -> None:
+        self._marshal.close()
         self._compilation.stop()
 
 
