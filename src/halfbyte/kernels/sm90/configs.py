@@ -13,6 +13,7 @@ sources = tuple(
     f"halfbyte.{module}"
     for module in (
         "kernels.sm90.gemm_decode",
+        "kernels.sm90.decode_spec",
         "kernels.sm90.gemm_prefill",
         "kernels.sm90.prefill_spec",
         "kernels.sm90.rings",

@@ -34,6 +34,7 @@ from halfbyte.kernels.problem import Hidden, Problem, Size, Support, layer_probl
 from halfbyte.kernels.shared.decode_rows import decode_rows
 from halfbyte.kernels.shared.encode_rows import encode_rows
 from halfbyte.kernels.sm90.configs import DIRECT, Config, PrefillConfig, choose_config, configs, rivals, rounds_weights, sources, takes
+from halfbyte.kernels.sm90.decode_spec import DecodeSpec
 from halfbyte.kernels.sm90.epilogue import KINDS
 from halfbyte.kernels.sm90.gather import gather
 from halfbyte.kernels.sm90.gemm_decode import NUM_WARPS, grouped_gemm_w4a16_decode
@@ -160,18 +161,53 @@ def _decode_gemm(
     is_direct = isinstance(work, torch.Tensor)
     num_rows = work.numel() if is_direct else work.row_of_slot.shape[0]
     num_items = num_rows if is_direct else work.entries.shape[0]
-    ids, entries, num_entries, token_of_row = (work,) * 4 if is_direct else (work.row_of_slot, work.entries, work.num_entries, work.token_of_row)
+    rows, num_entries, token_of_row = (work,) * 3 if is_direct else (work.entries, work.num_entries, work.token_of_row)
     num_tokens, top_k = work.shape if is_direct else (1, 1)
     parts = y.shape[0] // num_rows
     is_wide = is_direct and (x_scale is not None or not is_w13)
+    shift, multiplier, bias = _optional(matrix)
+    kind, alpha, beta, limit = _activation(experts)
+    spec = DecodeSpec(
+        columns=experts.hidden if is_w13 else experts.intermediate,
+        row_tiles=matrix.row_tiles,
+        x_stride=x.stride(0),
+        y_columns=y.shape[1],
+        nvfp4=experts.format == NVFP4,
+        words_for=experts.words_for,
+        scaled=x_scale is not None,
+        is_w13=is_w13,
+        gated=is_w13 and experts.activation.gated,
+        kind=kind,
+        alpha=alpha,
+        beta=beta,
+        limit=limit,
+        has_bias=matrix.bias is not None,
+        direct=is_direct,
+        top_k=top_k,
+        parts=parts,
+    )
     launch(
-        grouped_gemm_w4a16_decode, (num_items * matrix.row_tiles, parts),
-        x, x if x_scale is None else x_scale, matrix.words, matrix.scales, *_optional(matrix), y, ids, entries, num_entries, token_of_row,
-        num_tokens, expert_offset, experts.num_experts,
-        top_k, experts.hidden if is_w13 else experts.intermediate, x.stride(0), matrix.row_tiles, y.shape[1], y.shape[1],
-        experts.format == NVFP4, experts.words_for, is_w13, *_activation(experts), matrix.bias is not None, x_scale is not None, is_direct, parts,
-        True, num_warps=NUM_WARPS, launch_pdl=True, maxnreg=WIDE_REGISTERS if is_wide else DECODE_REGISTERS,
-    )  # fmt: skip
+        grouped_gemm_w4a16_decode,
+        (num_items * matrix.row_tiles, parts),
+        x_ptr=x,
+        x_scale_ptr=x if x_scale is None else x_scale,
+        words_ptr=matrix.words,
+        scales_ptr=matrix.scales,
+        shift_ptr=shift,
+        multiplier_ptr=multiplier,
+        bias_ptr=bias,
+        y_ptr=y,
+        rows_ptr=rows,
+        num_items_ptr=num_entries,
+        token_of_row_ptr=token_of_row,
+        num_tokens=num_tokens,
+        expert_offset=expert_offset,
+        num_experts=experts.num_experts,
+        SPEC=spec,
+        num_warps=NUM_WARPS,
+        launch_pdl=True,
+        maxnreg=WIDE_REGISTERS if is_wide else DECODE_REGISTERS,
+    )
 
 
 def _prefill(

@@ -20,14 +20,61 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.language.extra.cuda import gdc
 
+from halfbyte.gluon_compat import aggregate
 from halfbyte.kernels.sm90.configs import DECODE_ROWS
-from halfbyte.kernels.sm90.epilogue import RELU2, activate, split_halves
+from halfbyte.kernels.sm90.epilogue import activate, split_halves
 from halfbyte.weights.hopper.dequant_bf16 import dequantize, exponent_bias, scale_offsets, split_scales, stored_tile, word_offsets
 from halfbyte.weights.hopper.fragment_order import column_at
 
 NUM_WARPS = 4
 ROWS = gl.constexpr(DECODE_ROWS)  # of x per program
 X_AHEAD = gl.constexpr(2)  # blocks of 64 columns of x on their way
+
+
+@aggregate
+class Tensors:
+    """What is in global memory. Biases are those of the rows of the matrix, in its order."""
+
+    x: gl.tensor
+    x_scale: gl.tensor
+    words: gl.tensor
+    scales: gl.tensor
+    shift: gl.tensor
+    multiplier: gl.tensor
+    bias: gl.tensor
+    y: gl.tensor
+    ids: gl.tensor
+    token_of_row: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, x, x_scale, words, scales, shift, multiplier, bias, y, ids, token_of_row):
+        self.x = x
+        self.x_scale = x_scale
+        self.words = words
+        self.scales = scales
+        self.shift = shift
+        self.multiplier = multiplier
+        self.bias = bias
+        self.y = y
+        self.ids = ids
+        self.token_of_row = token_of_row
+
+
+@aggregate
+class Item:
+    """Rows of one expert: of the work list `num_rows` from `row_start` on, or (direct) those of the tokens that name `expert_id`."""
+
+    expert: gl.tensor
+    expert_id: gl.tensor
+    row_start: gl.tensor
+    num_rows: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, expert, expert_id, row_start, num_rows):
+        self.expert = expert
+        self.expert_id = expert_id
+        self.row_start = row_start
+        self.num_rows = num_rows
 
 
 @gluon.jit
@@ -52,56 +99,49 @@ def _first_slot_of(ids_ptr, token, expert, num_tokens, TOP_K: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["num_tokens", "expert_offset", "num_experts"])
 def grouped_gemm_w4a16_decode(
-    x_ptr, x_scale_ptr, words_ptr, scales_ptr, shift_ptr, multiplier_ptr, bias_ptr, y_ptr,
-    ids_ptr, items_ptr, num_items_ptr, token_of_row_ptr,
+    x_ptr, x_scale_ptr, words_ptr, scales_ptr, shift_ptr, multiplier_ptr, bias_ptr, y_ptr, rows_ptr, num_items_ptr, token_of_row_ptr,
     num_tokens, expert_offset, num_experts,
-    TOP_K: gl.constexpr, K: gl.constexpr, X_STRIDE: gl.constexpr, ROW_TILES: gl.constexpr, N: gl.constexpr, Y_STRIDE: gl.constexpr,
-    NVFP4: gl.constexpr, WORDS_FOR: gl.constexpr, IS_W13: gl.constexpr, KIND: gl.constexpr, ALPHA: gl.constexpr, BETA: gl.constexpr,
-    LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr, SCALED: gl.constexpr, DIRECT: gl.constexpr, PARTS: gl.constexpr, PDL: gl.constexpr,
+    SPEC: gl.constexpr,
 ):  # fmt: skip
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [4, 1], [16, 8])
+    """rows: the expert ids (direct), or the work list, with num_items and token_of_row. SPEC: a `DecodeSpec`."""
     FLAT: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
-    index = gl.program_id(0) // ROW_TILES
-    row_tile = gl.program_id(0) % ROW_TILES
-    if PDL and IS_W13:
+    index = gl.program_id(0) // SPEC.row_tiles
+    row_tile = gl.program_id(0) % SPEC.row_tiles
+    if SPEC.is_w13:
         gdc.gdc_wait()  # ids or the work list may still be in the making; the second GEMM starts after the first one has seen them
         gdc.gdc_launch_dependents()
-    if DIRECT:
+    if SPEC.direct:
         slots = gl.arange(0, 64, layout=FLAT)
-        expert_id = gl.load(ids_ptr + index)
-        ids = gl.load(ids_ptr + slots, mask=slots < index, other=-1)
+        expert_id = gl.load(rows_ptr + index)
+        ids = gl.load(rows_ptr + slots, mask=slots < index, other=-1)
         expert = expert_id - expert_offset
         seen = gl.max((ids == expert_id).to(gl.int32), 0)
         is_active = (expert >= 0) & (expert < num_experts) & (seen == 0)
-        row_start = 0
-        num_rows = 0
+        row_start = gl.to_tensor(0)
+        num_rows = gl.to_tensor(0)
     else:
         is_active = index < gl.load(num_items_ptr)
         expert = 0
         row_start = 0
         num_rows = 0
-        expert_id = 0
+        expert_id = gl.to_tensor(0)
         if is_active:
-            expert = gl.load(items_ptr + index * 4)
-            row_start = gl.load(items_ptr + index * 4 + 1)
-            num_rows = gl.load(items_ptr + index * 4 + 2)
+            expert = gl.load(rows_ptr + index * 4)
+            row_start = gl.load(rows_ptr + index * 4 + 1)
+            num_rows = gl.load(rows_ptr + index * 4 + 2)
     if is_active:
-        _tile(
-            x_ptr, x_scale_ptr, words_ptr, scales_ptr, shift_ptr, multiplier_ptr, bias_ptr, y_ptr, ids_ptr, token_of_row_ptr, num_tokens,
-            expert, expert_id, row_start, num_rows, row_tile, TOP_K, K, X_STRIDE, ROW_TILES, N, Y_STRIDE, NVFP4, WORDS_FOR, IS_W13, KIND, ALPHA,
-            BETA, LIMIT, HAS_BIAS, SCALED, DIRECT, PARTS, PDL, MMA,
-        )  # fmt: skip
+        tensors = Tensors(x_ptr, x_scale_ptr, words_ptr, scales_ptr, shift_ptr, multiplier_ptr, bias_ptr, y_ptr, rows_ptr, token_of_row_ptr)
+        _tile(tensors, Item(expert, expert_id, row_start, num_rows), row_tile, num_tokens, SPEC)
 
 
 @gluon.jit
-def _tile(
-    x_ptr, x_scale_ptr, words_ptr, scales_ptr, shift_ptr, multiplier_ptr, bias_ptr, y_ptr, ids_ptr, token_of_row_ptr, num_tokens,
-    expert, expert_id, row_start, num_rows, row_tile,
-    TOP_K: gl.constexpr, K: gl.constexpr, X_STRIDE: gl.constexpr, ROW_TILES: gl.constexpr, N: gl.constexpr, Y_STRIDE: gl.constexpr,
-    NVFP4: gl.constexpr, WORDS_FOR: gl.constexpr, IS_W13: gl.constexpr, KIND: gl.constexpr, ALPHA: gl.constexpr, BETA: gl.constexpr,
-    LIMIT: gl.constexpr, HAS_BIAS: gl.constexpr, SCALED: gl.constexpr, DIRECT: gl.constexpr, PARTS: gl.constexpr, PDL: gl.constexpr,
-    MMA: gl.constexpr,
-):  # fmt: skip
+def _tile(tensors, item, row_tile, num_tokens, SPEC: gl.constexpr):
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [4, 1], [16, 8])
+    ROW_TILES: gl.constexpr = SPEC.row_tiles
+    PARTS: gl.constexpr = SPEC.parts
+    K: gl.constexpr = SPEC.columns
+    NVFP4: gl.constexpr = SPEC.nvfp4
+    WORDS_FOR: gl.constexpr = SPEC.words_for
     COLUMN_TILES: gl.constexpr = (K + 63) // 64
     RUNS: gl.constexpr = (COLUMN_TILES + 3) // 4
     PART_RUNS: gl.constexpr = (RUNS + PARTS - 1) // PARTS
@@ -111,10 +151,11 @@ def _tile(
         [[0, 1], [0, 2], [0, 4], [0, 8]], [[0, 16], [0, 32], [1, 0], [2, 0], [4, 0]], [[0, 0], [0, 0]], [], [ROWS, 64]
     )
 
-    bias = exponent_bias(0 if NVFP4 else gl.load(shift_ptr + expert))
-    matrix_tile = expert * ROW_TILES + stored_tile(row_tile, ROW_TILES, IS_W13 and KIND != RELU2)
-    word_pointers = words_ptr + matrix_tile.to(gl.int64) * (COLUMN_TILES * 512) + word_offsets()
-    scale_pointers = scales_ptr + matrix_tile.to(gl.int64) * (RUNS * SCALES) + scale_offsets(NVFP4)
+    expert = item.expert
+    bias = exponent_bias(0 if NVFP4 else gl.load(tensors.shift + expert))
+    matrix_tile = expert * ROW_TILES + stored_tile(row_tile, ROW_TILES, SPEC.gated)
+    word_pointers = tensors.words + matrix_tile.to(gl.int64) * (COLUMN_TILES * 512) + word_offsets()
+    scale_pointers = tensors.scales + matrix_tile.to(gl.int64) * (RUNS * SCALES) + scale_offsets(NVFP4)
     part = 0 if PARTS == 1 else gl.program_id(1)
     first_run = part * PART_RUNS
     # Four tiles of words and one run of scales are always on their way.
@@ -125,28 +166,28 @@ def _tile(
 
     # What the sums will be multiplied by and where they go is read here, so that nothing waits for it after the last product.
     i = gl.arange(0, 64, layout=gl.SliceLayout(1, MMA))
-    multiplier = gl.load(multiplier_ptr + expert * 2 + i // 8 % 2)
-    if HAS_BIAS:
-        tile_bias = gl.load(bias_ptr + matrix_tile * 64 + i)
+    multiplier = gl.load(tensors.multiplier + expert * 2 + i // 8 % 2)
+    if SPEC.has_bias:
+        tile_bias = gl.load(tensors.bias + matrix_tile * 64 + i)
         if part > 0:
             tile_bias = gl.zeros_like(tile_bias)  # once: the parts are added up
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, X_LAYOUT))
-    if DIRECT:
-        slot = _first_slot_of(ids_ptr, row, expert_id, num_tokens, TOP_K)
+    if SPEC.direct:
+        slot = _first_slot_of(tensors.ids, row, item.expert_id, num_tokens, SPEC.top_k)
         is_row = slot >= 0
-        x_row = slot // TOP_K if IS_W13 else slot
+        x_row = slot // SPEC.top_k if SPEC.is_w13 else slot
     else:
-        is_row = row < num_rows
-        x_row = row_start + row
-        if IS_W13:
-            x_row = gl.load(token_of_row_ptr + x_row, mask=is_row, other=0)
-    if PDL and not IS_W13:
+        is_row = row < item.num_rows
+        x_row = item.row_start + row
+        if SPEC.is_w13:
+            x_row = gl.load(tensors.token_of_row + x_row, mask=is_row, other=0)
+    if not SPEC.is_w13:
         gdc.gdc_wait()
         gdc.gdc_launch_dependents()
-    if SCALED:
-        row_scale = gl.load(x_scale_ptr + x_row, mask=is_row, other=0.0)
+    if SPEC.scaled:
+        row_scale = gl.load(tensors.x_scale + x_row, mask=is_row, other=0.0)
     column = gl.arange(0, 64, layout=gl.SliceLayout(0, X_LAYOUT))[None, :]
-    x_pointers = x_ptr + gl.where(is_row, x_row, 0).to(gl.int64)[:, None] * X_STRIDE + column
+    x_pointers = tensors.x + gl.where(is_row, x_row, 0).to(gl.int64)[:, None] * SPEC.x_stride + column
     x_mask = is_row[:, None] & (column >= 0)
     x_queue = ()
     for c in gl.static_range(X_AHEAD):
@@ -171,26 +212,26 @@ def _tile(
             queue = queue[1:] + (gl.load(word_pointers + tile * 512, eviction_policy="evict_first"),)
             accumulator = mma_v2(w, x, accumulator)
 
-    if SCALED:
+    if SPEC.scaled:
         accumulator = accumulator * gl.convert_layout(row_scale, gl.SliceLayout(0, MMA))[None, :]
     value = accumulator * multiplier[:, None]
-    if HAS_BIAS:
+    if SPEC.has_bias:
         value = value + tile_bias[:, None]
     n = row_tile * 64 + i
-    if IS_W13 and KIND != RELU2:
+    if SPEC.gated:
         gate, up = split_halves(value, ROWS)
-        value = activate(gate, up, KIND, ALPHA, BETA, LIMIT)
+        value = activate(gate, up, SPEC.kind, SPEC.alpha, SPEC.beta, SPEC.limit)
         n = row_tile // 2 * 64 + column_at(row_tile % 2 * 32 + gl.arange(0, 32, layout=gl.SliceLayout(1, value.type.layout)))
-    elif IS_W13:
-        value = activate(value, value, KIND, ALPHA, BETA, LIMIT)
+    elif SPEC.is_w13:
+        value = activate(value, value, SPEC.kind, SPEC.alpha, SPEC.beta, SPEC.limit)
         n = row_tile * 64 + column_at(i)
-    if DIRECT:
+    if SPEC.direct:
         y_row = gl.convert_layout(slot, gl.SliceLayout(0, value.type.layout))
         is_y_row = y_row >= 0
-        y_row += part * num_tokens * TOP_K
+        y_row += part * num_tokens * SPEC.top_k
     else:
         token = gl.arange(0, ROWS, layout=gl.SliceLayout(0, value.type.layout))
-        y_row = row_start + token
-        is_y_row = token < num_rows
-    pointers = y_ptr + (gl.where(is_y_row, y_row, 0).to(gl.int64) * Y_STRIDE)[None, :] + n[:, None]
-    gl.store(pointers, value.to(y_ptr.dtype.element_ty), mask=is_y_row[None, :] & (n < N)[:, None])
+        y_row = item.row_start + token
+        is_y_row = token < item.num_rows
+    pointers = tensors.y + (gl.where(is_y_row, y_row, 0).to(gl.int64) * SPEC.y_columns)[None, :] + n[:, None]
+    gl.store(pointers, value.to(tensors.y.dtype.element_ty), mask=is_y_row[None, :] & (n < SPEC.y_columns)[:, None])

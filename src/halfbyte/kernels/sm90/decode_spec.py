@@ -1,0 +1,41 @@
+"""What a decode GEMM is compiled for (`gemm_decode`). Plain Python: nothing here needs Triton or a device."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from halfbyte.weights.hopper.layout import WordsFor
+
+
+class DecodeSpec(NamedTuple):
+    """One matrix of one layer, and how its rows are found. A tuple, because Triton writes constants as JSON.
+
+    Attributes:
+        columns, row_tiles: of the matrix: its columns, and tiles of 64 of its rows.
+        x_stride, y_columns: elements of a row of x, of a row of the result.
+        nvfp4, words_for: how the weights are coded.
+        scaled: rows of x have a scale each.
+        is_w13: the result goes through the activation; gated: and has a half that gates the other.
+        kind, alpha, beta, limit: which activation (`epilogue.activate`).
+        has_bias: the matrix has biases.
+        direct: programs find their rows in the ids of `top_k` experts per token.
+        parts: how many programs share the columns.
+    """
+
+    columns: int
+    row_tiles: int
+    x_stride: int
+    y_columns: int
+    nvfp4: bool
+    words_for: WordsFor
+    scaled: bool
+    is_w13: bool
+    gated: bool
+    kind: int
+    alpha: float
+    beta: float
+    limit: float
+    has_bias: bool
+    direct: bool
+    top_k: int
+    parts: int
