@@ -15,19 +15,27 @@ from halfbyte.tuning.models import MODELS
 
 
 def summary(layers: Iterable[Layer]) -> str:
-    """How far the kernels' own rules are from the best candidates, and what the tables gain: over every race with every routing."""
-    races = [race for layer in layers for race in layer.races]
-    regrets = [regret for race in races for regret in _regrets(race)]
-    gains = [race.default_us / race.us for race in races if race.config is not None and race.us and race.default_us]
+    """How far the kernels' own rules are from the best candidates, by activations and routing, and what the tables gain."""
+    layers = list(layers)
+    regrets: dict[tuple[str, str], list[float]] = {}
+    for layer in layers:
+        for race in layer.races:
+            for routing, regret in zip(layer.routings, _regrets(race), strict=False):
+                regrets.setdefault((layer.key.activations, routing), []).append(regret)
     if not regrets:
         return "no races"
-    mean = math.exp(sum(map(math.log, regrets)) / len(regrets))
-    won = (
-        f"{len(gains)} buckets have a faster configuration, by {min(gains):.3f} to {max(gains):.3f}"
-        if gains
-        else "no bucket has a faster configuration"
-    )
-    return f"{len(regrets)} races: the rule's time over the best candidate's is {mean:.4f} (geometric mean), at most {max(regrets):.3f}; {won}"
+    gains = [race.default_us / race.us for layer in layers for race in layer.races if race.config is not None and race.us and race.default_us]
+    won = f"Buckets with a faster configuration: {len(gains)}" + (f", by {min(gains):.3f} to {max(gains):.3f}." if gains else ".")
+    lines = [
+        "The rule's time over that of the best candidate:",
+        "",
+        "| activations | routing | races | geometric mean | largest | above 1.03 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (activations, routing), values in sorted(regrets.items(), key=lambda item: item[0][0]):
+        mean, high = math.exp(sum(map(math.log, values)) / len(values)), sum(value > 1.03 for value in values)
+        lines.append(f"| {activations} | {routing} | {len(values)} | {mean:.3f} | {max(values):.3f} | {high} |")
+    return "\n".join([*lines, "", won])
 
 
 def render(tables: Sequence[Table]) -> str:
@@ -96,7 +104,7 @@ def _render(table: Table, layer: Layer) -> str:
         times = "; ".join(f"{name} {', '.join(f'{us:.1f}' for us in each)}" for name, each in race.times.items())
         failed = "".join(f"; {name}: {reason}" for name, reason in race.excluded.items())
         lines.append(f"| {race.bucket} | {race.num_tokens} | {race.default} | {race.taken} | {_of_floor(layer, race)} | {times}{failed} |")
-    return "\n".join([*lines, "", summary([layer])])
+    return "\n".join(lines)
 
 
 def _of_floor(layer: Layer, race: Race) -> str:

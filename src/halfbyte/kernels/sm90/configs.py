@@ -131,8 +131,8 @@ PREFILL_FP8 = (FP8_TINY, FP8_SMALL, FP8_MEDIUM, FP8_LARGE, FP8_HUGE)
 _NAMES = {value: name for name, value in globals().items() if isinstance(value, DecodeConfig | PrefillConfig)}
 
 # The largest average of rows per expert that each serves, raced with experts that have equal chances (docs/tuning.md). Between 320 and 448 rows an
-# expert has two items of about 192, which FP8_LARGE takes 3 to 7 % faster than FP8_HUGE.
-LIMITS = ((4.5, DECODE), (24, TINY), (56, SMALL), (80, MEDIUM), (150, LARGE), (math.inf, HUGE))
+# expert has three items of about 128 for LARGE, two of about 192 for FP8_LARGE: 2 and 5 % faster than two of HUGE or FP8_HUGE.
+LIMITS = ((4.5, DECODE), (24, TINY), (56, SMALL), (80, MEDIUM), (150, LARGE), (320, HUGE), (448, LARGE), (math.inf, HUGE))
 LIMITS_FP8 = (
     (24, FP8_TINY), (84, FP8_SMALL), (112, FP8_MEDIUM), (176, FP8_LARGE), (320, FP8_HUGE), (448, FP8_LARGE), (math.inf, FP8_HUGE),
 )  # fmt: skip
