@@ -188,10 +188,11 @@ def find(kernel: str, problem: Problem, configs: Sequence[Hashable], sources: tu
     if not sources or problem.batch_invariant or not problem.hidden:
         return None
     wanted, by_fields = LayerKey.of(kernel, problem), [(fields_of(config), config) for config in configs]
-    near = [(wanted.distance(layer.key), order, origin, layer) for order, (origin, table) in enumerate(tables) for layer in table.layers]
-    for distance, _, origin, layer in sorted(near, key=lambda candidate: candidate[:2]):
-        if distance > _MAX_DISTANCE:
-            break
+    layers = [(wanted.distance(layer.key), order, origin, layer) for order, (origin, table) in enumerate(tables) for layer in table.layers]
+    near = sorted((candidate for candidate in layers if candidate[0] <= _MAX_DISTANCE), key=lambda candidate: candidate[:2])
+    if not any(race.config for *_, layer in near for race in layer.races):
+        return None  # the rule's, whichever counts: that spares the hash of the sources
+    for distance, _, origin, layer in near:
         obstacle = _obstacle(layer, sources)
         if obstacle:
             _tell(f"what {origin} knows of {layer.key} is passed over: {obstacle}")
