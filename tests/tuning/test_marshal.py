@@ -32,3 +32,10 @@ def test_layers_share_a_process_and_no_failures() -> None:
         assert measure(8, "uniform", ["good", "wrong"])["wrong"].us == 8.0 and measure.ceilings()["process"] == process
         assert measure(8, "uniform", ["dies"])["dies"].reason  # the process that follows has the layer that is open
         assert measure(8, "uniform", ["wrong"])["wrong"].us == 8.0 and measure.ceilings()["process"] != process
+
+
+def test_a_layer_that_cannot_be_made_ends_no_tune() -> None:
+    with closing(Marshal(patience_s=20.0).open(partial(int, "no layer"))) as measure:
+        assert measure.ceilings() == {}
+        assert measure(8, "uniform", ["good"])["good"].reason == "ended the process with exit code 1"
+        assert measure.open(Track)(8, "uniform", ["good"])["good"].us == 8.0

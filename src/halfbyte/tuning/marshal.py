@@ -36,6 +36,8 @@ class Marshal:
     def open(self, make_track: Callable[[], Races]) -> Marshal:
         """Race what `make_track`, which other processes can import, makes there. Configurations that fail once stay out until the next `open`."""
         self._make_track, self._excluded = make_track, {}
+        if self._process and not self._process.is_alive():
+            self._stop()
         if self._connection:
             self._connection.send(("open", make_track))
         return self
@@ -47,6 +49,8 @@ class Marshal:
     def ceilings(self) -> dict[str, float | None]:
         """Of the device; empty where they could not be measured."""
         reply, _ = self._ask("ceilings")
+        if reply is None:
+            self._stop()
         return reply or {}
 
     def __call__(self, num_tokens: int, routing: str, configs: Sequence[Hashable]) -> Mapping[Hashable, Time]:
@@ -61,16 +65,16 @@ class Marshal:
 
     def _ask(self, *question: Any) -> tuple[Any, Hashable | None]:
         """The answer, or None and the configuration that was running when no more was heard."""
-        connection = self._connection or self._start()
-        connection.send(question)
         running = None
         try:
+            connection = self._connection or self._start()
+            connection.send(question)
             while connection.poll(self._patience_s):
                 kind, value = connection.recv()
                 if kind == "answer":
                     return value, None
                 running = value
-        except EOFError:
+        except (EOFError, OSError):  # the process is gone
             pass
         return None, running
 
