@@ -13,6 +13,8 @@ from halfbyte.kernels.work_list import WorkList
 from halfbyte.weights.hopper.layout import HopperExperts, padded_size
 
 ACTIVATIONS = {"swiglu": SWIGLU, "gpt-oss": GPT_OSS_SWIGLU, "deepseek-v4": DEEPSEEK_V4_SWIGLU, "geglu": GEGLU, "tanh": GEGLU_TANH, "relu2": RELU2}
+# A whole layer on fp8 tensor cores, for the reason given beside `gate.fp8_allowance`: 3.3e-2 and 1.4e-2 were measured with the tokens of these tests.
+FP8_LIMITS = {"token": 5e-2, "overall": 2e-2}
 
 
 def configs() -> dict[str, object]:

@@ -26,6 +26,11 @@ def shortened(text: str, most: int = 1_500) -> str:
     return text if len(text) <= most else f"{text[: most * 3 // 4]} [{len(text)} letters] {text[-(most // 4) :]}"
 
 
+def reason_of(error: Exception, most: int = 300) -> str:
+    """What an error of another package says, on one line and not without end; its type where it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 class HalfbyteError(Exception):
     """Base of the three below; `exit_code` is what the command line returns for it."""
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from halfbyte import MXFP4, NVFP4
-from halfbyte.bench.gate import expected_output, judge
+from halfbyte.bench.gate import PEER_LIMIT, PEER_SPREAD, Allowance, expected_output, judge
 from halfbyte.bench.inputs import random_call, random_experts
 from halfbyte.bench.peers import BUILT_IN, find_peer
 from halfbyte.bench.shapes import MoEShape
@@ -22,7 +22,7 @@ def test_built_in_peers_are_right(name, format, activation, has_bias, num_tokens
     experts = random_experts(shape, format, CPU, seed=1)
     call = random_call(shape, num_tokens, "one-expert", CPU, seed=2)
     layer = find_peer(name).load()(experts, shape)
-    verdict = judge(layer(*call), expected_output(experts, call, "bf16"), global_limit=7e-3)
+    verdict = judge(layer(*call), expected_output(experts, call, "bf16"), *Allowance(PEER_LIMIT, PEER_SPREAD).limits(num_tokens))
     assert verdict.passed, verdict
 
 

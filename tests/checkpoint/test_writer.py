@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from halfbyte.checkpoint import writer as writer_module
-from halfbyte.checkpoint.writer import JOURNAL, CheckpointWriter, discard_unfinished, plan_shards, shard_name
+from halfbyte.checkpoint.writer import JOURNAL, PARTIAL, CheckpointWriter, discard_unfinished, plan_shards, shard_name
 from halfbyte.errors import CheckpointError
 
 JOB = {"source": {"a.safetensors": [10, 1]}, "options": {"format": "nvfp4"}}
@@ -120,7 +121,8 @@ def test_another_job_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", ["{", "[" * 100_000, '{"files": [1]}', '{"files": {"s1": {"bytes": 1}}}', '{"files": {"s1": 7}}', '{"notes": null}']
+    "damage",
+    ["{", "[" * 100_000, '{"files": [1]}', '{"files": {"s1": {"bytes": 1}}}', '{"files": {"s1": 7}}', '{"notes": null}', '{"notes": {"scale": 1.5}}'],
 )
 def test_a_damaged_journal(tmp_path: Path, damage: str) -> None:
     with CheckpointWriter(tmp_path, JOB) as writer:
@@ -131,6 +133,28 @@ def test_a_damaged_journal(tmp_path: Path, damage: str) -> None:
         CheckpointWriter(tmp_path, JOB)
     discard_unfinished(tmp_path)
     assert visible(tmp_path) == []
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to(path.name)])
+def test_a_journal_that_is_no_file_is_no_hang_and_can_be_thrown_away(tmp_path: Path, make: Callable[[Path], object]) -> None:
+    make(tmp_path / JOURNAL)
+    with pytest.raises(CheckpointError, match=r"journal of an unfinished job is damaged.*--restart"):
+        CheckpointWriter(tmp_path, JOB)
+    discard_unfinished(tmp_path)
+    with CheckpointWriter(tmp_path, JOB) as writer:
+        writer.write_tensors("s1", W)
+
+
+def test_a_link_is_no_finished_shard_and_odd_leftovers_stop_nothing(tmp_path: Path) -> None:
+    with CheckpointWriter(tmp_path / "out", JOB) as writer:
+        writer.write_tensors("s1", W)
+    (tmp_path / "out" / "s1").rename(tmp_path / "elsewhere")
+    (tmp_path / "out" / "s1").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "out" / ".tmpfolder").mkdir()
+    (tmp_path / "out" / f"s2.{PARTIAL}").symlink_to(".")
+    with CheckpointWriter(tmp_path / "out", JOB) as writer:
+        assert not writer.is_finished("s1")
+    assert sorted(entry.name for entry in (tmp_path / "out").iterdir()) == [JOURNAL, ".tmpfolder", "s1"]
 
 
 def test_one_process_writes(tmp_path: Path) -> None:

@@ -127,3 +127,24 @@ def test_what_transformers_cannot_run(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(UnsupportedError, match="calibration needs transformers") as caught:
         calibrate(DEMO, [], tmp_path / "text.txt")
     assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize(("tokenizer", "message"), [(None, "tokenizer makes no tokens"), ("[]", "transformers cannot run the model: ")])
+def test_a_model_that_transformers_cannot_run_is_one_error(tmp_path: Path, tokenizer: str | None, message: str) -> None:
+    model, text = tmp_path / "model", tmp_path / "text.txt"
+    model.mkdir()
+    for file in (*DEMO.glob("model*"), DEMO / "config.json"):
+        (model / file.name).symlink_to(file)
+    if tokenizer is not None:
+        (model / "tokenizer.json").write_text(tokenizer)
+    text.write_text(TEXT)
+    with pytest.raises(CheckpointError, match=f"{message}.*leave --calibrate out"):
+        quantize_model(model, tmp_path / "out", QuantizeOptions(calibrate=text))
+
+
+def test_progress_is_told_in_tokens(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    told: list[tuple[int, int]] = []
+    options = QuantizeOptions(calibrate=tmp_path / "text.txt", skip=(ONE_LAYER,))
+    report = quantize_model(DEMO, tmp_path / "out", options, calibrating=lambda done, total: told.append((done, total)))
+    assert told == [(report.calibration_tokens, report.calibration_tokens)]

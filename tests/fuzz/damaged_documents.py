@@ -44,9 +44,9 @@ ODD_VALUES = (
 )
 
 
-def _paths(document: Any, before: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+def paths(document: Any, before: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     pairs = document.items() if isinstance(document, dict) else enumerate(document) if isinstance(document, list) else ()
-    return [path for key, value in pairs for path in ((*before, key), *_paths(value, (*before, key)))]
+    return [path for key, value in pairs for path in ((*before, key), *paths(value, (*before, key)))]
 
 
 OURS = (
@@ -60,9 +60,9 @@ OURS = (
 def odd_configuration(rng: random.Random, files: Files) -> Damage:
     name = rng.choice([CONFIG, CONFIG, CONFIG, *(file for file in (HF_QUANT,) if file in files)])
     document = json.loads(files[name])
-    paths = _paths(document)
-    ours = [path for path in paths if path[0] in (*OURS, "quantization")] + [(key,) for key in OURS if name == CONFIG]
-    path = rng.choice(ours if rng.random() < 0.8 else paths)
+    places = paths(document)
+    ours = [path for path in places if path[0] in (*OURS, "quantization")] + [(key,) for key in OURS if name == CONFIG]
+    path = rng.choice(ours if rng.random() < 0.8 else places)
     value = rng.choice(rng.choice((SIZES, ODD_VALUES, (None,))))
     place = document
     for key in path[:-1]:

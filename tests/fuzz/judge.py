@@ -72,7 +72,7 @@ def command(*arguments: str) -> tuple[int, str]:
     """Exit code of a command, and its output: that of stdout where it succeeds, else the one line of its error, or the report of `inspect`."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = _guarded(arguments[0], lambda: main(arguments))
+        code = guarded(arguments[0], lambda: main(arguments))
     errors = [line for line in err.getvalue().splitlines() if line.startswith("halfbyte")]
     if code not in (0, 1, 2, 3):
         raise WrongError(f"{arguments[0]} ends with {code}")
@@ -85,7 +85,7 @@ def command(*arguments: str) -> tuple[int, str]:
     return code, errors[0] if errors else out.getvalue()
 
 
-def _guarded(what: str, function: Any) -> Any:
+def guarded(what: str, function: Any) -> Any:
     """Call a function under limits; whatever is no error of halfbyte's is wrong."""
     try:
         with limits():
@@ -160,7 +160,7 @@ def judge(layout: str, files: Files, done: Damage, folder: Path, rng: random.Ran
     torch.set_num_threads(1)
     told, found = "", {}
     try:
-        found = _guarded("load", lambda: meaning(path))
+        found = guarded("load", lambda: meaning(path))
     except HalfbyteError as error:
         told = str(error)
     changed = [] if told else differences(found, expected["read"])
@@ -177,7 +177,7 @@ def judge(layout: str, files: Files, done: Damage, folder: Path, rng: random.Ran
     verdict = done.legal if changed else "told" if told else "harmless"
     if expected["quantised"] is not None or rng.random() < 0.1:
         verdict = _judge_quantize(path, folder, expected["quantised"], done, bool(told)) or verdict
-    if rng.random() < 0.25:
+    if rng.random() < 0.15:
         verdict = _judge_eval(path, expected["perplexity"], done) or verdict
     return verdict
 
@@ -191,7 +191,7 @@ def _judge_quantize(path: Path, folder: Path, expected: dict[str, Any] | None, d
         return ""
     if refused and not done.legal and not done.text.startswith("odd_scale"):
         raise WrongError("quantize accepts what load refuses")
-    changed = differences(_guarded("load of what quantize wrote", lambda: meaning(folder / "out")), expected or {})
+    changed = differences(guarded("load of what quantize wrote", lambda: meaning(folder / "out")), expected or {})
     if changed and not done.legal:
         raise WrongError(f"quantize accepts other {changed[:4]}")
     return done.legal if changed else ""

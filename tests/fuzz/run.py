@@ -1,4 +1,4 @@
-"""Damage models at random and see what halfbyte says: python -m fuzz.run --cases 5000 --seed 1 (in tests/, with src on the path)."""
+"""Damage models, and what runs leave, and see what halfbyte says: python -m fuzz.run --cases 5000 --seed 1 (in tests/, with src on the path)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,19 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from fuzz import leftovers
 from fuzz.damage import damage
 from fuzz.judge import WrongError, judge
 from fuzz.sound import LAYOUTS, sound
 
+LEFTOVERS = 0.12  # of all cases
 
-def run_case(layout: str, seed: str) -> tuple[str, str]:
-    """One damaged model: the verdict ("wrong" and why, or as `judge.judge`), and what was done to it."""
+
+def run_case(layout: str, seed: str, kind: str = "any") -> tuple[str, str]:
+    """One damaged model, or what runs on a sound one left: the verdict ("wrong" and why, or as `judge.judge`), and what was done."""
     rng = random.Random(f"{layout} {seed}")
+    if kind == "leftovers" or (kind == "any" and rng.random() < LEFTOVERS):
+        return leftovers.run_case(layout, rng)
     files = dict(sound(layout))
     done = damage(rng, files)
     with tempfile.TemporaryDirectory() as folder:
@@ -34,6 +39,7 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=300, help="in all, spread over the layouts")
     parser.add_argument("--seed", default="0")
     parser.add_argument("--layout", choices=LAYOUTS, action="append", help="only these")
+    parser.add_argument("--kind", choices=("any", "models", "leftovers"), default="any", help="what is damaged")
     parser.add_argument("--only", metavar="N", type=int, action="append", help="only the cases of these numbers")
     parser.add_argument("--verbose", action="store_true", help="print every case")
     args = parser.parse_args()
@@ -41,7 +47,7 @@ def main() -> int:
     layouts, verdicts, start = args.layout or list(LAYOUTS), Counter[str](), time.monotonic()
     for number in args.only or range(args.cases):
         layout = layouts[number % len(layouts)]
-        verdict, text = run_case(layout, f"{args.seed} {number}")
+        verdict, text = run_case(layout, f"{args.seed} {number}", args.kind)
         verdicts[verdict.partition(":")[0]] += 1
         if args.verbose or verdict.startswith("wrong"):
             print(f"{number} {layout}: {text}\n    {verdict}", flush=True)

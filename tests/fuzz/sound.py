@@ -105,6 +105,7 @@ def _is_plain(name: str, tensor: torch.Tensor) -> bool:
 def write(files: Files, path: Path) -> Path:
     path.mkdir(parents=True)
     for name, content in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
         if callable(content):
             content(path / name)
         else:

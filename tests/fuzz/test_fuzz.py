@@ -1,19 +1,23 @@
-"""300 damaged models, the same ones each time: no traceback, no hang, no blow-up of memory, nothing wrong accepted.
+"""300 damaged models and leftovers of runs, the same ones each time: no traceback, no hang, no blow-up of memory, nothing wrong accepted.
 
 Other ones, and more of them: PYTHONPATH=src:tests python -m fuzz.run --cases 5000 --seed 1
 """
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
 import pytest
 from fuzz.damage import damage
 from fuzz.judge import WrongError, judge
+from fuzz.leftovers import cached, judge_cache, judge_job, unfinished
 from fuzz.making import LEGAL, Damage
 from fuzz.run import run_case
-from fuzz.sound import LAYOUTS, SHARDS, join, sound, split
+from fuzz.sound import LAYOUTS, SHARDS, join, sound, split, write
+
+from halfbyte.checkpoint.writer import JOURNAL, journal_digest
 
 CASES = 43  # of each layout
 SEED = "CI"
@@ -38,6 +42,25 @@ def test_the_judge_can_fail(tmp_path: Path) -> None:
     files[SHARDS[0]] = join(header, data[:first] + bytes([data[first] ^ 1]) + data[first + 1 :])
     with pytest.raises(WrongError, match="load accepts other"):
         judge("modelopt", files, Damage("a bit of a weight"), tmp_path, random.Random(0))
+
+
+@pytest.mark.parametrize("layout", ["dense", "modelopt"])
+def test_what_a_sound_run_left_is_used(layout: str, tmp_path: Path) -> None:
+    earlier = unfinished(layout, False) if layout == "dense" else cached(layout, "hopper")
+    judge_again = judge_job if layout == "dense" else judge_cache
+    assert judge_again(earlier, write(earlier.left, tmp_path / "left"), random.Random(0)) == "harmless"
+
+
+def test_the_judge_of_leftovers_can_fail(tmp_path: Path) -> None:
+    """An input scale that is only a little wrong, in a journal whose checksum is right, goes into the result."""
+    earlier = unfinished("dense", True)
+    journal = json.loads(earlier.left[JOURNAL])
+    del journal["sha256"]
+    amax = journal["notes"]["calibration"]["amax"]
+    amax[max(amax)] *= 1.01
+    left = write({**earlier.left, JOURNAL: json.dumps(journal | {"sha256": journal_digest(journal)}).encode()}, tmp_path / "left")
+    with pytest.raises(WrongError, match="leaves other files"):
+        judge_job(earlier, left, random.Random(0))
 
 
 def test_damage_follows_from_its_seed() -> None:

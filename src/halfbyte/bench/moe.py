@@ -15,7 +15,17 @@ import torch
 
 import halfbyte
 from halfbyte.bench.ceilings import Ceilings
-from halfbyte.bench.gate import FP8_GLOBAL_LIMIT, FP8_TOKEN_LIMIT, GLOBAL_LIMIT, PEER_LIMIT, TOKEN_LIMIT, expected_output, judge, poison_free_memory
+from halfbyte.bench.gate import (
+    GLOBAL_LIMIT,
+    PEER_LIMIT,
+    PEER_SPREAD,
+    TOKEN_LIMIT,
+    Allowance,
+    expected_output,
+    fp8_allowance,
+    judge,
+    poison_free_memory,
+)
 from halfbyte.bench.inputs import Call, RoutingKind, random_call
 from halfbyte.bench.peers import Build, Layer, Peer
 from halfbyte.bench.records import Column, Status
@@ -73,6 +83,7 @@ class MoERow:
     peak_extra_bytes: int | None = None
 
     unit: ClassVar[str] = "tokens"
+    remark: ClassVar[str] = ""
     columns: ClassVar[tuple[Column, ...]] = (
         Column("us", "median_us", ".1f"),
         Column("spread", "spread", ".1%"),
@@ -80,6 +91,7 @@ class MoERow:
         Column("of floor", "fraction", ".1%"),
         Column("bound", "bound"),
         Column("error", "global_error", ".1e"),
+        Column("allowed", "global_limit", ".1e"),
         Column("experts", "experts_touched", ".4g"),
         Column("extra MiB", "peak_extra_bytes", ".1f", 2**20),
         Column("kernel", "kernel"),
@@ -97,12 +109,6 @@ class MoERow:
     def result(self) -> str:
         return f"{self.median_us:.1f} us, {self.fraction:.1%} of the {self.bound} floor"
 
-    @property
-    def remark(self) -> str:
-        if self.global_limit <= GLOBAL_LIMIT:
-            return ""
-        return f"allowed an error of {self.global_limit:.0e}; the standard is {GLOBAL_LIMIT:.0e}"
-
 
 def row_of(fields: dict[str, Any]) -> MoERow:
     """The row that a results file kept. Raises TypeError when the fields are others."""
@@ -111,8 +117,8 @@ def row_of(fields: dict[str, Any]) -> MoERow:
 
 @dataclass(frozen=True)
 class Options:
-    """How layers are measured: `backend` is the only kernel halfbyte may use (None: the table chooses), `peer_limit` the error over all
-    tokens that peers are allowed (halfbyte's own limit is fixed); no row starts after `budget_s` seconds."""
+    """How layers are measured: `backend` is the only kernel halfbyte may use (None: the table chooses), `peer_limit` the error over
+    many tokens that peers are allowed (halfbyte's own limit is fixed); no row starts after `budget_s` seconds."""
 
     tokens: tuple[int, ...]
     activations: ActivationFormat = "bf16"
@@ -125,12 +131,14 @@ class Options:
 
 @dataclass(frozen=True)
 class System:
-    """What is measured. An error of a `tolerated` type is its reason for having no time; any other is a mistake of ours and ends the run."""
+    """What is measured. An error of a `tolerated` type is its reason for having no time; any other is a mistake of ours and ends the run.
+
+    `allowance`: what its results may lose; None: the standard limits."""
 
     name: str
     build: Build
     activations: ActivationFormat
-    global_limit: float
+    allowance: Allowance | None
     tolerated: tuple[type[Exception], ...]
 
 
@@ -186,7 +194,7 @@ def bench_moe(sources: Sequence[LayerSource], peers: Sequence[Peer], options: Op
     Raises:
         InputError, CheckpointError, UnsupportedError: a source cannot make its layer.
     """
-    ours = System("halfbyte", lambda w, _: HalfbyteLayer(w, options.activations, options.backend), options.activations, GLOBAL_LIMIT, _OUR_ERRORS)
+    ours = System("halfbyte", lambda w, _: HalfbyteLayer(w, options.activations, options.backend), options.activations, None, _OUR_ERRORS)
     systems = [ours, *(_peer_system(peer, options.peer_limit) for peer in peers)]
     deadline = time.monotonic() + options.budget_s
     for source in sources:
@@ -200,8 +208,8 @@ _OUR_ERRORS = (HalfbyteError, torch.OutOfMemoryError)
 _PEER_ERRORS = (Exception,)
 
 
-def _peer_system(peer: Peer, global_limit: float) -> System:
-    return System(peer.name, lambda weights, shape: peer.load()(weights, shape), "bf16", global_limit, _PEER_ERRORS)
+def _peer_system(peer: Peer, limit: float) -> System:
+    return System(peer.name, lambda weights, shape: peer.load()(weights, shape), "bf16", Allowance(limit, PEER_SPREAD), _PEER_ERRORS)
 
 
 def _bench_layer(
@@ -240,7 +248,7 @@ def _bench_layer(
                 experts_touched=case.experts_touched,
                 floor_us=floor.us,
                 bound=floor.bound,
-                global_limit=system.global_limit,
+                global_limit=_limits(system.allowance, num_tokens)[0],
                 calls=len(case.calls),
                 weight_sets=case.weight_sets,
                 reason=obstacle or (_BUDGET_SPENT if time.monotonic() > deadline else ""),
@@ -249,23 +257,27 @@ def _bench_layer(
                 yield row
                 continue
             fp8_weights = isinstance(layers[0], HalfbyteLayer) and layers[0].rounds_weights(case.calls[0].ids)
-            row = replace(row, global_limit=FP8_GLOBAL_LIMIT) if fp8_weights else row
-            token_limit = FP8_TOKEN_LIMIT if fp8_weights else TOKEN_LIMIT
-            yield _measure(row, system, layers, case, expected(system.activations, fp8_weights)[num_tokens], token_limit)
+            limits = _limits(fp8_allowance(shape) if fp8_weights else system.allowance, num_tokens)
+            yield _measure(row, system, layers, case, expected(system.activations, fp8_weights)[num_tokens], limits)
+
+
+def _limits(allowance: Allowance | None, num_tokens: int) -> tuple[float, float]:
+    """For all tokens, and for the worst one."""
+    return (GLOBAL_LIMIT, TOKEN_LIMIT) if allowance is None else allowance.limits(num_tokens)
 
 
 _BUDGET_SPENT = "the time budget is spent"
 
 
-def _measure(row: MoERow, system: System, layers: Sequence[Layer], case: Case, expected: torch.Tensor, token_limit: float) -> MoERow:
+def _measure(row: MoERow, system: System, layers: Sequence[Layer], case: Case, expected: torch.Tensor, limits: tuple[float, float]) -> MoERow:
     """Gate, then time; without a time the row says why."""
     layer, call = layers[0], case.calls[0]
-    row = replace(row, kernel=getattr(layer, "kernel", ""))
+    row = replace(row, kernel=getattr(layer, "kernel", ""), global_limit=limits[0])
     device = call.hidden.device
     try:
         with torch.inference_mode():
             poison_free_memory(call.hidden)
-            verdict = judge(layer(*call), expected, row.global_limit, token_limit)
+            verdict = judge(layer(*call), expected, *limits)
             row = replace(row, token_error=_finite(verdict.token_error), global_error=_finite(verdict.global_error))
             if not verdict.passed:
                 return replace(row, status="refused", reason=f"the result is wrong: {verdict}")

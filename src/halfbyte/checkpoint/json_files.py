@@ -17,21 +17,21 @@ MAX_BYTES = 100_000_000  # of a header, by safetensors' own limit; the index of 
 _HALVES = tuple(f"\\u{letter}{digit}".encode() for letter in "dD" for digit in "89abcdefABCDEF")
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in a regular file.
+def read_json(file: Path, next_step: str = AGAIN) -> dict[str, Any]:
+    """The JSON object in a regular file. `next_step` is of the errors.
 
     Raises:
         CheckpointError: absent, unreadable, another kind of file, too long, or not one JSON object (see `parse_object`).
     """
     if not file.exists():
         raise CheckpointError("missing file", where=str(file), next_step="a model directory has config.json and safetensors files")
-    raw = _read(file, 0, MAX_BYTES + 1)
+    raw = _read(file, 0, MAX_BYTES + 1, next_step)
     if len(raw) > MAX_BYTES:
-        raise _too_long(file, f"over {MAX_BYTES} bytes")
+        raise _too_long(file, f"over {MAX_BYTES} bytes", next_step)
     try:
         return parse_object(raw)
     except ValueError as error:
-        raise CheckpointError(f"not readable JSON: {error}", where=str(file), next_step=AGAIN) from error
+        raise CheckpointError(f"not readable JSON: {error}", where=str(file), next_step=next_step) from error
 
 
 class Header(NamedTuple):

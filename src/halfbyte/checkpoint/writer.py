@@ -26,7 +26,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from halfbyte.checkpoint.json_files import text_of
+from halfbyte.checkpoint.json_files import read_json, text_of
 from halfbyte.checkpoint.source import INDEX
 from halfbyte.errors import CheckpointError
 
@@ -67,7 +67,8 @@ class CheckpointWriter:
             if journal is not None:
                 self._files, self._notes = journal["files"], journal["notes"]
             for leftover in (*path.rglob(f"*{PARTIAL}"), *path.glob(_SAFETENSORS_PARTIAL)):  # of a run that was killed, perhaps in its first journal
-                leftover.unlink()
+                if leftover.is_symlink() or not leftover.is_dir():
+                    leftover.unlink()
             self._save_journal()
         except BaseException:
             self.close()
@@ -88,7 +89,7 @@ class CheckpointWriter:
     def is_finished(self, name: str) -> bool:
         """Whether an earlier run of this job finished file `name`, and every byte of it is still there."""
         file = self.path / name
-        if name not in self._files or not file.is_file() or file.stat().st_size != self._files[name]["bytes"]:
+        if name not in self._files or file.is_symlink() or not file.is_file() or file.stat().st_size != self._files[name]["bytes"]:
             return False
         return file_digest(file) == self._files[name]["sha256"]
 
@@ -139,7 +140,8 @@ class CheckpointWriter:
         _sync_directory(self.path)
 
     def _save_journal(self) -> None:
-        self.write_json(JOURNAL, {"job": self._job, "files": self._files, "notes": self._notes, "process": f"{os.getpid()} on {platform.node()}"})
+        journal = {"job": self._job, "files": self._files, "notes": self._notes, "process": f"{os.getpid()} on {platform.node()}"}
+        self.write_json(JOURNAL, journal | {"sha256": journal_digest(journal)})
 
 
 def check_destination(path: Path, job: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -153,7 +155,7 @@ def check_destination(path: Path, job: Mapping[str, Any]) -> dict[str, Any] | No
         return None
     if not path.is_dir():
         raise CheckpointError("the destination is a file", where=str(path), needed="a new directory", next_step=choose)
-    if not (path / JOURNAL).exists():
+    if not os.path.lexists(path / JOURNAL):
         if any(file for file in path.iterdir() if not file.name.endswith(PARTIAL)):
             raise CheckpointError("the destination exists and is never overwritten", where=str(path), needed="a new directory", next_step=choose)
         return None
@@ -175,16 +177,15 @@ def discard_unfinished(path: Path) -> None:
     Raises:
         CheckpointError: another process is writing there.
     """
-    if not (path / JOURNAL).is_file():
+    if not os.path.lexists(path / JOURNAL):
         return
     lock = _locked(path)
     try:
-        for entry in path.iterdir():
+        for entry in sorted(path.iterdir(), key=lambda entry: entry.name == JOURNAL):  # it is last: what is half removed is still an unfinished job
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
-            elif entry.name != JOURNAL:
+            else:
                 entry.unlink()
-        (path / JOURNAL).unlink()  # last: what is half removed is still an unfinished job
     except OSError as error:
         raise _write_error(path, error) from error
     finally:
@@ -192,19 +193,20 @@ def discard_unfinished(path: Path) -> None:
 
 
 def _read_journal(path: Path) -> dict[str, Any]:
-    """The journal in `path`, of the right form all through."""
+    """The journal in `path`, exactly as a writer left it."""
     try:
-        journal = json.loads((path / JOURNAL).read_text(encoding="utf-8"))
-        for entry in (journal["job"], journal["notes"], *journal["files"].values()):
-            if not isinstance(entry, dict):
-                raise TypeError(f"{entry!r} is no object")
-        for entry in journal["files"].values():
-            if not isinstance(entry["bytes"], int) or not isinstance(entry["sha256"], str) or "record" not in entry:
-                raise TypeError(f"{entry!r} describes no file")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+        journal = read_json(path / JOURNAL, next_step="")
+        if journal.pop("sha256", None) != journal_digest(journal):
+            raise ValueError("its checksum is another one, or missing")
+    except (CheckpointError, ValueError) as error:
         step = "throw the job away with --restart, or choose another destination"
         raise CheckpointError("the journal of an unfinished job is damaged", where=str(path / JOURNAL), given=error, next_step=step) from error
     return journal
+
+
+def journal_digest(journal: Mapping[str, Any]) -> str:
+    """Of all it says: a value that is only a little wrong, as an input scale, would go into the result."""
+    return hashlib.sha256(json.dumps(journal, sort_keys=True).encode()).hexdigest()
 
 
 def _locked(path: Path) -> int:

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--routing", choices=ROUTING_KINDS, default="uniform", help="how tokens choose experts")
     parser.add_argument("--peers", type=comma_list(parse_peer), metavar="NAME,...", default=[], help="torch, reference, FILE.py:FUNCTION")
     parser.add_argument(
-        "--peer-limit", type=float, metavar="X", default=PEER_LIMIT, help="relative error over all tokens that peers are allowed; halfbyte is not"
+        "--peer-limit", type=float, metavar="X", default=PEER_LIMIT, help="relative error over many tokens that peers are allowed; halfbyte is not"
     )
     parser.add_argument("--backend", choices=backends, help="the only kernel halfbyte may use")
     parser.add_argument("--plot", type=shared.file_to_write, metavar="FILE.png", help="plot the share of the floor over tokens")

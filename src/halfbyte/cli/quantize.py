@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 import sys
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         CheckpointError, UnsupportedError, InputError: as `quantize_model`; a device that is not there, before anything is written.
     """
     from halfbyte.cli.progress import Bar
-    from halfbyte.cli.terminal import set_threads, usable_device
+    from halfbyte.cli.terminal import quieten_transformers, set_threads, usable_device
     from halfbyte.convert import QuantizeOptions, quantize_model
 
     set_threads(args.threads)
@@ -71,8 +72,19 @@ def run(args: argparse.Namespace) -> int:
     except InputError as error:  # options that contradict each other: wrong usage, as argparse reports it
         print(f"halfbyte quantize: error: {error}", file=sys.stderr)
         return 2
-    with Bar("quantize", unit="B") as bar:
-        report = quantize_model(args.source, args.destination, options, restart=args.restart, dry_run=args.dry_run, progress=bar.reach)
+    if args.calibrate:
+        with contextlib.suppress(ImportError):  # calibration itself says what to install
+            quieten_transformers()
+    with Bar("calibrate", unit="tokens") as calibrating, Bar("quantize", unit="B") as bar:
+        report = quantize_model(
+            args.source,
+            args.destination,
+            options,
+            restart=args.restart,
+            dry_run=args.dry_run,
+            progress=bar.reach,
+            calibrating=calibrating.reach,
+        )
     print(json.dumps(report.as_dict(), indent=2) if args.json else report)
     return 0
 

@@ -92,7 +92,7 @@ def load_model(model: str, device: torch.device, activations: Any = "bf16", *, s
         UnsupportedError: as `load`.
     """
     from halfbyte.checkpoint.source import resolve_model
-    from halfbyte.errors import CheckpointError, HalfbyteError
+    from halfbyte.errors import CheckpointError, HalfbyteError, reason_of
     from halfbyte.integrations.transformers import load  # before transformers itself: it says what to install
 
     quieten_transformers()
@@ -108,10 +108,8 @@ def load_model(model: str, device: torch.device, activations: Any = "bf16", *, s
     except HalfbyteError:
         raise
     except Exception as error:  # whatever transformers, tokenizers and safetensors raise for broken files
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise CheckpointError(
-            f"transformers cannot run this directory: {reason}", where=str(path), next_step="run `halfbyte inspect` on it, or download it again"
-        ) from error
+        problem, step = f"transformers cannot run this directory: {reason_of(error)}", "run `halfbyte inspect` on it, or download it again"
+        raise CheckpointError(problem, where=str(path), next_step=step) from error
     return loaded, tokenizer
 
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from halfbyte.checkpoint.json_files import parse_object, read_json
 from halfbyte.convert.plan import Matrix
-from halfbyte.errors import CheckpointError, UnsupportedError
+from halfbyte.errors import CheckpointError, HalfbyteError, UnsupportedError, reason_of
 
 _log = logging.getLogger("halfbyte")
 MAX_WINDOWS = 512
@@ -31,6 +31,7 @@ _TEXT_KEYS = ("text", "prompt", "question", "completion", "response", "solution"
 FEW_TOKENS = 1_000  # of an expert, below which its largest input may not have been seen
 _LAYER = re.compile(r"(?:^|\.)((?:mtp\.)?layers\.\d+)\.")
 _IMPLEMENTATION = "halfbyte_calibration"
+_WITHOUT = "run `halfbyte inspect` on it, or leave --calibrate out"
 
 
 @dataclass
@@ -42,7 +43,9 @@ class Calibration:
     tokens: int = 0
 
 
-def calibrate(model_dir: Path, matrices: Sequence[Matrix], file: Path, *, device: str = "cpu") -> Calibration:
+def calibrate(
+    model_dir: Path, matrices: Sequence[Matrix], file: Path, *, device: str = "cpu", progress: Callable[[int, int], None] | None = None
+) -> Calibration:
     """Measure the inputs of `matrices` while the model in `model_dir` reads `file`.
 
     An expert that no token reaches gets the largest amax of its layer, and is listed: its own would be 0 or wild, and some engines spread one bad
@@ -53,10 +56,11 @@ def calibrate(model_dir: Path, matrices: Sequence[Matrix], file: Path, *, device
         matrices: what will be quantised.
         file: text, or JSONL with "text", "prompt", "question", "completion", "response", "solution", "answer" or "messages".
         device: where the model runs.
+        progress: called with (tokens done, tokens in all) after every window.
 
     Raises:
         UnsupportedError: transformers is missing, or its model has no experts or modules of these names.
-        CheckpointError: no text in the file, or activations that are not finite.
+        CheckpointError: no text in the file or no tokens of it; transformers cannot run the model; activations that are not finite.
     """
     texts = read_texts(file)
     try:
@@ -72,10 +76,19 @@ def calibrate(model_dir: Path, matrices: Sequence[Matrix], file: Path, *, device
         model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto", experts_implementation=_IMPLEMENTATION, **arguments)
         model = model.to(device).eval()
         tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        windows = [window for window in _windows(texts, tokenizer) if window]
+        if not windows:
+            raise CheckpointError("the model's tokenizer makes no tokens of the calibration text", where=str(model_dir), next_step=_WITHOUT)
         with recorder.attached(model, matrices), torch.inference_mode():
-            for window in _windows(texts, tokenizer):
+            for window in windows:
                 model(torch.tensor([window], dtype=torch.int64, device=device), use_cache=False)
                 recorder.tokens += len(window)
+                if progress:
+                    progress(recorder.tokens, sum(map(len, windows)))
+    except HalfbyteError:
+        raise
+    except Exception as error:  # whatever transformers, tokenizers and safetensors raise for broken files
+        raise CheckpointError(f"transformers cannot run the model: {reason_of(error)}", where=str(model_dir), next_step=_WITHOUT) from error
     finally:
         del ALL_EXPERTS_FUNCTIONS[_IMPLEMENTATION]
     recorder.warn_of_few_tokens(matrices)

@@ -105,6 +105,7 @@ def quantize_model(
     restart: bool = False,
     dry_run: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    calibrating: Callable[[int, int], None] | None = None,
 ) -> QuantizeReport:
     """Quantise the checkpoint `source` into the new directory `destination`.
 
@@ -115,6 +116,7 @@ def quantize_model(
         restart: throw away the unfinished result of an earlier run first.
         dry_run: plan and report sizes; write nothing.
         progress: called with (bytes done, bytes in all) of the source after each tensor.
+        calibrating: called with (tokens done, tokens in all) while calibration, which comes first, runs the model.
 
     Raises:
         CheckpointError: an unreadable source, non-finite weights, rows that do not divide into blocks, an occupied destination, a full disk.
@@ -157,7 +159,8 @@ def quantize_model(
     if dry_run:
         return report
     with CheckpointWriter(destination, job) as writer:
-        _write(checkpoint, job["source"], plan, options, writer, shards, report, progress)
+        calibration = _calibration(checkpoint, plan, options, writer, calibrating)
+        _write(checkpoint, job["source"], plan, options, calibration, writer, shards, report, progress)
     return report
 
 
@@ -166,13 +169,13 @@ def _write(
     source: dict[str, Any],
     plan: Plan,
     options: QuantizeOptions,
+    calibration: Calibration | None,
     writer: CheckpointWriter,
     shards: Sequence[range],
     report: QuantizeReport,
     progress: Callable[[int, int], None] | None,
 ) -> None:
     """Convert shard by shard, then the other files, while the source is as `source` describes it; `report` learns what came of it."""
-    calibration = _calibration(checkpoint, plan, options, writer)
     if calibration is not None:
         report.never_routed, report.calibration_tokens = calibration.never_routed, calibration.tokens
     converter = _Converter(checkpoint, plan, options, calibration)
@@ -265,14 +268,16 @@ class _Converter:
         return nvfp4_decode_scale(torch.tensor(self.calibration.amax[matrix.module], dtype=torch.float32))
 
 
-def _calibration(checkpoint: Checkpoint, plan: Plan, options: QuantizeOptions, writer: CheckpointWriter) -> Calibration | None:
+def _calibration(
+    checkpoint: Checkpoint, plan: Plan, options: QuantizeOptions, writer: CheckpointWriter, progress: Callable[[int, int], None] | None
+) -> Calibration | None:
     """Measure input scales, or take them from the journal of an earlier run: a second measurement on a GPU may differ in the last bit."""
     if options.calibrate is None:
         return None
     kept = writer.note("calibration")
     if kept is not None:
         return Calibration(**kept)
-    calibration = calibrate(checkpoint.path, plan.matrices, options.calibrate, device=options.device)
+    calibration = calibrate(checkpoint.path, plan.matrices, options.calibrate, device=options.device, progress=progress)
     writer.keep_note("calibration", asdict(calibration))
     return calibration
 

@@ -95,7 +95,7 @@ class CacheEntry:
     def _remove_abandoned(self) -> None:
         for partial in self.file.parent.glob(f"*{PARTIAL}"):
             try:
-                if time.time() - partial.stat().st_mtime > _ABANDONED_AFTER_S:
+                if time.time() - partial.lstat().st_mtime > _ABANDONED_AFTER_S:
                     partial.unlink()
-            except FileNotFoundError:
-                pass  # its process finished it, or another removed it
+            except OSError:
+                pass  # its process finished it, another removed it, or it is a directory that somebody made

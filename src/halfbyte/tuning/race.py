@@ -12,7 +12,7 @@ import torch
 
 import halfbyte
 from halfbyte.bench.ceilings import measure_ceilings
-from halfbyte.bench.gate import FP8_TOKEN_LIMIT, GLOBAL_LIMIT, TOKEN_LIMIT, expected_output, judge, poison_free_memory
+from halfbyte.bench.gate import GLOBAL_LIMIT, TOKEN_LIMIT, expected_output, fp8_allowance, judge, poison_free_memory
 from halfbyte.bench.inputs import Call, RoutingKind, random_call, random_experts
 from halfbyte.bench.timing import calls_of
 from halfbyte.errors import HalfbyteError
@@ -67,14 +67,14 @@ class Track:
         return halfbyte.fused_moe(call.hidden, self._prepared, call.ids, call.weights, activations=self._layer.activations, config=config)
 
     def _defect(self, call: Call, config: Hashable, expected: dict[bool, torch.Tensor]) -> str:
-        """What is wrong with a call's results, judged by a few of its tokens. So few are bound by the limit of the worst one."""
+        """What is wrong with a call's results, judged by a few of its tokens."""
         fp8 = self._layer.kernel.rounds_weights(config)
         step = max(1, call.hidden.shape[0] // _CHECKED_TOKENS)
         if fp8 not in expected:
             sample = Call(*(part[::step].contiguous() for part in call))
             expected[fp8] = expected_output(self._weights, sample, self._layer.activations, fp8)
         poison_free_memory(call.hidden)
-        limits = (FP8_TOKEN_LIMIT, FP8_TOKEN_LIMIT) if fp8 else (GLOBAL_LIMIT, TOKEN_LIMIT)
+        limits = fp8_allowance(self._layer.shape).limits(len(expected[fp8])) if fp8 else (GLOBAL_LIMIT, TOKEN_LIMIT)
         verdict = judge(self._run(call, config)[::step], expected[fp8], *limits)
         return "" if verdict.passed else f"the result is wrong: {verdict}"
 

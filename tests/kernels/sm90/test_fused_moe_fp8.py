@@ -8,10 +8,20 @@ import pytest
 import torch
 from devices import hopper
 from helpers import assert_close_rel, assert_equal_bits, relative_errors
-from hopper_layers import ACTIVATIONS, check_graph, configs, make_experts, make_tokens, natural, rounds_weights, rows_at_the_edges, workspace
+from hopper_layers import (
+    ACTIVATIONS,
+    FP8_LIMITS,
+    check_graph,
+    configs,
+    make_experts,
+    make_tokens,
+    natural,
+    rounds_weights,
+    rows_at_the_edges,
+    workspace,
+)
 
 import halfbyte as hb
-from halfbyte.bench.gate import FP8_GLOBAL_LIMIT, FP8_TOKEN_LIMIT
 from halfbyte.experts import GPT_OSS_SWIGLU, SWIGLU, ExpertWeights
 from halfbyte.formats.fp8_tensor import quantize_fp8
 from halfbyte.kernels.reference.activation import activate
@@ -21,8 +31,6 @@ from halfbyte.weights.hopper.rounding_fp8 import round_to_fp8
 
 pytestmark = hopper
 
-# Of the whole layer, for the reason given beside FP8_GLOBAL_LIMIT. Each product alone is held to the usual bounds: `test_each_product_on_every_tail`.
-LAYER = {"token": FP8_TOKEN_LIMIT, "overall": FP8_GLOBAL_LIMIT}
 FP8_CONFIGS = ("FP8_TINY", "FP8_SMALL", "FP8_MEDIUM", "FP8_LARGE", "FP8_HUGE")
 TAILS = [(256, 128), (2880, 96), (768, 1408), (320, 2688), (1536, 736), (2880, 2880)]
 
@@ -45,7 +53,7 @@ def check(w: ExpertWeights, x: torch.Tensor, ids: torch.Tensor, weights: torch.T
     is_fp8 = name.startswith("FP8")
     out = run(w, x, ids, weights, name, offset)
     expected = reference(x, fp8_values(w) if is_fp8 else w, ids, weights, activations="fp8", expert_offset=offset)
-    assert_close_rel(out, expected, **(LAYER if is_fp8 else {}))
+    assert_close_rel(out, expected, **(FP8_LIMITS if is_fp8 else {}))
     return out
 
 
@@ -116,7 +124,7 @@ def test_chosen_kernels_at_every_size(num_tokens: int, num_experts: int) -> None
     seen = fp8_values(w) if rounds_weights(prepared, ids, "fp8") else w
     assert prepared.layout == "hopper_fp8"
     out = hb.fused_moe(x, prepared, ids, weights, activations="fp8", backend="hopper")
-    assert_close_rel(out, reference(x, seen, ids, weights, activations="fp8"), **(LAYER if seen is not w else {}))
+    assert_close_rel(out, reference(x, seen, ids, weights, activations="fp8"), **(FP8_LIMITS if seen is not w else {}))
 
 
 def test_the_comparison_would_notice_what_can_go_wrong() -> None:
@@ -137,7 +145,7 @@ def test_the_comparison_would_notice_what_can_go_wrong() -> None:
     }
     for name, other in wrong.items():
         token, overall = relative_errors(other, reference(x, seen, ids, weights, activations="fp8"))
-        assert token > LAYER["token"] or overall > LAYER["overall"], name
+        assert token > FP8_LIMITS["token"] or overall > FP8_LIMITS["overall"], name
 
 
 @pytest.mark.parametrize("name", FP8_CONFIGS)
@@ -185,7 +193,7 @@ def test_rows_whose_scales_span_more_than_e4m3_holds() -> None:
     w.w13.scales.view(torch.uint8)[:, ::3, 1] -= 17
     x, ids, weights = make_tokens(300, 512, 4, 2)
     out = check(w, x, ids, weights, "FP8_LARGE")
-    assert_close_rel(out, reference(x, w, ids, weights, activations="fp8"), **LAYER)
+    assert_close_rel(out, reference(x, w, ids, weights, activations="fp8"), **FP8_LIMITS)
 
 
 @pytest.mark.parametrize("hidden", [64, 2880, 7168])
@@ -220,6 +228,6 @@ def test_quantising_kernels_agree_with_the_format_bit_for_bit(hidden: int) -> No
 def test_a_graph_follows_its_routing_and_repeats_bit_for_bit(num_tokens: int) -> None:
     w = make_experts(32, 512, 256, hb.NVFP4)
     if rounds_weights(hb.prepare(w, activations="fp8"), torch.empty(num_tokens, 4), "fp8"):
-        check_graph(w, num_tokens, "fp8", fp8_values(w), **LAYER)
+        check_graph(w, num_tokens, "fp8", fp8_values(w), **FP8_LIMITS)
     else:
         check_graph(w, num_tokens, "fp8")

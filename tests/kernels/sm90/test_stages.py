@@ -8,10 +8,9 @@ import pytest
 import torch
 from devices import hopper
 from helpers import assert_close_rel, assert_equal_bits
-from hopper_layers import configs, make_experts, make_tokens
+from hopper_layers import FP8_LIMITS, configs, make_experts, make_tokens
 
 import halfbyte as hb
-from halfbyte.bench.gate import FP8_GLOBAL_LIMIT, FP8_TOKEN_LIMIT
 from halfbyte.experts import GPT_OSS_SWIGLU, SWIGLU, ExpertMap, ExpertWeights
 from halfbyte.kernels.reference.fused_moe import run as reference
 from halfbyte.moe import combine, expert_rows, sort
@@ -19,7 +18,6 @@ from halfbyte.weights.hopper.rounding_fp8 import round_to_fp8
 
 pytestmark = hopper
 ARRIVALS = ("nvfp4", "nvfp4 by row", "mxfp4", "fp8", "mxfp8")
-FP8 = {"token": FP8_TOKEN_LIMIT, "overall": FP8_GLOBAL_LIMIT}
 
 
 def arrived(x: torch.Tensor, format: str) -> hb.QuantTensor | hb.Fp8Tensor:
@@ -57,7 +55,7 @@ def test_e4m3_hidden_states_go_to_fp8_tensor_cores_as_they_are(format: hb.BlockF
     before = hb.fused_moe(hb.quantize_fp8(tokens), prepared, ids, weights, **options)
     assert_equal_bits(before, hb.fused_moe(tokens, prepared, ids, weights, **options))
     seen = replace(w, w13=round_to_fp8(w.w13), w2=round_to_fp8(w.w2))
-    assert_close_rel(before, reference(tokens, seen, ids, weights, activations="fp8"), **FP8)
+    assert_close_rel(before, reference(tokens, seen, ids, weights, activations="fp8"), **FP8_LIMITS)
 
 
 @pytest.mark.parametrize("format", ["nvfp4", "mxfp8"])
