@@ -18,9 +18,10 @@ from interpreted import not_interpreted
 from ranks import run_ranks
 
 import halfbyte as hb
+from halfbyte.distributed.collectives import add_in_order
 from halfbyte.distributed.peer_memory import Capacity, PeerMemory, why_not
 from halfbyte.distributed.placement import balanced, round_robin
-from halfbyte.distributed.transport import CollectiveTransport, Tokens
+from halfbyte.distributed.transport import CollectiveTransport, Tokens, add_codes_in_order
 from halfbyte.distributed.wire import Wire
 from halfbyte.errors import InputError
 from halfbyte.moe.parallel import ExpertParallel
@@ -66,9 +67,35 @@ def wires(dtype: torch.dtype) -> list[Wire]:
     return [Wire("bf16", HIDDEN, dtype), *fp8, Wire("fp4", HIDDEN, dtype), Wire("fp4", HIDDEN, dtype, global_scale=scale)]
 
 
+def check_sums() -> None:
+    """The kernel that adds up what NCCL brings against its definition; fp32 results, since the interpreter cuts off instead of rounding."""
+    from halfbyte.distributed.sums import add_rows
+
+    random = torch.Generator().manual_seed(0)
+    for world, rows, width in ((2, 3, 96), (3, 1, 1040), (4, 2, 33)):
+        parts = torch.randn(world, rows, width, generator=random).bfloat16()
+        parts[:, 0, 0] = -0.0
+        got, wanted = (torch.full((rows, width), torch.nan) for _ in range(2))
+        add_rows(parts, got)
+        add_in_order(parts, wanted)
+        assert_equal_bits(got, wanted)
+        if width % 16 == 0:
+            coded = hb.quantize_fp8(torch.randn(world, rows, width, generator=random))
+            received = torch.cat(
+                (coded.scales.view(world, rows, 1).expand(-1, -1, 4).contiguous().view(torch.uint8), coded.codes.view(torch.uint8)), 2
+            )
+            for rank in range(world):
+                add_rows(received, got, parts[0], rank)
+                add_codes_in_order(received, parts[0], rank, wanted)
+                assert_equal_bits(got, wanted)
+    add_rows(parts[:, :0], got[:0])
+
+
 def check_transport(rank: int, world: int, folder: str, chooses: bool) -> None:
     from halfbyte.distributed import symmetric
 
+    if rank == 0 and world == 2:
+        check_sums()
     symmetric.WORTH_CHOOSING = 2.0 if chooses else 0.0
     placement = balanced([9, 1, 1, 1, 1, 1], world, 2) if chooses else round_robin(EXPERTS, world)
     memory = shared_memory(folder, rank, world, Capacity(TOKENS, HIDDEN, TOP_K))
@@ -176,6 +203,19 @@ def test_push_compiles(format: str, world: int, copies: int) -> None:
 
 
 @not_interpreted
+@pytest.mark.parametrize("coded", [False, True])
+def test_sums_compile(coded: bool) -> None:
+    from halfbyte.distributed.sums import _add_rows
+
+    received = torch.uint8 if coded else torch.bfloat16
+    compiled = compile_for(
+        _add_rows, received, torch.bfloat16, torch.bfloat16, 128, 1, WIDTH=7168, WORLD=2, CODED=coded, BLOCK=1024, num_warps=4, enable_fp_fusion=False
+    )
+    assert compiled.spill_bytes == 0
+    assert "ld.global.v2.b32" in compiled.ptx if coded else "ld.global.v4.b32" in compiled.ptx
+
+
+@not_interpreted
 @pytest.mark.parametrize(("world", "copies"), [(2, 0), (8, 2)])
 def test_combines_compile(world: int, copies: int) -> None:
     from halfbyte.distributed.kernels import exchange_codes, pull_rows
@@ -188,7 +228,7 @@ def test_combines_compile(world: int, copies: int) -> None:
     assert pull.spill_bytes == 0 and pull.registers <= 96
     assert pull.ptx.count("ld.global.v4.b32") >= world and "multimem" not in pull.ptx
     exchange = compile_for(
-        exchange_codes, bf16, i32, bf16, i32, i32, i64, i32, 128, 1, 256,
+        exchange_codes, bf16, i32, bf16, i32, i32, i64, i32, 128, 1, 256, 264,
         HIDDEN=7168, TOP_K=8, WORLD=world, COPIES=copies, BLOCK=2048, BF16=True, NATIVE=True, ASM=True,
         num_warps=8, enable_fp_fusion=False, maxnreg=64,
     )  # fmt: skip

@@ -327,9 +327,9 @@ def _add_up(
         tl.store(out_ptr + tl.cast(row, tl.int64) * HIDDEN + column, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["max_rows", "rank", "num_experts"])
+@triton.jit(do_not_specialize=["max_rows", "rank", "num_experts", "num_senders"])
 def exchange_codes(
-    own_ptr, words_ptr, out_ptr, placement_ptr, needs_ptr, table_ptr, sync_ptr, max_rows, rank, num_experts,
+    own_ptr, words_ptr, out_ptr, placement_ptr, needs_ptr, table_ptr, sync_ptr, max_rows, rank, num_experts, num_senders,
     HIDDEN: tl.constexpr, TOP_K: tl.constexpr, WORLD: tl.constexpr, COPIES: tl.constexpr, BLOCK: tl.constexpr, BF16: tl.constexpr,
     NATIVE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
@@ -340,41 +340,40 @@ def exchange_codes(
     max_rows     the most rows that a rank has
     COPIES       as in `push_rows`: 0, or rows without an expert here are not sent, nor waited for by their owners, who have `needs`
 
-    Items are row i of every peer, then row i + 1 of every peer; a program sends one item per step. It adds up a row of its own when the steps before
-    have sent the items of all ranks for this row, so programs wait only for what others send without waiting. All of them have to be on the GPU
-    together. Rows lie by sender, in a buffer that experts do not write to.
+    The first `num_senders` programs send: row i of every peer, then row i + 1 of every peer. The others add up the rows of this rank, in the same
+    order, so that the link does not idle while sums are made. Senders never wait; all programs have to be on the GPU together. Rows lie by sender, in
+    a buffer that experts do not write to.
     """
     SLOTS: tl.constexpr = triton.next_power_of_2(TOP_K)
     slot = tl.arange(0, SLOTS)
+    program = tl.program_id(0)
     epoch = tl.load(sync_ptr + 3) + 1
-    if tl.program_id(0) == 0:
-        _signal(table_ptr, rank, 1, WORLD)
     sizes = _region(table_ptr, rank, SIZES, WORLD, tl.int32) + (tl.load(sync_ptr + 1) & 1) * WORLD
-    num_rows = tl.load(sizes + rank)
-    first_row = _first_row(sizes, rank, WORLD)
-    num_items = max_rows * (WORLD - 1)
-    row = tl.program_id(0)
-    for sent in range(0, num_items + tl.num_programs(0), tl.num_programs(0)):
-        item = sent + tl.program_id(0)
-        index = item // (WORLD - 1)
-        peer = (rank + 1 + item % (WORLD - 1)) % WORLD
-        peer_rows = tl.load(sizes + peer)
-        if (item < num_items) & (index < peer_rows):
-            source = tl.cast(_first_row(sizes, peer, WORLD) + index, tl.int64)
-            wanted = 1
-            if COPIES > 0:
-                ids = tl.load(_region(table_ptr, rank, IDS, WORLD, tl.int32) + source * TOP_K + slot, mask=slot < TOP_K, other=-1)
-                wanted = (_ranks_of(ids, source.to(tl.int32), placement_ptr, num_experts, WORLD, COPIES) >> rank) & 1
-            if wanted != 0:
-                position = tl.cast(rank * peer_rows + index, tl.int64)
-                _push_codes(words_ptr, table_ptr, peer, source, position, epoch, HIDDEN, WORLD, BF16, NATIVE, ASM)
-        if (row < num_rows) & ((row + 1) * (WORLD - 1) <= sent):
+    if program < num_senders:
+        for item in range(program, max_rows * (WORLD - 1), num_senders):
+            index = item // (WORLD - 1)
+            peer = (rank + 1 + item % (WORLD - 1)) % WORLD
+            peer_rows = tl.load(sizes + peer)
+            if index < peer_rows:
+                source = tl.cast(_first_row(sizes, peer, WORLD) + index, tl.int64)
+                wanted = 1
+                if COPIES > 0:
+                    ids = tl.load(_region(table_ptr, rank, IDS, WORLD, tl.int32) + source * TOP_K + slot, mask=slot < TOP_K, other=-1)
+                    wanted = (_ranks_of(ids, source.to(tl.int32), placement_ptr, num_experts, WORLD, COPIES) >> rank) & 1
+                if wanted != 0:
+                    position = tl.cast(rank * peer_rows + index, tl.int64)
+                    _push_codes(words_ptr, table_ptr, peer, source, position, epoch, HIDDEN, WORLD, BF16, NATIVE, ASM)
+    else:
+        if program == num_senders:
+            _signal(table_ptr, rank, 1, WORLD)
+        num_rows = tl.load(sizes + rank)
+        first_row = _first_row(sizes, rank, WORLD)
+        for row in range(program - num_senders, num_rows, tl.num_programs(0) - num_senders):
             needs = tl.full((), -1, tl.int32)
             if COPIES > 0:
                 needs = tl.load(needs_ptr + row)
             source = tl.cast(first_row + row, tl.int64)
             _add_up(own_ptr, out_ptr, table_ptr, source, row, num_rows, needs, rank, epoch, HIDDEN, WORLD, BLOCK, ASM)
-            row += tl.num_programs(0)
     if _is_last(sync_ptr + 2):
         _wait(table_ptr, rank, epoch, 1, WORLD, ASM)
         tl.store(sync_ptr + 2, 0)

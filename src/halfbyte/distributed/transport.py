@@ -8,9 +8,9 @@ from typing import Literal, NamedTuple, Protocol, get_args
 import torch
 import torch.distributed as dist
 
-from halfbyte.distributed.collectives import all_gatherv, bytes_of, exchange_rows, reduce_scatterv
+from halfbyte.distributed.collectives import all_gatherv, bytes_of, exchange_rows, reduce_scatterv, side_by_side
 from halfbyte.distributed.failures import backend_of, naming_the_failed
-from halfbyte.distributed.wire import Wire
+from halfbyte.distributed.wire import SUM_HEADER, Wire
 from halfbyte.kernels.problem import Hidden
 from halfbyte.kernels.quantize import quantize_fp8
 
@@ -81,16 +81,25 @@ class CollectiveTransport:
         if format == "bf16":
             reduce_scatterv(partial, sizes, group=self.group, out=out, deterministic=True)
             return
-        rank = dist.get_rank(self.group)
-        quantized = quantize_fp8(partial)
-        packed = torch.cat((bytes_of(quantized.codes), bytes_of(quantized.scales)), dim=1)
+        rank, quantized = dist.get_rank(self.group), quantize_fp8(partial)
+        headers = bytes_of(quantized.scales.reshape(-1, 1).expand(-1, SUM_HEADER // 4))
+        packed = side_by_side([headers, bytes_of(quantized.codes)])
         with naming_the_failed(self.group, "combine"):
-            codes, scales = exchange_rows(packed, sizes, self.group).split((partial.shape[1], 4), dim=2)
-        total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
-        for other in range(len(sizes)):
-            if other == rank:
-                first = sum(sizes[:rank])
-                total += partial[first : first + sizes[rank]].float()
-            else:
-                total += codes[other].view(torch.float8_e4m3fn).float() * scales[other].contiguous().view(torch.float32)
-        out.copy_(total)
+            received = exchange_rows(packed, sizes, self.group)
+        first = sum(sizes[:rank])
+        add_codes_in_order(received, partial[first : first + sizes[rank]], rank, out)
+
+
+def add_codes_in_order(received: torch.Tensor, own: torch.Tensor, rank: int, out: torch.Tensor) -> None:
+    """As `add_in_order`, of uint8 [world, rows, SUM_HEADER + H] with a scale in front of the codes of each row; `own` [rows, H] instead of rank's."""
+    if out.is_cuda and torch.cuda.get_device_capability(out.device) >= (8, 9):  # which have instructions for e4m3
+        from halfbyte.distributed.sums import add_rows  # imports Triton
+
+        add_rows(received, out, own, rank)
+        return
+    total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
+    for other, rows in enumerate(received):
+        headers, codes = rows.split((SUM_HEADER, out.shape[1]), dim=1)
+        scales = headers[:, :4].contiguous().view(torch.float32)
+        total += own.float() if other == rank else codes.view(torch.float8_e4m3fn).float() * scales
+    out.copy_(total)

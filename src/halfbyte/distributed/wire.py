@@ -27,6 +27,7 @@ from halfbyte.kernels.quantize import quantize, quantize_fp8
 
 Payload = Literal["bf16", "fp8", "fp4"]
 PAYLOADS: tuple[str, ...] = get_args(Payload)
+SUM_HEADER = 16  # bytes in front of a partial sum in e4m3: its scale, fp32, four times, so that rows of whole 16 bytes stay aligned
 
 
 class Part(NamedTuple):
