@@ -28,8 +28,7 @@ from halfbyte.kernels.problem import Hidden
 
 INTERPRETED = triton.knobs.runtime.interpret
 PUSH_PROGRAMS, PULL_PROGRAMS = 4, 8  # per multiprocessor, at most; of the first kind all are on it together (`_row_options`)
-SENDERS = 2  # of PUSH_PROGRAMS, where partial sums travel in e4m3; the others add them up
-ADD_COLUMNS = 256  # per warp and step of those
+SENDERS, ADDERS = 3, 2  # per multiprocessor, at most, where partial sums travel in e4m3: all are on it together (`_exchange`)
 PULL_BLOCK = 1024  # columns per program and step: eight per thread, one load of 16 bytes from each rank
 WORTH_CHOOSING = 0.95  # below this share of ranks that an average token needs, rows go only to those
 
@@ -130,17 +129,17 @@ class SymmetricTransport:
     def _exchange(self, partial: torch.Tensor, sizes: Sequence[int], out: torch.Tensor) -> None:
         """Launch the kernel of a combine in e4m3."""
         memory, hidden = self.memory, partial.shape[1]
-        options, rows = _row_options(hidden), max(sizes)
+        rows = max(sizes)
         senders = max(1, min(rows * (memory.num_ranks - 1), SENDERS * self._num_sms))
-        adders = max(1, min(rows, (PUSH_PROGRAMS - SENDERS) * self._num_sms))
+        adders = max(1, min(rows, ADDERS * self._num_sms))
         self._launch(
             exchange_codes, senders + adders,
             (partial, _words(partial), out, self._placement, memory.needs, memory.table, memory.sync, rows, memory.rank, self.num_experts, senders),
             {
                 "HIDDEN": hidden, "TOP_K": memory.capacity.top_k, "WORLD": memory.num_ranks, "COPIES": self._copies,
-                "BLOCK": ADD_COLUMNS * options["num_warps"], "BF16": partial.dtype == torch.bfloat16, "NATIVE": self._native,
+                "BF16": partial.dtype == torch.bfloat16, "NATIVE": self._native,
             },
-            options,
+            _row_options(hidden) | {"maxnreg": 48},
         )  # fmt: skip
 
     @property
