@@ -55,8 +55,8 @@ GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_si
 
 
 def choices() -> list[str]:
-    """What this machine can do."""
-    ways = ["fp8", "lora", *(["sleep"] if torch.cuda.is_available() else [])]
+    """What has been run on machines like this one."""
+    ways = ["fp8", "lora", "sleep"] if torch.cuda.is_available() else []
     ways += ["tp2", "ep2"] if torch.cuda.device_count() != 1 else []
     ways += ["dp2"] if torch.cuda.device_count() > 1 else []
     return ["nvfp4-modelopt", "nvfp4-compressed-tensors", "mxfp4-compressed-tensors", *(f"nvfp4-modelopt+{way}" for way in ways)]
