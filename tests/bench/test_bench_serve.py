@@ -190,6 +190,14 @@ def test_command_writes_rows_that_report_reads(engine, tmp_path: Path, capsys: p
     assert "tiny in vllm 1.0, prefill of 8 tokens" in printed and "| 2 | halfbyte |" in printed
 
 
+def test_halfbyte_alone_is_the_system_that_others_are_compared_with(engine, capsys: pytest.CaptureFixture[str]) -> None:
+    engine("vllm")
+    command = ["bench", "serve", "--geometry", "tiny", "--engine", "vllm", "--against", "none", "--activations", "bf16,fp8"]
+    assert main([*command, "--prefill", "2x8", "--decode", "none", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [(row["system"], row.get("speedup") is None) for row in rows if "speedup" in row] == [("halfbyte", True), ("halfbyte, fp8", False)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

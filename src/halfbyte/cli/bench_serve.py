@@ -34,9 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", metavar="MODEL", help="a directory or a Hub name org/name")
     parser.add_argument("--geometry", choices=GEOMETRIES, help="instead of MODEL: a model of these sizes with random weights")
     parser.add_argument("--engine", choices=OFFLINE, required=True, help="which engine")
-    names = {name: name for name in ("stock", *dict.fromkeys(name for backends in BACKENDS.values() for name in backends))}
+    names = {name: name for name in ("none", "stock", *dict.fromkeys(name for backends in BACKENDS.values() for name in backends))}
     against = comma_list(one_of("system", names))
-    parser.add_argument("--against", type=against, metavar="NAME,...", default="stock", help="stock: the engine alone; or a backend of its own")
+    parser.add_argument("--against", type=against, metavar="NAME,...", default="stock", help="stock: the engine alone; a backend of its own; none")
     activations = comma_list(one_of("format", {name: name for name in ACTIVATION_FORMATS}))
     parser.add_argument("--activations", type=activations, metavar="NAME,...", default="bf16", help="what halfbyte computes on, one after the other")
     parser.add_argument("--prefill", type=comma_list(_prefill), metavar="NxIN,...", default=_PREFILL, help="prompts x tokens in; none: leave out")
@@ -77,7 +77,8 @@ def run(args: argparse.Namespace) -> int:
         limit_s=args.limit_s,
         logs=args.logs,
     )
-    systems = [*map(System, args.against), *(System("halfbyte", kind) for kind in args.activations)]
+    others = [System(name) for name in args.against if name != "none"]
+    systems = [*others, *(System("halfbyte", kind) for kind in args.activations)]
     about = {"benchmark": "serve", "environment": _environment(["halfbyte", *sys.argv[1:]]), "ceilings": {}}
     return shared.finish(args, about, shared.collect(args, about, bench_serve(options, systems)))
 
@@ -98,9 +99,10 @@ def _check(args: argparse.Namespace) -> None:
         raise argparse.ArgumentError(None, "--server needs MODEL: random weights have no files for a server to load")
     if args.goodput and not args.server:
         raise argparse.ArgumentError(None, "--goodput is of --server")
+    known = ("none", "stock", *BACKENDS[args.engine])
     for name in args.against:
-        if name not in ("stock", *BACKENDS[args.engine]):
-            raise argparse.ArgumentError(None, f"{args.engine} has no backend {name}; --against takes stock, {', '.join(BACKENDS[args.engine])}")
+        if name not in known:
+            raise argparse.ArgumentError(None, f"{args.engine} has no backend {name}; --against takes {', '.join(known)}")
 
 
 def _sizes(text: str, needed: str, count: int) -> list[int]:
