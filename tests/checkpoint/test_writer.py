@@ -145,6 +145,13 @@ def test_a_journal_that_is_no_file_is_no_hang_and_can_be_thrown_away(tmp_path: P
         writer.write_tensors("s1", W)
 
 
+def test_a_text_may_name_what_is_no_unicode(tmp_path: Path) -> None:
+    """A file name that is not UTF-8, as Python reads it."""
+    with CheckpointWriter(tmp_path, JOB) as writer:
+        writer.write_json("names.json", {"name": "gr\udcfc"})
+    assert (tmp_path / "names.json").read_bytes() == b'{\n  "name": "gr\\udcfc"\n}\n'
+
+
 def test_a_link_is_no_finished_shard_and_odd_leftovers_stop_nothing(tmp_path: Path) -> None:
     with CheckpointWriter(tmp_path / "out", JOB) as writer:
         writer.write_tensors("s1", W)

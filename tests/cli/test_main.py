@@ -1,5 +1,6 @@
 """Exit codes, streams and start-up of the command line. What a command computes is tested with its package."""
 
+import io
 import json
 import subprocess
 import sys
@@ -54,16 +55,16 @@ def test_version():
         (["frobnicate"], "choose from demo, "),
         (["--frobnicate"], "unrecognized arguments"),
         (["eval"], "required: MODEL"),
-        (["eval", "demo", "--limit", "0"], "0 is below 1"),
-        (["eval", "demo", "--limit", "some"], "invalid positive_int value"),
+        (["eval", "demo", "--limit", "0"], "'0' is not an integer of at least 1"),
+        (["eval", "demo", "--limit", "some"], "'some' is not an integer of at least 1"),
         (["eval", "demo", "--activations", "int8"], "invalid choice"),
-        (["eval", "demo", "--budget", "-1"], "-1 is not a percentage"),
-        (["eval", "demo", "--threads", "0"], "0 is below 1"),
+        (["eval", "demo", "--budget", "-1"], "'-1' is not a percentage of at least 0"),
+        (["eval", "demo", "--threads", "0"], "'0' is not an integer of at least 1"),
         (["eval", "."], "nothing to measure on: give --questions FILE or --text FILE"),
         (["eval", "demo", "--questions", "demo", "--reference", "demo"], "give --text FILE"),
         (["eval", "demo", "--questions", "demo", "--activations", "auto"], "give --text FILE"),
         (["generate", "demo"], "required: prompt"),
-        (["generate", "demo", "1", "--temperature", "-1"], "-1 is not a temperature of 0 or more"),
+        (["generate", "demo", "1", "--temperature", "-1"], "'-1' is not a temperature of at least 0"),
         (["demo", "--output"], "expected one argument"),
     ],
 )
@@ -141,3 +142,12 @@ def test_generate_refuses_what_it_cannot_do(capsys):
     assert main(["generate", "demo", "", "--raw"]) == 1
     assert main(["generate", "demo", "1", "--device", "nowhere"]) == 3
     assert capsys.readouterr().out == ""
+
+
+def test_a_stream_may_lack_letters(monkeypatch):
+    """As one in the locale C: what it cannot print is written out."""
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(raw, encoding="ascii", errors="strict"))
+    assert main(["inspect", "gr\u00fc\u00dfe"]) == 1
+    sys.stderr.flush()
+    assert raw.getvalue().startswith(b"halfbyte: error: gr\\xfc\\xdfe: not a model directory")

@@ -82,7 +82,13 @@ def command(*arguments: str) -> tuple[int, str]:
         raise WrongError(f"{arguments[0]} ends with {code} and says nothing: {err.getvalue()[-300:]!r}")
     if len(errors) > 1 or (errors and len(errors[0]) > 5_000):
         raise WrongError(f"{arguments[0]} says it in {len(errors)} lines, {len(errors[0])} letters")
+    if "--json" in arguments and not (errors and out.getvalue() == ""):
+        json.loads(out.getvalue(), parse_constant=_no_number)
     return code, errors[0] if errors else out.getvalue()
+
+
+def _no_number(constant: str) -> None:
+    raise WrongError(f"{constant} in a JSON document")
 
 
 def guarded(what: str, function: Any) -> Any:
@@ -146,7 +152,7 @@ def perplexity(path: Path) -> tuple[int, Any]:
     text = path.parent / "text.txt"
     text.write_text(TEXT)
     code, printed = command("eval", str(path), "--text", str(text), "--windows", "1", "--device", "cpu", "--json")
-    return code, json.loads(printed.splitlines()[-1])["perplexity"] if code == 0 else printed
+    return code, json.loads(printed)["perplexity"] if code == 0 else printed
 
 
 def judge(layout: str, files: Files, done: Damage, folder: Path, rng: random.Random) -> str:

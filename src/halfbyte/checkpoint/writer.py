@@ -122,9 +122,9 @@ class CheckpointWriter:
         self.write_text(name, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
-        """Write one text file."""
+        """Write one text file; what is no Unicode, as in a name that was not UTF-8, is written out."""
         with replacing(self.path / name) as partial:
-            partial.write_text(text, encoding="utf-8")
+            partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
     def copy_file(self, source: Path, name: str) -> None:
         """Copy a file to `name` (may contain folders)."""

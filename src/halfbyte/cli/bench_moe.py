@@ -18,7 +18,7 @@ from halfbyte.bench.peers import Peer, find_peer
 from halfbyte.bench.records import MOST_PANELS, tables
 from halfbyte.bench.shapes import NAMED_SHAPES, MoEShape
 from halfbyte.cli import bench_options as shared
-from halfbyte.cli.terminal import comma_list, positive_int
+from halfbyte.cli.terminal import comma_list, positive_int, relative_error, seconds
 from halfbyte.errors import InputError
 from halfbyte.experts import ExpertWeights
 from halfbyte.formats import BlockFormat
@@ -47,11 +47,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--routing", choices=ROUTING_KINDS, default="uniform", help="how tokens choose experts")
     parser.add_argument("--peers", type=comma_list(parse_peer), metavar="NAME,...", default=[], help="torch, reference, FILE.py:FUNCTION")
     parser.add_argument(
-        "--peer-limit", type=float, metavar="X", default=PEER_LIMIT, help="relative error over many tokens that peers are allowed; halfbyte is not"
+        "--peer-limit",
+        type=relative_error,
+        metavar="X",
+        default=PEER_LIMIT,
+        help="relative error over many tokens that peers are allowed; halfbyte is not",
     )
     parser.add_argument("--backend", choices=backends, help="the only kernel halfbyte may use")
     parser.add_argument("--plot", type=shared.file_to_write, metavar="FILE.png", help="plot the share of the floor over tokens")
-    parser.add_argument("--budget-s", type=float, metavar="S", default=math.inf, help="start no row after this many seconds")
+    parser.add_argument("--budget-s", type=seconds, metavar="S", default=math.inf, help="start no row after this many seconds")
     shared.add_output(parser, seed="of weights, inputs and routings")
 
 

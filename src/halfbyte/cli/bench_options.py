@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -14,7 +13,7 @@ import torch
 
 from halfbyte.bench.records import Record, Row, append, environment, render, tables
 from halfbyte.bench.shapes import NAMED_SHAPES, MoEShape
-from halfbyte.cli.terminal import comma_list, one_of, usable_device
+from halfbyte.cli.terminal import comma_list, count, one_of, print_document, usable_device
 from halfbyte.errors import InputError
 from halfbyte.formats import FORMATS
 
@@ -52,7 +51,7 @@ def add_layer(parser: argparse.ArgumentParser, *, shape: dict[str, Any], name: d
     layer.add_argument("--shape", **shape)
     layer.add_argument("--name", **name)
     layer.add_argument("--model", metavar="MODEL", help="a layer of this checkpoint: a directory or a Hub name org/name")
-    parser.add_argument("--layer", type=int, metavar="N", help="which layer of --model")
+    parser.add_argument("--layer", type=count, metavar="N", help="which layer of --model")
 
 
 def check_model(args: argparse.Namespace, format: object) -> None:
@@ -66,7 +65,7 @@ def check_model(args: argparse.Namespace, format: object) -> None:
 def add_output(parser: argparse.ArgumentParser, *, seed: str, chooses_device: bool = True) -> None:
     """--out, --seed (of what `seed` says), --device unless it cannot be chosen, and --json."""
     parser.add_argument("--out", type=file_to_write, metavar="FILE.jsonl", help="append every row to this file, as soon as it is measured")
-    parser.add_argument("--seed", type=int, default=0, help=seed)
+    parser.add_argument("--seed", type=count, default=0, help=seed)
     if chooses_device:
         parser.add_argument("--device", help="torch device (default: the GPU where there is one)")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
@@ -105,7 +104,7 @@ def finish(args: argparse.Namespace, about: Mapping[str, Any], records: Sequence
     That is 0 when every result was right, 1 when one was refused, 3 when nothing could be timed.
     """
     if args.json:
-        print(json.dumps({**about, "rows": [record.row for record in records]}, allow_nan=False, default=asdict))
+        print_document({**about, "rows": [record.row for record in records]}, default=asdict)
     elif records:
         print(render(tables(records)))
     statuses = {record.row.status for record in records}

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from halfbyte.bench import ceilings
 from halfbyte.bench.quantize import SYSTEMS, QuantizeCase, bench_quantize
 from halfbyte.cli import bench_options as shared
-from halfbyte.cli.terminal import comma_list, one_of, positive_int
+from halfbyte.cli.terminal import comma_list, count, one_of, positive_int
 from halfbyte.formats.scale_layout import LAYOUTS
 
 _GPU_ROWS, _CPU_ROWS = (64, 1024, 32768, 65536), (64,)
@@ -24,9 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", dest="formats", type=shared.block_formats, metavar="NAME,...", default="nvfp4", help="nvfp4, mxfp4")
     layouts = comma_list(one_of("layout", {name: name for name in LAYOUTS}))
     parser.add_argument("--layout", dest="layouts", type=layouts, metavar="NAME,...", default="128x4", help="linear, 128x4, 8x4")
-    parser.add_argument(
-        "--experts", type=comma_list(experts), metavar="E,...", default="0", help="0: one matrix; else rows sorted by so many experts"
-    )
+    parser.add_argument("--experts", type=comma_list(count), metavar="E,...", default="0", help="0: one matrix; else rows sorted by so many experts")
     systems = comma_list(one_of("system", {name: name for name in SYSTEMS}))
     parser.add_argument("--systems", type=systems, metavar="NAME,...", default="halfbyte,naive", help="halfbyte, naive; with experts: scan, search")
     shared.add_output(parser, seed="of inputs and experts")
@@ -51,11 +49,3 @@ def run(args: argparse.Namespace) -> int:
     rows = bench_quantize(cases, args.systems, device, measured, args.seed)
     about = {"benchmark": "quantize", "environment": described, "ceilings": asdict(measured)}
     return shared.finish(args, about, shared.collect(args, about, rows))
-
-
-def experts(text: str) -> int:
-    """An argparse type: 0 or more."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is below 0")
-    return value

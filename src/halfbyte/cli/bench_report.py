@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from halfbyte.bench.records import ROW_MODULES, Record, latest, read, render, tables
 from halfbyte.cli.bench_options import file_to_write
+from halfbyte.cli.terminal import print_document
 from halfbyte.errors import InputError
 
 EXAMPLE = "halfbyte bench report results.jsonl --plot results.png"
@@ -43,7 +43,10 @@ def run(args: argparse.Namespace) -> int:
 
         plot_fractions(groups, args.plot)
     groups.sort(key=lambda group: list(ROW_MODULES).index(group[0].benchmark))
-    print(json.dumps({"tables": [_document(group) for group in groups]}, allow_nan=False) if args.json else _render(groups))
+    if args.json:
+        print_document({"tables": [_document(group) for group in groups]})
+    else:
+        print(_render(groups))
     return 0
 
 

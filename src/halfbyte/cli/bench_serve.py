@@ -20,7 +20,7 @@ from halfbyte.bench.serve_rows import Workload
 from halfbyte.bench.serve_weights import GEOMETRIES
 from halfbyte.cli import bench_options as shared
 from halfbyte.cli.engine_options import add_engine_options
-from halfbyte.cli.terminal import comma_list, one_of, positive_int
+from halfbyte.cli.terminal import comma_list, one_of, positive_int, seconds
 from halfbyte.formats.activation_formats import ACTIVATION_FORMATS
 
 EXAMPLE = "halfbyte bench serve --geometry qwen3-30b --engine vllm --against stock,humming --activations bf16,fp8 --out results.jsonl"
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--server", type=_requests, metavar="NxINxOUT@C", help="also time N requests to the engine's server, C of them together")
     parser.add_argument("--goodput", type=_goodput, metavar="ttft:MS,tpot:MS", help="--server: what a good request takes at most")
     parser.add_argument("--repeats", type=positive_int, default=2, metavar="N", help="how often each is timed; the shortest counts")
-    parser.add_argument("--limit-s", type=float, metavar="S", help="end a system after this many seconds; what it has measured stays")
+    parser.add_argument("--limit-s", type=seconds, metavar="S", help="end a system after this many seconds; what it has measured stays")
     parser.add_argument("--logs", type=Path, metavar="DIR", help="keep what the engines print in this directory")
     shared.add_output(parser, seed="of weights and prompts", chooses_device=False)
 

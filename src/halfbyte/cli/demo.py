@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import time
 from pathlib import Path
 
@@ -33,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     if missing:
         raise UnsupportedError("the demo needs a package", needed=" and ".join(missing), next_step="run: pip install 'halfbyte[demo]'")
     from halfbyte.cli.progress import Bar
-    from halfbyte.cli.terminal import quieten_transformers, set_threads
+    from halfbyte.cli.terminal import print_document, quieten_transformers, set_threads
     from halfbyte.demo.run import run_demo
 
     set_threads(args.threads)
@@ -42,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     say = _silence if args.json else _say
     result = run_demo(args.output, full=args.full, say=say, stream=not args.json, progress_bar=lambda label: Bar(label, unit="tokens"))
     if args.json:
-        print(json.dumps(result))
+        print_document(result)
         return 0
     print(
         f"\nDone in {time.perf_counter() - start:.0f} s. In {args.output}: nvfp4, mxfp4 (checkpoints), demo.png (the plot), demo.json (all numbers)."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 
 from halfbyte.doctor import next_step, render, report, verdict
@@ -17,10 +16,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the report; 1 when something is broken, 0 otherwise."""
+    from halfbyte.cli.terminal import print_document
+
     findings = report()
     if args.json:
         document = {"verdict": verdict(findings), "findings": [asdict(finding) for finding in findings], "next_step": next_step()}
-        print(json.dumps(document, indent=1))
+        print_document(document)
     else:
         print(f"{verdict(findings)}\n\n{render(findings)}\n\nNext: {next_step()}")
     return 0 if all(finding.ok for finding in findings) else 1

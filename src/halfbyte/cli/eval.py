@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -82,7 +81,7 @@ def _load(model: str, device: torch.device, activations: str, ranks: Ranks) -> t
 def _run(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> int:
     from halfbyte.checkpoint.source import DEMO_MODEL, demo_model_dir
     from halfbyte.cli.progress import Bar
-    from halfbyte.cli.terminal import set_threads
+    from halfbyte.cli.terminal import print_document, set_threads
     from halfbyte.eval.activations import FASTEST_FIRST, choose_activations
     from halfbyte.eval.data import load_documents, load_questions
     from halfbyte.eval.evaluate import evaluate
@@ -141,7 +140,7 @@ def _run(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> int:
         return 0
     if args.json:
         choice = {"budget_percent": args.budget, "perplexities": tried} if is_auto else {}
-        print(json.dumps({"model": args.model, "activations": args.activations, **choice, "reference": args.reference, **report.as_dict()}))
+        print_document({"model": args.model, "activations": args.activations, **choice, "reference": args.reference, **report.as_dict()})
         return 0
     for kind, perplexity in tried.items():
         rise = perplexity / tried["bf16"] - 1

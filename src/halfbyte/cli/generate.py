@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 
@@ -11,10 +10,10 @@ EXAMPLE = 'halfbyte generate demo-output/nvfp4 "Mia has 12 apples and eats 5. Ho
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from halfbyte.cli.terminal import add_threads, positive_int, temperature
+    from halfbyte.cli.terminal import add_threads, positive_int, temperature, utf8
 
     parser.add_argument("model", metavar="MODEL", help="a directory, a Hub name org/name, or demo (the embedded model)")
-    parser.add_argument("prompt", help="a question for the chat template, or with --raw the text to continue")
+    parser.add_argument("prompt", type=utf8, help="a question for the chat template, or with --raw the text to continue")
     parser.add_argument("--max-new-tokens", type=positive_int, metavar="N", default=256, help="longest continuation")
     parser.add_argument("--raw", action="store_true", help="give the model the prompt as it is")
     parser.add_argument("--temperature", type=temperature, metavar="T", default=0.0, help="sample at this temperature; 0 takes the likeliest token")
@@ -31,21 +30,21 @@ def run(args: argparse.Namespace) -> int:
         InputError: an empty prompt.
         CheckpointError, UnsupportedError: the model cannot be loaded here.
     """
-    from halfbyte.cli.terminal import load_model, set_threads, usable_device
+    from halfbyte.cli.terminal import load_model, print_document, set_threads, usable_device
     from halfbyte.errors import InputError
     from halfbyte.eval.generation import complete, prompt_ids
 
     set_threads(args.threads)
     model, tokenizer = load_model(args.model, usable_device(args.device), args.activations)
     ids = tokenizer(args.prompt)["input_ids"] if args.raw else prompt_ids(tokenizer, args.prompt)
-    if not ids:
+    if not args.prompt or not ids:
         raise InputError("the prompt is empty", where="halfbyte generate")
     start = time.perf_counter()
     new_ids = complete(model, tokenizer, ids, max_new_tokens=args.max_new_tokens, temperature=args.temperature, stream=not args.json)
     seconds = time.perf_counter() - start
     if args.json:
         text = tokenizer.decode(new_ids, skip_special_tokens=True)
-        print(json.dumps({"model": args.model, "prompt": args.prompt, "text": text, "new_tokens": len(new_ids), "seconds": seconds}))
+        print_document({"model": args.model, "prompt": args.prompt, "text": text, "new_tokens": len(new_ids), "seconds": seconds})
     else:
         print(f"{len(new_ids)} tokens in {seconds:.2f} s, {len(new_ids) / seconds:.1f} tokens/s, prompt of {len(ids)} included", file=sys.stderr)
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import re
 from dataclasses import asdict
@@ -26,8 +25,10 @@ _KINDS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="model directory, or org/name on the Hugging Face Hub")
-    parser.add_argument("--layer", type=int, metavar="N", help="examine the scales of this layer only")
+    from halfbyte.cli.terminal import count
+
+    parser.add_argument("model", metavar="MODEL", help="a directory, a Hub name org/name, or demo (the embedded model)")
+    parser.add_argument("--layer", type=count, metavar="N", help="examine the scales of this layer only")
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
     parser.add_argument("--values", action="store_true", help="search experts in bf16 or fp8 for NaN (small checkpoints: always); reads all of them")
     parser.add_argument("--fp8-error", action="store_true", help="measure what Hopper's fp8 tensor cores round off (reads all experts)")
@@ -40,8 +41,13 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         CheckpointError, UnsupportedError: the checkpoint cannot be opened or described at all; no such MoE layer.
     """
+    from halfbyte.cli.terminal import print_document
+
     report = describe(args.model, args.layer, args.tensors, args.fp8_error, args.values)
-    print(json.dumps(report, indent=2, allow_nan=False) if args.json else _render(report))
+    if args.json:
+        print_document(report)
+    else:
+        print(_render(report))
     return int(any(problem["severity"] == "error" for problem in report["problems"]))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -43,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     usage: halfbyte ...
     0
     """
+    _let_any_letter_be_printed()
     parser = _top_parser()
     args = parser.parse_args(argv)
     try:
@@ -94,6 +96,13 @@ def _run(parser: argparse.ArgumentParser, name: str, arguments: list[str]) -> in
         return module.run(args)
     except argparse.ArgumentError as error:  # arguments that contradict each other, each being right alone
         command_parser.error(str(error))
+
+
+def _let_any_letter_be_printed() -> None:
+    """Write letters out that the encoding of a stream does not have, as in the locale C: a name with one must not end a command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _let_threads_sleep() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import time
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from halfbyte.formats.activation_formats import ACTIVATION_FORMATS
     from halfbyte.weights.layouts import LAYOUTS
 
-    parser.add_argument("model", metavar="MODEL", help="model directory, or org/name on the Hugging Face Hub")
+    parser.add_argument("model", metavar="MODEL", help="a directory, a Hub name org/name, or demo (the embedded model)")
     parser.add_argument("--layout", choices=("auto", "canonical", *LAYOUTS), default="auto", help="auto: what the kernels of the device read best")
     parser.add_argument("--activations", choices=ACTIVATION_FORMATS, default="bf16", help="what the layers will be called with, for --layout auto")
     parser.add_argument("--device", help="where the model will run, and where the work is done (default: the GPU where there is one)")
@@ -55,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from halfbyte.checkpoint import Checkpoint
     from halfbyte.cli.progress import Bar
-    from halfbyte.cli.terminal import set_threads, usable_device
+    from halfbyte.cli.terminal import print_document, set_threads, usable_device
     from halfbyte.loading.prepared import Wanted, prepare_on_disk
 
     set_threads(args.threads)
@@ -92,7 +91,10 @@ def run(args: argparse.Namespace) -> int:
         from halfbyte.cli.fp8_error import describe_layer
 
         report["fp8_error"] = [row for layer in layers for row in describe_layer(checkpoint, layer, device, args.experts)]
-    print(json.dumps(report, indent=2) if args.json else _render(report))
+    if args.json:
+        print_document(report)
+    else:
+        print(_render(report))
     return 0
 
 

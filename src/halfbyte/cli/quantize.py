@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import re
 import sys
 from pathlib import Path
@@ -53,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         CheckpointError, UnsupportedError, InputError: as `quantize_model`; a device that is not there, before anything is written.
     """
     from halfbyte.cli.progress import Bar
-    from halfbyte.cli.terminal import quieten_transformers, set_threads, usable_device
+    from halfbyte.cli.terminal import print_document, quieten_transformers, set_threads, usable_device
     from halfbyte.convert import QuantizeOptions, quantize_model
 
     set_threads(args.threads)
@@ -85,7 +84,10 @@ def run(args: argparse.Namespace) -> int:
             progress=bar.reach,
             calibrating=calibrating.reach,
         )
-    print(json.dumps(report.as_dict(), indent=2) if args.json else report)
+    if args.json:
+        print_document(report.as_dict())
+    else:
+        print(report)
     return 0
 
 

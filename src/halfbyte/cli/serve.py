@@ -19,12 +19,14 @@ _LOOPBACK = "127.0.0.1"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from halfbyte.cli.terminal import port
+
     add_engine_options(parser, "halfbyte serve [options] MODEL")
     parser.add_argument("model", metavar="MODEL", help="a directory, a Hub name org/name, or demo (the embedded model)")
     engines = ("auto", "vllm", "sglang", "transformers")
     parser.add_argument("--engine", choices=engines, default="auto", help="what serves it; auto: the first of the others that is installed")
     parser.add_argument("--host", default=_LOOPBACK, help="address to listen on; 0.0.0.0 opens it to the network, without any password")
-    parser.add_argument("--port", type=_port, default=8000, help="port to listen on; 0 takes a free one")
+    parser.add_argument("--port", type=port, default=8000, help="port to listen on; 0 takes a free one")
     name = "the model's name in requests and answers (default: MODEL)"
     parser.add_argument("--served-model-name", "--served-name", dest="served_name", metavar="NAME", help=name)
     parser.add_argument("--activations", choices=("bf16", "fp8", "mxfp8", "nvfp4"), default="bf16", help="what packed experts compute on")
@@ -76,10 +78,3 @@ def _ready(launch: Launch, engine: str, as_json: bool) -> str:
     request = json.dumps({"model": launch.served, "prompt": "Q: 17 * 8 =\nA:", "max_tokens": 32})
     example = f"curl {launch.url}/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(request)}"
     return f"halfbyte: {launch.served} is ready at {launch.url}, until Ctrl-C. Try:\n{example}"
-
-
-def _port(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 65536:
-        raise argparse.ArgumentTypeError(f"{value} is not a port")
-    return value

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import math
+import os
+import re
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,29 +22,53 @@ _Item = TypeVar("_Item")
 _TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json", "tokenization_*.py")
 
 
-def positive_int(text: str) -> int:
-    """An argparse type: an integer of at least 1."""
-    value = int(text)  # argparse reports the ValueError
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is below 1")
-    return value
+def _integer(needed: str, low: int, high: int = sys.maxsize) -> Callable[[str], int]:
+    """An argparse type: an integer from `low` to `high`, which errors call `needed`."""
+
+    def parse(text: str) -> int:
+        digits = text.strip()
+        if not re.fullmatch(r"[+-]?[0-9]{1,19}", digits) or not low <= int(digits) <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {needed}")
+        return int(digits)
+
+    return parse
 
 
-def percent(text: str) -> float:
-    """An argparse type: a number of at least 0."""
-    return _not_negative(text, "percentage")
+def _number(needed: str, most: float = sys.float_info.max) -> Callable[[str], float]:
+    """An argparse type: a number from 0 to `most`, which errors call `needed`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not 0 <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {needed}")
+        return value
+
+    return parse
 
 
-def temperature(text: str) -> float:
-    """An argparse type: a finite number of at least 0."""
-    return _not_negative(text, "temperature")
+def utf8(text: str) -> str:
+    """An argparse type: text, which is UTF-8 whatever the locale says."""
+    try:
+        return os.fsencode(text).decode()
+    except UnicodeError as error:
+        raise argparse.ArgumentTypeError("this is no UTF-8 text") from error
 
 
-def _not_negative(text: str, kind: str) -> float:
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a {kind} of 0 or more")
-    return value
+positive_int = _integer("an integer of at least 1", 1)
+count = _integer("an integer of at least 0", 0)
+port = _integer("a port from 0 to 65535", 0, 65535)
+percent = _number("a percentage of at least 0")
+temperature = _number("a temperature of at least 0")
+relative_error = _number("an error of at least 0")
+seconds = _number("a number of seconds", math.inf)
+
+
+def print_document(document: Any, default: Callable[[Any], Any] | None = None) -> None:
+    """Print what a command found as one JSON document: all that `--json` leaves on stdout (docs/json.md). `default`: as of `json.dumps`."""
+    print(json.dumps(document, indent=2, allow_nan=False, default=default))
 
 
 def add_threads(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +88,6 @@ def comma_list(item: Callable[[str], _Item]) -> Callable[[str], list[_Item]]:
     def parse(text: str) -> list[_Item]:
         return [item(part.strip()) for part in dict.fromkeys(text.split(","))]
 
-    parse.__name__ = f"list of {item.__name__}"  # argparse names it in its messages
     return parse
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from halfbyte.bench.shapes import MoEShape
 from halfbyte.cli import bench_options as shared
 from halfbyte.cli.bench_moe import parse_shape
-from halfbyte.cli.terminal import comma_list, one_of, usable_device
+from halfbyte.cli.terminal import comma_list, one_of, print_document, seconds, usable_device
 from halfbyte.device import Target
+from halfbyte.errors import CheckpointError
 from halfbyte.formats.activation_formats import ACTIVATION_FORMATS
 from halfbyte.kernels.tuned import SHIPPED, Table, read, user_directory
 from halfbyte.tuning import report
@@ -40,11 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", dest="formats", type=shared.block_formats, metavar="NAME,...", help="nvfp4, mxfp4; default: as it was published")
     activations, of = comma_list(_activations), ", ".join(ACTIVATION_FORMATS)
     parser.add_argument("--activations", type=activations, default=["bf16"], metavar="NAME,...", help=f"of {of}; default: bf16")
-    parser.add_argument("--budget-s", type=float, metavar="S", default=math.inf, help="start no race after this many seconds; a second run goes on")
+    parser.add_argument("--budget-s", type=seconds, metavar="S", default=math.inf, help="start no race after this many seconds; a second run goes on")
     parser.add_argument("--again", action="store_true", help="race also what is known already")
     parser.add_argument("--plot", type=shared.file_to_write, metavar="FILE.png", help="plot the candidates")
     parser.add_argument("--export", type=shared.file_to_write, metavar="FILE.json", help="write it all into one file, such as the package brings")
     parser.add_argument("--device", help="torch device (default: the GPU)")
+    parser.add_argument("--json", action="store_true", help="print one JSON document, the tables")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.report is not None:
         files = args.report or [file for directory in (user_directory(), SHIPPED) for file in sorted(directory.glob("*.json"))]
-        return _show(args, [read(file) for file in files])
+        return _show(args, [_read(file) for file in files])
     if args.model is None and args.shapes is None:
         raise argparse.ArgumentError(None, "say what to tune: MODEL, --name or --shape; or --report")
     device = usable_device(args.device)
@@ -75,6 +77,13 @@ def run(args: argparse.Namespace) -> int:
     return int(any(missing(layer, table.layers[0]) for layer, table in zip(layers, known, strict=True)))
 
 
+def _read(file: Path) -> Table:
+    try:
+        return read(file)
+    except OSError as error:
+        raise CheckpointError("cannot read the table", where=str(file), given=error.strerror) from error
+
+
 def _layers(args: argparse.Namespace, target: Target) -> list[Layer]:
     shapes: list[MoEShape] = [shape_of_model(args.model)] if args.model else args.shapes
     return distinct(
@@ -88,8 +97,11 @@ def _layers(args: argparse.Namespace, target: Target) -> list[Layer]:
 
 
 def _show(args: argparse.Namespace, tables: list[Table]) -> int:
-    print(report.render(tables))
-    print("\n" + report.summary(layer for table in tables for layer in table.layers))
+    if args.json:
+        print_document({"tables": [table.to_json() for table in tables]})
+    else:
+        print(report.render(tables))
+        print("\n" + report.summary(layer for table in tables for layer in table.layers))
     if args.plot:
         report.plot(tables, args.plot)
     if args.export and tables:
