@@ -12,6 +12,7 @@ collect_ignore = [f"src/halfbyte/integrations/{engine}/{module}.py" for engine i
 
 
 def pytest_configure() -> None:
+    os.environ.setdefault("TRITON_DISABLE_LINE_INFO", "1")  # nobody debugs these kernels, and it takes a fifth of the time of compiling
     if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core already: torch's own threads would only get in each other's way
         torch.set_num_threads(1)
 

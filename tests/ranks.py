@@ -4,16 +4,13 @@
     def test_sums() -> None:
         run_ranks(check_sums, 3)
 
-The processes are forked from a server that has imported torch and halfbyte once. A rank that fails ends, which ends the waiting of the others.
+The processes are forked (`forked`). A rank that fails ends, which ends the waiting of the others.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import inspect
-import multiprocessing
-import os
-import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -23,10 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-
-_TIMEOUT_S = 900  # many times what the slowest takes alone: it ends what hangs, not what shares two cores with others
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "halfbyte", "halfbyte.moe.parallel", "pytest"])
+from forked import TIMEOUT_S, begin, context
 
 
 def run_ranks(
@@ -39,9 +33,9 @@ def run_ranks(
     """
     with tempfile.TemporaryDirectory() as folder:
         check_at = (inspect.getfile(check), check.__name__)
-        pipes = [_context.Pipe(duplex=False) for _ in range(world)]
+        pipes = [context.Pipe(duplex=False) for _ in range(world)]
         processes = [
-            _context.Process(target=_run, args=(check_at, rank, world, f"{folder}/store", sender, arguments, interpreted, backend), daemon=True)
+            context.Process(target=_run, args=(check_at, rank, world, f"{folder}/store", sender, arguments, interpreted, backend), daemon=True)
             for rank, (_, sender) in enumerate(pipes)
         ]
         for process in processes:
@@ -59,8 +53,8 @@ def run_ranks(
 
 
 def _outcome(receiver: Connection) -> str | None:
-    if not wait([receiver], _TIMEOUT_S):
-        return f"no answer in {_TIMEOUT_S} s"
+    if not wait([receiver], TIMEOUT_S):
+        return f"no answer in {TIMEOUT_S} s"
     try:
         return receiver.recv()
     except EOFError:
@@ -70,12 +64,8 @@ def _outcome(receiver: Connection) -> str | None:
 def _run(
     check: tuple[str, str], rank: int, world: int, store: str, sender: Connection, arguments: tuple[Any, ...], interpreted: bool, backend: str
 ) -> None:  # fmt: skip
-    torch.set_num_threads(1)
-    if interpreted:
-        assert "triton" not in sys.modules, "Triton decides when it is imported"
-        os.environ["TRITON_INTERPRET"] = "1"
+    begin(interpreted=interpreted)
     file, name = check
-    sys.path.insert(0, str(Path(__file__).parent))
     try:
         spec = importlib.util.spec_from_file_location(Path(file).stem, file)
         assert spec is not None and spec.loader is not None

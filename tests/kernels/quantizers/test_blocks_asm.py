@@ -57,9 +57,9 @@ def divisors_near_ties(count: int) -> list[float]:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_codes_of_every_value(dtype):
     generator = np.random.default_rng(1)
-    anywhere = 2.0 ** generator.integers(-80, 80, 40) * (1 + generator.random(40))
+    anywhere = 2.0 ** generator.integers(-80, 80, 10) * (1 + generator.random(10))
     asm = blocks._divided_asm(dtype)
-    for divisor in (1.0, 3.0, 1 / 3, 2.0**-90, 3e37, *divisors_near_ties(100), *anywhere):
+    for divisor in (1.0, 3.0, 1 / 3, 2.0**-90, 3e37, *divisors_near_ties(40), *anywhere):
         assert differing_words(dtype, divisor, asm) == 0, divisor
 
 
@@ -83,7 +83,7 @@ def test_codes_by_powers_of_two(dtype):
 
 def test_the_reciprocals_second_part_is_needed():
     spoiled = blocks._divided_asm("bf16").replace("fma.rn.f32 x0, x0, y, q;", "mul.rn.f32 x0, x0, y;")
-    assert sum(differing_words("bf16", divisor, spoiled) for divisor in divisors_near_ties(100)) > 0
+    assert any(differing_words("bf16", divisor, spoiled) for divisor in divisors_near_ties(40))
 
 
 @pytest.mark.parametrize("bits", [8, 11])

@@ -92,7 +92,7 @@ def test_bad_input(change, message):
 @not_interpreted
 @every_case
 def test_compiles(scaling, layout):
-    for capability, dtype in itertools.product((80, 90), DTYPES):
+    for capability, dtype in ((80, torch.float16), (90, torch.bfloat16)):
         with compiling(capability) as launched:
             quantize_fp8(torch.empty(64, 7168, dtype=dtype), scaling, scale_layout=layout)
         assert launched[0].spill_bytes == 0 and launched[0].registers <= 128

@@ -31,12 +31,12 @@ def check_sort(ids: torch.Tensor, offset: int, num_experts: int, max_rows: int) 
     assert torch.equal(result.row_start, expected.row_start) and torch.equal(result.row_of_slot, expected.row_of_slot)
     assert torch.equal(result.token_of_row[: len(slots)], expected.token_of_row[: len(slots)]) and result.entries.shape == expected.entries.shape
     assert torch.equal(result.num_entries, expected.num_entries) and [item[:3] for item in items] == expected.entries[: len(items), :3].tolist()
-    assert sort(ids, offset, num_experts, max_rows).row_start is None
 
 
 def check_gather_and_combine() -> None:
     ids = torch.tensor([[2, 0], [-1, 2], [1, 9]], dtype=torch.int32)
     work = sort(ids, 0, 3, 16)
+    assert work.row_start is None  # nobody asked for it
     hidden = torch.randn(3, 96).bfloat16()
     scales = torch.rand(3)
     gathered, gathered_scales = gather(hidden, work, 128, scales)
@@ -69,23 +69,15 @@ def check_gather_and_combine() -> None:
 
 if __name__ == "__main__":
     random.seed(0)
-    sizes = [
-        (1, 1, 1, 8),
-        (3, 2, 5, 8),
-        (40, 3, 7, 8),
-        (40, 3, 7, 64),
-        (200, 2, 4, 192),
-        (17, 4, 33, 16),
-        (700, 8, 3, 64),
-        (1100, 8, 3, 64),
-        (300, 4, 40, 64),
-        (65, 8, 300, 8),
-    ]
-    for num_tokens, top_k, num_experts, max_rows in sizes:
+    one_launch, three, padded = (40, 3, 7, 64), (1100, 8, 3, 64), (65, 8, 70, 8)
+    for num_tokens, top_k, num_experts, max_rows in (
+        (1, 1, 1, 8), (3, 2, 5, 8), (40, 3, 7, 8), one_launch, (200, 2, 4, 192), (17, 4, 33, 16), (700, 8, 3, 64), three, (300, 4, 40, 64), padded,
+    ):  # fmt: skip
         ids = torch.tensor([[random.randrange(-1, num_experts + 2) for _ in range(top_k)] for _ in range(num_tokens)], dtype=torch.int32)
         check_sort(ids, 0, num_experts, max_rows)
-        check_sort(ids.long() + 10, 10, num_experts, max_rows)
-        check_sort(torch.full_like(ids, num_experts - 1), 0, num_experts, max_rows)
-        check_sort(torch.full_like(ids, -1), 0, num_experts, max_rows)
+        if (num_tokens, top_k, num_experts, max_rows) in (one_launch, three):
+            check_sort(ids.long() + 10, 10, num_experts, max_rows)
+            check_sort(torch.full_like(ids, num_experts - 1), 0, num_experts, max_rows)
+            check_sort(torch.full_like(ids, -1), 0, num_experts, max_rows)
     check_gather_and_combine()
     print("ok")

@@ -124,8 +124,10 @@ def test_interpreted():
 
 
 @not_interpreted
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize(("activations", "static"), [("fp8", False), ("mxfp8", False), ("nvfp4", False), ("nvfp4", True)], ids=CASES)
+@pytest.mark.parametrize(
+    ("activations", "static", "capability"),
+    [("fp8", False, 80), ("fp8", False, 90), ("mxfp8", False, 90), ("nvfp4", False, 80), ("nvfp4", False, 90), ("nvfp4", True, 90)],
+)
 def test_compiles_without_spills(activations, static, capability):
     x, scale = torch.empty((4, 7168), dtype=torch.bfloat16), torch.empty((256, 2)) if static else None
     with compiling(capability) as launched:

@@ -1,0 +1,88 @@
+"""Processes that start in no time: forked from a server that has imported torch and halfbyte once, and not Triton.
+
+Triton decides when it is imported whether kernels are interpreted, so interpreted kernels need such a process.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+TIMEOUT_S = 1800  # many times what the slowest takes alone: it ends what hangs, not what shares two cores with others
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["torch", "torch.distributed", "halfbyte", "halfbyte.moe.parallel", "pytest"])
+
+
+def begin(*, interpreted: bool) -> None:
+    """What such a process does first: the helpers of the tests can be imported, one thread computes, kernels are interpreted or not."""
+    torch.set_num_threads(1)
+    sys.path.insert(0, str(Path(__file__).parent))
+    if interpreted:
+        assert "triton" not in sys.modules, "Triton decides when it is imported"
+        os.environ["TRITON_INTERPRET"] = "1"
+        _hasten_interpreter()
+
+
+def _hasten_interpreter() -> None:
+    """Leave out what takes half of the time in Triton's interpreter (3.6 to 3.9) and computes nothing.
+
+    Where one function calls another it searches its language for functions to replace, although the launch has replaced them; only names of another
+    module of the language (the `tl.core` of its own library) still need that, once. Every sum of integers is followed by a check for overflow, which
+    compiled kernels do not have.
+    """
+    from triton.runtime import interpreter
+
+    searched: set[int] = set()
+
+    def call(function: Any, *arguments: Any, **options: Any) -> Any:
+        names = id(function.fn.__globals__)
+        if names not in searched:
+            interpreter._patch_lang(function.fn)
+            searched.add(names)
+        return function.rewrite()(*arguments, **options)
+
+    interpreter.InterpretedFunction.__call__ = call
+    interpreter.interpreter_builder.options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+
+
+def interpret(run: Callable[[str], None], file: str) -> str:
+    """What run(file) prints where kernels are interpreted. It may not fail."""
+    with tempfile.NamedTemporaryFile("r") as output:
+        process = context.Process(target=_interpret, args=(run, file, output.name))
+        process.start()
+        process.join(TIMEOUT_S)
+        process.kill()
+        process.join()
+        printed = output.read()
+    assert process.exitcode == 0, printed[-7000:]
+    return printed
+
+
+def _interpret(run: Callable[[str], None], file: str, output: str) -> None:
+    with Path(output).open("w") as stream:
+        for descriptor in (1, 2):
+            os.dup2(stream.fileno(), descriptor)
+    begin(interpreted=True)
+    run(file)
+
+
+def run_tests(file: str) -> None:
+    """The tests marked "gpu" of a file."""
+    for name in [name for name in os.environ if name.startswith("PYTEST")]:
+        del os.environ[name]  # settings of the pytest that runs this one
+    without = [argument for plugin in ("cacheprovider", "xdist", "hypothesispytest") for argument in ("-p", f"no:{plugin}")]
+    sys.exit(pytest.main(["-q", "-m", "gpu", *without, file]))
+
+
+def run_script(file: str) -> None:
+    runpy.run_path(file, run_name="__main__")
