@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from helpers import assert_close_rel, assert_equal_bits
 
@@ -15,6 +17,16 @@ from halfbyte.weights.hopper.layout import HopperExperts, padded_size
 ACTIVATIONS = {"swiglu": SWIGLU, "gpt-oss": GPT_OSS_SWIGLU, "deepseek-v4": DEEPSEEK_V4_SWIGLU, "geglu": GEGLU, "tanh": GEGLU_TANH, "relu2": RELU2}
 # A whole layer on fp8 tensor cores, for the reason given beside `gate.fp8_allowance`: 3.3e-2 and 1.4e-2 were measured with the tokens of these tests.
 FP8_LIMITS = {"token": 5e-2, "overall": 2e-2}
+
+
+def in_turns(names: Iterable[str], tails: Iterable[tuple[int, int]]) -> list[tuple[str, hb.BlockFormat, int, int]]:
+    """Every kernel with every tail, the two formats in turns: each of these is compiled for many seconds, and what a tail needs is the same in both.
+
+    >>> in_turns(["tiny", "huge"], [(256, 128), (2880, 96)])
+    [('tiny', NVFP4, 256, 128), ('tiny', MXFP4, 2880, 96), ('huge', MXFP4, 256, 128), ('huge', NVFP4, 2880, 96)]
+    """
+    formats = (hb.NVFP4, hb.MXFP4)
+    return [(name, formats[(i + j) % 2], *tail) for i, name in enumerate(names) for j, tail in enumerate(tails)]
 
 
 def configs() -> dict[str, object]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import multiprocessing
 import os
 import re
 import signal
@@ -17,6 +16,7 @@ import checkpoint_files as cf
 import pytest
 import torch
 from cache_processes import LAYOUT, prepare
+from forked import context
 from helpers import assert_equal_bits
 
 import halfbyte as hb
@@ -260,7 +260,6 @@ def test_a_place_that_cannot_be_written(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_killed_process_leaves_no_file_of_that_name(model: Path, directory: Path) -> None:
-    context = multiprocessing.get_context("spawn")
     started = context.Event()
     process = context.Process(target=cache_processes.write_and_wait, args=(model, directory, started))
     process.start()
@@ -281,7 +280,6 @@ def test_a_killed_process_leaves_no_file_of_that_name(model: Path, directory: Pa
 
 
 def test_two_processes_at_once(model: Path, directory: Path) -> None:
-    context = multiprocessing.get_context("spawn")
     barrier, failures = context.Barrier(2), context.Queue()
     processes = [context.Process(target=cache_processes.write_often, args=(model, directory, barrier, failures)) for _ in range(2)]
     for process in processes:

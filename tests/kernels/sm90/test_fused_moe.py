@@ -8,7 +8,7 @@ import pytest
 import torch
 from devices import hopper
 from helpers import assert_close_rel, assert_equal_bits
-from hopper_layers import ACTIVATIONS, check_graph, configs, make_experts, make_tokens, rows_at_the_edges
+from hopper_layers import ACTIVATIONS, check_graph, configs, in_turns, make_experts, make_tokens, rows_at_the_edges
 
 import halfbyte as hb
 from halfbyte.errors import UnsupportedError
@@ -30,9 +30,11 @@ def check(w: ExpertWeights, x: torch.Tensor, ids: torch.Tensor, weights: torch.T
     return out
 
 
-@pytest.mark.parametrize("name", ["decode", "tiny", "small", "medium", "large", "huge"])
-@pytest.mark.parametrize("format", [hb.NVFP4, hb.MXFP4], ids=repr)
-@pytest.mark.parametrize(("hidden", "intermediate"), [(256, 128), (2880, 96), (768, 1408), (320, 2688), (1536, 736)])
+@pytest.mark.parametrize(
+    ("name", "format", "hidden", "intermediate"),
+    in_turns(["decode", "tiny", "small", "medium", "large", "huge"], [(256, 128), (2880, 96), (768, 1408), (320, 2688), (1536, 736)]),
+    ids=str,
+)
 def test_every_kernel_on_every_tail(name: str, format: hb.BlockFormat, hidden: int, intermediate: int) -> None:
     w = make_experts(5, hidden, intermediate, format)
     check(w, *make_tokens(201, hidden, 5, 3), config=configs()[name])

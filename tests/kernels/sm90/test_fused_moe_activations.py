@@ -8,7 +8,7 @@ import pytest
 import torch
 from devices import hopper
 from helpers import assert_close_rel, assert_equal_bits, relative_errors
-from hopper_layers import ACTIVATIONS, configs, make_experts, make_tokens, natural, workspace
+from hopper_layers import ACTIVATIONS, configs, in_turns, make_experts, make_tokens, natural, workspace
 
 import halfbyte as hb
 from halfbyte.experts import GPT_OSS_SWIGLU, SWIGLU, ExpertWeights
@@ -26,7 +26,6 @@ LAYER = {"mxfp8": {"token": 3e-2, "overall": 1e-2}, "nvfp4": {"token": 8e-2, "ov
 CASES = [("nvfp4", False), ("nvfp4", True), ("mxfp8", False)]
 CASE_IDS = ["nvfp4", "nvfp4-calibrated", "mxfp8"]
 TAILS = [(256, 128), (2880, 96), (768, 1408), (320, 2688), (2880, 2880)]
-NAMES = ["direct", "decode", "tiny", "medium", "huge"]
 
 
 def calibrated(w: ExpertWeights) -> ExpertWeights:
@@ -56,10 +55,8 @@ def check(w: ExpertWeights, x: torch.Tensor, ids: torch.Tensor, weights: torch.T
     return out
 
 
-@pytest.mark.parametrize("name", ["tiny", "large", "huge"])
-@pytest.mark.parametrize("format", [hb.NVFP4, hb.MXFP4], ids=repr)
+@pytest.mark.parametrize(("name", "format", "hidden", "intermediate"), in_turns(["tiny", "large", "huge"], TAILS), ids=str)
 @pytest.mark.parametrize(("activations", "static"), CASES, ids=CASE_IDS)
-@pytest.mark.parametrize(("hidden", "intermediate"), TAILS)
 def test_each_product_on_every_tail(name: str, format: hb.BlockFormat, activations: str, static: bool, hidden: int, intermediate: int) -> None:
     """h against q(x) @ w13, and y against q(h) @ w2 of the h that the kernels made, q by the codec: both on the same quantised operands."""
     from halfbyte.kernels.shared.encode_rows import encode_rows
@@ -94,10 +91,8 @@ def test_each_product_on_every_tail(name: str, format: hb.BlockFormat, activatio
     assert_close_rel(y, expected_y)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("format", [hb.NVFP4, hb.MXFP4], ids=repr)
+@pytest.mark.parametrize(("name", "format", "hidden", "intermediate"), in_turns(["tiny", "direct", "huge", "decode", "medium"], TAILS), ids=str)
 @pytest.mark.parametrize(("activations", "static"), CASES, ids=CASE_IDS)
-@pytest.mark.parametrize(("hidden", "intermediate"), TAILS)
 def test_every_kernel_on_every_tail(name: str, format: hb.BlockFormat, activations: str, static: bool, hidden: int, intermediate: int) -> None:
     w = experts_of(5, hidden, intermediate, format, static)
     check(w, *make_tokens(8 if name == "direct" else 201, hidden, 5, 3), activations, name)

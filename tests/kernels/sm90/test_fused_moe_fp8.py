@@ -13,6 +13,7 @@ from hopper_layers import (
     FP8_LIMITS,
     check_graph,
     configs,
+    in_turns,
     make_experts,
     make_tokens,
     natural,
@@ -82,18 +83,14 @@ def check_products(w: ExpertWeights, tokens: torch.Tensor, ids: torch.Tensor, na
     assert_close_rel(y, expected_y)
 
 
-@pytest.mark.parametrize("name", FP8_CONFIGS)
-@pytest.mark.parametrize("format", [hb.NVFP4, hb.MXFP4], ids=repr)
-@pytest.mark.parametrize(("hidden", "intermediate"), [*TAILS, (7168, 64), (64, 7168)])
+@pytest.mark.parametrize(("name", "format", "hidden", "intermediate"), in_turns(FP8_CONFIGS, [*TAILS, (7168, 64), (64, 7168)]), ids=str)
 def test_each_product_on_every_tail(name: str, format: hb.BlockFormat, hidden: int, intermediate: int) -> None:
     tokens, ids, _ = make_tokens(301, hidden, 5, 3)
     ids[:150] = torch.where(ids[:150] == 4, 3, ids[:150])  # experts of different sizes
     check_products(make_experts(5, hidden, intermediate, format, GPT_OSS_SWIGLU if hidden == 2880 else SWIGLU), tokens, ids, name)
 
 
-@pytest.mark.parametrize("name", [*FP8_CONFIGS, "TINY", "MEDIUM"])
-@pytest.mark.parametrize("format", [hb.NVFP4, hb.MXFP4], ids=repr)
-@pytest.mark.parametrize(("hidden", "intermediate"), TAILS)
+@pytest.mark.parametrize(("name", "format", "hidden", "intermediate"), in_turns([*FP8_CONFIGS, "TINY", "MEDIUM"], TAILS), ids=str)
 def test_every_kernel_on_every_tail(name: str, format: hb.BlockFormat, hidden: int, intermediate: int) -> None:
     check(make_experts(5, hidden, intermediate, format), *make_tokens(201, hidden, 5, 3), name)
 
