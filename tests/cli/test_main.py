@@ -101,10 +101,9 @@ def test_a_reader_that_goes_away_is_no_error():
     assert process.wait(timeout=1800) == 141
 
 
-def test_eval_prints_exactly_one_document():
-    result = halfbyte("eval", "demo", "--text", "demo", "--windows", "1", "--reference", "demo", "--json")
-    assert result.returncode == 0, result.stderr
-    document = json.loads(result.stdout)
+def test_eval_prints_exactly_one_document(capfd):
+    assert main(["eval", "demo", "--text", "demo", "--windows", "1", "--reference", "demo", "--json"]) == 0
+    document = json.loads(capfd.readouterr().out)
     assert document["kl"] == 0 and document["text_tokens"] == 511 and 5 < document["perplexity"] < 50
     assert document["exact_match"] is None and document["kinds"] == {}
 
