@@ -28,8 +28,8 @@ class Costs:
         encode: what quantising before the dispatch adds, over the bytes of the floats; what the layer then need not quantise is not counted.
     """
 
-    dispatch: dict[str, Line] = field(default_factory=lambda: {"nccl": Line(13.0, 113.0), "gloo": Line(400.0, 1.0), "symmetric": Line(5.5, 358.0)})
-    combine: dict[str, Line] = field(default_factory=lambda: {"nccl": Line(15.0, 132.0), "gloo": Line(400.0, 1.0), "symmetric": Line(5.7, 325.0)})
+    dispatch: dict[str, Line] = field(default_factory=lambda: {"nccl": Line(12.0, 169.0), "gloo": Line(400.0, 1.0), "symmetric": Line(5.9, 358.0)})
+    combine: dict[str, Line] = field(default_factory=lambda: {"nccl": Line(9.6, 223.0), "gloo": Line(400.0, 1.0), "symmetric": Line(5.7, 325.0)})
     encode: dict[str, Line] = field(default_factory=lambda: {"nccl": Line(4.0, 3000.0), "gloo": Line(0.0, 1.0), "symmetric": Line(0.7, 1e5)})
 
     def dispatch_us(self, transport: str, wire: Wire, sizes: Sequence[int]) -> float:
