@@ -55,13 +55,17 @@ class ExpertMapManager:
 
 
 def moe_config(w: hb.ExpertWeights, **changes: Any) -> SimpleNamespace:
-    parallel = SimpleNamespace(use_all2all_kernels=False, all2all_backend="allgather_reducescatter")
+    parallel = SimpleNamespace(
+        use_all2all_kernels=False, all2all_backend="allgather_reducescatter", use_ep=False, dp_size=1, ep_size=1, enable_eplb=False
+    )
     config = SimpleNamespace(
         moe_backend="auto", moe_parallel_config=parallel, in_dtype=torch.bfloat16, hidden_dim=w.hidden, device="cpu",
         intermediate_size_per_partition=w.intermediate, dp_size=1, pcp_size=1, is_sequence_parallel=False,
     )  # fmt: skip
     for name, value in changes.items():
-        setattr(parallel if hasattr(parallel, name) else config, name, value)
+        for holder in (config, parallel):
+            if hasattr(holder, name):
+                setattr(holder, name, value)
     return config
 
 
@@ -100,14 +104,25 @@ class VllmConfig:
     additional_config: dict[str, Any] = field(default_factory=dict)
     lora_config: Any = None
     scheduler_config: Any = field(default_factory=lambda: SimpleNamespace(max_num_batched_tokens=64))
-    parallel_config: Any = field(default_factory=lambda: SimpleNamespace(data_parallel_size=1))
+    parallel_config: Any = field(default_factory=lambda: SimpleNamespace(data_parallel_size=1, enable_elastic_ep=False, use_ubatching=False))
+    model_config: Any = field(default_factory=lambda: SimpleNamespace(enable_sleep_mode=False))
 
 
 @pytest.fixture
 def vllm(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Modules in vLLM's place, as `put_in_place` makes them."""
+    yield put_in_place(monkeypatch)
+    for name in PLUGIN:
+        sys.modules.pop(name, None)
+
+
+PLUGIN = tuple(f"halfbyte.integrations.vllm.{name}" for name in ("hook", "takeover", "peers"))  # what imports vLLM
+
+
+def put_in_place(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Modules in vLLM's place. `vllm.config` is the current configuration, `vllm.method` what vLLM's own choice of a method returns or raises,
-    `vllm.group` the ranks that share the experts."""
-    state = SimpleNamespace(config=VllmConfig(), method=None, logged=[], group=None)
+    `vllm.group` the ranks that share the experts, `vllm.sizes` how many tokens each of them has."""
+    state = SimpleNamespace(config=VllmConfig(), method=None, logged=[], group=None, sizes=None)
 
     class Choosing(RoutedExperts):
         def _get_quant_method(self, prefix: str, quant_config: Any, moe_config: Any) -> Any:
@@ -138,9 +153,9 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> Any:
     module("vllm.distributed")
     module("vllm.distributed.parallel_state", get_ep_group=lambda: state.group)
     module("vllm.v1.worker.workspace", current_workspace_manager=None, is_workspace_manager_initialized=lambda: False)
-    for name in ("hook", "takeover"):
-        monkeypatch.delitem(sys.modules, f"halfbyte.integrations.vllm.{name}", raising=False)
+    metadata = SimpleNamespace(get_chunk_sizes_across_dp_rank=lambda: state.sizes)
+    module("vllm.forward_context", get_forward_context=lambda: SimpleNamespace(dp_metadata=metadata))
+    for name in PLUGIN:
+        monkeypatch.delitem(sys.modules, name, raising=False)
     state.layer_class = Choosing
-    yield state
-    for name in ("hook", "takeover"):
-        sys.modules.pop(f"halfbyte.integrations.vllm.{name}", None)
+    return state

@@ -41,12 +41,14 @@ class Options:
         activations: what the experts compute on, as in `fused_moe`.
         strict: a layer with FP4 experts that is left to the engine is an error, and so are scales that are negative or not finite.
         any_gpu: run on GPUs other than Hopper too, where an engine may have faster kernels of its own.
+        peer_memory: tokens of vLLM's data-parallel ranks travel through the memory of the other GPUs of the host, where those reach each other.
     """
 
     enabled: bool = True
     activations: ActivationFormat = "bf16"
     strict: bool = False
     any_gpu: bool = False
+    peer_memory: bool = False
 
     @staticmethod
     def of(given: object, where: str) -> Options:
@@ -56,7 +58,7 @@ class Options:
             InputError: it is none, an option is unknown, or a value is none of those that there are.
 
         >>> Options.of({"activations": "fp8"}, "--additional-config")
-        Options(enabled=True, activations='fp8', strict=False, any_gpu=False)
+        Options(enabled=True, activations='fp8', strict=False, any_gpu=False, peer_memory=False)
         """
         known = {field.name: field.default for field in fields(Options)}
         if not isinstance(given, Mapping):
@@ -99,6 +101,7 @@ class EngineModel:
         self._warm: set[tuple[str, int, int, int]] = set()
         self._kinds: dict[str, int] = {}
         self._refused: dict[str, int] = {}
+        self._noted: set[str] = set()
         self._head_start: threading.Thread | None = None
 
     def refuse(self, name: str, reason: str) -> None:
@@ -112,6 +115,12 @@ class EngineModel:
         if reason not in self._refused:
             self._log(f"halfbyte leaves {name} to {self._engine}: {reason}")
         self._refused[reason] = self._refused.get(reason, 0) + 1
+
+    def note(self, text: str) -> None:
+        """Log something that holds for many layers, once."""
+        if text not in self._noted:
+            self._noted.add(text)
+            self._log(text)
 
     def get_ready(self, format: BlockFormat) -> None:
         """Arrange a small expert in a thread, once, while the engine makes its layers and reads their weights; `take_over` waits for the end.

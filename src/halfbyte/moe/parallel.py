@@ -184,6 +184,11 @@ class ExpertParallel:
         dtype = hidden.dtype if isinstance(hidden, torch.Tensor) else torch.bfloat16
         return Dispatched(*arrived, sizes, dtype, transport, wire.payload)
 
+    def partial(self, sent: Dispatched, hidden: int) -> torch.Tensor | None:
+        """Where the experts had best write their partial sums [R, hidden], so that `combine` copies nothing; None where it does not matter."""
+        dtype = torch.bfloat16 if sent.payload != "bf16" else sent.dtype
+        return self.transports[sent.transport].partial(sum(sent.sizes), hidden, dtype, self.combine_dtype)
+
     def combine(self, partial: torch.Tensor, sent: Dispatched, *, out: torch.Tensor | None = None) -> torch.Tensor:
         """The sum of all ranks' partial [R, H] for this rank's tokens: [T, H]; all ranks call it.
 
@@ -240,9 +245,7 @@ class ExpertParallel:
             activations = experts.activations if activations is None else activations
             scale = self.global_scale(experts)
             sent = self.dispatch(hidden, topk_ids, topk_weights, sizes=sizes, num_tokens=num_tokens, activations=activations, global_scale=scale)
-            dtype = torch.bfloat16 if sent.payload != "bf16" else sent.dtype
-            partial = self.transports[sent.transport].partial(sum(sent.sizes), experts.hidden, dtype, self.combine_dtype)
-            ids, weights = sent.topk_ids, sent.topk_weights
+            ids, weights, partial = sent.topk_ids, sent.topk_weights, self.partial(sent, experts.hidden)
             partial = fused_moe(sent.hidden, experts, ids, weights, activations=activations, expert_map=self.expert_map, out=partial)
             return self.combine(partial, sent, out=out)
 

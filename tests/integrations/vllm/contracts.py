@@ -37,14 +37,16 @@ RELIED_ON: Relied = {
     "config/scheduler.py": (("SchedulerConfig",), ()),
     "config/parallel.py": (("ParallelConfig",), ()),
     "config/lora.py": (("LoRAConfig",), ()),
+    "config/model.py": (("ModelConfig",), ()),
     "distributed/parallel_state.py": (("GroupCoordinator",), ("get_ep_group",)),
+    "forward_context.py": (("DPMetadata", "ForwardContext"), ("get_forward_context",)),
     "envs.py": ((), ("VLLM_BATCH_INVARIANT",)),
     "logger.py": ((), ("init_logger",)),
     "v1/worker/workspace.py": (("WorkspaceManager",), ("current_workspace_manager", "is_workspace_manager_initialized")),
 }
 METHODS = (
     "_get_quant_method", "apply", "process_weights_after_loading", "create_weights", "maybe_roundup_sizes", "maybe_make_prepare_finalize",
-    "get_fused_moe_quant_config", "get_simultaneous", "dispatch", "combine",
+    "get_fused_moe_quant_config", "get_simultaneous", "dispatch", "combine", "get_chunk_sizes_across_dp_rank",
 )  # fmt: skip
 
 

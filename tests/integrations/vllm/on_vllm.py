@@ -10,6 +10,7 @@ graphs captured before have to give the first text again.
     +tp2, +ep2   two ranks (two GPUs, or two processes on a CPU) share the model: a half of every expert each, or a half of the experts
     +fp8         with fp8 activations
     +dp2         two GPUs: each rank has prompts of its own and a half of the experts, and tokens travel as FP8
+    +peers2      the same in bf16, over the memory of the other GPU
     +lora        an adapter of the attention changes the text as it does in transformers
     +sleep       on a GPU: weights go and come back, from host memory and from the checkpoint
 """
@@ -46,6 +47,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "ep2": {"tensor_parallel_size": 2, "enable_expert_parallel": True},
     "fp8": {},
     "dp2": {"data_parallel_size": 2, "enable_expert_parallel": True, "distributed_executor_backend": "external_launcher"},
+    "peers2": {"data_parallel_size": 2, "enable_expert_parallel": True, "distributed_executor_backend": "external_launcher"},
     "lora": {"enable_lora": True, "max_lora_rank": 8, "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
     "sleep": {"enable_sleep_mode": True},
 }
@@ -58,7 +60,7 @@ def choices() -> list[str]:
     """What has been run on machines like this one."""
     ways = ["fp8", "lora", "sleep"] if torch.cuda.is_available() else []
     ways += ["tp2", "ep2"] if torch.cuda.device_count() != 1 else []
-    ways += ["dp2"] if torch.cuda.device_count() > 1 else []
+    ways += ["dp2", "peers2"] if torch.cuda.device_count() > 1 else []
     return ["nvfp4-modelopt", "nvfp4-compressed-tensors", "mxfp4-compressed-tensors", *(f"nvfp4-modelopt+{way}" for way in ways)]
 
 
@@ -83,6 +85,11 @@ def addresses(model: Any) -> list[int]:
     """Of what the layers that run on halfbyte hold."""
     layers = [module for module in model.modules() if hasattr(module, "halfbyte_experts")]
     return [parameter.data_ptr() for layer in layers for parameter in layer.parameters()]
+
+
+def over_peer_memory(model: Any) -> bool:
+    """Whether tokens of other ranks come over it, in every layer."""
+    return all(module.quant_method.halfbyte.way is not None for module in model.modules() if hasattr(module, "halfbyte_experts"))
 
 
 def captured(_: Any) -> int:
@@ -154,7 +161,7 @@ def check(path: Path, way: str) -> None:
     on_gpu = torch.cuda.is_available()
     llm = LLM(
         str(path), dtype="bfloat16", max_model_len=256, max_num_seqs=4, max_num_batched_tokens=256, gpu_memory_utilization=0.1,
-        additional_config={"halfbyte": {"strict": True, "activations": activations}}, **WAYS[way],
+        additional_config={"halfbyte": {"strict": True, "activations": activations, "peer_memory": way == "peers2"}}, **WAYS[way],
         **{"kv_cache_memory_bytes": 2**28, "compilation_config": GRAPHS} if on_gpu else {"enforce_eager": True},
     )  # fmt: skip
     tokenizer = llm.get_tokenizer()
@@ -163,6 +170,7 @@ def check(path: Path, way: str) -> None:
     first = generate(llm, prompts)
     places = llm.apply_model(addresses)
     assert all(places), "no layer runs on halfbyte"
+    assert set(llm.apply_model(over_peer_memory)) == {way == "peers2"}
     assert all(llm.apply_model(captured)) == on_gpu
     if way == "sleep":
         sleep(llm)
@@ -197,7 +205,7 @@ def main() -> None:
             subprocess.run([sys.executable, __file__, choice], check=True)
         return
     checkpoint, _, way = chosen[0].partition("+")
-    if way == "dp2" and "RANK" not in os.environ:
+    if way in ("dp2", "peers2") and "RANK" not in os.environ:
         subprocess.run([*TORCHRUN, __file__, chosen[0]], check=True)
         return
     with tempfile.TemporaryDirectory() as directory:

@@ -64,7 +64,7 @@ def test_the_oldest_and_the_newest_release_are_recorded() -> None:
 @each_release
 def test_what_is_imported_is_there(facts: dict[str, Any]) -> None:
     found = list(imports())
-    assert len(found) >= 8
+    assert len(found) >= 9
     for module, name in found:
         path = module.removeprefix("vllm.").replace(".", "/")
         file = next(candidate for candidate in (f"{path}.py", f"{path}/__init__.py") if candidate in facts)
@@ -98,8 +98,9 @@ def test_configs_have_what_is_read_of_them(facts: dict[str, Any]) -> None:
     moe |= {"dp_size", "pcp_size", "is_sequence_parallel"}
     assert moe <= set(found["FusedMoEConfig"]["attributes"])
     assert {"additional_config", "lora_config", "scheduler_config", "parallel_config"} <= set(found["VllmConfig"]["attributes"])
+    assert "enable_sleep_mode" in found["ModelConfig"]["attributes"] and "model_config" in found["VllmConfig"]["attributes"]
     assert "max_num_batched_tokens" in found["SchedulerConfig"]["attributes"]
-    assert "data_parallel_size" in found["ParallelConfig"]["attributes"]
+    assert {"data_parallel_size", "enable_elastic_ep", "use_ubatching"} <= set(found["ParallelConfig"]["attributes"])
     used = attributes_asked_of("config")
     assert used <= set().union(*(found[name]["attributes"] for name in ("FusedMoEConfig", "VllmConfig")))
 
@@ -156,6 +157,14 @@ def test_tokens_are_moved_as_vllm_moves_them(facts: dict[str, Any]) -> None:
     group = classes(facts)["GroupCoordinator"]["methods"]
     assert group["dispatch"] == ["self", "hidden_states", "topk_weights", "topk_ids", "is_sequence_parallel", "extra_tensors"]
     assert group["combine"] == ["self", "hidden_states", "is_sequence_parallel"]
+    assert {"device_group", "cpu_group", "device", "world_size"} <= set(classes(facts)["GroupCoordinator"]["attributes"])
+
+
+@each_release
+def test_the_sizes_of_ranks_are_where_vllm_looks(facts: dict[str, Any]) -> None:
+    found = classes(facts)
+    assert "dp_metadata" in found["ForwardContext"]["attributes"]
+    assert found["DPMetadata"]["methods"]["get_chunk_sizes_across_dp_rank"] == ["self"]
 
 
 @each_release

@@ -17,7 +17,8 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from halfbyte.integrations import vllm as plugin
 from halfbyte.integrations.engines import FAILURES, EngineModel, Options
-from halfbyte.integrations.vllm.methods import HOLDINGS, Layer, refusal
+from halfbyte.integrations.vllm.methods import HOLDINGS, Layer, refusal, refusal_of_peers
+from halfbyte.integrations.vllm.peers import Peers
 from halfbyte.integrations.vllm.takeover import take_over
 
 logger = init_logger("vllm.halfbyte")
@@ -49,7 +50,9 @@ def install() -> None:
             try:
                 reason = refusal(layer, method, model.options, config.lora_config)
                 if reason is None:
-                    take_over(method, model, _max_tokens(config))
+                    alone = refusal_of_peers(layer, model.options, config)
+                    peers = Peers(model, config.scheduler_config.max_num_batched_tokens) if alone is None else None
+                    take_over(method, model, _max_tokens(config), peers)
             except FAILURES as error:
                 reason = f"{type(error).__name__}: {error}"
             if reason is not None:

@@ -115,6 +115,30 @@ def refusal(layer: Layer, method: Any, options: Options, lora: Any) -> str | Non
     return refusal_of_device(config.device, options)
 
 
+def refusal_of_peers(layer: Layer, options: Options, config: Any) -> str | None:
+    """Why tokens of a layer do not travel over peer memory, the same on all ranks; None where the ranks may ask each other whether they can.
+
+    Args:
+        layer: which halfbyte runs.
+        options: the user's.
+        config: vLLM's VllmConfig.
+    """
+    parallel, whole = layer.moe_config.moe_parallel_config, config.parallel_config
+    if not parallel.use_ep or parallel.dp_size == 1:
+        return "no data-parallel ranks share the experts"
+    if not options.peer_memory:
+        return "switched off by option peer_memory"
+    if parallel.ep_size != parallel.dp_size:
+        return f"{parallel.ep_size} ranks share the experts, but {parallel.dp_size} have tokens of their own"
+    if parallel.enable_eplb or whole.enable_elastic_ep:
+        return "experts move between ranks"
+    if whole.use_ubatching:
+        return "two micro-batches are under way at once"
+    if config.model_config.enable_sleep_mode:
+        return "sleep mode takes the memory"
+    return None
+
+
 def experts_of(layer: Layer, holding: Holding, options: Options) -> ExpertWeights:
     """The experts of a layer whose weights vLLM has loaded: no copy, but of rows that do not lie gate first, one expert at a time."""
     found = activation_of(layer)

@@ -20,23 +20,26 @@ from halfbyte.errors import HalfbyteError
 from halfbyte.experts import ExpertMap, ExpertWeights
 from halfbyte.integrations.engines import FAILURES, PARAMETER_PREFIX, EngineModel
 from halfbyte.integrations.vllm.methods import HOLDINGS, Holding, Layer, expert_map_of, experts_of, parameters_of, rows_as_loaded, wire_of
+from halfbyte.integrations.vllm.peers import Peers, agreed, sizes_of_ranks
 from halfbyte.kernels.problem import Hidden
 from halfbyte.kernels.workspace import ALIGNMENT, Workspace
 from halfbyte.moe import fused_moe
+from halfbyte.moe.parallel import ExpertParallel
 
 
-def take_over(method: Any, model: EngineModel, max_tokens: int) -> None:
+def take_over(method: Any, model: EngineModel, max_tokens: int, peers: Peers | None = None) -> None:
     """Let `method` run on halfbyte; `methods.refusal` has said that it can.
 
     Args:
         method: vLLM's, whose class is in `HOLDINGS`.
         model: what the process knows of the model.
         max_tokens: the most tokens in a call.
+        peers: the ranks whose tokens may travel over peer memory, if any.
     """
     cls: type = type(method)
     holding = HOLDINGS[cls.__name__]
     method.__class__ = _subclass(cls)
-    method.halfbyte = State(holding, model, max_tokens)
+    method.halfbyte = State(holding, model, max_tokens, peers)
     model.get_ready(holding.format)
 
 
@@ -44,12 +47,14 @@ class State:
     """What a method that was taken over keeps for its layer.
 
     Attributes:
-        holding, model, max_tokens: as in `take_over`.
-        wire: how tokens come from other ranks where vLLM does not gather them.
+        holding, model, max_tokens, peers: as in `take_over`.
+        way: over which tokens travel between ranks, if it is halfbyte's.
+        wire: how tokens come from other ranks through vLLM's group, where vLLM does not gather them itself.
     """
 
-    def __init__(self, holding: Holding, model: EngineModel, max_tokens: int) -> None:
-        self.holding, self.model, self.max_tokens = holding, model, max_tokens
+    def __init__(self, holding: Holding, model: EngineModel, max_tokens: int, peers: Peers | None) -> None:
+        self.holding, self.model, self.max_tokens, self.peers = holding, model, max_tokens, peers
+        self.way: ExpertParallel | None = None
         self.wire: Wire | None = None
         self._mapped: torch.Tensor | None = None
         self._map: ExpertMap | None = None
@@ -106,8 +111,8 @@ class _Method:
 
     @property
     def supports_internal_mk(self) -> bool:
-        """Whether `apply` gathers the tokens of other ranks itself: it does where it would round them anyway, so that they travel rounded."""
-        return self.halfbyte.wire is not None
+        """Whether `apply` gets the tokens of other ranks itself: over peer memory, or rounded where it would round them anyway."""
+        return self.halfbyte.way is not None or self.halfbyte.wire is not None
 
     def maybe_make_prepare_finalize(self, *_: Any, **__: Any) -> None:
         """There is no modular kernel: `apply` is the whole layer."""
@@ -119,7 +124,7 @@ class _Method:
         state = self.halfbyte
         loaded = state.parameters(layer)
         is_reload = getattr(layer, "halfbyte_experts", None) is not None
-        experts = None
+        experts = failure = None
         try:
             experts = experts_of(layer, state.holding, state.model.options)
             names = parameters_of(state.holding)
@@ -128,7 +133,12 @@ class _Method:
         except (HalfbyteError, *FAILURES) as error:
             if is_reload:
                 raise
-            state.model.refuse(layer.layer_name, f"{type(error).__name__}: {error}")
+            failure = f"{type(error).__name__}: {error}"
+        if state.peers is not None and not is_reload:
+            failure = agreed(failure)
+            state.way = state.peers.way(layer) if failure is None else None
+        if failure is not None:
+            state.model.refuse(layer.layer_name, failure)
             state.give_back(layer, loaded, experts)
             self.__class__ = type(self).__mro__[1]
             self.process_weights_after_loading(layer)
@@ -147,6 +157,8 @@ class _Method:
         """The experts of `layer` on x bf16 [T, H]; shared experts are the runner's, before or beside this call."""
         state = self.halfbyte
         state.model.finish()
+        if state.way is not None:
+            return _over_peers(state.way, state, layer, x, topk_ids, topk_weights)
         if state.wire is None:
             return _experts(state, layer, x, topk_ids, topk_weights)
         group, is_sequence_parallel = get_ep_group(), layer.moe_config.is_sequence_parallel
@@ -156,7 +168,17 @@ class _Method:
         return group.combine(_experts(state, layer, state.wire.decode(arrived), topk_ids, topk_weights), is_sequence_parallel)
 
 
-def _experts(state: State, layer: Layer, hidden: Hidden, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+def _over_peers(way: ExpertParallel, state: State, layer: Layer, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+    activations = state.model.options.activations
+    travelling = "bf16" if activations == "nvfp4" else activations  # its scales are the experts' own, so tokens travel as they are
+    sent = way.dispatch(x, topk_ids, topk_weights, sizes=sizes_of_ranks(), activations=travelling)
+    partial = _experts(state, layer, sent.hidden, sent.topk_ids, sent.topk_weights, out=way.partial(sent, x.shape[1]))
+    return way.combine(partial, sent)
+
+
+def _experts(
+    state: State, layer: Layer, hidden: Hidden, topk_ids: torch.Tensor, topk_weights: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
     return fused_moe(
         hidden,
         layer.halfbyte_experts,
@@ -165,6 +187,7 @@ def _experts(state: State, layer: Layer, hidden: Hidden, topk_ids: torch.Tensor,
         expert_map=state.expert_map(layer),
         batch_invariant=state.model.batch_invariant,
         workspace=_workspace(state.model.workspace_nbytes),
+        out=out,
     )
 
 
