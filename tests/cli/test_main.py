@@ -87,6 +87,19 @@ def test_errors_become_exit_codes(error, code, monkeypatch, capsys):
     assert captured.err == ("\nhalfbyte: interrupted\n" if code == 130 else f"halfbyte: error: {error}\n")
 
 
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (PermissionError(13, "Permission denied", "priv/config.json"), "priv/config.json: Permission denied"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(error, line, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "halfbyte.cli.doctor", raising(error))
+    assert main(["doctor"]) == 1
+    assert capsys.readouterr().err == f"halfbyte: error: {line}\n"
+
+
 def test_a_mistake_of_ours_is_not_dressed_up(monkeypatch):
     monkeypatch.setitem(sys.modules, "halfbyte.cli.doctor", raising(ZeroDivisionError("a bug")))
     with pytest.raises(ZeroDivisionError):

@@ -259,6 +259,21 @@ def test_a_place_that_cannot_be_written(model: Path, tmp_path: Path) -> None:
         prepare(model, tmp_path / "file")
 
 
+def test_a_place_that_cannot_be_looked_into(model: Path, directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    exists = Path.exists
+
+    def refused(path: Path) -> bool:
+        if directory in path.parents:
+            raise PermissionError(13, "Permission denied", str(path))
+        return exists(path)
+
+    monkeypatch.setattr(Path, "exists", refused)
+    loaded(model, directory)
+    assert "cannot look into the cache (given Permission denied); these experts are prepared again" in caplog.text
+    with pytest.raises(CheckpointError, match="cannot look into the cache"):
+        prepare(model, directory)
+
+
 def test_a_killed_process_leaves_no_file_of_that_name(model: Path, directory: Path) -> None:
     started = context.Event()
     process = context.Process(target=cache_processes.write_and_wait, args=(model, directory, started))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import importlib
 import io
 import os
@@ -64,6 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the shutdown flushes into the broken pipe again
         return BROKEN_PIPE
+    except OSError as error:
+        if error.filename is None and error.errno != errno.ENOSPC:
+            raise  # nothing that a user could mend
+        print(f"halfbyte: error: {HalfbyteError(error.strerror or type(error).__name__, where=str(error.filename or ''))}", file=sys.stderr)
+        return HalfbyteError.exit_code
 
 
 def _top_parser() -> argparse.ArgumentParser:

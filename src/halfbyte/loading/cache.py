@@ -55,6 +55,17 @@ class CacheEntry:
         }
         return cls((directory or cache_dir()) / "prepared" / model / f"{layout}-{policy}-{arch}" / name, made_from)
 
+    def exists(self) -> bool:
+        """Whether there is something under the name of the file.
+
+        Raises:
+            CheckpointError: its directory cannot be read.
+        """
+        try:
+            return self.file.exists()
+        except OSError as error:
+            raise CheckpointError("cannot look into the cache", where=str(self.file.parent), given=error.strerror) from error
+
     def check(self, tensors: Mapping[str, torch.Tensor]) -> TensorFile:
         """Read the header and compare all it says with what is wanted; `tensors` may be on "meta".
 

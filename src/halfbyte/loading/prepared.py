@@ -150,10 +150,11 @@ def load_prepared(
     checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.open(model)
     plan = _Plan.of(checkpoint, layer, Wanted(device, layout, policy, activations, experts, cache_dir))
     storage = plan.allocate(device)
-    if cache != "off" and plan.entry.file.exists():
+    if cache != "off":
         try:
-            plan.entry.load_into(storage.tensors)
-            return plan.result(storage)
+            if plan.entry.exists():
+                plan.entry.load_into(storage.tensors)
+                return plan.result(storage)
         except CheckpointError as error:
             _log.warning("%s; these experts are prepared again", error)
     plan.stream_into(storage, progress)
@@ -212,7 +213,7 @@ def prepare_on_disk(
     plan = _Plan.of(checkpoint, layer, wanted)
     entry = plan.entry
     reason = "forced" if force else "not there"
-    if not force and entry.file.exists():
+    if not force and entry.exists():
         try:
             if verify:
                 entry.load_into(plan.allocate(wanted.device).tensors)
