@@ -184,8 +184,7 @@ def differing(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @numeric
-@pytest.mark.parametrize("activation", [SWIGLU, GPT_OSS_SWIGLU], ids=["silu", "gpt-oss"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "activation"), [(torch.bfloat16, SWIGLU), (torch.float16, GPT_OSS_SWIGLU)], ids=["silu", "gpt-oss"])
 def test_activation(dtype, activation):
     """exp is the device's: one product in a thousand may round the other way. Whatever else is wrong changes most bytes."""
     gate_up = (3 * torch.randn(133, 384, generator=torch.Generator().manual_seed(0))).to(dtype)
