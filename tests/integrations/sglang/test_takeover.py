@@ -333,7 +333,10 @@ def test_options_come_from_the_command_line(make: Any) -> None:
     assert layer.halfbyte_experts.activations == "fp8"
 
 
-@pytest.mark.parametrize("given", ['{"halfbyte": {"activation": "fp8"}}', '{"halfbyte": {"activations": "fp6"}}', '{"halfbyte": 1}'])
+@pytest.mark.parametrize(
+    "given",
+    ['{"halfbyte": {"activation": "fp8"}}', '{"halfbyte": {"activations": "fp6"}}', '{"halfbyte": {"peer_memory": true}}', '{"halfbyte": 1}'],
+)
 def test_options_that_there_are_not_are_refused(make: Any, given: str) -> None:
     with pytest.raises(InputError, match=r"--json-model-override-args|fp6"):
         make(arguments=server(json_model_override_args=given))

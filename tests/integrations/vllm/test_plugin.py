@@ -105,6 +105,12 @@ def test_an_unknown_option_is_an_error(vllm: Any) -> None:  # noqa: F811
         chosen(vllm)
 
 
+def test_the_log_says_why_an_option_has_no_effect(vllm: Any) -> None:  # noqa: F811
+    vllm.config = VllmConfig({"halfbyte": {"peer_memory": True}})
+    chosen(vllm)
+    assert vllm.logged == ["halfbyte lets vLLM move tokens between ranks: no data-parallel ranks share the experts"]
+
+
 def test_what_is_refused_stays_as_it_was(vllm: Any) -> None:  # noqa: F811
     vllm.config = VllmConfig({"halfbyte": {"enabled": False}})
     theirs = own()

@@ -11,7 +11,7 @@ from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from halfbyte.errors import HalfbyteError
+from halfbyte.errors import HalfbyteError, InputError
 from halfbyte.integrations import sglang as plugin
 from halfbyte.integrations.engines import FAILURES, EngineModel, Options
 from halfbyte.integrations.sglang.methods import HOLDINGS, Arguments, Layer, kind_of, refusal
@@ -94,9 +94,12 @@ def _has_fp4_experts(layer: Layer, method: Any) -> bool:
 
 
 def _options(arguments: Arguments) -> Options:
-    """Raises InputError: an option that is unknown."""
+    """Raises InputError: an option that is unknown, or vLLM's alone."""
     given = json.loads(arguments.json_model_override_args or "{}")
-    return Options.of(given.get("halfbyte", {}), where="--json-model-override-args")
+    options = Options.of(given.get("halfbyte", {}), where="--json-model-override-args")
+    if options.peer_memory:
+        raise InputError("option peer_memory is for vLLM", where="--json-model-override-args", given="true", needed="false, or not given")
+    return options
 
 
 def _max_tokens(arguments: Arguments) -> int:

@@ -51,6 +51,8 @@ def install() -> None:
                 reason = refusal(layer, method, model.options, config.lora_config)
                 if reason is None:
                     alone = refusal_of_peers(layer, model.options, config)
+                    if alone is not None and model.options.peer_memory:
+                        model.note(f"halfbyte lets vLLM move tokens between ranks: {alone}")
                     peers = Peers(model, config.scheduler_config.max_num_batched_tokens) if alone is None else None
                     take_over(method, model, _max_tokens(config), peers)
             except FAILURES as error:
