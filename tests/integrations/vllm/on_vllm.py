@@ -39,8 +39,8 @@ PROMPTS = (
 )
 NUM_TOKENS = 24
 # Of the distance of the best logit from the mean: bf16 keeps 8 bits, through six layers. Where it tips a value into the next e4m3 code, that is an
-# eighth of the value.
-TOLERANCES: dict[ActivationFormat, float] = {"bf16": 0.03, "fp8": 0.1}
+# eighth of the value. Seen on H200: up to 0.039 and 0.053. Answers to other questions are 0.39 and more away.
+TOLERANCES: dict[ActivationFormat, float] = {"bf16": 0.06, "fp8": 0.1}
 WAYS: dict[str, dict[str, Any]] = {
     "": {},
     "tp2": {"tensor_parallel_size": 2},
@@ -57,7 +57,7 @@ GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_si
 
 
 def choices() -> list[str]:
-    """What has been run on machines like this one."""
+    """What this machine can do."""
     ways = ["fp8", "lora", "sleep"] if torch.cuda.is_available() else []
     ways += ["tp2", "ep2"] if torch.cuda.device_count() != 1 else []
     ways += ["dp2", "peers2"] if torch.cuda.device_count() > 1 else []
