@@ -79,6 +79,32 @@ def test_decode_kernels_use_mma_without_spills(direct: bool, parts: int, nvfp4: 
         assert kernel.shared_bytes <= 256  # the one reduction of the direct variant
 
 
+@pytest.mark.parametrize(("nvfp4", "words_for"), [(True, "bf16"), (False, "fp8")])
+def test_direct_kernels_with_two_slices(nvfp4: bool, words_for: WordsFor) -> None:
+    """One token of DeepSeek-R1 has 512 programs for w13, of gpt-oss 360."""
+    experts = empty_experts(nvfp4=nvfp4, words_for=words_for)
+    work = torch.zeros((1, 8 if nvfp4 else 4), dtype=torch.int32)
+    h = torch.empty((work.numel(), experts.intermediate), dtype=torch.bfloat16)
+    with compiling(90) as kernels:
+        x = torch.empty((1, experts.hidden), dtype=torch.bfloat16)
+        expert_rows._decode_gemm(x, None, experts.w13, h, experts, work, 0, is_w13=True)
+    (kernel,) = kernels
+    assert kernel.num_warps == 8 and kernel.registers <= 64
+    assert kernel.spill_bytes <= 16  # values that are needed again after the loop
+    assert kernel.shared_bytes <= 2 * 2048  # the sums of the slices
+
+
+def test_slices_of_the_direct_kernel() -> None:
+    """One token of Qwen3-30B, Qwen3-235B, DeepSeek-R1 and gpt-oss, and more of Qwen3-30B."""
+
+    def slices(hidden: int, intermediate: int, num_tokens: int, top_k: int = 8) -> tuple[int, int]:
+        problem = Problem("fused_moe", hb.Target.of("cpu"), hb.NVFP4, "hopper", num_experts=128, hidden=hidden, intermediate=intermediate)
+        return expert_rows.direct_slices(problem, Size(num_tokens, top_k))
+
+    assert [slices(2048, 768, 1), slices(4096, 1536, 1), slices(7168, 2048, 1), slices(2880, 2880, 1, 4)] == [(2, 2), (2, 2), (2, 1), (2, 1)]
+    assert [slices(2048, 768, tokens) for tokens in (2, 3, 4, 8)] == [(2, 2), (1, 1), (1, 1), (1, 1)]
+
+
 # Register budgets of 240, 160 and 112 for two to four consumers leave a few values in local memory, which the loop over K does not touch. A wider
 # budget costs a consumer warpgroup, which costs more. The most: LARGE, two row tiles of up to 160 tokens, where the words are coded for fp8, with the
 # ptxas 13.4 of Triton 3.9; with 12.8, of Triton 3.6, 64 bytes.

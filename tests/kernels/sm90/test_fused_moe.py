@@ -63,6 +63,17 @@ def test_direct_kernel_with_the_columns_of_w2_in_parts(intermediate: int, format
         check(w, x, ids, weights, config=configs()["direct"])
 
 
+@pytest.mark.parametrize("format", [hb.NVFP4, hb.MXFP4], ids=repr)
+@pytest.mark.parametrize(("hidden", "intermediate"), [(2880, 736), (320, 2688), (1536, 1408), (1088, 1152), (2048, 1024)])
+def test_direct_kernel_with_the_columns_in_slices(hidden: int, intermediate: int, format: hb.BlockFormat) -> None:
+    """One token: few programs, so one or two slices, equal and unequal, with and without a tail."""
+    w = make_experts(8, hidden, intermediate, format, GPT_OSS_SWIGLU)
+    for num_tokens, top_k in ((1, 1), (1, 4), (3, 2)):
+        x, ids, weights = make_tokens(num_tokens, hidden, 8, top_k)
+        out = hb.fused_moe(x, hb.prepare(w), ids, weights)
+        assert_close_rel(out, reference(x, w, ids, weights))
+
+
 @pytest.mark.parametrize("num_tokens", [1, 2, 7, 8, 9, 16, 33, 64, 127, 128, 129, 500, 2000])
 @pytest.mark.parametrize("num_experts", [1, 7, 60])
 def test_chosen_kernels_at_every_size(num_tokens: int, num_experts: int) -> None:

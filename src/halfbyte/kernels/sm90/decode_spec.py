@@ -19,7 +19,7 @@ class DecodeSpec(NamedTuple):
         kind, alpha, beta, limit: which activation (`epilogue.activate`).
         has_bias: the matrix has biases.
         direct: programs find their rows in the ids of `top_k` experts per token.
-        parts: how many programs share the columns.
+        parts, slices: how many programs share the columns, and how many groups of four warps in each.
     """
 
     columns: int
@@ -39,3 +39,4 @@ class DecodeSpec(NamedTuple):
     direct: bool
     top_k: int
     parts: int
+    slices: int

@@ -24,7 +24,7 @@ from halfbyte.kernels.shared.sort import run as sort
 from halfbyte.kernels.shared.sort import variant
 from halfbyte.kernels.shared.sort import workspace_nbytes as sort_nbytes
 from halfbyte.kernels.sm90.configs import DIRECT, Config, choose_config, configs, rivals, rounds_weights, sources, takes
-from halfbyte.kernels.sm90.expert_rows import layout, problem_of, supports
+from halfbyte.kernels.sm90.expert_rows import direct_slices, layout, problem_of, supports
 from halfbyte.kernels.sm90.expert_rows import run as expert_rows
 from halfbyte.kernels.sm90.expert_rows import workspace_nbytes as expert_rows_nbytes
 from halfbyte.weights.hopper.layout import HopperExperts
@@ -35,10 +35,10 @@ __all__ = [  # what the table reads
 
 
 def variants(problem: Problem, size: Size, config: Config) -> frozenset[Hashable]:
-    """What the kernels around the GEMMs are compiled for, where that depends on the number of tokens."""
+    """What kernels are compiled for beside the configuration, where that depends on the number of tokens."""
     combined = (config == DIRECT, block_size(size.num_tokens, problem.hidden))
     if config == DIRECT:
-        return frozenset((combined,))
+        return frozenset((combined, direct_slices(problem, size)))
     return frozenset((combined, (config.max_rows, *variant(size.num_rows, problem.num_experts, config.max_rows))))
 
 

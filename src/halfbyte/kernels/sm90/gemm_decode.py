@@ -8,6 +8,9 @@ One program owns 64 weight rows and up to 8 rows of x of one expert, and streams
 into registers, four tiles ahead, dequantised there and multiplied by mma.sync m16n8k16. x comes from L1 and L2 as B fragments, 32 bytes a thread. No
 shared memory and no barriers: the warps of a program run freely, and what limits the kernel is the memory or the instruction issue.
 
+Where programs are so few that a warp is alone on its scheduler, its latency limits: a program has SLICES times four warps then, each four with a
+slice of the columns, whose sums meet in shared memory at the end.
+
 Two ways to find the rows of an expert:
     direct   up to 8 tokens: a program belongs to one slot of `ids`, returns unless it is the first slot with this expert, and its rows are the tokens
              that chose the expert. No sorting pass. y has one row a slot; a token that names an expert twice has its row at the first of the two.
@@ -23,10 +26,19 @@ from triton.language.extra.cuda import gdc
 from halfbyte.gluon_compat import aggregate
 from halfbyte.kernels.sm90.configs import DECODE_ROWS
 from halfbyte.kernels.sm90.epilogue import activate, split_halves
-from halfbyte.weights.hopper.dequant_bf16 import dequantize, exponent_bias, scale_offsets, split_scales, stored_tile, word_offsets
+from halfbyte.weights.hopper.dequant_bf16 import (
+    dequantize,
+    exponent_bias,
+    scale_layout,
+    scale_offsets,
+    split_scales,
+    stored_tile,
+    word_layout,
+    word_offsets,
+)
 from halfbyte.weights.hopper.fragment_order import column_at
 
-NUM_WARPS = 4
+NUM_WARPS = 4  # of a slice
 ROWS = gl.constexpr(DECODE_ROWS)  # of x per program
 X_AHEAD = gl.constexpr(2)  # blocks of 64 columns of x on their way
 
@@ -77,14 +89,44 @@ class Item:
         self.num_rows = num_rows
 
 
+@gluon.constexpr_function
+def _x_layout(warps: int) -> gl.DistributedLinearLayout:
+    """[warps, ROWS, 64]: each warp has its own block, a thread 16 columns of a row."""
+    in_warp = [[0, 0, 16], [0, 0, 32], [0, 1, 0], [0, 2, 0], [0, 4, 0]]
+    return gl.DistributedLinearLayout(
+        [[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 0, 8]], in_warp, [[1 << bit, 0, 0] for bit in range(warps.bit_length() - 1)], [], [warps, 8, 64]
+    )
+
+
+@gluon.constexpr_function
+def _sum_layout(slices: int) -> gl.DistributedLinearLayout:
+    """[slices, 64, ROWS]: a thread has every slice of two rows that lie 8 apart; all slices have the same."""
+    registers = [[1 << bit, 0, 0] for bit in range(slices.bit_length() - 1)] + [[0, 8, 0]]
+    warps = [[0, 4, 0], [0, 16, 0], [0, 32, 0]] + [[0, 0, 0]] * (slices.bit_length() - 2)
+    return gl.DistributedLinearLayout(registers, [[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 1, 0], [0, 2, 0]], warps, [], [slices, 64, 8])
+
+
 @gluon.jit
 def _load_x(pointers, mask, column, MMA: gl.constexpr, K: gl.constexpr, K_MASK: gl.constexpr):
-    """One [8, 64] block of x as a B operand [64, 8], its columns in fragment order like the weights': no data moves between threads."""
+    """One [8, 64] block of x a warp as B operands [warps, 64, 8], columns in fragment order like the weights': no data moves between threads."""
+    WARPS: gl.constexpr = pointers.shape[0]
     if K_MASK:
         mask = mask & (column < K)
     x = gl.load(pointers, mask=mask, other=0.0)
-    x = gl.permute(gl.reshape(x, (ROWS, 4, 4, 2, 2)), (2, 3, 1, 4, 0))  # token, t, s, p, e to s, p, t, e, token
-    return gl.convert_layout(gl.reshape(x, (64, ROWS)), gl.DotOperandLayout(1, MMA, 2), assert_trivial=True)
+    x = gl.permute(gl.reshape(x, (WARPS, ROWS, 4, 4, 2, 2)), (0, 3, 4, 2, 5, 1))  # token, t, s, p, e to s, p, t, e, token
+    return gl.convert_layout(gl.reshape(x, (WARPS, 64, ROWS)), gl.DotOperandLayout(1, MMA, 2), assert_trivial=True)
+
+
+@gluon.jit
+def _sum_of_slices(accumulator, SLICES: gl.constexpr):
+    """[warps, 16, ROWS] to [64, ROWS], the slices added up in order."""
+    if SLICES == 1:
+        total = gl.convert_layout(gl.reshape(accumulator, (64, ROWS)), gl.NVMMADistributedLayout([2, 0], [4, 1], [16, 8]), assert_trivial=True)
+    else:
+        sums = gl.allocate_shared_memory(gl.float32, [SLICES, 64, ROWS], gl.SwizzledSharedLayout(1, 1, 1, order=[2, 1, 0]))
+        sums.store(gl.reshape(accumulator, (SLICES, 64, ROWS)))
+        total = gl.sum(sums.load(_sum_layout(SLICES)), 0)
+    return total
 
 
 @gluon.jit
@@ -97,6 +139,28 @@ def _first_slot_of(ids_ptr, token, expert, num_tokens, TOP_K: gl.constexpr):
     return slot
 
 
+@gluon.jit
+def _slice_of_rows(LAYOUT: gl.constexpr, SLICES: gl.constexpr):
+    """Which slice of the columns the warp of each row of words, or of scale words, has: int32 [16 SLICES, 1], or 0."""
+    return 0 if SLICES == 1 else (gl.arange(0, 16 * SLICES, layout=gl.SliceLayout(1, LAYOUT)) // 16)[:, None]
+
+
+@gluon.jit
+def _load_tile(pointers, tile, COLUMN_TILES: gl.constexpr, CLAMP: gl.constexpr):
+    """The words of a tile, or of the last one."""
+    if CLAMP:
+        tile = gl.minimum(tile, COLUMN_TILES - 1)
+    return gl.load(pointers + tile * 512, eviction_policy="evict_first")
+
+
+@gluon.jit
+def _load_run(pointers, run, RUNS: gl.constexpr, SCALES: gl.constexpr, CLAMP: gl.constexpr):
+    """The scales of a run of four tiles, or of the last one."""
+    if CLAMP:
+        run = gl.minimum(run, RUNS - 1)
+    return gl.load(pointers + run * SCALES, eviction_policy="evict_first")
+
+
 @gluon.jit(do_not_specialize=["num_tokens", "expert_offset", "num_experts"])
 def grouped_gemm_w4a16_decode(
     x_ptr, x_scale_ptr, words_ptr, scales_ptr, shift_ptr, multiplier_ptr, bias_ptr, y_ptr, rows_ptr, num_items_ptr, token_of_row_ptr,
@@ -104,7 +168,7 @@ def grouped_gemm_w4a16_decode(
     SPEC: gl.constexpr,
 ):  # fmt: skip
     """rows: the expert ids (direct), or the work list, with num_items and token_of_row. SPEC: a `DecodeSpec`."""
-    FLAT: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
+    FLAT: gl.constexpr = gl.BlockedLayout([2], [32], [4 * SPEC.slices], [0])
     index = gl.program_id(0) // SPEC.row_tiles
     row_tile = gl.program_id(0) % SPEC.row_tiles
     if SPEC.is_w13:
@@ -136,42 +200,50 @@ def grouped_gemm_w4a16_decode(
 
 @gluon.jit
 def _tile(tensors, item, row_tile, num_tokens, SPEC: gl.constexpr):
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [4, 1], [16, 8])
     ROW_TILES: gl.constexpr = SPEC.row_tiles
     PARTS: gl.constexpr = SPEC.parts
+    SLICES: gl.constexpr = SPEC.slices
     K: gl.constexpr = SPEC.columns
     NVFP4: gl.constexpr = SPEC.nvfp4
     WORDS_FOR: gl.constexpr = SPEC.words_for
+    WARPS: gl.constexpr = 4 * SLICES
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])  # a product a warp
+    TOTAL: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [4, 1], [16, 8]) if SLICES == 1 else gl.SliceLayout(0, _sum_layout(SLICES))
+    X_LAYOUT: gl.constexpr = _x_layout(WARPS)
     COLUMN_TILES: gl.constexpr = (K + 63) // 64
     RUNS: gl.constexpr = (COLUMN_TILES + 3) // 4
-    PART_RUNS: gl.constexpr = (RUNS + PARTS - 1) // PARTS
-    K_MASK: gl.constexpr = PART_RUNS * PARTS * 256 != K
+    SLICE_RUNS: gl.constexpr = (RUNS + PARTS * SLICES - 1) // (PARTS * SLICES)
+    K_MASK: gl.constexpr = SLICE_RUNS * SLICES * PARTS * 256 != K
+    CLAMP: gl.constexpr = SLICE_RUNS * SLICES * PARTS * 4 != COLUMN_TILES  # a slice may end before its last tile: then x is masked to zero
     SCALES: gl.constexpr = 128 if NVFP4 else 64
-    X_LAYOUT: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 1], [0, 2], [0, 4], [0, 8]], [[0, 16], [0, 32], [1, 0], [2, 0], [4, 0]], [[0, 0], [0, 0]], [], [ROWS, 64]
-    )
 
     expert = item.expert
-    bias = exponent_bias(0 if NVFP4 else gl.load(tensors.shift + expert))
+    bias = exponent_bias(0 if NVFP4 else gl.load(tensors.shift + expert), WARPS)
     matrix_tile = expert * ROW_TILES + stored_tile(row_tile, ROW_TILES, SPEC.gated)
-    word_pointers = tensors.words + matrix_tile.to(gl.int64) * (COLUMN_TILES * 512) + word_offsets()
-    scale_pointers = tensors.scales + matrix_tile.to(gl.int64) * (RUNS * SCALES) + scale_offsets(NVFP4)
+    word_pointers = tensors.words + matrix_tile.to(gl.int64) * (COLUMN_TILES * 512) + word_offsets(WARPS)
+    scale_pointers = tensors.scales + matrix_tile.to(gl.int64) * (RUNS * SCALES) + scale_offsets(NVFP4, WARPS)
     part = 0 if PARTS == 1 else gl.program_id(1)
-    first_run = part * PART_RUNS
+    word_run = part * (SLICES * SLICE_RUNS) + _slice_of_rows(word_layout(WARPS), SLICES) * SLICE_RUNS
+    scale_run = part * (SLICES * SLICE_RUNS) + _slice_of_rows(scale_layout(WARPS), SLICES) * SLICE_RUNS
+    if not CLAMP:
+        word_pointers += word_run * 2048
+        scale_pointers += scale_run * SCALES
+        word_run = 0
+        scale_run = 0
     # Four tiles of words and one run of scales are always on their way.
     queue = ()
     for c in gl.static_range(4):
-        queue = queue + (gl.load(word_pointers + gl.minimum(first_run * 4 + c, COLUMN_TILES - 1) * 512, eviction_policy="evict_first"),)
-    next_scales = gl.load(scale_pointers + first_run * SCALES, eviction_policy="evict_first")
+        queue = queue + (_load_tile(word_pointers, word_run * 4 + c, COLUMN_TILES, CLAMP),)
+    next_scales = _load_run(scale_pointers, scale_run, RUNS, SCALES, CLAMP)
 
     # What the sums will be multiplied by and where they go is read here, so that nothing waits for it after the last product.
-    i = gl.arange(0, 64, layout=gl.SliceLayout(1, MMA))
+    i = gl.arange(0, 64, layout=gl.SliceLayout(1, TOTAL))
     multiplier = gl.load(tensors.multiplier + expert * 2 + i // 8 % 2)
     if SPEC.has_bias:
         tile_bias = gl.load(tensors.bias + matrix_tile * 64 + i)
         if part > 0:
             tile_bias = gl.zeros_like(tile_bias)  # once: the parts are added up
-    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, X_LAYOUT))
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(0, gl.SliceLayout(2, X_LAYOUT)))
     if SPEC.direct:
         slot = _first_slot_of(tensors.ids, row, item.expert_id, num_tokens, SPEC.top_k)
         is_row = slot >= 0
@@ -186,35 +258,36 @@ def _tile(tensors, item, row_tile, num_tokens, SPEC: gl.constexpr):
         gdc.gdc_launch_dependents()
     if SPEC.scaled:
         row_scale = gl.load(tensors.x_scale + x_row, mask=is_row, other=0.0)
-    column = gl.arange(0, 64, layout=gl.SliceLayout(0, X_LAYOUT))[None, :]
-    x_pointers = tensors.x + gl.where(is_row, x_row, 0).to(gl.int64)[:, None] * SPEC.x_stride + column
-    x_mask = is_row[:, None] & (column >= 0)
+    warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, X_LAYOUT)))[:, None, None]
+    column = gl.arange(0, 64, layout=gl.SliceLayout(0, gl.SliceLayout(1, X_LAYOUT)))[None, None, :]
+    column += (part * SLICES + warp // 4) * (SLICE_RUNS * 256)
+    x_pointers = tensors.x + gl.where(is_row, x_row, 0).to(gl.int64)[None, :, None] * SPEC.x_stride + column
+    x_mask = is_row[None, :, None] & (column >= 0)
     x_queue = ()
     for c in gl.static_range(X_AHEAD):
-        step = first_run * 4 + c
-        x_queue = x_queue + (_load_x(x_pointers + step * 64, x_mask, column + step * 64, MMA, K, K_MASK),)
+        x_queue = x_queue + (_load_x(x_pointers + c * 64, x_mask, column + c * 64, MMA, K, K_MASK),)
 
-    accumulator = gl.zeros((64, ROWS), gl.float32, layout=MMA)
-    for run in range(first_run, first_run + PART_RUNS):
-        upcoming = gl.minimum(run + 1, RUNS - 1)
+    accumulator = gl.zeros((WARPS, 16, ROWS), gl.float32, layout=MMA)
+    # 0, which the compiler cannot always know: it would unroll two runs, and keep some of their values in memory.
+    first = 0 if SLICES == 1 and SLICE_RUNS > 2 else gl.minimum(num_tokens, 0)
+    for run in range(first, first + SLICE_RUNS):
+        upcoming = gl.minimum(run + 1, SLICE_RUNS - 1)
         scales_low, scales_high = split_scales(next_scales)
-        next_scales = gl.load(scale_pointers + upcoming * SCALES, eviction_policy="evict_first")
+        next_scales = _load_run(scale_pointers, scale_run + upcoming, RUNS, SCALES, CLAMP)
         for c in gl.static_range(4):
             x = x_queue[0]
             step = run * 4 + c + X_AHEAD
             if not K_MASK:
-                step = gl.minimum(step, RUNS * 4 - 1)
+                step = gl.minimum(step, SLICE_RUNS * 4 - 1)
             x_queue = x_queue[1:] + (_load_x(x_pointers + step * 64, x_mask, column + step * 64, MMA, K, K_MASK),)
             w = dequantize(queue[0], scales_low if c < 2 else scales_high, bias, gl.DotOperandLayout(0, MMA, 2), c % 2 == 1, NVFP4, WORDS_FOR)
-            tile = upcoming * 4 + c
-            if COLUMN_TILES % 4 != 0:
-                tile = gl.minimum(tile, COLUMN_TILES - 1)  # past the end x is masked to zero
-            queue = queue[1:] + (gl.load(word_pointers + tile * 512, eviction_policy="evict_first"),)
+            queue = queue[1:] + (_load_tile(word_pointers, (word_run + upcoming) * 4 + c, COLUMN_TILES, CLAMP),)
             accumulator = mma_v2(w, x, accumulator)
 
+    value = _sum_of_slices(accumulator, SLICES)
     if SPEC.scaled:
-        accumulator = accumulator * gl.convert_layout(row_scale, gl.SliceLayout(0, MMA))[None, :]
-    value = accumulator * multiplier[:, None]
+        value = value * gl.convert_layout(row_scale, gl.SliceLayout(0, TOTAL))[None, :]
+    value = value * multiplier[:, None]
     if SPEC.has_bias:
         value = value + tile_bias[:, None]
     n = row_tile * 64 + i

@@ -53,10 +53,21 @@ _EIGHT_BF16 = gl.constexpr((gl.bfloat16,) * 8)
 _TWO_INPUTS = gl.constexpr(",".join(["=&r"] * 16 + ["r"] * 8))
 _THREE_INPUTS = gl.constexpr(",".join(["=&r"] * 16 + ["r"] * 12))
 
-# Thread (w, 4 g + t) is row 4 w + g // 2, columns 16 (g % 2) + 4 t .. + 3 of these [16, 32] words.
-WORD_LAYOUT = gl.constexpr(gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0]))
-_WORD_LAYOUT_3D = gl.constexpr(gl.BlockedLayout([1, 1, 4], [4, 8, 1], [4, 1, 1], [2, 1, 0]))
-SCALE_LAYOUT = gl.constexpr(gl.SliceLayout(2, gl.BlockedLayout([1, 1, 4], [4, 8, 1], [4, 1, 1], [2, 1, 0])))
+
+@gluon.constexpr_function
+def word_layout(num_warps: int) -> gl.BlockedLayout:
+    """Of words [4 num_warps, 32]: thread (w, 4 g + t) is row 4 w + g // 2, columns 16 (g % 2) + 4 t .. + 3."""
+    return gl.BlockedLayout([1, 4], [4, 8], [num_warps, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def scale_layout(num_warps: int) -> gl.SliceLayout:
+    """Of scale words [4 num_warps, 8], one a thread."""
+    return gl.SliceLayout(2, gl.BlockedLayout([1, 1, 4], [4, 8, 1], [num_warps, 1, 1], [2, 1, 0]))
+
+
+WORD_LAYOUT = gl.constexpr(word_layout(4))
+SCALE_LAYOUT = gl.constexpr(scale_layout(4))
 
 
 @gluon.jit
@@ -66,18 +77,20 @@ def stored_tile(row_tile, ROW_TILES: gl.constexpr, IS_GATED: gl.constexpr):
 
 
 @gluon.jit
-def word_offsets():
-    """[16, 32] offsets of a tile's words: 16 contiguous bytes per thread."""
-    row = gl.arange(0, 16, layout=gl.SliceLayout(1, WORD_LAYOUT))
-    column = gl.arange(0, 32, layout=gl.SliceLayout(0, WORD_LAYOUT))
+def word_offsets(WARPS: gl.constexpr):
+    """[4 WARPS, 32] offsets of a tile's words: 16 contiguous bytes per thread. Every four warps have the tile."""
+    LAYOUT: gl.constexpr = word_layout(WARPS)
+    row = gl.arange(0, 4 * WARPS, layout=gl.SliceLayout(1, LAYOUT)) % 16
+    column = gl.arange(0, 32, layout=gl.SliceLayout(0, LAYOUT))
     return row[:, None] * 32 + column[None, :]
 
 
 @gluon.jit
-def scale_offsets(NVFP4: gl.constexpr):
-    """[16, 8] offsets of a run of four tiles' scale words: one per thread, shared by two threads in MXFP4."""
-    row = gl.arange(0, 16, layout=gl.SliceLayout(1, SCALE_LAYOUT))
-    column = gl.arange(0, 8, layout=gl.SliceLayout(0, SCALE_LAYOUT))
+def scale_offsets(NVFP4: gl.constexpr, WARPS: gl.constexpr):
+    """[4 WARPS, 8] offsets of a run of four tiles' scale words: one per thread, shared by two in MXFP4. Every four warps have the run."""
+    LAYOUT: gl.constexpr = scale_layout(WARPS)
+    row = gl.arange(0, 4 * WARPS, layout=gl.SliceLayout(1, LAYOUT)) % 16
+    column = gl.arange(0, 8, layout=gl.SliceLayout(0, LAYOUT))
     thread = row[:, None] * 8 + column[None, :]
     return thread if NVFP4 else thread // 2
 
@@ -85,8 +98,10 @@ def scale_offsets(NVFP4: gl.constexpr):
 @gluon.jit
 def four_times(scale):
     """int32 [16, 8], one value a thread, to [16, 32] with the value beside each of the thread's words; no instruction."""
-    wide, _ = gl.broadcast(gl.expand_dims(scale, 2), gl.zeros((16, 8, 4), gl.int32, layout=_WORD_LAYOUT_3D))
-    return gl.convert_layout(gl.reshape(wide, (16, 32)), WORD_LAYOUT, assert_trivial=True)
+    ROWS: gl.constexpr = scale.shape[0]
+    PARENT: gl.constexpr = scale.type.layout.parent
+    wide, _ = gl.broadcast(gl.expand_dims(scale, 2), gl.zeros((ROWS, 8, 4), gl.int32, layout=PARENT))
+    return gl.convert_layout(gl.reshape(wide, (ROWS, 32)), word_layout(ROWS // 4), assert_trivial=True)
 
 
 @gluon.jit
@@ -123,10 +138,12 @@ def load_scales(stage, NVFP4: gl.constexpr):
 
 @gluon.jit
 def dequantize(words, scales, bias, OPERAND: gl.constexpr, ODD: gl.constexpr, NVFP4: gl.constexpr, WORDS_FOR: gl.constexpr):
-    """words, scales int32 [16, 32] to bf16 [64, 64] in `OPERAND`, columns in fragment order.
+    """words, scales int32 [4 w, 32] of w warps to bf16 [16 w, 64], or [w, 16, 64] where `OPERAND` has three dimensions; columns in fragment order.
 
-    ODD: whether the tile is the second one that `scales` serves. bias: int32 [16, 32], MXFP4 only (`exponent_bias`).
+    ODD: whether the tile is the second one that `scales` serves. bias: int32 [4 w, 32], MXFP4 only (`exponent_bias`).
     """
+    WARPS: gl.constexpr = words.shape[0] // 4
+    SHAPE: gl.constexpr = (16 * WARPS, 64) if len(OPERAND.parent.warps_per_cta) == 2 else (WARPS, 16, 64)
     asm: gl.constexpr = _assembly(2 if ODD else 0, NVFP4, WORDS_FOR)
     if NVFP4:
         r0, r1, r2, r3, r4, r5, r6, r7 = gl.inline_asm_elementwise(asm, _TWO_INPUTS, [words, scales], dtype=_EIGHT_BF16, is_pure=True, pack=4)
@@ -134,12 +151,12 @@ def dequantize(words, scales, bias, OPERAND: gl.constexpr, ODD: gl.constexpr, NV
         r0, r1, r2, r3, r4, r5, r6, r7 = gl.inline_asm_elementwise(asm, _THREE_INPUTS, [words, scales, bias], dtype=_EIGHT_BF16, is_pure=True, pack=4)
     # Result 2 s + p holds (h, e) of step s; the joins append p, s % 2, s // 2.
     fragments = gl.join(gl.join(gl.join(r0, r1), gl.join(r2, r3)), gl.join(gl.join(r4, r5), gl.join(r6, r7)))
-    fragments = gl.reshape(fragments, (4, 8, 4, 2, 2, 2, 2, 2))  # w, g, t, h, e, p, s % 2, s // 2
+    fragments = gl.reshape(fragments, (WARPS, 8, 4, 2, 2, 2, 2, 2))  # w, g, t, h, e, p, s % 2, s // 2
     fragments = gl.permute(fragments, (0, 3, 1, 7, 6, 5, 2, 4))  # w, h, g, s // 2, s % 2, p, t, e
-    return gl.convert_layout(gl.reshape(fragments, (64, 64)), OPERAND, assert_trivial=True)
+    return gl.convert_layout(gl.reshape(fragments, SHAPE), OPERAND, assert_trivial=True)
 
 
 @gluon.jit
-def exponent_bias(shift):
+def exponent_bias(shift, WARPS: gl.constexpr = 4):
     """MXFP4: the expert's exponent shift, placed for both halves of a bf16x2 register, beside each word of every thread."""
-    return gl.full((16, 32), shift * 0x00800080, gl.int32, layout=WORD_LAYOUT)
+    return gl.full((4 * WARPS, 32), shift * 0x00800080, gl.int32, layout=word_layout(WARPS))
