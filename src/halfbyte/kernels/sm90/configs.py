@@ -84,7 +84,7 @@ DIRECT, DECODE = DecodeConfig(direct=True), DecodeConfig(direct=False)
 # reads of x, and large tiles amortise decoding.
 TINY = PrefillConfig(((16, 0), (32, 0)), consumers=4, step_k=256, x_stages=4, w_stages=4, box=16, consumer_registers=112, launch_registers=96)
 SMALL = PrefillConfig(
-    ((16, 0), (32, 0), (64, 0)), consumers=4, step_k=128, x_stages=6, w_stages=3, box=16, consumer_registers=112, launch_registers=96
+    ((16, 0), (32, 0), (64, 0)), consumers=4, step_k=256, x_stages=3, w_stages=3, box=16, consumer_registers=112, launch_registers=96
 )
 MEDIUM = PrefillConfig(
     ((32, 0), (64, 0), (64, 16), (64, 32)),
