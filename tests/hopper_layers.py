@@ -33,8 +33,9 @@ def configs() -> dict[str, object]:
     """Every configuration by the name of its constant, in small letters."""
     from halfbyte.kernels.sm90 import configs as module
 
-    names = ("DIRECT", "DECODE", "TINY", "SMALL", "MEDIUM", "LARGE", "HUGE", "FP8_TINY", "FP8_SMALL", "FP8_MEDIUM", "FP8_LARGE", "FP8_HUGE")
-    return {name.lower(): getattr(module, name) for name in names}
+    exact = ("DIRECT", "DECODE", "TINY", "SMALL", "MEDIUM", "LARGE", "HUGE")
+    fp8 = ("FP8_TINY", "FP8_WIDE", "FP8_SMALL", "FP8_MEDIUM", "FP8_LARGE", "FP8_HUGE")
+    return {name.lower(): getattr(module, name) for name in (*exact, *fp8)}
 
 
 def rounds_weights(prepared: hb.PreparedExperts, topk_ids: torch.Tensor, activations: str) -> bool:

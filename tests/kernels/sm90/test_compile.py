@@ -143,13 +143,17 @@ def test_prefill_kernels_use_wgmma_within_their_registers(name: str, nvfp4: bool
     check_prefill_kernel(PREFILL[name], empty_experts(nvfp4=nvfp4, words_for=words_for), is_w13=True, scaled=scaled)
 
 
-FP8 = {"tiny": configs.FP8_TINY, "small": configs.FP8_SMALL, "medium": configs.FP8_MEDIUM, "large": configs.FP8_LARGE, "huge": configs.FP8_HUGE}
+FP8 = {
+    "tiny": configs.FP8_TINY, "wide": configs.FP8_WIDE, "small": configs.FP8_SMALL,
+    "medium": configs.FP8_MEDIUM, "large": configs.FP8_LARGE, "huge": configs.FP8_HUGE,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("name", "nvfp4", "is_w13", "words_for"),
     [
         ("tiny", True, False, "bf16"),
+        ("wide", False, True, "fp8"),
         ("small", True, True, "fp8"),
         ("medium", False, False, "fp8"),
         ("large", True, True, "bf16"),
@@ -211,7 +215,9 @@ def test_the_choice_follows_the_rows_an_expert_has() -> None:
     fp8 = [choose(num_tokens, 8, 128, "fp8") for num_tokens in (1, 384, 512, 1536, 2048, 4096)]
     assert fp8[:2] == [choose(num_tokens, 8, 128) for num_tokens in (1, 384)]
     assert fp8[2:] == [configs.FP8_SMALL, configs.FP8_MEDIUM, configs.FP8_LARGE, configs.FP8_HUGE]
-    assert [choose(num_tokens, 8, 128, "fp8", hb.MXFP4) for num_tokens in (192, 193, 385)] == [configs.TINY, configs.FP8_TINY, configs.FP8_SMALL]
+    assert [choose(num_tokens, 8, 128, "fp8", hb.MXFP4) for num_tokens in (192, 193, 257, 385)] == [
+        configs.TINY, configs.FP8_TINY, configs.FP8_WIDE, configs.FP8_SMALL,
+    ]  # fmt: skip
     assert [choose(num_tokens, 8, 128, "fp8", layout="hopper_fp8") for num_tokens in (8, 10, 11, 385)] == [
         configs.DIRECT, configs.DECODE, configs.FP8_TINY, configs.FP8_SMALL,
     ]  # fmt: skip

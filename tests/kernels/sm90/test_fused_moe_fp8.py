@@ -32,7 +32,7 @@ from halfbyte.weights.hopper.rounding_fp8 import round_to_fp8
 
 pytestmark = hopper
 
-FP8_CONFIGS = ("FP8_TINY", "FP8_SMALL", "FP8_MEDIUM", "FP8_LARGE", "FP8_HUGE")
+FP8_CONFIGS = ("FP8_TINY", "FP8_WIDE", "FP8_SMALL", "FP8_MEDIUM", "FP8_LARGE", "FP8_HUGE")
 TAILS = [(256, 128), (2880, 96), (768, 1408), (320, 2688), (1536, 736), (2880, 2880)]
 
 

@@ -81,15 +81,14 @@ Config: TypeAlias = DecodeConfig | PrefillConfig
 DIRECT, DECODE = DecodeConfig(direct=True), DecodeConfig(direct=False)
 
 # Measured on an H200, 2026-11-26 (docs/kernels.md): many consumers hide the latency of decoding for few tokens, two row tiles per consumer halve the
-# reads of x, and large tiles amortise decoding.
+# reads of x, and large tiles amortise decoding. SMALL, MEDIUM and FP8_WIDE as of 2026-11-30 (docs/tuning.md).
 TINY = PrefillConfig(((16, 0), (32, 0)), consumers=4, step_k=256, x_stages=4, w_stages=4, box=16, consumer_registers=112, launch_registers=96)
 SMALL = PrefillConfig(
     ((16, 0), (32, 0), (64, 0)), consumers=4, step_k=256, x_stages=3, w_stages=3, box=16, consumer_registers=112, launch_registers=96
 )
 MEDIUM = PrefillConfig(
-    ((32, 0), (64, 0), (64, 16), (64, 32)),
-    consumers=2, row_tiles_per_consumer=2, step_k=128, x_stages=4, w_stages=3, box=16, consumer_registers=240, launch_registers=168,
-)  # fmt: skip
+    ((16, 0), (32, 0), (64, 0), (64, 32)), consumers=4, step_k=128, x_stages=4, w_stages=3, box=16, consumer_registers=112, launch_registers=96
+)
 LARGE = PrefillConfig(
     ((64, 0), (128, 0), (128, 16), (128, 32)),
     consumers=2, row_tiles_per_consumer=2, step_k=64, x_stages=6, w_stages=2, box=32, consumer_registers=240, launch_registers=168,
@@ -102,6 +101,7 @@ HUGE = PrefillConfig(
 # Decoding a tile for fp8 keeps the integer pipe busy for about 90 cycles of a scheduler, or 60 where words are coded for it, and reading it from
 # memory takes about as long; the product takes 1 cycle a token, that of bf16 2. Measured beside the kernels for bf16: docs/activations.md.
 FP8_TINY = replace(TINY, fp8=True)
+FP8_WIDE = replace(FP8_TINY, sizes=SMALL.sizes)
 FP8_SMALL = PrefillConfig(
     ((32, 0), (64, 0), (64, 32)),
     consumers=4, step_k=256, x_stages=4, w_stages=3, box=32, consumer_registers=112, launch_registers=96, fp8=True,
@@ -127,14 +127,16 @@ MIN_FP8_ROWS = {NVFP4: 24, MXFP4: 12}
 MIN_FP8_WEIGHTS, MIN_FP8_AVERAGE = 400e6, 4  # from this average on, whatever the size: decoding would read weights twice
 
 PREFILL = (TINY, SMALL, MEDIUM, LARGE, HUGE)
-PREFILL_FP8 = (FP8_TINY, FP8_SMALL, FP8_MEDIUM, FP8_LARGE, FP8_HUGE)
+PREFILL_FP8 = (FP8_TINY, FP8_WIDE, FP8_SMALL, FP8_MEDIUM, FP8_LARGE, FP8_HUGE)
 _NAMES = {value: name for name, value in globals().items() if isinstance(value, DecodeConfig | PrefillConfig)}
 
-# The largest average of rows per expert that each serves, raced with experts that have equal chances (docs/tuning.md). Between 320 and 448 rows an
-# expert has three items of about 128 for LARGE, two of about 192 for FP8_LARGE: 2 and 5 % faster than two of HUGE or FP8_HUGE.
-LIMITS = ((4.5, DECODE), (24, TINY), (56, SMALL), (80, MEDIUM), (150, LARGE), (320, HUGE), (448, LARGE), (math.inf, HUGE))
+# The largest average of rows per expert that each serves, raced with three routings (docs/tuning.md). The host does not know how a call is routed:
+# where routings want different tiles, the rule takes what loses least. So from 16 to 24 rows SMALL and FP8_WIDE serve, 2 and 3 % slower than TINY and
+# FP8_TINY if all experts are alike, 8 % faster with Zipf. Between 320 and 448 rows an expert has three items of about 128 for LARGE, two of about 192
+# for FP8_LARGE: 2 and 5 % faster than two of HUGE or FP8_HUGE.
+LIMITS = ((4.5, DECODE), (16, TINY), (56, SMALL), (80, MEDIUM), (150, LARGE), (320, HUGE), (448, LARGE), (math.inf, HUGE))
 LIMITS_FP8 = (
-    (24, FP8_TINY), (84, FP8_SMALL), (112, FP8_MEDIUM), (176, FP8_LARGE), (320, FP8_HUGE), (448, FP8_LARGE), (math.inf, FP8_HUGE),
+    (16, FP8_TINY), (24, FP8_WIDE), (84, FP8_SMALL), (112, FP8_MEDIUM), (176, FP8_LARGE), (320, FP8_HUGE), (448, FP8_LARGE), (math.inf, FP8_HUGE),
 )  # fmt: skip
 
 
