@@ -1,7 +1,8 @@
 """Do two tunes of the same layers agree, and is the first one's table as good as the second's? No GPU; both are files of `halfbyte tune --export`.
 
 git show 77c1a0b:src/halfbyte/kernels/tables/nvidia-h200.json > first.json
-python benchmarks/two_tunes.py first.json src/halfbyte/kernels/tables/nvidia-h200.json
+git show cf6ee5a:src/halfbyte/kernels/tables/nvidia-h200.json > second.json
+python benchmarks/two_tunes.py first.json second.json
 """
 
 from __future__ import annotations
