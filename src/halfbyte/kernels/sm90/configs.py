@@ -81,14 +81,15 @@ Config: TypeAlias = DecodeConfig | PrefillConfig
 DIRECT, DECODE = DecodeConfig(direct=True), DecodeConfig(direct=False)
 
 # Measured on an H200, 2026-11-26 (docs/kernels.md): many consumers hide the latency of decoding for few tokens, two row tiles per consumer halve the
-# reads of x, and large tiles amortise decoding. SMALL, MEDIUM and FP8_WIDE as of 2026-11-30 (docs/tuning.md).
+# reads of x, and large tiles amortise decoding. SMALL and FP8_WIDE as of 2026-11-30 (docs/tuning.md).
 TINY = PrefillConfig(((16, 0), (32, 0)), consumers=4, step_k=256, x_stages=4, w_stages=4, box=16, consumer_registers=112, launch_registers=96)
 SMALL = PrefillConfig(
     ((16, 0), (32, 0), (64, 0)), consumers=4, step_k=256, x_stages=3, w_stages=3, box=16, consumer_registers=112, launch_registers=96
 )
 MEDIUM = PrefillConfig(
-    ((16, 0), (32, 0), (64, 0), (64, 32)), consumers=4, step_k=128, x_stages=4, w_stages=3, box=16, consumer_registers=112, launch_registers=96
-)
+    ((32, 0), (64, 0), (64, 16), (64, 32)),
+    consumers=2, row_tiles_per_consumer=2, step_k=128, x_stages=4, w_stages=3, box=16, consumer_registers=240, launch_registers=168,
+)  # fmt: skip
 LARGE = PrefillConfig(
     ((64, 0), (128, 0), (128, 16), (128, 32)),
     consumers=2, row_tiles_per_consumer=2, step_k=64, x_stages=6, w_stages=2, box=32, consumer_registers=240, launch_registers=168,
