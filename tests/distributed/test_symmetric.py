@@ -218,7 +218,8 @@ def test_sums_compile(coded: bool) -> None:
 @not_interpreted
 @pytest.mark.parametrize(("world", "copies"), [(2, 0), (8, 2)])
 def test_combines_compile(world: int, copies: int) -> None:
-    from halfbyte.distributed.kernels import exchange_codes, pull_rows
+    from halfbyte.distributed.exchange import exchange_codes
+    from halfbyte.distributed.kernels import pull_rows
 
     bf16, i32, i64 = torch.bfloat16, torch.int32, torch.int64
     pull = compile_for(

@@ -1,5 +1,5 @@
-"""Kernels over memory that every GPU of a group can reach (Triton): `push_rows` sends tokens, `pull_rows` adds up partial sums, `exchange_codes`
-does it with partial sums in e4m3.
+"""Kernels over memory that every GPU of a group can reach (Triton): `push_rows` sends tokens, `pull_rows` adds up partial sums. Of those in e4m3 see
+`exchange`.
 
 Memory is addressed through a table, int64 on the device: the base address of each rank's block (the blocks are laid out alike), then the offset of
 each region. Addresses are 64-bit throughout. Every rank runs the same sequence of kernels; this is what orders them:
@@ -9,7 +9,6 @@ each region. Addresses are 64-bit throughout. Every rank runs the same sequence 
 * A dispatch ends when the rows of all ranks are here. A combine begins by saying that the partial sums are ready, and ends after all have said so.
 * So a rank pushes into a buffer only after every peer has entered the combine behind its last use, and writes partial sums only after every peer has
   left the combine that read the last ones: dispatch and combine take turns, and no other barrier is needed.
-* In `exchange_codes` each row has a flag of its own, its stamp, which holds the epoch.
 
 Scalar operations alone take part in the synchronisation. A wait ends after `SPINS` looks, about two minutes, with a trap: an error, not a hang.
 """
@@ -26,76 +25,53 @@ from halfbyte.kernels.quantizers.fp8 import divide, e4m3_bytes, fp32_scale, mx_s
 
 # Places in the table, behind the addresses of the ranks.
 FLAGS, SIZES, CODES, BLOCK_SCALES, ROW_SCALES, IDS, WEIGHTS, PARTIAL, STAMPS = map(tl.constexpr, range(len(REGIONS)))
-_SPINS = tl.constexpr(150_000_000)
+SPINS = tl.constexpr(150_000_000)
 _SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 _NVFP4_RANGE = tl.constexpr(6.0 * 448.0)
 _INFINITY = tl.constexpr(float("inf"))
 
 
 @triton.jit
-def _region(table_ptr, peer, REGION: tl.constexpr, WORLD: tl.constexpr, dtype: tl.constexpr):
+def region(table_ptr, peer, REGION: tl.constexpr, WORLD: tl.constexpr, dtype: tl.constexpr):
     """Where the region begins in the block of `peer`."""
     address = tl.load(table_ptr + peer) + tl.load(table_ptr + WORLD + REGION)
     return tl.multiple_of(address.to(tl.pointer_type(dtype)), 16)
 
 
 @triton.jit
-def _signal(table_ptr, rank, PHASE: tl.constexpr, WORLD: tl.constexpr):
+def signal(table_ptr, rank, PHASE: tl.constexpr, WORLD: tl.constexpr):
     """Count up this rank's flag in every block. What this program has seen and done before is visible to who sees the flag."""
     for peer in range(WORLD):
-        tl.atomic_add(_region(table_ptr, peer, FLAGS, WORLD, tl.int32) + PHASE * WORLD + rank, 1, sem="release", scope="sys")
+        tl.atomic_add(region(table_ptr, peer, FLAGS, WORLD, tl.int32) + PHASE * WORLD + rank, 1, sem="release", scope="sys")
 
 
 @triton.jit
-def _trap_after(spins, ASM: tl.constexpr):
+def trap_after(spins, ASM: tl.constexpr):
     if ASM:  # noqa: SIM102 - decided when compiling
-        if spins >= _SPINS:
+        if spins >= SPINS:
             tl.inline_asm_elementwise("trap; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
-def _wait(table_ptr, rank, epoch, PHASE: tl.constexpr, WORLD: tl.constexpr, ASM: tl.constexpr):
+def wait(table_ptr, rank, epoch, PHASE: tl.constexpr, WORLD: tl.constexpr, ASM: tl.constexpr):
     """Until every rank's flag here has reached the epoch."""
-    flags = _region(table_ptr, rank, FLAGS, WORLD, tl.int32) + PHASE * WORLD
+    flags = region(table_ptr, rank, FLAGS, WORLD, tl.int32) + PHASE * WORLD
     for peer in range(WORLD):
         spins = 0
-        while (tl.atomic_add(flags + peer, 0, sem="acquire", scope="sys") - epoch < 0) & (spins < _SPINS):
+        while (tl.atomic_add(flags + peer, 0, sem="acquire", scope="sys") - epoch < 0) & (spins < SPINS):
             spins += 1
-        _trap_after(spins, ASM)
+        trap_after(spins, ASM)
 
 
 @triton.jit
-def _wait_for_row(stamp_ptr, epoch, ASM: tl.constexpr):
-    """The row's stamp, as soon as its upper half has reached the epoch."""
-    spins = 0
-    stamp = tl.atomic_add(stamp_ptr, 0, sem="acquire", scope="sys")
-    while (tl.cast(stamp >> 32, tl.int32) - epoch < 0) & (spins < _SPINS):
-        stamp = tl.atomic_add(stamp_ptr, 0, sem="acquire", scope="sys")
-        spins += 1
-    _trap_after(spins, ASM)
-    return stamp
-
-
-@triton.jit
-def _release(ASM: tl.constexpr):
-    """What the program has stored is visible before what it stores from here on (thread 0 of it, which does the atomic operations)."""
-    tl.debug_barrier()
-    if ASM:
-        tl.inline_asm_elementwise(
-            "{ .reg .pred first; .reg .b32 thread; mov.u32 thread, %tid.x; setp.eq.u32 first, thread, 0; @first fence.acq_rel.sys; mov.b32 $0, 0; }",
-            "=r", [], dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-
-
-@triton.jit
-def _is_last(ticket_ptr):
+def is_last(ticket_ptr):
     """Whether all other programs have come here already; what they did before is visible then."""
     tl.debug_barrier()
     return tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="sys") == tl.num_programs(0) - 1
 
 
 @triton.jit
-def _first_row(sizes_ptr, rank, WORLD: tl.constexpr):
+def first_row_of(sizes_ptr, rank, WORLD: tl.constexpr):
     """Of this rank among the rows of all, in the order of ranks."""
     first = 0
     for other in tl.static_range(WORLD):
@@ -151,7 +127,7 @@ def _four_words(w, factor, divisor, inverse, DIVIDE: tl.constexpr, BF16: tl.cons
 
 
 @triton.jit
-def _fp8_row(w, GROUPS: tl.constexpr, BF16: tl.constexpr, NATIVE: tl.constexpr, ASM: tl.constexpr):
+def fp8_row(w, GROUPS: tl.constexpr, BF16: tl.constexpr, NATIVE: tl.constexpr, ASM: tl.constexpr):
     """Codes and the scale of a row quantised with one scale, as `formats.fp8_tensor` defines them."""
     scale = fp32_scale(_row_amax(w, BF16))
     factor, divisor, inverse = prepare_division(scale, ASM)
@@ -160,13 +136,13 @@ def _fp8_row(w, GROUPS: tl.constexpr, BF16: tl.constexpr, NATIVE: tl.constexpr, 
 
 
 @triton.jit
-def _store_quad(pointers, w0, w1, w2, w3, mask):
+def store_quad(pointers, w0, w1, w2, w3, mask):
     quad = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (w0.shape[0], w0.shape[1], 4))
     tl.store(pointers[:, :, None] + tl.arange(0, 4)[None, None, :], quad, mask=mask[:, :, None])
 
 
 @triton.jit
-def _ranks_of(ids, row, placement_ptr, num_experts, WORLD: tl.constexpr, COPIES: tl.constexpr):
+def ranks_of(ids, row, placement_ptr, num_experts, WORLD: tl.constexpr, COPIES: tl.constexpr):
     """Bits of the ranks that hold one of these experts for the row: placement int32 [E, 1 + COPIES], number of copies, then the rank of each."""
     is_expert = (ids >= 0) & (ids < num_experts)
     entry = placement_ptr + tl.where(is_expert, ids, 0) * (1 + COPIES)
@@ -187,7 +163,7 @@ def push_rows(
     x        [num_rows, H] bf16 or fp16 as int32 words ("copy": sent as they are; "nvfp4", "nvfp4 by row", "fp8", "mxfp8": quantised on the way)
     scale    fp32 [1], "nvfp4": the global scale
     ids      int32 [num_rows, TOP_K]; -1 is sent for rows from num_tokens int32 [1] on (COUNTED)
-    COPIES   0: all rows go to all ranks; else the hidden state goes only to ranks that hold an expert of the row, as `_ranks_of` says, and `needs`
+    COPIES   0: all rows go to all ranks; else the hidden state goes only to ranks that hold an expert of the row, as `ranks_of` says, and `needs`
              int32 [num_rows] remembers these
     """
     NUM_GROUPS: tl.constexpr = HIDDEN // 16
@@ -205,14 +181,14 @@ def push_rows(
     epoch = tl.load(sync_ptr + 1) + 1
     if tl.program_id(0) == 0:
         for peer in range(WORLD):
-            tl.store(_region(table_ptr, peer, SIZES, WORLD, tl.int32) + (epoch & 1) * WORLD + rank, num_rows)
+            tl.store(region(table_ptr, peer, SIZES, WORLD, tl.int32) + (epoch & 1) * WORLD + rank, num_rows)
     for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
         target = tl.cast(first_row + row, tl.int64)
         ids = tl.load(ids_ptr + row * TOP_K + slot, mask=slot < TOP_K, other=-1)
         ids = tl.where(row < num_tokens, ids, -1)
         weights = tl.load(weights_ptr + row * TOP_K + slot, mask=slot < TOP_K, other=0.0)
         if COPIES > 0:
-            needs = _ranks_of(ids, first_row + row, placement_ptr, num_experts, WORLD, COPIES)
+            needs = ranks_of(ids, first_row + row, placement_ptr, num_experts, WORLD, COPIES)
             tl.store(needs_ptr + row, needs)
         x_row = x_ptr + tl.cast(row, tl.int64) * (HIDDEN // 2)
         if FORMAT == "copy":
@@ -225,7 +201,7 @@ def push_rows(
             scale = _nvfp4_row_scale(w, BF16)
             byte, low, high = nvfp4_block(w, prepare_global(scale, 6.0, ASM), BF16, False, NATIVE, ASM)
         elif FORMAT == "fp8":
-            codes, scale = _fp8_row(w, GROUPS, BF16, NATIVE, ASM)
+            codes, scale = fp8_row(w, GROUPS, BF16, NATIVE, ASM)
         elif FORMAT == "mxfp8":
             amax = tl.max(tl.reshape(amax8(w, BF16, ASM), (1, GROUPS // 2, 2)), axis=2, keep_dims=True)
             amax = tl.reshape(tl.broadcast_to(amax, (1, GROUPS // 2, 2)), (1, GROUPS))
@@ -233,30 +209,30 @@ def push_rows(
             codes = _four_words(w, factor, factor, factor, False, BF16, NATIVE, ASM)
         for step in range(WORLD):
             peer = (rank + 1 + step) % WORLD  # not all to the same one at once
-            tl.store(_region(table_ptr, peer, IDS, WORLD, tl.int32) + target * TOP_K + slot, ids, mask=slot < TOP_K)
-            tl.store(_region(table_ptr, peer, WEIGHTS, WORLD, tl.float32) + target * TOP_K + slot, weights, mask=slot < TOP_K)
+            tl.store(region(table_ptr, peer, IDS, WORLD, tl.int32) + target * TOP_K + slot, ids, mask=slot < TOP_K)
+            tl.store(region(table_ptr, peer, WEIGHTS, WORLD, tl.float32) + target * TOP_K + slot, weights, mask=slot < TOP_K)
             wanted = 1
             if COPIES > 0:
                 wanted = (needs >> peer) & 1
             if wanted != 0:
-                to = _region(table_ptr, peer, CODES, WORLD, tl.int32)
+                to = region(table_ptr, peer, CODES, WORLD, tl.int32)
                 if FORMAT == "copy":
                     tl.store(to + target * (HIDDEN // 2) + word, words, mask=word < HIDDEN // 2)
                 elif (FORMAT == "fp8") | (FORMAT == "mxfp8"):
-                    _store_quad(to + target * (HIDDEN // 4) + group * 4, codes[0], codes[1], codes[2], codes[3], inside)
+                    store_quad(to + target * (HIDDEN // 4) + group * 4, codes[0], codes[1], codes[2], codes[3], inside)
                 else:
                     pairs = to + target * (HIDDEN // 8) + group * 2
                     tl.store(pairs[:, :, None] + tl.arange(0, 2)[None, None, :], tl.join(low, high), mask=inside[:, :, None])
                 if (FORMAT == "nvfp4") | (FORMAT == "nvfp4 by row"):
-                    tl.store(_region(table_ptr, peer, BLOCK_SCALES, WORLD, tl.uint8) + target * NUM_GROUPS + group, byte.to(tl.uint8), mask=inside)
+                    tl.store(region(table_ptr, peer, BLOCK_SCALES, WORLD, tl.uint8) + target * NUM_GROUPS + group, byte.to(tl.uint8), mask=inside)
                 if FORMAT == "mxfp8":
-                    scales = _region(table_ptr, peer, BLOCK_SCALES, WORLD, tl.uint8) + target * (NUM_GROUPS // 2) + group // 2
+                    scales = region(table_ptr, peer, BLOCK_SCALES, WORLD, tl.uint8) + target * (NUM_GROUPS // 2) + group // 2
                     tl.store(scales, byte.to(tl.uint8), mask=inside & (group % 2 == 0))
                 if (FORMAT == "fp8") | (FORMAT == "nvfp4 by row"):
-                    tl.store(_region(table_ptr, peer, ROW_SCALES, WORLD, tl.float32) + target, scale)
-    if _is_last(sync_ptr):
-        _signal(table_ptr, rank, 0, WORLD)
-        _wait(table_ptr, rank, epoch, 0, WORLD, ASM)
+                    tl.store(region(table_ptr, peer, ROW_SCALES, WORLD, tl.float32) + target, scale)
+    if is_last(sync_ptr):
+        signal(table_ptr, rank, 0, WORLD)
+        wait(table_ptr, rank, epoch, 0, WORLD, ASM)
         tl.store(sync_ptr, 0)
         tl.store(sync_ptr + 1, epoch)
 
@@ -273,8 +249,8 @@ def pull_rows(
     """
     epoch = tl.load(sync_ptr + 3) + 1
     if tl.program_id(0) == 0:
-        _signal(table_ptr, rank, 1, WORLD)
-    _wait(table_ptr, rank, epoch, 1, WORLD, ASM)
+        signal(table_ptr, rank, 1, WORLD)
+    wait(table_ptr, rank, epoch, 1, WORLD, ASM)
     tl.debug_barrier()
     BLOCKS: tl.constexpr = triton.cdiv(HIDDEN, BLOCK)
     dtype: tl.constexpr = tl.bfloat16 if BF16 else tl.float16
@@ -289,127 +265,9 @@ def pull_rows(
         total = tl.zeros((BLOCK,), tl.float32)
         for peer in tl.static_range(WORLD):
             wanted = inside & ((needs >> peer) & 1 != 0)
-            values = _region(table_ptr, peer, PARTIAL, WORLD, dtype) + source * HIDDEN + column
+            values = region(table_ptr, peer, PARTIAL, WORLD, dtype) + source * HIDDEN + column
             total += tl.load(values, mask=wanted, other=0.0).to(tl.float32)
         tl.store(out_ptr + tl.cast(row, tl.int64) * HIDDEN + column, total.to(out_ptr.dtype.element_ty), mask=inside)
-    if _is_last(sync_ptr + 2):
-        tl.store(sync_ptr + 2, 0)
-        tl.store(sync_ptr + 3, epoch)
-
-
-@triton.jit
-def _send_codes(
-    item, num_items, words_ptr, placement_ptr, table_ptr, sizes, rank, num_experts,
-    HIDDEN: tl.constexpr, TOP_K: tl.constexpr, WORLD: tl.constexpr, COPIES: tl.constexpr, BF16: tl.constexpr, NATIVE: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    """An item of `exchange_codes` in e4m3 to its owner: where its stamp lies there, 0 where nothing was sent, and its scale as bits."""
-    NUM_GROUPS: tl.constexpr = HIDDEN // 16
-    GROUPS: tl.constexpr = triton.next_power_of_2(NUM_GROUPS)
-    SLOTS: tl.constexpr = triton.next_power_of_2(TOP_K)
-    group = tl.arange(0, GROUPS)[None, :]
-    slot = tl.arange(0, SLOTS)
-    inside = group < NUM_GROUPS
-    index = item // (WORLD - 1)
-    peer = (rank + 1 + item % (WORLD - 1)) % WORLD
-    peer_rows = tl.load(sizes + peer)
-    stamp, bits = tl.full((), 0, tl.int64), tl.full((), 0, tl.int32)
-    if (item < num_items) & (index < peer_rows):
-        source = tl.cast(_first_row(sizes, peer, WORLD) + index, tl.int64)
-        wanted = 1
-        if COPIES > 0:
-            ids = tl.load(_region(table_ptr, rank, IDS, WORLD, tl.int32) + source * TOP_K + slot, mask=slot < TOP_K, other=-1)
-            wanted = (_ranks_of(ids, source.to(tl.int32), placement_ptr, num_experts, WORLD, COPIES) >> rank) & 1
-        if wanted != 0:
-            position = tl.cast(rank * peer_rows + index, tl.int64)
-            codes, scale = _fp8_row(load_words(words_ptr + source * (HIDDEN // 2) + group * 8, inside), GROUPS, BF16, NATIVE, ASM)
-            to = _region(table_ptr, peer, PARTIAL, WORLD, tl.int32) + position * (HIDDEN // 4)
-            _store_quad(to + group * 4, codes[0], codes[1], codes[2], codes[3], inside)
-            stamp = (_region(table_ptr, peer, STAMPS, WORLD, tl.int64) + position).to(tl.int64)
-            bits = scale.to(tl.int32, bitcast=True)
-    return stamp, bits
-
-
-@triton.jit
-def _stamp(stamp, bits, epoch):
-    if stamp != 0:
-        value = (tl.cast(epoch, tl.int64) << 32) | (tl.cast(bits, tl.int64) & 0xFFFFFFFF)
-        tl.atomic_xchg(stamp.to(tl.pointer_type(tl.int64)), value, sem="relaxed", scope="sys")
-
-
-@triton.jit
-def _add_up(
-    own_ptr, out_ptr, codes_ptr, stamps, source, row, num_rows, needs, rank, epoch, HIDDEN: tl.constexpr, WORLD: tl.constexpr,
-    ASM: tl.constexpr,
-):  # fmt: skip
-    """out[row] = round(sum over the ranks that `needs` names, in their order, of their partial sums), in fp32, as they arrive."""
-    BLOCK: tl.constexpr = triton.next_power_of_2(HIDDEN) // 2
-    for part in tl.static_range(2):  # more columns at once do not fit into the registers
-        column = part * BLOCK + tl.arange(0, BLOCK)
-        inside = column < HIDDEN
-        wanted = inside & (((needs >> rank) & 1) + tl.zeros_like(column) != 0)
-        own = tl.load(own_ptr + source * HIDDEN + column, mask=wanted, other=0.0)
-        total = tl.zeros((BLOCK,), tl.float32)
-        for peer in tl.static_range(WORLD):
-            if peer == rank:
-                total += own.to(tl.float32)
-            elif (needs >> peer) & 1 != 0:
-                at = tl.cast(peer * num_rows + row, tl.int64)
-                if part == 0:
-                    stamp = _wait_for_row(stamps + at, epoch, ASM)
-                    tl.debug_barrier()
-                else:
-                    stamp = tl.load(stamps + at)
-                codes = tl.load(codes_ptr + at * HIDDEN + column, mask=inside, other=0.0)
-                total += codes.to(tl.float32) * stamp.to(tl.int32).to(tl.float32, bitcast=True)
-        tl.store(out_ptr + tl.cast(row, tl.int64) * HIDDEN + column, total.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=["max_rows", "rank", "num_experts", "num_senders"])
-def exchange_codes(
-    own_ptr, words_ptr, out_ptr, placement_ptr, needs_ptr, table_ptr, sync_ptr, max_rows, rank, num_experts, num_senders,
-    HIDDEN: tl.constexpr, TOP_K: tl.constexpr, WORLD: tl.constexpr, COPIES: tl.constexpr, BF16: tl.constexpr,
-    NATIVE: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    """As `pull_rows`, but partial sums travel in e4m3 with one scale per row: each is sent to its owner, who adds rows up as they arrive.
-
-    own, words   [R, H]: this rank's partial sums as bf16 or fp16, and as int32 words; those of its own rows are not rounded
-    out          [own rows, H]
-    max_rows     the most rows that a rank has
-    COPIES       as in `push_rows`: 0, or rows without an expert here are not sent, nor waited for by their owners, who have `needs`
-
-    The first `num_senders` programs send: row i of every peer, then row i + 1 of every peer. The others add up the rows of this rank, in the same
-    order, so that the link does not idle while sums are made. Senders never wait; all programs have to be on the GPU together. Rows lie by sender, in
-    a buffer that experts do not write to.
-    """
-    program = tl.program_id(0)
-    epoch = tl.load(sync_ptr + 3) + 1
-    sizes = _region(table_ptr, rank, SIZES, WORLD, tl.int32) + (tl.load(sync_ptr + 1) & 1) * WORLD
-    if program < num_senders:
-        num_items = max_rows * (WORLD - 1)
-        for item in range(program, num_items, 2 * num_senders):  # two rows for one fence, which waits for their bytes to be there
-            stamp, bits = _send_codes(
-                item, num_items, words_ptr, placement_ptr, table_ptr, sizes, rank, num_experts, HIDDEN, TOP_K, WORLD, COPIES, BF16, NATIVE, ASM
-            )
-            next_stamp, next_bits = _send_codes(
-                item + num_senders, num_items, words_ptr, placement_ptr, table_ptr, sizes, rank, num_experts, HIDDEN, TOP_K, WORLD, COPIES, BF16,
-                NATIVE, ASM,
-            )  # fmt: skip
-            _release(ASM)
-            _stamp(stamp, bits, epoch)
-            _stamp(next_stamp, next_bits, epoch)
-    else:
-        if program == num_senders:
-            _signal(table_ptr, rank, 1, WORLD)
-        num_rows = tl.load(sizes + rank)
-        first_row = _first_row(sizes, rank, WORLD)
-        codes, stamps = _region(table_ptr, rank, PARTIAL, WORLD, tl.float8e4nv), _region(table_ptr, rank, STAMPS, WORLD, tl.int64)
-        for row in range(program - num_senders, num_rows, tl.num_programs(0) - num_senders):
-            needs = tl.full((), -1, tl.int32)
-            if COPIES > 0:
-                needs = tl.load(needs_ptr + row)
-            source = tl.cast(first_row + row, tl.int64)
-            _add_up(own_ptr, out_ptr, codes, stamps, source, row, num_rows, needs, rank, epoch, HIDDEN, WORLD, ASM)
-    if _is_last(sync_ptr + 2):
-        _wait(table_ptr, rank, epoch, 1, WORLD, ASM)
+    if is_last(sync_ptr + 2):
         tl.store(sync_ptr + 2, 0)
         tl.store(sync_ptr + 3, epoch)

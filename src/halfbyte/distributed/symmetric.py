@@ -18,7 +18,8 @@ import torch
 import triton
 
 from halfbyte.device import Target
-from halfbyte.distributed.kernels import exchange_codes, pull_rows, push_rows
+from halfbyte.distributed.exchange import exchange_codes
+from halfbyte.distributed.kernels import pull_rows, push_rows
 from halfbyte.distributed.peer_memory import PeerMemory
 from halfbyte.distributed.placement import Placement
 from halfbyte.distributed.transport import CombineFormat, Tokens
