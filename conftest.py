@@ -8,7 +8,7 @@ import torch
 import halfbyte
 
 # They import engines, which are not installed here; tests/integrations put stubs in their place.
-collect_ignore = [f"src/halfbyte/integrations/{engine}/{module}.py" for engine in ("vllm", "sglang") for module in ("hook", "takeover")]
+collect_ignore = [f"src/halfbyte/integrations/{engine}/{module}.py" for engine in ("vllm", "sglang") for module in ("hook", "peers", "takeover")]
 
 
 def pytest_configure() -> None:

@@ -74,8 +74,8 @@ def test_nothing_timed_is_exit_3(quick, capsys):
     [
         (["--layout", "4x4"], "unknown layout '4x4'; choose from linear, 128x4, 8x4"),
         (["--systems", "cutlass"], "unknown system 'cutlass'; choose from halfbyte, naive, scan, search"),
-        (["--rows", "0"], "0 is below 1"),
-        (["--experts", "-1"], "-1 is below 0"),
+        (["--rows", "0"], "'0' is not an integer of at least 1"),
+        (["--experts", "-1"], "'-1' is not an integer of at least 0"),
         (["--format", "int4"], "unknown format"),
         (["--width", "72", "--device", "cpu"], "72 does not divide into NVFP4 blocks of 16"),
     ],

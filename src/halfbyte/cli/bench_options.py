@@ -13,7 +13,8 @@ import torch
 
 from halfbyte.bench.records import Record, Row, append, environment, render, tables
 from halfbyte.bench.shapes import NAMED_SHAPES, MoEShape
-from halfbyte.cli.terminal import comma_list, count, one_of, print_document, usable_device
+from halfbyte.cli.documents import print_document
+from halfbyte.cli.terminal import comma_list, count, one_of, usable_device
 from halfbyte.errors import InputError
 from halfbyte.formats import FORMATS
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from halfbyte.bench.records import ROW_MODULES, Record, latest, read, render, tables
 from halfbyte.cli.bench_options import file_to_write
-from halfbyte.cli.terminal import print_document
+from halfbyte.cli.documents import print_document
 from halfbyte.errors import InputError
 
 EXAMPLE = "halfbyte bench report results.jsonl --plot results.png"

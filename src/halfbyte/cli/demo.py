@@ -31,8 +31,9 @@ def run(args: argparse.Namespace) -> int:
     missing = [name for name in ("transformers", "matplotlib") if importlib.util.find_spec(name) is None]
     if missing:
         raise UnsupportedError("the demo needs a package", needed=" and ".join(missing), next_step="run: pip install 'halfbyte[demo]'")
+    from halfbyte.cli.documents import print_document
     from halfbyte.cli.progress import Bar
-    from halfbyte.cli.terminal import print_document, quieten_transformers, set_threads
+    from halfbyte.cli.terminal import quieten_transformers, set_threads
     from halfbyte.demo.run import run_demo
 
     set_threads(args.threads)

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the report; 1 when something is broken, 0 otherwise."""
-    from halfbyte.cli.terminal import print_document
+    from halfbyte.cli.documents import print_document
 
     findings = report()
     if args.json:

@@ -80,8 +80,9 @@ def _load(model: str, device: torch.device, activations: str, ranks: Ranks) -> t
 
 def _run(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> int:
     from halfbyte.checkpoint.source import DEMO_MODEL, demo_model_dir
+    from halfbyte.cli.documents import print_document
     from halfbyte.cli.progress import Bar
-    from halfbyte.cli.terminal import print_document, set_threads
+    from halfbyte.cli.terminal import set_threads
     from halfbyte.eval.activations import FASTEST_FIRST, choose_activations
     from halfbyte.eval.data import load_documents, load_questions
     from halfbyte.eval.evaluate import evaluate

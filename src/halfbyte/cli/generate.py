@@ -30,7 +30,8 @@ def run(args: argparse.Namespace) -> int:
         InputError: an empty prompt.
         CheckpointError, UnsupportedError: the model cannot be loaded here.
     """
-    from halfbyte.cli.terminal import load_model, print_document, set_threads, usable_device
+    from halfbyte.cli.documents import print_document
+    from halfbyte.cli.terminal import load_model, set_threads, usable_device
     from halfbyte.errors import InputError
     from halfbyte.eval.generation import complete, prompt_ids
 

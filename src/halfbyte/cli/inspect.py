@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         CheckpointError, UnsupportedError: the checkpoint cannot be opened or described at all; no such MoE layer.
     """
-    from halfbyte.cli.terminal import print_document
+    from halfbyte.cli.documents import print_document
 
     report = describe(args.model, args.layer, args.tensors, args.fp8_error, args.values)
     if args.json:

@@ -53,8 +53,9 @@ def run(args: argparse.Namespace) -> int:
         CheckpointError, UnsupportedError, InputError: as `load_experts`, `prepare` and `warm_up`; the disk is full, the directory cannot be written.
     """
     from halfbyte.checkpoint import Checkpoint
+    from halfbyte.cli.documents import print_document
     from halfbyte.cli.progress import Bar
-    from halfbyte.cli.terminal import print_document, set_threads, usable_device
+    from halfbyte.cli.terminal import set_threads, usable_device
     from halfbyte.loading.prepared import Wanted, prepare_on_disk
 
     set_threads(args.threads)

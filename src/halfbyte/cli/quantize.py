@@ -51,8 +51,9 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         CheckpointError, UnsupportedError, InputError: as `quantize_model`; a device that is not there, before anything is written.
     """
+    from halfbyte.cli.documents import print_document
     from halfbyte.cli.progress import Bar
-    from halfbyte.cli.terminal import print_document, quieten_transformers, set_threads, usable_device
+    from halfbyte.cli.terminal import quieten_transformers, set_threads, usable_device
     from halfbyte.convert import QuantizeOptions, quantize_model
 
     set_threads(args.threads)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
 import os
 import re
@@ -63,12 +62,7 @@ port = _integer("a port from 0 to 65535", 0, 65535)
 percent = _number("a percentage of at least 0")
 temperature = _number("a temperature of at least 0")
 relative_error = _number("an error of at least 0")
-seconds = _number("a number of seconds", math.inf)
-
-
-def print_document(document: Any, default: Callable[[Any], Any] | None = None) -> None:
-    """Print what a command found as one JSON document: all that `--json` leaves on stdout (docs/json.md). `default`: as of `json.dumps`."""
-    print(json.dumps(document, indent=2, allow_nan=False, default=default))
+seconds = _number("a number of seconds of at least 0", math.inf)
 
 
 def add_threads(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 from halfbyte.bench.shapes import MoEShape
 from halfbyte.cli import bench_options as shared
 from halfbyte.cli.bench_moe import parse_shape
-from halfbyte.cli.terminal import comma_list, one_of, print_document, seconds, usable_device
+from halfbyte.cli.documents import print_document
+from halfbyte.cli.terminal import comma_list, one_of, seconds, usable_device
 from halfbyte.device import Target
 from halfbyte.errors import CheckpointError
 from halfbyte.formats.activation_formats import ACTIVATION_FORMATS
