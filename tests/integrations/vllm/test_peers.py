@@ -112,14 +112,16 @@ def test_two_ranks_give_what_one_gives() -> None:
 
 
 def check_failure(rank: int, world: int) -> None:
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        vllm = peers_in_place(monkeypatch)
-        layer, method = layer_of(vllm, rank, world, "linear", {"peer_memory": True})
-        if rank == 1:
-            monkeypatch.setattr("halfbyte.integrations.engines.prepare", lambda *_, **__: 1 / 0)
-        method.process_weights_after_loading(layer)
-        assert layer.by_vllm and type(method).__name__ == METHOD and not hasattr(layer, "halfbyte_experts")
-        assert any("rank 1: ZeroDivisionError" in line for line in vllm.logged)
+    options: tuple[dict[str, Any], ...] = ({"peer_memory": True}, {"activations": "fp8"})  # over peer memory; rounded, through vLLM's group
+    for given in options:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            vllm = peers_in_place(monkeypatch)
+            layer, method = layer_of(vllm, rank, world, "linear", given)
+            if rank == 1:
+                monkeypatch.setattr("halfbyte.integrations.engines.prepare", lambda *_, **__: 1 / 0)
+            method.process_weights_after_loading(layer)
+            assert layer.by_vllm and type(method).__name__ == METHOD and not hasattr(layer, "halfbyte_experts")
+            assert any("rank 1: ZeroDivisionError" in line for line in vllm.logged)
 
 
 def test_a_layer_that_one_rank_cannot_arrange_is_left_to_vllm_on_all() -> None:

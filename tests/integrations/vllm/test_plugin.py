@@ -183,9 +183,10 @@ class Ranks:
 
 
 @pytest.mark.parametrize("activations", ["fp8", "mxfp8"])
-def test_tokens_that_the_experts_would_round_travel_rounded(vllm: Any, activations: Any) -> None:  # noqa: F811
+def test_tokens_that_the_experts_would_round_travel_rounded(vllm: Any, activations: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     vllm.config = VllmConfig({"halfbyte": {"activations": activations}})
     layer, method = chosen(vllm)
+    monkeypatch.setattr(sys.modules["halfbyte.integrations.vllm.takeover"], "agreed", lambda reason: reason)  # with ranks that are not there
     layer.moe_config.dp_size = 2
     method.process_weights_after_loading(layer)
     assert method.supports_internal_mk  # so that vLLM does not gather them

@@ -125,17 +125,18 @@ class _Method:
         loaded = state.parameters(layer)
         is_reload = getattr(layer, "halfbyte_experts", None) is not None
         experts = failure = None
+        state.wire = wire_of(layer.moe_config, state.model.options.activations)
         try:
             experts = experts_of(layer, state.holding, state.model.options)
             names = parameters_of(state.holding)
-            state.wire = wire_of(layer.moe_config, state.model.options.activations)
             state.model.take_over(layer, layer.layer_name, experts, names, top_k=layer.top_k, max_tokens=state.max_tokens)
         except (HalfbyteError, *FAILURES) as error:
             if is_reload:
                 raise
             failure = f"{type(error).__name__}: {error}"
-        if state.peers is not None and not is_reload:
+        if not is_reload and (state.peers is not None or state.wire is not None):  # ranks that moved tokens differently would wait for ever
             failure = agreed(failure)
+        if not is_reload and state.peers is not None:
             state.way = state.peers.way(layer) if failure is None else None
         if failure is not None:
             state.model.refuse(layer.layer_name, failure)
