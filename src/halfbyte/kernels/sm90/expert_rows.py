@@ -113,7 +113,7 @@ def run(
         config = choose_config(problem_of("expert_rows", hidden, experts, activations), Size(num_rows))
     h = scratch((num_rows, padded_size(experts.intermediate)), torch.bfloat16, device)
     if not isinstance(config, PrefillConfig):
-        parts = W2_PARTS if config.direct and experts.intermediate >= MIN_COLUMNS_OF_PARTS else 1
+        parts = _parts_of_w2(experts.intermediate) if config.direct else 1
         rows = scratch((parts * num_rows, experts.hidden), torch.float32 if config.direct else torch.bfloat16, device)
         x, x_scale = _encoded(hidden, activations, experts)
         _decode_gemm(x, x_scale, experts.w13, h, experts, work, expert_offset, is_w13=True)
@@ -133,8 +133,13 @@ def direct_slices(problem: Problem, size: Size) -> tuple[int, int]:
     """Slices of the columns of w13 and of w2 in the direct kernel."""
     halves = 2 if problem.gated else 1
     inner, hidden = ceil_div(problem.intermediate, TILE), ceil_div(problem.hidden, TILE)
-    parts = W2_PARTS if problem.intermediate >= MIN_COLUMNS_OF_PARTS else 1
+    parts = _parts_of_w2(problem.intermediate)
     return _slices(size.num_rows * halves * inner, hidden), _slices(size.num_rows * hidden * parts, inner // parts)
+
+
+def _parts_of_w2(intermediate: int) -> int:
+    """How many programs of the direct kernel share the columns of w2."""
+    return W2_PARTS if intermediate >= MIN_COLUMNS_OF_PARTS else 1
 
 
 def _slices(num_programs: int, column_tiles: int) -> int:
@@ -146,7 +151,7 @@ def workspace_nbytes(problem: Problem, size: Size, config: Config) -> int:
     """What `run` takes of a workspace."""
     rows, tokens, hidden = size.num_rows, size.num_tokens, problem.hidden
     intermediate = padded_size(problem.intermediate)
-    parts = W2_PARTS if config == DIRECT and problem.intermediate >= MIN_COLUMNS_OF_PARTS else 1
+    parts = _parts_of_w2(problem.intermediate) if config == DIRECT else 1
     sizes = [2 * rows * intermediate, parts * rows * hidden * (4 if config == DIRECT else 2)]
     if isinstance(config, PrefillConfig) and config.fp8:
         return sum(map(aligned, (*sizes, rows * intermediate, 4 * rows, 4 * rows)))
@@ -187,22 +192,10 @@ def _decode_gemm(
     slices = _slices(num_items * matrix.row_tiles * parts, matrix.column_tiles // parts) if is_direct else 1
     is_wide = is_direct and slices == 1 and (x_scale is not None or not is_w13)
     shift, multiplier, bias = _optional(matrix)
-    kind, alpha, beta, limit = _activation(experts)
     spec = DecodeSpec(
+        **_product(x_scale, matrix, y, experts, is_w13),
         columns=experts.hidden if is_w13 else experts.intermediate,
-        row_tiles=matrix.row_tiles,
         x_stride=x.stride(0),
-        y_columns=y.shape[1],
-        nvfp4=experts.format == NVFP4,
-        words_for=experts.words_for,
-        scaled=x_scale is not None,
-        is_w13=is_w13,
-        gated=is_w13 and experts.activation.gated,
-        kind=kind,
-        alpha=alpha,
-        beta=beta,
-        limit=limit,
-        has_bias=matrix.bias is not None,
         direct=is_direct,
         top_k=top_k,
         parts=parts,
@@ -262,21 +255,9 @@ def _prefill_gemm(
     """Multiply x, bf16 or (with a `config` for it) e4m3; rows times `x_scale` where there is one."""
     whole_runs = matrix.column_tiles % 4 == 0
     shift, multiplier, bias = _optional(matrix)
-    kind, alpha, beta, limit = _activation(experts)
     spec = PrefillSpec(
-        row_tiles=matrix.row_tiles,
+        **_product(x_scale, matrix, y, experts, is_w13),
         column_tiles=matrix.column_tiles,
-        y_columns=y.shape[1],
-        nvfp4=experts.format == NVFP4,
-        words_for=experts.words_for,
-        scaled=x_scale is not None,
-        is_w13=is_w13,
-        gated=is_w13 and experts.activation.gated,
-        kind=kind,
-        alpha=alpha,
-        beta=beta,
-        limit=limit,
-        has_bias=matrix.bias is not None,
         **derived(config, matrix.row_tiles, matrix.column_tiles),
     )
     launch(
@@ -298,6 +279,25 @@ def _prefill_gemm(
         maxnreg=config.launch_registers,
         ptx_options=PTXAS_OPTIONS,
     )
+
+
+def _product(x_scale: torch.Tensor | None, matrix: HopperMatrix, y: torch.Tensor, experts: HopperExperts, is_w13: bool) -> dict[str, Any]:
+    """The fields that both kinds of GEMM are compiled for."""
+    kind, alpha, beta, limit = _activation(experts)
+    return {
+        "row_tiles": matrix.row_tiles,
+        "y_columns": y.shape[1],
+        "nvfp4": experts.format == NVFP4,
+        "words_for": experts.words_for,
+        "scaled": x_scale is not None,
+        "is_w13": is_w13,
+        "gated": is_w13 and experts.activation.gated,
+        "kind": kind,
+        "alpha": alpha,
+        "beta": beta,
+        "limit": limit,
+        "has_bias": matrix.bias is not None,
+    }
 
 
 def _optional(matrix: HopperMatrix) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
