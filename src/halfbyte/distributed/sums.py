@@ -45,10 +45,13 @@ def _add_rows(
 
 
 def add_rows(received: torch.Tensor, out: torch.Tensor, own: torch.Tensor | None = None, rank: int = 0) -> None:
-    """Launch it: received [world, rows, width] into out [rows, width]; with `own` they are coded. All are contiguous, on one GPU."""
-    rows, width = out.shape
-    if rows == 0:
+    """Launch it: received [world, rows, width] into out [rows, width]; with `own` they are coded, and width is a multiple of 4.
+
+    All are contiguous, on one GPU.
+    """
+    if out.numel() == 0:
         return
+    rows, width = out.shape
     with torch.cuda.device_of(out) if out.is_cuda else contextlib.nullcontext():  # Triton launches on the current device
         _add_rows[(rows, triton.cdiv(width, _BLOCK))](
             received, out if own is None else own, out, rows, rank, WIDTH=width, WORLD=len(received), CODED=own is not None, BLOCK=_BLOCK,
