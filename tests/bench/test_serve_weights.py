@@ -80,6 +80,12 @@ def test_values_differ_by_name_and_seed() -> None:
     assert not torch.equal(first, fill(f"{PREFIX}.w13_weight", 1)) and not torch.equal(first, fill("model.layers.1.mlp.experts.w13_weight", 0))
 
 
+def test_what_an_engine_derives_is_left_to_it() -> None:
+    swizzled = torch.full((4, 128, 4), 255, dtype=torch.uint8)
+    Filled(PLAIN, 0).fill(f"{PREFIX}.w13_blockscale_swizzled", swizzled)  # SGLang 0.5.17 has it from the start
+    assert (swizzled == 255).all()
+
+
 def test_parameters_of_other_names_are_an_error() -> None:
     with pytest.raises(UnsupportedError, match=r"names the experts' Parameters otherwise \(given no w13_weight, "):
         Filled(PLAIN, 0).experts(PREFIX, CPU)

@@ -26,6 +26,7 @@ _NVFP4_UNIT = 2.9 * 18.2  # rms of random codes times that of these block scales
 _EXPERT_RMS = {"w13": 0.02, "w2": 0.04}
 _LINEAR_RMS, _OUTPUT_RMS, _EMBEDDING_RMS = 0.02, 0.004, 1.0  # small outputs of attention, so that tokens stay different
 _INPUT_SCALE = 0.01
+_DERIVED = "blockscale_swizzled"  # SGLang's copy of the block scales for Blackwell, which it makes again when it processes weights
 
 
 @dataclass(frozen=True)
@@ -197,9 +198,11 @@ class Filled:
 
     @torch.no_grad()
     def fill(self, name: str, parameter: torch.Tensor) -> None:
-        """Give the Parameter of that name its values; what an engine pads is zero."""
+        """Give the Parameter of that name its values; what an engine pads is zero, and what it derives from other Parameters is left to it."""
         leaf = name.rpartition(".")[2]
         side = leaf.partition("_")[0]
+        if leaf.endswith(_DERIVED):
+            return
         if side in _EXPERT_RMS:
             values = self._expert_values(name, parameter.device)
             self.filled.add(name)
