@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from halfbyte import serve
+from halfbyte import device, serve
 from halfbyte.errors import CheckpointError, HalfbyteError, InputError, UnsupportedError
 from halfbyte.serve import ENGINES, Launch, Server, choose_engine, model_argument, reserve_port
 
@@ -144,6 +144,18 @@ def test_activations_reach_the_plugin(engine: str, option: str) -> None:
     with pytest.raises(InputError, match="given twice"):
         ENGINES[engine].command(Launch("m", "m", activations="fp8", options=(f"{option}={{}}",)))
     assert option not in ENGINES[engine].command(Launch("m", "m"))
+
+
+@pytest.mark.parametrize(
+    ("options", "added"),
+    [((), True), (("--device", "cpu"), True), (("--device=cuda",), False), (("--dtype=bfloat16",), False), (("--dtype", "float32"), False)],
+)
+def test_a_slow_cpu_serves_in_fp32(options: tuple[str, ...], added: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "_cpu_multiplies_bf16", lambda: False)
+    monkeypatch.setattr(serve.torch.accelerator, "is_available", lambda: False)
+    command = ENGINES["transformers"].command(Launch("m", "m", options=options))
+    assert command[len(command) - len(options) :] == list(options)
+    assert (command[-2 - len(options) : len(command) - len(options)] == ["--dtype", "float32"]) == added
 
 
 def test_models_are_directories_or_left_to_the_engine(tmp_path) -> None:

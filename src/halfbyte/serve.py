@@ -25,6 +25,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO
 
+import torch
+
+from halfbyte.device import model_dtype
 from halfbyte.errors import HalfbyteError, InputError, UnsupportedError
 from halfbyte.formats.activation_formats import ActivationFormat
 
@@ -124,8 +127,18 @@ def _for_plugin(option: str, launch: Launch) -> list[str]:
 def _transformers(launch: Launch) -> list[str]:
     where = ["--host", launch.host, "--port", str(launch.port)]
     quiet = [] if "--log-level" in launch.options else ["--log-level", "error"]
+    device, asked = (_value_of(option, launch.options) for option in ("--device", "--dtype"))
+    on_cpu = device == "cpu" or (device == "auto" and not torch.accelerator.is_available())
+    dtype = model_dtype(torch.device("cpu"), asked) if on_cpu else asked
+    ours = [] if dtype == asked else ["--dtype", dtype]
     module = "halfbyte.integrations.transformers.server"
-    return [sys.executable, "-m", module, launch.model, launch.served, launch.activations, *where, *quiet, *launch.options]
+    return [sys.executable, "-m", module, launch.model, launch.served, launch.activations, *where, *quiet, *ours, *launch.options]
+
+
+def _value_of(option: str, options: Sequence[str]) -> str:
+    """What `--option value` or `--option=value` says; "auto" where neither is there."""
+    words = [word for given in options for word in given.split("=", 1)]
+    return words[words.index(option) + 1] if option in words[:-1] else "auto"
 
 
 # In order of preference.

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from halfbyte import __version__
+from halfbyte import __version__, device
 from halfbyte.cli.main import COMMANDS, main
 from halfbyte.errors import CheckpointError, InputError, UnsupportedError
 
@@ -114,9 +114,11 @@ def test_a_reader_that_goes_away_is_no_error():
     assert process.wait(timeout=1800) == 141
 
 
-def test_eval_prints_exactly_one_document(capfd):
+def test_eval_prints_exactly_one_document(capfd, monkeypatch):
+    monkeypatch.setattr(device, "_cpu_multiplies_bf16", lambda: False)
     assert main(["eval", "demo", "--text", "demo", "--windows", "1", "--reference", "demo", "--json"]) == 0
     document = json.loads(capfd.readouterr().out)
+    assert document["dtype"] == "float32"
     assert document["kl"] == 0 and document["text_tokens"] == 511 and 5 < document["perplexity"] < 50
     assert document["exact_match"] is None and document["kinds"] == {}
 
@@ -140,14 +142,16 @@ def test_eval_names_a_model_that_is_not_there(capsys, tmp_path):
     assert "nowhere: not a model directory" in capsys.readouterr().err
 
 
-def test_generate_streams_text_and_reports_speed_apart(capsys):
+def test_generate_streams_text_and_reports_speed_apart(capsys, monkeypatch):
+    monkeypatch.setattr(device, "_cpu_multiplies_bf16", lambda: False)
     assert main(["generate", "demo", "7 + 5 ="]) == 0
     captured = capsys.readouterr()
     assert captured.out.strip() == "12"
-    assert "tokens/s" in captured.err
-    assert main(["generate", "demo", "<bos>Q: 7 + 5 =\nA:", "--raw", "--json", "--max-new-tokens", "2"]) == 0
+    assert "tokens/s in float32" in captured.err
+    assert main(["generate", "demo", "<bos>Q: 7 + 5 =\nA:", "--raw", "--json", "--max-new-tokens", "2", "--dtype", "bfloat16"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert "12".startswith(document["text"].strip()) and document["new_tokens"] == 2
+    assert document["dtype"] == "bfloat16"
 
 
 def test_generate_refuses_what_it_cannot_do(capsys):

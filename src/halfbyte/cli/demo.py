@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import time
 from pathlib import Path
@@ -13,10 +14,11 @@ EXAMPLE = "halfbyte demo --output my-demo"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from halfbyte.cli.terminal import add_threads
+    from halfbyte.cli.terminal import add_dtype, add_threads
 
     parser.add_argument("--full", action="store_true", help="measure on all 1,200 questions and all of the text")
     parser.add_argument("--output", type=Path, metavar="DIR", default=Path("demo-output"), help="where the models, plot and result go")
+    add_dtype(parser)
     add_threads(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of the story")
 
@@ -40,7 +42,8 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     quieten_transformers()
     say = _silence if args.json else _say
-    result = run_demo(args.output, full=args.full, say=say, stream=not args.json, progress_bar=lambda label: Bar(label, unit="tokens"))
+    bar = functools.partial(Bar, unit="tokens")
+    result = run_demo(args.output, full=args.full, dtype=args.dtype, say=say, stream=not args.json, progress_bar=bar)
     if args.json:
         print_document(result)
         return 0

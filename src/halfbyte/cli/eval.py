@@ -20,7 +20,7 @@ EXAMPLE = "halfbyte eval demo-output/nvfp4 --questions demo --text demo --refere
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from halfbyte.cli.terminal import add_threads, percent, positive_int
+    from halfbyte.cli.terminal import add_dtype, add_threads, percent, positive_int
 
     parser.add_argument("model", metavar="MODEL", help="a directory, a Hub name org/name, or demo (the embedded model)")
     parser.add_argument("--questions", metavar="FILE", help="JSONL of question and answer, optionally kind and solution; demo: the embedded file")
@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--budget", type=percent, metavar="PERCENT", default=0.5, help="auto: how much perplexity may rise (default: 0.5)")
     parser.add_argument("--device", help="torch device (default: the GPU where there is one)")
+    add_dtype(parser)
     add_threads(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
@@ -59,19 +60,20 @@ def run(args: argparse.Namespace) -> int:
         return _run(args, own_device, Ranks.of_group())
 
 
-def _load(model: str, device: torch.device, activations: str, ranks: Ranks) -> tuple[Any, Any]:
+def _load(model: str, device: torch.device, activations: str, dtype: str, ranks: Ranks) -> tuple[Any, Any]:
     """A model and its tokenizer; with several ranks each keeps its own experts of packed layers."""
     from halfbyte.cli.terminal import load_model
 
     if ranks.world == 1:
-        return load_model(model, device, activations)
+        return load_model(model, device, activations, dtype=dtype)
     import torch
 
     from halfbyte.integrations.transformers import set_parallel
     from halfbyte.integrations.transformers.parallel import num_experts
     from halfbyte.moe.parallel import ExpertParallel
 
-    loaded, tokenizer = load_model(model, torch.device("cpu"), activations, shown=ranks.rank == 0)  # whole, which a GPU may have no room for
+    cpu = torch.device("cpu")  # whole, which a GPU may have no room for
+    loaded, tokenizer = load_model(model, cpu, activations, dtype=dtype, shown=ranks.rank == 0)
     experts = num_experts(loaded)
     if experts is not None:
         set_parallel(loaded, ExpertParallel(None, experts))
@@ -83,6 +85,7 @@ def _run(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> int:
     from halfbyte.cli.documents import print_document
     from halfbyte.cli.progress import Bar
     from halfbyte.cli.terminal import set_threads
+    from halfbyte.device import model_dtype
     from halfbyte.eval.activations import FASTEST_FIRST, choose_activations
     from halfbyte.eval.data import load_documents, load_questions
     from halfbyte.eval.evaluate import evaluate
@@ -106,8 +109,9 @@ def _run(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> int:
     questions = load_questions(file(args.questions, "eval.jsonl"), limit=args.limit) if args.questions else []
     documents = load_documents(file(args.text, "heldout.txt.xz")) if args.text else []
     is_auto = args.activations == "auto"
-    model, tokenizer = _load(args.model, device, "bf16" if is_auto else args.activations, ranks)
-    reference = _load(args.reference, device, "bf16", ranks)[0] if args.reference else None
+    dtype = model_dtype(device, args.dtype)
+    model, tokenizer = _load(args.model, device, "bf16" if is_auto else args.activations, dtype, ranks)
+    reference = _load(args.reference, device, "bf16", dtype, ranks)[0] if args.reference else None
     passages = text_passages(tokenizer, documents, limit=args.windows) if documents else []
     tried: dict[ActivationFormat, float] = {}
     if is_auto:

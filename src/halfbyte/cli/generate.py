@@ -10,7 +10,7 @@ EXAMPLE = 'halfbyte generate demo-output/nvfp4 "Mia has 12 apples and eats 5. Ho
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from halfbyte.cli.terminal import add_threads, positive_int, temperature, utf8
+    from halfbyte.cli.terminal import add_dtype, add_threads, positive_int, temperature, utf8
 
     parser.add_argument("model", metavar="MODEL", help="a directory, a Hub name org/name, or demo (the embedded model)")
     parser.add_argument("prompt", type=utf8, help="a question for the chat template, or with --raw the text to continue")
@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=temperature, metavar="T", default=0.0, help="sample at this temperature; 0 takes the likeliest token")
     parser.add_argument("--activations", choices=("bf16", "fp8", "mxfp8", "nvfp4"), default="bf16", help="what packed experts compute on")
     parser.add_argument("--device", help="torch device (default: the GPU where there is one)")
+    add_dtype(parser)
     add_threads(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of streaming")
 
@@ -32,20 +33,25 @@ def run(args: argparse.Namespace) -> int:
     """
     from halfbyte.cli.documents import print_document
     from halfbyte.cli.terminal import load_model, set_threads, usable_device
+    from halfbyte.device import model_dtype
     from halfbyte.errors import InputError
     from halfbyte.eval.generation import complete, prompt_ids
 
     set_threads(args.threads)
-    model, tokenizer = load_model(args.model, usable_device(args.device), args.activations)
+    device = usable_device(args.device)
+    model, tokenizer = load_model(args.model, device, args.activations, dtype=model_dtype(device, args.dtype))
     ids = tokenizer(args.prompt)["input_ids"] if args.raw else prompt_ids(tokenizer, args.prompt)
     if not args.prompt or not ids:
         raise InputError("the prompt is empty", where="halfbyte generate")
     start = time.perf_counter()
     new_ids = complete(model, tokenizer, ids, max_new_tokens=args.max_new_tokens, temperature=args.temperature, stream=not args.json)
     seconds = time.perf_counter() - start
+    dtype = str(model.dtype).removeprefix("torch.")
     if args.json:
         text = tokenizer.decode(new_ids, skip_special_tokens=True)
-        print_document({"model": args.model, "prompt": args.prompt, "text": text, "new_tokens": len(new_ids), "seconds": seconds})
+        counted = {"new_tokens": len(new_ids), "seconds": seconds}
+        print_document({"model": args.model, "dtype": dtype, "prompt": args.prompt, "text": text, **counted})
     else:
-        print(f"{len(new_ids)} tokens in {seconds:.2f} s, {len(new_ids) / seconds:.1f} tokens/s, prompt of {len(ids)} included", file=sys.stderr)
+        speed = f"{len(new_ids)} tokens in {seconds:.2f} s, {len(new_ids) / seconds:.1f} tokens/s in {dtype}"
+        print(f"{speed}, prompt of {len(ids)} included", file=sys.stderr)
     return 0

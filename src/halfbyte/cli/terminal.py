@@ -76,6 +76,12 @@ def set_threads(count: int | None) -> None:
         torch.set_num_threads(count)
 
 
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """Add `--dtype`, for `model_dtype`."""
+    what = "what all but packed experts is held and computed in; auto: the model's own, or float32 on a CPU that is slow with 16 bits"
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help=what)
+
+
 def comma_list(item: Callable[[str], _Item]) -> Callable[[str], list[_Item]]:
     """An argparse type: items between commas, none twice."""
 
@@ -105,7 +111,7 @@ def usable_device(name: str | None) -> torch.device:
     return as_device(name or ("cuda" if torch.cuda.is_available() else "cpu"), "--device")
 
 
-def load_model(model: str, device: torch.device, activations: Any = "bf16", *, shown: bool = True) -> tuple[Any, Any]:
+def load_model(model: str, device: torch.device, activations: Any = "bf16", *, dtype: str = "auto", shown: bool = True) -> tuple[Any, Any]:
     """`halfbyte.integrations.transformers.load` without transformers' own bars and warnings, of a model that has read one token; ours is `shown`.
 
     Raises:
@@ -123,7 +129,7 @@ def load_model(model: str, device: torch.device, activations: Any = "bf16", *, s
     _check_dense_experts(path)
     try:
         with _bar_of_loading(f"loading {model}", shown):
-            loaded, tokenizer = load(path, device=device, activations=activations)
+            loaded, tokenizer = load(path, dtype=dtype, device=device, activations=activations)
         with torch.inference_mode():
             loaded(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device))
     except HalfbyteError:

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 from halfbyte.checkpoint.json_files import parse_object, read_json
 from halfbyte.convert.plan import Matrix
+from halfbyte.device import model_dtype
 from halfbyte.errors import CheckpointError, HalfbyteError, UnsupportedError, reason_of
 
 _log = logging.getLogger("halfbyte")
@@ -52,7 +53,7 @@ def calibrate(
     scale over the layer. Experts that fewer than `FEW_TOKENS` tokens reach are counted in a warning.
 
     Args:
-        model_dir: the source model; loaded whole, in its own dtype.
+        model_dir: the source model; loaded whole, in the dtype of `model_dtype`.
         matrices: what will be quantised.
         file: text, or JSONL with "text", "prompt", "question", "completion", "response", "solution", "answer" or "messages".
         device: where the model runs.
@@ -73,7 +74,8 @@ def calibrate(
     try:
         fp8 = "quantization_config" in read_json(model_dir / "config.json")
         arguments: dict[str, Any] = {"quantization_config": FineGrainedFP8Config(dequantize=True)} if fp8 else {}
-        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto", experts_implementation=_IMPLEMENTATION, **arguments)
+        arguments["dtype"] = model_dtype(torch.device(device))
+        model = AutoModelForCausalLM.from_pretrained(model_dir, experts_implementation=_IMPLEMENTATION, **arguments)
         model = model.to(device).eval()
         tokenizer = AutoTokenizer.from_pretrained(model_dir)
         windows = [window for window in _windows(texts, tokenizer) if window]

@@ -11,10 +11,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from halfbyte import __version__
 from halfbyte.checkpoint.source import demo_model_dir
 from halfbyte.convert.quantize_model import QuantizeOptions, quantize_model
 from halfbyte.demo.plot import plot_quality
+from halfbyte.device import model_dtype
 from halfbyte.errors import CheckpointError, InputError
 from halfbyte.eval.data import Question, is_correct, load_documents, load_questions
 from halfbyte.eval.evaluate import EvalReport, evaluate
@@ -42,13 +45,14 @@ class Variant:
 
 
 def run_demo(
-    output: Path, *, full: bool = False, say: Callable[[str], None] = print, stream: bool = True, progress_bar: ProgressBar
+    output: Path, *, full: bool = False, dtype: str = "auto", say: Callable[[str], None] = print, stream: bool = True, progress_bar: ProgressBar
 ) -> dict[str, Any]:
     """Write OUTPUT/nvfp4, OUTPUT/mxfp4 (checkpoints), OUTPUT/demo.png and OUTPUT/demo.json; return what demo.json holds.
 
     Args:
         output: a new or empty directory, or that of an earlier demo, whose results are replaced.
         full: measure on all questions and all text.
+        dtype: what all but packed experts is computed in; "auto" as of `model_dtype`.
         say: takes each line for the reader.
         stream: show the worked problems token by token on stdout.
 
@@ -61,7 +65,8 @@ def run_demo(
     say("Quantising the embedded model (Qwen3-MoE, 11 M parameters, 16 experts, bf16) to NVFP4 and MXFP4 ...")
     with _timed(seconds, "quantize"):
         variants = _quantize(output)
-    models = {variant.name: load(variant.directory) for variant in variants}
+    dtype = model_dtype(torch.device("cpu"), dtype)
+    models = {variant.name: load(variant.directory, dtype=dtype) for variant in variants}
 
     questions = load_questions(demo_model_dir() / "eval.jsonl")
     say("\nThree held-out problems, solved by the NVFP4 model:")
@@ -80,7 +85,7 @@ def run_demo(
         with _timed(seconds, f"measure {variant.name}"), progress_bar(f"measuring {variant.name}") as bar:
             quality = evaluate(model, tokenizer, questions=questions, passages=passages, reference=against, batch=128, progress=bar.reach)
         measured.append(Variant(variant.name, variant.directory, variant.disk_bytes, variant.expert_bytes, quality))
-    say(f"\n{table(measured)}\n\n{NOTE}")
+    say(f"\n{table(measured)}\n\nComputed in {quality.dtype}. {NOTE}")
 
     with _timed(seconds, "plot"):
         plot_quality([(v.name, v.disk_bytes, v.quality) for v in measured if v.quality], output / "demo.png")

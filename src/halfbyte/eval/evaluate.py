@@ -35,9 +35,11 @@ class KindScore:
 class EvalReport:
     """What `evaluate` measured; None where nothing was asked.
 
-    `exact_match` and `answer_nll` are means over kinds, so that a kind with many questions weighs no more than another.
+    `exact_match` and `answer_nll` are means over kinds, so that a kind with many questions weighs no more than another. `dtype` is that of the
+    arithmetic outside packed experts.
     """
 
+    dtype: str
     kinds: dict[str, KindScore] = field(default_factory=dict)
     exact_match: float | None = None
     answer_nll: float | None = None
@@ -60,6 +62,7 @@ class EvalReport:
             lines.append(f"perplexity {self.perplexity:.3f} over {self.text_tokens} tokens of text")
         if self.kl is not None:
             lines.append(f"KL(reference || model) {self.kl:.5f} nats per token")
+        lines.append(f"computed in {self.dtype}")
         return "\n".join(lines)
 
 
@@ -111,6 +114,7 @@ def evaluate(
             )
     tokens = sum(passage.scored for passage in passages)
     return EvalReport(
+        dtype=str(model.dtype).removeprefix("torch."),
         kinds=kinds,
         exact_match=fmean(score.exact_match for score in kinds.values()) if kinds else None,
         answer_nll=fmean(score.answer_nll for score in kinds.values()) if kinds else None,

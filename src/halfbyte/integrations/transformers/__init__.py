@@ -152,7 +152,7 @@ def load(
 
     Args:
         model: a directory or `org/name`.
-        dtype: of everything that is not packed; "auto" is the checkpoint's own.
+        dtype: of everything that is not packed; "auto" is the checkpoint's own, on every device; `halfbyte.device.model_dtype` says what is fast.
         device: where all of it goes.
         activations: see `set_activations`.
 
