@@ -22,11 +22,18 @@ FP8_LIMITS = {"token": 5e-2, "overall": 2e-2}
 def in_turns(names: Iterable[str], tails: Iterable[tuple[int, int]]) -> list[tuple[str, hb.BlockFormat, int, int]]:
     """Every kernel with every tail, the two formats in turns: each of these is compiled for many seconds, and what a tail needs is the same in both.
 
-    >>> in_turns(["tiny", "huge"], [(256, 128), (2880, 96)])
-    [('tiny', NVFP4, 256, 128), ('tiny', MXFP4, 2880, 96), ('huge', MXFP4, 256, 128), ('huge', NVFP4, 2880, 96)]
+    A kernel has the same format with the same tail in every test, so that tests share what is compiled.
+
+    >>> in_turns(["tiny", "large"], [(256, 128), (2880, 96)])
+    [('tiny', NVFP4, 256, 128), ('tiny', MXFP4, 2880, 96), ('large', MXFP4, 256, 128), ('large', NVFP4, 2880, 96)]
     """
-    formats = (hb.NVFP4, hb.MXFP4)
-    return [(name, formats[(i + j) % 2], *tail) for i, name in enumerate(names) for j, tail in enumerate(tails)]
+    formats, number = (hb.NVFP4, hb.MXFP4), {name: i for i, name in enumerate(configs())}
+    return [(name, formats[(number[name.lower()] + j) % 2], *tail) for name in names for j, tail in enumerate(tails)]
+
+
+def activation_of(hidden: int) -> Activation:
+    """The activation of layers of these tests: that of gpt-oss, which has biases, where they have its width."""
+    return GPT_OSS_SWIGLU if hidden == 2880 else SWIGLU
 
 
 def configs() -> dict[str, object]:

@@ -27,7 +27,7 @@ import halfbyte as hb
 from halfbyte.checkpoint import Checkpoint, find_defects
 from halfbyte.errors import CheckpointError, HalfbyteError, UnsupportedError
 
-SAMPLE = 40
+SAMPLE = 25
 LAYER = 1
 Tensors = dict[str, torch.Tensor]
 

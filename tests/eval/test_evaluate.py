@@ -1,6 +1,7 @@
 """The accuracy gates: what NVFP4 costs the demo model, and that the gates notice a broken one."""
 
 import pytest
+import torch
 
 from halfbyte.checkpoint.source import demo_model_dir
 from halfbyte.convert.quantize_model import QuantizeOptions, quantize_model
@@ -12,7 +13,7 @@ from halfbyte.integrations.transformers import load
 
 @pytest.fixture(scope="module")
 def dense():
-    return load(demo_model_dir())
+    return load(demo_model_dir(), dtype=torch.float32)  # of bf16 weights; some CPUs multiply bf16 matrices 70 times slower
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def dense_report(dense, passages, questions):
 def test_nvfp4_stays_close_to_bf16(dense, dense_report, nvfp4_dir, passages, questions):
     told = []
     report = evaluate(
-        *load(nvfp4_dir),
+        *load(nvfp4_dir, dtype=torch.float32),
         questions=questions,
         passages=passages,
         reference=dense[0],
@@ -68,7 +69,7 @@ def test_the_dense_model_is_as_good_as_its_card_says(dense_report):
 
 
 def test_the_gate_notices_one_layer_without_experts(dense, dense_report, nvfp4_dir, passages):
-    broken = load(nvfp4_dir)[0]
+    broken = load(nvfp4_dir, dtype=torch.float32)[0]
     broken.model.layers[3].mlp.experts.down_proj_scale_2.zero_()
     report = evaluate(broken, dense[1], passages=passages, reference=dense[0])
     assert report.perplexity / dense_report.perplexity - 1 > 0.03

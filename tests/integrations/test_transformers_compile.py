@@ -126,24 +126,21 @@ def test_experts_are_packed_in_place_while_tracing(directory: Path, monkeypatch:
     stand_in = replace(reference, run=run)
     monkeypatch.setattr(functional, "choose", lambda problem, backend: stand_in if problem.layout == "hopper" else choose(problem, backend))
     monkeypatch.setattr(packing, "_wanted_layout", lambda device, format, activations: "hopper")
-    model = load(directory)
-    expected = load(directory)
-    hbt.set_layout(expected, "canonical")
-    expected = expected(IDS, use_cache=False).logits
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    model, canonical = load(directory), load(directory)
+    hbt.set_layout(canonical, "canonical")
+    module = packed_experts(model)[0]
+    expected = packed_experts(canonical)[0](*inputs(5))
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     for _ in range(2):
-        assert relative_errors(compiled(IDS, use_cache=False).logits, expected)[1] < 1e-5
-        assert all(module.halfbyte.prepared.layout == "hopper" for module in packed_experts(model))
+        assert relative_errors(compiled(*inputs(5)), expected)[1] < 1e-5
+        assert module.halfbyte.prepared.layout == "hopper"
     model.load_state_dict(model.state_dict())  # brings the canonical tensors back
-    assert not any(module.halfbyte.replaced for module in packed_experts(model))
-    assert relative_errors(compiled(IDS, use_cache=False).logits, expected)[1] < 1e-5
-    assert all(module.halfbyte.replaced for module in packed_experts(model))
-    hbt.set_layout(model, "canonical")
-    assert relative_errors(compiled(IDS, use_cache=False).logits, expected)[1] < 1e-5
-    assert not any(module.halfbyte.replaced for module in packed_experts(model))
-    hbt.set_layout(model, "auto")
-    assert relative_errors(compiled(IDS, use_cache=False).logits, expected)[1] < 1e-5
-    assert all(module.halfbyte.replaced for module in packed_experts(model))
+    assert not module.halfbyte.replaced
+    for layout_of_all, replaced in ((None, True), ("canonical", False), ("auto", True)):
+        if layout_of_all:
+            hbt.set_layout(model, layout_of_all)
+        assert relative_errors(compiled(*inputs(5)), expected)[1] < 1e-5
+        assert bool(module.halfbyte.replaced) == replaced
 
 
 @on_hopper

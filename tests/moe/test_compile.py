@@ -17,6 +17,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import halfbyte as hb
+import halfbyte.moe.ops  # registers them
 from halfbyte.checkpoint import RouterWeights
 from halfbyte.errors import UnsupportedError
 from halfbyte.weights.prepared import keep_address
@@ -189,6 +190,10 @@ def test_ops_keep_the_rules_of_torch(prepared: hb.PreparedExperts, num_tokens: i
     torch.library.opcheck(torch.ops.halfbyte.fused_moe.default, arguments, test_utils=checks)
     torch.library.opcheck(torch.ops.halfbyte.fused_moe.default, (hidden.T.contiguous().T, *arguments[1:]), test_utils=checks)
     torch.library.opcheck(torch.ops.halfbyte.fused_moe_out.default, (*arguments, torch.empty(num_tokens, HIDDEN)), test_utils=checks)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 6])
+def test_ops_without_experts_keep_the_rules_of_torch(num_tokens: int) -> None:
     torch.library.opcheck(torch.ops.halfbyte.route.default, (torch.randn(num_tokens, EXPERTS), TOP_K, "topk", None, 1, 1, 1.0))
     torch.library.opcheck(torch.ops.halfbyte.invariant_linear.default, (torch.randn(num_tokens, HIDDEN), torch.randn(EXPERTS, HIDDEN)))
 

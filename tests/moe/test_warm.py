@@ -63,7 +63,7 @@ def missed(*, compile: bool) -> Iterator[set[tuple[str, str]]]:
 
 def sizes(layout: str) -> Iterable[int]:
     few = {*range(1, 24), *range(24, 1600, 97), 64, 65, 240, 511, 512, 513, 1600}
-    return sorted(few | {*range(1, 200), *range(200, 1600, 61)} if layout != "canonical" else few)
+    return sorted(few | {*range(24, 200, 7), *range(200, 1600, 61)} if layout != "canonical" else few)
 
 
 @pytest.mark.parametrize("batch_invariant", [False, True])
@@ -97,19 +97,19 @@ def test_compiled_kernels_are_in_memory_and_on_disk(tmp_path: Path, monkeypatch:
     experts, hits, done = layer("hopper"), [], []
     monkeypatch.setattr(triton.knobs.compilation, "listener", lambda *, cache_hit, **others: hits.append(cache_hit))
     with compiling(90):
-        hb.warm_up(experts, TOP_K, max_tokens=40, threads=2, progress=lambda *counts: done.append(counts))
-        assert hits.count(False) >= 3 * 2 + 3 and done == [(1, 3), (2, 3), (3, 3)]
+        hb.warm_up(experts, TOP_K, max_tokens=18, threads=2, progress=lambda *counts: done.append(counts))
+        assert hits.count(False) >= 2 * 2 + 3 and done == [(1, 2), (2, 2)]
         with missed(compile=True) as keys:
-            for num_tokens in (1, 8, 9, 16, 17, 40):
+            for num_tokens in (1, 8, 9, 16, 17, 18):
                 call(experts, num_tokens)
         assert not keys
         with missed(compile=False) as keys:
-            call(experts, 120)
+            call(experts, 40)
         assert keys  # the negative control: more tokens than were asked for
     hits.clear()
     warm.WARM.clear()
     with compiling(90):  # another device, as another process would be
-        hb.warm_up(experts, TOP_K, max_tokens=40)
+        hb.warm_up(experts, TOP_K, max_tokens=18)
     assert hits and all(hits)
 
 
@@ -122,7 +122,7 @@ def test_what_is_warm_is_passed_over() -> None:
         return len(calls)
 
     other = layer("hopper", intermediate=128)
-    with compiling(90):
+    with compiling(90), missed(compile=False):
         assert count(experts) == 3
         assert count(layer("hopper")) == 0  # of the same kind
         assert count([experts, other, other]) == 3  # one of two kinds

@@ -96,7 +96,8 @@ MODELS: dict[str, dict[str, object]] = {
     "laguna": {**SIZES, **SHARED, "num_experts": E, "moe_routed_scaling_factor": 1.5, **SPARSE},
     "mistral4": {**DEEPSEEK, **MLA, "head_dim": 32, "n_group": 1, "first_k_dense_replace": 0},
     "mistral_large4_text": {**DEEPSEEK, **INDEXER, "n_group": 1, **SPARSE},
-    "gemma4_text": {**SIZES, "enable_moe_block": True, "num_experts": E, "top_k_experts": 2, "layer_types": ["full_attention"] * 2},
+    "gemma4_text": {**SIZES, "enable_moe_block": True, "num_experts": E, "top_k_experts": 2, "layer_types": ["full_attention"] * 2}
+    | {"vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 16},
     "step3p5": {**SIZES, "n_routed_experts": E, "share_expert_dim": I, "sliding_window": 8, "moe_router_scaling_factor": 1.5, **SPARSE},
     "longcat_flash": {**MLA, "expert_ffn_hidden_size": I, "ffn_hidden_size": 96, "moe_topk": 2, "n_routed_experts": E, "zero_expert_num": 2},
     "dbrx": {"d_model": H, "n_heads": 4, "n_layers": 2},

@@ -157,7 +157,7 @@ def test_blocks_of_every_height(experts, num_tokens):
 
 
 @numeric
-@pytest.mark.parametrize("dtype", [FP16, FP32] if INTERPRETED else [BF16, FP16, FP32], ids=str)
+@pytest.mark.parametrize("dtype", [FP16] if INTERPRETED else [BF16, FP16, FP32], ids=str)
 def test_batch_invariant(dtype, monkeypatch):
     """A token alone, in parts of other heights and in the whole batch: the same bits, right ones."""
     if INTERPRETED:  # on some CPUs BLAS adds up a row in another order where it stands elsewhere in the matrix
@@ -195,7 +195,7 @@ def calibrated(w: ExpertWeights) -> ExpertWeights:
 @pytest.mark.parametrize(("format", "activations"), [(hb.NVFP4, "nvfp4"), (hb.MXFP4, "mxfp8"), (hb.MXFP4, "fp8")], ids=str)
 def test_quantised_activations(format, activations, dtype):
     for w in (make_experts(format), calibrated(make_experts(format, GPT_OSS_SWIGLU))):
-        hidden, ids, weights = make_tokens(w, 5, dtype)
+        hidden, ids, weights = make_tokens(w, 3, dtype, top_k=2)
         ids[0] = -1
         out = torch.full(hidden.shape, float("nan"), device=DEVICE)
         fused_moe(hidden, w, ids, weights, activations=activations, out=out)
@@ -259,7 +259,7 @@ def test_rows_of_nobody_are_left_alone():
 @numeric
 def test_the_comparison_notices():
     w = make_experts()
-    hidden, ids, weights = make_tokens(w)
+    hidden, ids, weights = make_tokens(w, 4)
     codes, scales = w.w13.codes, w.w13.scales.view(torch.uint8)
     skipped = codes.clone()
     skipped[..., -8:] = 0
@@ -357,28 +357,30 @@ def launch_both(format, dtype: torch.dtype, num_rows: int, sizes: tuple[int, int
 
 @not_interpreted
 @pytest.mark.parametrize(
-    ("capability", "format", "dtype", "sizes", "activation"),
+    ("capability", "format", "dtype", "sizes", "activation", "rows_of_an_expert"),
     [
-        (90, hb.NVFP4, BF16, (7168, 2048), SWIGLU),
-        (90, hb.NVFP4, FP16, (80, 176), RELU2),
-        (90, hb.MXFP4, BF16, (2880, 2880), GPT_OSS_SWIGLU),
-        (80, hb.MXFP4, BF16, (2880, 2880), GPT_OSS_SWIGLU),
-        (100, hb.NVFP4, BF16, (7168, 2048), SWIGLU),
+        (90, hb.NVFP4, BF16, (7168, 2048), SWIGLU, (1, 64, 256)),
+        (90, hb.NVFP4, FP16, (80, 176), RELU2, (64,)),
+        (90, hb.MXFP4, BF16, (2880, 2880), GPT_OSS_SWIGLU, (256,)),
+        (80, hb.MXFP4, BF16, (2880, 2880), GPT_OSS_SWIGLU, (64, 256)),
+        (100, hb.NVFP4, BF16, (7168, 2048), SWIGLU, (1, 256)),
     ],
     ids=["deepseek-90", "tails-90", "gpt-oss-90", "gpt-oss-80", "deepseek-100"],
 )
-def test_compiles_without_spills(capability, format, dtype, sizes, activation):
+def test_compiles_without_spills(capability, format, dtype, sizes, activation, rows_of_an_expert):
+    """Tiles of every height for Hopper's largest layer; elsewhere those with the most registers, and what the others may do differently."""
     with compiling(capability) as launched:
-        for rows_an_expert in (1, 64, 256):
-            launch_both(format, dtype, 32 * rows_an_expert, sizes, 32, activation)
-    assert len(launched) == 6
+        for rows in rows_of_an_expert:
+            launch_both(format, dtype, 32 * rows, sizes, 32, activation)
+    assert len(launched) == 2 * len(rows_of_an_expert)
     for compiled in launched:
         assert compiled.spill_bytes == 0 and compiled.shared_bytes <= SHARED_LIMIT[86]
         # A wgmma still running while the next step overwrites its operands is the defect that the module's docstring describes.
         waits = re.findall(r"warp_group_dot_wait.*?pendings = (\d+)", compiled.asm["ttgir"])
         assert set(waits) <= {"0"} and len(waits) == len(re.findall(r"= ttng\.warp_group_dot ", compiled.asm["ttgir"]))
     kinds = {80: r"mma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma\S*kind::f16"}
-    assert sum(bool(re.search(kinds[capability], compiled.ptx)) for compiled in launched) >= 4
+    multiplied = [bool(re.search(kinds[capability], compiled.ptx)) for compiled in launched]
+    assert sum(multiplied) >= 2 * sum(rows >= 64 for rows in rows_of_an_expert)
 
 
 @not_interpreted

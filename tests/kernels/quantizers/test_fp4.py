@@ -69,7 +69,8 @@ def check(x: torch.Tensor, format: hb.BlockFormat, global_scale: torch.Tensor | 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("format", "dtype"), [(hb.NVFP4, torch.bfloat16), (hb.MXFP4, torch.float16)])
 def test_shapes(format, dtype, layout):
-    for shape in ((1, 64), (7, 32), (129, 96), (2, 3, 160), (0, 64), (3, 0)):
+    more_than_a_tile = tile_rows(layout) + 1 if INTERPRETED else 129
+    for shape in ((1, 64), (7, 32), (more_than_a_tile, 96), (2, 3, 160), (0, 64), (3, 0)):
         check(rows_of(*shape, dtype=dtype) if shape[-2] else torch.empty(shape, dtype=dtype), format, scale_layout=layout)
     if format is hb.NVFP4:
         check(rows_of(5, 48, dtype=dtype), format, 0.01, scale_layout=layout)
@@ -165,6 +166,8 @@ def check_experts(
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("counts", "lookup"), LOOKUPS, ids=str)
 def test_experts(counts, lookup, layout):
+    if INTERPRETED:  # a few rows more than a tile show what many do
+        counts = [min(count, tile_rows(layout) + 2) for count in counts]
     check_experts(counts, 96, hb.NVFP4, layout, lookup, before=2, after=3)
     check_experts(counts, 64, hb.MXFP4, layout, lookup, after=1, dtype=torch.float16)
 
@@ -187,7 +190,7 @@ def differing(actual: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize(("dtype", "activation"), [(torch.bfloat16, SWIGLU), (torch.float16, GPT_OSS_SWIGLU)], ids=["silu", "gpt-oss"])
 def test_activation(dtype, activation):
     """exp is the device's: one product in a thousand may round the other way. Whatever else is wrong changes most bytes."""
-    gate_up = (3 * torch.randn(133, 384, generator=torch.Generator().manual_seed(0))).to(dtype)
+    gate_up = (3 * torch.randn(37 if INTERPRETED else 133, 384, generator=torch.Generator().manual_seed(0))).to(dtype)
     for format, scale, layout in ((hb.NVFP4, 0.01, "128x4"), (hb.MXFP4, None, "linear")):
         expected = reference.run(gate_up, format, scale, activation=activation, scale_layout=layout)
         actual = quantize(gate_up.to(DEVICE), format, scale, activation=activation, scale_layout=layout)
@@ -200,7 +203,7 @@ def test_activation(dtype, activation):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rms_norm(dtype):
     """As in test_activation, the sum of squares has another order."""
-    x, weight = rows_of(37, 160, dtype=dtype), (1 + torch.randn(160, generator=torch.Generator().manual_seed(2)) / 4).to(dtype)
+    x, weight = rows_of(9 if INTERPRETED else 37, 160, dtype=dtype), (1 + torch.randn(160, generator=torch.Generator().manual_seed(2)) / 4).to(dtype)
     for format, scale in ((hb.NVFP4, 0.002), (hb.MXFP4, None)):
         expected = reference.run(x, format, scale, norm=(weight, 1e-6), scale_layout="128x4")
         actual = quantize(x.to(DEVICE), format, scale, norm=(weight.to(DEVICE), 1e-6), scale_layout="128x4")
@@ -365,31 +368,29 @@ def test_config():
 
 @not_interpreted
 @pytest.mark.parametrize(
-    ("format", "capability", "dtype"),
+    ("format", "capability", "dtype", "lookups"),
     [
-        (hb.NVFP4, 80, torch.float16),
-        (hb.NVFP4, 90, torch.bfloat16),
-        (hb.NVFP4, 90, torch.float16),
-        (hb.NVFP4, 100, torch.bfloat16),
-        (hb.MXFP4, 80, torch.bfloat16),
-        (hb.MXFP4, 90, torch.float16),
-        (hb.MXFP4, 100, torch.bfloat16),
+        (hb.NVFP4, 80, torch.float16, ()),
+        (hb.NVFP4, 90, torch.bfloat16, ("scan", "search", "row")),
+        (hb.NVFP4, 90, torch.float16, ()),
+        (hb.NVFP4, 100, torch.bfloat16, ()),
+        (hb.MXFP4, 80, torch.bfloat16, ("scan", "row")),
+        (hb.MXFP4, 90, torch.float16, ()),
     ],
 )
-def test_compiles_lean(format, dtype, capability):
+def test_compiles_lean(format, dtype, capability, lookups):
     x, offsets, scale = torch.empty(256, 7168, dtype=dtype), offsets_of([100, 156]), torch.ones(2) if format is hb.NVFP4 else None
     with compiling(capability) as launched:
         quantize(x, format, None if scale is None else 1.0, scale_layout="128x4")
         out = hb.quantize_experts(x, offsets, scale, format, backend="reference")
-        for lookup in ("scan", "search", "row"):
+        for lookup in lookups:
             kernel_quantize_experts(x, offsets, scale, format, "128x4", *out, lookup=lookup)
-    assert [compiled.name for compiled in launched] == [
-        "quantize_kernel",
-        "quantize_experts_kernel",
-        "expert_ends_kernel",
-        "quantize_experts_kernel",
-        "quantize_single_rows_kernel",
-    ]
+    names = {
+        "scan": ["quantize_experts_kernel"],
+        "search": ["expert_ends_kernel", "quantize_experts_kernel"],
+        "row": ["quantize_single_rows_kernel"],
+    }
+    assert [compiled.name for compiled in launched] == ["quantize_kernel", *itertools.chain.from_iterable(names[lookup] for lookup in lookups)]
     for compiled in launched:
         assert compiled.spill_bytes == 0 and compiled.registers <= (96 if format is hb.NVFP4 else 64) and compiled.shared_bytes <= 1024
         assert "div.full" not in compiled.ptx
@@ -403,7 +404,7 @@ def test_compiles_lean(format, dtype, capability):
 
 
 @not_interpreted
-@pytest.mark.parametrize(("format", "dtype"), [(hb.NVFP4, torch.bfloat16), (hb.NVFP4, torch.float16), (hb.MXFP4, torch.bfloat16)])
+@pytest.mark.parametrize(("format", "dtype"), [(hb.NVFP4, torch.bfloat16), (hb.MXFP4, torch.float16)])
 def test_compiles_with_an_activation_or_a_norm(format, dtype):
     x, scale, offsets = torch.empty(64, 4096, dtype=dtype), 1.0 if format is hb.NVFP4 else None, offsets_of([30, 34])
     scales = None if scale is None else torch.ones(2)

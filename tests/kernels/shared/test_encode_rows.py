@@ -66,7 +66,7 @@ def in_fragments(x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("columns", [96, 320, 1408, 2688, 2880, 7168])
 @pytest.mark.parametrize(("activations", "input_scale"), [("fp8", None), ("mxfp8", None), ("nvfp4", None), ("nvfp4", INPUT_SCALE)], ids=CASES)
 def test_equals_the_codec_bit_for_bit(activations, input_scale, columns, dtype):
-    if INTERPRETED and columns > (320 if dtype is torch.bfloat16 else 96):
+    if INTERPRETED and columns != (320 if dtype is torch.bfloat16 else 96):  # with fragment order, and with a tail
         pytest.skip("takes long where it is interpreted")
     x = make_rows(columns, dtype)
     values, scales = expected_of(x, activations, input_scale)
@@ -120,7 +120,7 @@ def test_bf16_and_no_rows_need_no_kernel():
 @not_interpreted
 def test_interpreted():
     """Every numeric test above, in Triton's interpreter."""
-    assert run_interpreted(__file__) == 26
+    assert run_interpreted(__file__) == 22
 
 
 @not_interpreted
@@ -131,11 +131,9 @@ def test_interpreted():
 def test_compiles_without_spills(activations, static, capability):
     x, scale = torch.empty((4, 7168), dtype=torch.bfloat16), torch.empty((256, 2)) if static else None
     with compiling(capability) as launched:
-        encode_rows(x, activations, scale)
+        encode_rows(x, activations, scale, out=x, launch_early=capability == 90)
         encode_rows(x.half(), activations, scale, in_fragment_order=True)
-        if capability == 90:
-            encode_rows(x, activations, scale, out=x, launch_early=True)
-    assert len(launched) == (3 if capability == 90 else 2)
+    assert len(launched) == 2
     for compiled in launched:
         assert compiled.spill_bytes == 0 and compiled.registers <= 128
         assert ("cvt.rn.satfinite.e4m3x2.f32" in compiled.ptx) == (capability == 90)

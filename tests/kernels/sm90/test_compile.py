@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -111,8 +112,27 @@ def test_slices_of_the_direct_kernel() -> None:
 MAX_SPILL_BYTES = 40
 MAX_SPILL_BYTES_LARGE_FP8_WORDS = 200
 
+# Configuration, NVFP4, w13, scaled, words.
+PREFILL_KERNELS = [
+    ("TINY", False, True, True, "fp8"),
+    ("SMALL", False, True, False, "bf16"),
+    ("MEDIUM", True, True, False, "bf16"),
+    ("LARGE", False, True, False, "bf16"),
+    ("HUGE", True, True, False, "bf16"),
+    ("FP8_TINY", True, False, True, "bf16"),
+    ("FP8_WIDE", False, True, True, "fp8"),
+    ("FP8_SMALL", True, True, True, "fp8"),
+    ("FP8_MEDIUM", False, False, True, "fp8"),
+    ("FP8_LARGE", True, True, True, "bf16"),
+    ("FP8_HUGE", True, True, True, "fp8"),
+]
 
-def check_prefill_kernel(config: configs.PrefillConfig, experts: HopperExperts, *, is_w13: bool, scaled: bool) -> None:
+
+def check_prefill_kernel(
+    config: configs.PrefillConfig, *, nvfp4: bool, is_w13: bool, scaled: bool, words_for: WordsFor, max_spill_bytes: int = MAX_SPILL_BYTES
+) -> None:
+    """Tensor-core instruction, registers, spills and shared memory of one product."""
+    experts = empty_experts(nvfp4=nvfp4, words_for=words_for)
     matrix, columns, rows = (experts.w13, experts.hidden, experts.intermediate) if is_w13 else (experts.w2, experts.intermediate, experts.hidden)
     dtype, instruction = (torch.float8_e4m3fn, "k32.f32.e4m3.e4m3") if config.fp8 else (torch.bfloat16, "k16")
     x, scales, y = torch.empty((64, columns), dtype=dtype), torch.empty(64) if scaled else None, torch.empty((64, rows), dtype=torch.bfloat16)
@@ -120,48 +140,33 @@ def check_prefill_kernel(config: configs.PrefillConfig, experts: HopperExperts, 
         expert_rows._prefill_gemm(x, scales, matrix, y, experts, WORK, config, is_w13=is_w13)
     (kernel,) = compiled
     assert all(f"wgmma.mma_async.sync.aligned.m64n{size}{instruction}" in kernel.ptx for pair in config.sizes for size in pair if size)
-    has_least_room = config is configs.LARGE and experts.words_for == "fp8"
-    assert kernel.spill_bytes <= (MAX_SPILL_BYTES_LARGE_FP8_WORDS if has_least_room else MAX_SPILL_BYTES)
+    assert kernel.spill_bytes <= max_spill_bytes
     assert kernel.registers <= config.launch_registers
     assert kernel.shared_bytes <= 227 * 1024
     # Where ptxas lacks registers for what is in flight, it lets every wgmma wait for itself.
     assert 2 * kernel.sass.count("WARPGROUP.ARRIVE") <= kernel.sass.count("GMMA.64x")
 
 
-@pytest.mark.parametrize(
-    ("name", "nvfp4", "scaled", "words_for"),
-    [
-        ("tiny", False, True, "fp8"),
-        ("small", False, False, "bf16"),
-        ("medium", True, False, "bf16"),
-        ("large", False, False, "bf16"),
-        ("large", True, True, "fp8"),
-        ("huge", True, False, "bf16"),
-    ],
-)
-def test_prefill_kernels_use_wgmma_within_their_registers(name: str, nvfp4: bool, scaled: bool, words_for: WordsFor) -> None:
-    check_prefill_kernel(PREFILL[name], empty_experts(nvfp4=nvfp4, words_for=words_for), is_w13=True, scaled=scaled)
+@pytest.mark.parametrize(("name", "nvfp4", "is_w13", "scaled", "words_for"), PREFILL_KERNELS)
+def test_the_largest_tile_of_a_prefill_kernel_fits_into_its_registers(
+    name: str, nvfp4: bool, is_w13: bool, scaled: bool, words_for: WordsFor
+) -> None:
+    """A kernel has the loop over K once for each size of a tile. The largest has the most accumulators, and compiles in a third of the time."""
+    config = getattr(configs, name)
+    check_prefill_kernel(replace(config, sizes=config.sizes[-1:]), nvfp4=nvfp4, is_w13=is_w13, scaled=scaled, words_for=words_for)
 
 
-FP8 = {
-    "tiny": configs.FP8_TINY, "wide": configs.FP8_WIDE, "small": configs.FP8_SMALL,
-    "medium": configs.FP8_MEDIUM, "large": configs.FP8_LARGE, "huge": configs.FP8_HUGE,
-}  # fmt: skip
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU: where there is one, cores are many")
+@pytest.mark.parametrize(("name", "nvfp4", "is_w13", "scaled", "words_for"), PREFILL_KERNELS)
+def test_prefill_kernels_with_tiles_of_all_sizes(name: str, nvfp4: bool, is_w13: bool, scaled: bool, words_for: WordsFor) -> None:
+    check_prefill_kernel(getattr(configs, name), nvfp4=nvfp4, is_w13=is_w13, scaled=scaled, words_for=words_for)
 
 
-@pytest.mark.parametrize(
-    ("name", "nvfp4", "is_w13", "words_for"),
-    [
-        ("tiny", True, False, "bf16"),
-        ("wide", False, True, "fp8"),
-        ("small", True, True, "fp8"),
-        ("medium", False, False, "fp8"),
-        ("large", True, True, "bf16"),
-        ("huge", True, True, "fp8"),
-    ],
-)
-def test_fp8_prefill_kernels_use_fp8_wgmma_within_their_registers(name: str, nvfp4: bool, is_w13: bool, words_for: WordsFor) -> None:
-    check_prefill_kernel(FP8[name], empty_experts(nvfp4=nvfp4, words_for=words_for), is_w13=is_w13, scaled=True)
+def test_the_prefill_kernel_with_the_least_room() -> None:
+    """All sizes here too."""
+    options = {"nvfp4": True, "is_w13": True, "scaled": True, "words_for": "fp8"}
+    check_prefill_kernel(configs.LARGE, **options, max_spill_bytes=MAX_SPILL_BYTES_LARGE_FP8_WORDS)
 
 
 def test_quantising_kernels_compile() -> None:

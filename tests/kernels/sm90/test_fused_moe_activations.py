@@ -8,10 +8,10 @@ import pytest
 import torch
 from devices import hopper
 from helpers import assert_close_rel, assert_equal_bits, relative_errors
-from hopper_layers import ACTIVATIONS, configs, in_turns, make_experts, make_tokens, natural, workspace
+from hopper_layers import ACTIVATIONS, activation_of, configs, in_turns, make_experts, make_tokens, natural, workspace
 
 import halfbyte as hb
-from halfbyte.experts import GPT_OSS_SWIGLU, SWIGLU, ExpertWeights
+from halfbyte.experts import SWIGLU, ExpertWeights
 from halfbyte.formats.activation_formats import round_trip
 from halfbyte.kernels.reference.activation import activate
 from halfbyte.kernels.reference.fused_moe import run as reference
@@ -64,7 +64,7 @@ def test_each_product_on_every_tail(name: str, format: hb.BlockFormat, activatio
     from halfbyte.kernels.sm90.gather import gather
 
     config = configs()[name]
-    w = experts_of(5, hidden, intermediate, format, static, GPT_OSS_SWIGLU if hidden == 2880 else SWIGLU)
+    w = experts_of(5, hidden, intermediate, format, static, activation_of(hidden))
     tokens, ids, _ = make_tokens(301, hidden, 5, 3)
     ids[:150] = torch.where(ids[:150] == 4, 3, ids[:150])  # experts of different sizes
     experts = hb.prepare(w).storage
@@ -94,7 +94,7 @@ def test_each_product_on_every_tail(name: str, format: hb.BlockFormat, activatio
 @pytest.mark.parametrize(("name", "format", "hidden", "intermediate"), in_turns(["tiny", "direct", "huge", "decode", "medium"], TAILS), ids=str)
 @pytest.mark.parametrize(("activations", "static"), CASES, ids=CASE_IDS)
 def test_every_kernel_on_every_tail(name: str, format: hb.BlockFormat, activations: str, static: bool, hidden: int, intermediate: int) -> None:
-    w = experts_of(5, hidden, intermediate, format, static)
+    w = experts_of(5, hidden, intermediate, format, static, activation_of(hidden))
     check(w, *make_tokens(8 if name == "direct" else 201, hidden, 5, 3), activations, name)
 
 

@@ -11,6 +11,7 @@ from helpers import assert_close_rel, assert_equal_bits, relative_errors
 from hopper_layers import (
     ACTIVATIONS,
     FP8_LIMITS,
+    activation_of,
     check_graph,
     configs,
     in_turns,
@@ -23,7 +24,7 @@ from hopper_layers import (
 )
 
 import halfbyte as hb
-from halfbyte.experts import GPT_OSS_SWIGLU, SWIGLU, ExpertWeights
+from halfbyte.experts import GPT_OSS_SWIGLU, ExpertWeights
 from halfbyte.formats.fp8_tensor import quantize_fp8
 from halfbyte.kernels.reference.activation import activate
 from halfbyte.kernels.reference.fused_moe import run as reference
@@ -87,27 +88,25 @@ def check_products(w: ExpertWeights, tokens: torch.Tensor, ids: torch.Tensor, na
 def test_each_product_on_every_tail(name: str, format: hb.BlockFormat, hidden: int, intermediate: int) -> None:
     tokens, ids, _ = make_tokens(301, hidden, 5, 3)
     ids[:150] = torch.where(ids[:150] == 4, 3, ids[:150])  # experts of different sizes
-    check_products(make_experts(5, hidden, intermediate, format, GPT_OSS_SWIGLU if hidden == 2880 else SWIGLU), tokens, ids, name)
+    check_products(make_experts(5, hidden, intermediate, format, activation_of(hidden)), tokens, ids, name)
 
 
 @pytest.mark.parametrize(("name", "format", "hidden", "intermediate"), in_turns([*FP8_CONFIGS, "TINY", "MEDIUM"], TAILS), ids=str)
 def test_every_kernel_on_every_tail(name: str, format: hb.BlockFormat, hidden: int, intermediate: int) -> None:
-    check(make_experts(5, hidden, intermediate, format), *make_tokens(201, hidden, 5, 3), name)
+    check(make_experts(5, hidden, intermediate, format, activation_of(hidden)), *make_tokens(201, hidden, 5, 3), name)
 
 
-@pytest.mark.parametrize("name", [*FP8_CONFIGS, "direct", "decode", "TINY", "SMALL", "MEDIUM", "LARGE", "HUGE"])
-@pytest.mark.parametrize("format", [hb.NVFP4, hb.MXFP4], ids=repr)
-def test_both_layouts_give_the_same_bits(name: str, format: hb.BlockFormat) -> None:
+@pytest.mark.parametrize(("name", "format", "hidden", "intermediate"), in_turns(configs(), [(2880, 1408)]), ids=str)
+def test_both_layouts_give_the_same_bits(name: str, format: hb.BlockFormat, hidden: int, intermediate: int) -> None:
     """They hold the same values, in codes that every kernel reads."""
-    w = make_experts(9, 2880, 1408, format, GPT_OSS_SWIGLU)
+    w = make_experts(9, hidden, intermediate, format, activation_of(hidden))
     for num_tokens in (7,) if name == "direct" else (7, 301):
-        call = make_tokens(num_tokens, 2880, 9, 2)
+        call = make_tokens(num_tokens, hidden, 9, 2)
         assert_equal_bits(*(run(w, *call, name, layout=layout) for layout in ("hopper", "hopper_fp8")))
 
 
 @pytest.mark.parametrize("name", ["FP8_LARGE", "FP8_HUGE"])
-@pytest.mark.parametrize("format", [hb.NVFP4, hb.MXFP4], ids=repr)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("activation", "format"), list(zip(ACTIVATIONS, [hb.NVFP4, hb.MXFP4] * 3, strict=True)), ids=str)
 def test_every_activation(name: str, format: hb.BlockFormat, activation: str) -> None:
     check(make_experts(6, 320, 160, format, ACTIVATIONS[activation]), *make_tokens(90, 320, 6, 2), name)
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from devices import hopper
 from helpers import assert_close_rel, assert_equal_bits
-from hopper_layers import FP8_LIMITS, configs, make_experts, make_tokens
+from hopper_layers import FP8_LIMITS, activation_of, configs, in_turns, make_experts, make_tokens
 
 import halfbyte as hb
-from halfbyte.experts import GPT_OSS_SWIGLU, SWIGLU, ExpertMap, ExpertWeights
+from halfbyte.experts import ExpertMap, ExpertWeights
 from halfbyte.kernels.reference.fused_moe import run as reference
 from halfbyte.moe import combine, expert_rows, sort
 from halfbyte.weights.hopper.rounding_fp8 import round_to_fp8
@@ -32,7 +32,7 @@ def arrived(x: torch.Tensor, format: str) -> hb.QuantTensor | hb.Fp8Tensor:
 @pytest.mark.parametrize("name", ["direct", "decode", "tiny", "large"])
 @pytest.mark.parametrize(("hidden", "intermediate"), [(256, 128), (2880, 96), (320, 704)])
 def test_hidden_states_that_arrive_quantised(format: str, name: str, hidden: int, intermediate: int) -> None:
-    w = make_experts(6, hidden, intermediate, hb.NVFP4, GPT_OSS_SWIGLU if hidden == 2880 else SWIGLU)
+    w = make_experts(6, hidden, intermediate, hb.NVFP4, activation_of(hidden))
     tokens, ids, weights = make_tokens(7 if name == "direct" else 150, hidden, 6, 3)
     ids[1, 0], ids[2] = -1, 99
     x = arrived(tokens, format)
@@ -44,11 +44,11 @@ def test_hidden_states_that_arrive_quantised(format: str, name: str, hidden: int
         assert_close_rel(reference(tokens, w, ids, weights), expected)
 
 
-@pytest.mark.parametrize("format", [hb.NVFP4, hb.MXFP4], ids=repr)
-@pytest.mark.parametrize("hidden", [64, 320, 2880])
-@pytest.mark.parametrize("name", ["fp8_tiny", "fp8_small", "fp8_huge"])
-def test_e4m3_hidden_states_go_to_fp8_tensor_cores_as_they_are(format: hb.BlockFormat, hidden: int, name: str) -> None:
-    w = make_experts(5, hidden, 192, format)
+@pytest.mark.parametrize(
+    ("name", "format", "hidden", "intermediate"), in_turns(["fp8_tiny", "fp8_small", "fp8_huge"], [(64, 192), (320, 192), (2880, 192)]), ids=str
+)
+def test_e4m3_hidden_states_go_to_fp8_tensor_cores_as_they_are(name: str, format: hb.BlockFormat, hidden: int, intermediate: int) -> None:
+    w = make_experts(5, hidden, intermediate, format)
     tokens, ids, weights = make_tokens(201, hidden, 5, 2)
     ids[3] = -1
     prepared, options = hb.prepare(w, activations="fp8"), {"activations": "fp8", "config": configs()[name]}

@@ -47,13 +47,9 @@ def check(
 if __name__ == "__main__":
     for format in (hb.NVFP4, hb.MXFP4):
         for activation in (SWIGLU, RELU2):
-            for sizes in ((1, 64, 64), (3, 160, 96), (2, 288, 320)):
-                check(*sizes, format, activation)
-    check(3, 160, 96, hb.NVFP4, SWIGLU, "fp8")
-    check(2, 96, 320, hb.MXFP4, RELU2, "fp8")
-    check(5, 64, 64, hb.NVFP4, SWIGLU)
-    check(3, 256, 256, hb.MXFP4, RELU2)
+            check(2, 160, 96, format, activation)
+            check(1, 96, 288, format, activation, "fp8")
     check(1, 64, 48, hb.NVFP4, SWIGLU)
-    check(1, 32, 1408, hb.MXFP4, SWIGLU)
-    check(1, 64, 2688, hb.NVFP4, RELU2)
+    check(1, 32, 704, hb.MXFP4, SWIGLU)
+    check(3, 256, 64, hb.MXFP4, RELU2)
     print("ok")
