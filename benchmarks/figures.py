@@ -83,29 +83,19 @@ class EngineSpeed(NamedTuple):
 
 def engine_speeds() -> list[EngineSpeed]:
     """vLLM and SGLang, bf16 activations: prefill of 256 prompts of 1,024 tokens, and decoding with 1 to 256 sequences."""
-    return [EngineSpeed("vLLM 0.26.0", _vllm()), EngineSpeed("SGLang 0.5.17", _sglang())]
+    return [EngineSpeed("vLLM 0.26.0", _speedups("vllm 0.26.0", "stock")), EngineSpeed("SGLang 0.5.17", _speedups("sglang 0.5.17", "marlin"))]
 
 
-def _vllm() -> dict[str, float]:
-    rows = [json.loads(line)["row"] for line in (RESULTS / "serve-h200.jsonl").read_text().splitlines()]
-    ours = [row for row in rows if (row["model"], row["engine"], row["system"]) == ("qwen3-30b", "vllm 0.26.0", "halfbyte") and "workload" in row]
+def _speedups(engine: str, marlin: str) -> dict[str, float]:
+    """Of halfbyte in the last run with Qwen3-30B whose first system, which speed-ups are over, is Marlin by this name."""
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for line in (RESULTS / "serve-h200.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        runs.setdefault(record["environment"]["date"], []).append(record["row"])
+    of_marlin = [rows for rows in runs.values() if (rows[0]["model"], rows[0]["engine"], rows[0]["system"]) == ("qwen3-30b", engine, marlin)]
+    ours = [row for row in of_marlin[-1] if row["system"] == "halfbyte" and "workload" in row]
     speeds = {(row["workload"]["kind"], row["workload"]["num_prompts"]): row["speedup"] for row in ours}
     return {"prefill": speeds["prefill", 256]} | {f"{number} seq.": speeds["decode", number] for number in (1, 16, 64, 256)}
-
-
-def _sglang() -> dict[str, float]:
-    records = json.loads((RESULTS / "engines-h200.json").read_text())
-    of = {record["system"]: record for record in records if record["engine"] == "SGLang 0.5.17"}
-    return _factors(of["halfbyte, bf16"], of["marlin"])
-
-
-def _factors(ours: dict[str, Any], stock: dict[str, Any]) -> dict[str, float]:
-    decode = {f"{n} seq.": ours["decode_tokens_per_s"][n] / stock["decode_tokens_per_s"][n] for n in ("1", "16", "64", "256")}
-    return {"prefill": _prefill_seconds(stock) / _prefill_seconds(ours)} | decode
-
-
-def _prefill_seconds(record: dict[str, Any]) -> float:
-    return next(min(run["seconds"]) for run in record["runs"] if (run["prompts"], run["tokens_in"], run["tokens_out"]) == (256, 1024, 1))
 
 
 def draw_speed(file: Path) -> None:

