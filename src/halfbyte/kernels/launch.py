@@ -19,7 +19,10 @@ _known: dict[tuple[Any, ...], Any] = {}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """kernel[grid](*arguments, **options): all parameters of the kernel, by position or by name, and Triton's options by name."""
+    """kernel[grid](*arguments, **options): all parameters of the kernel, by position or by name, and Triton's options by name.
+
+    An argument may be a tuple of tensors.
+    """
     if not isinstance(kernel, JITFunction):  # interpreted
         kernel[grid](*arguments, **options)
         return
@@ -27,15 +30,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
     driver = triton.runtime.driver.active
     device = driver.get_current_device()
     key: list[Any] = [id(kernel), device, *options.values()]
-    for argument in arguments:
-        if isinstance(argument, torch.Tensor):
-            key.append(argument.dtype)
-            if argument.data_ptr() & 15:
-                key.append("not aligned")
-        elif type(argument) is TensorDescriptor:
-            key += (argument.base.dtype, id(argument.layout), *argument.block_shape)
-        else:
-            key.append(argument)
+    _describe(arguments, key)
     compiled = _known.get(tuple(key))
     if compiled is None:
         compiled = kernel[grid](*arguments, **options)
@@ -47,3 +42,18 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
     sizes = (*grid, 1, 1)[:3]
     stream = driver.get_current_stream(device)
     compiled.run(*sizes, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+
+
+def _describe(arguments: tuple[Any, ...], key: list[Any]) -> None:
+    """Append what the compiled kernel depends on."""
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            key.append(argument.dtype)
+            if argument.data_ptr() & 15:
+                key.append("not aligned")
+        elif type(argument) is TensorDescriptor:
+            key += (argument.base.dtype, id(argument.layout), *argument.block_shape)
+        elif isinstance(argument, tuple) and argument and isinstance(argument[0], torch.Tensor):
+            _describe(argument, key)
+        else:
+            key.append(argument)

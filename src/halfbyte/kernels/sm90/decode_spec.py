@@ -1,10 +1,36 @@
-"""What a decode GEMM is compiled for (`gemm_decode`). Plain Python: nothing here needs Triton or a device."""
+"""What a decode GEMM reads and writes, and what it is compiled for (`gemm_decode`). Plain Python: nothing here needs Triton or a device."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 from halfbyte.weights.hopper.layout import WordsFor
+
+
+class DecodeTensors(NamedTuple):
+    """What is in global memory, one parameter of the kernel. What the kernel does not read may be anything.
+
+    Attributes:
+        x, x_scale: the activations, and a scale for each of their rows.
+        words, scales, shift, multiplier, bias: the matrix. Biases are those of its rows, in its order.
+        y: the result.
+        rows: the expert ids (direct), or the entries of the work list.
+        num_items, token_of_row: of the work list.
+    """
+
+    x: torch.Tensor
+    x_scale: torch.Tensor
+    words: torch.Tensor
+    scales: torch.Tensor
+    shift: torch.Tensor
+    multiplier: torch.Tensor
+    bias: torch.Tensor
+    y: torch.Tensor
+    rows: torch.Tensor
+    num_items: torch.Tensor
+    token_of_row: torch.Tensor
 
 
 class DecodeSpec(NamedTuple):

@@ -35,7 +35,7 @@ from halfbyte.kernels.problem import Hidden, Problem, Size, Support, layer_probl
 from halfbyte.kernels.shared.decode_rows import decode_rows
 from halfbyte.kernels.shared.encode_rows import encode_rows
 from halfbyte.kernels.sm90.configs import DIRECT, Config, PrefillConfig, choose_config, configs, rivals, rounds_weights, sources, takes
-from halfbyte.kernels.sm90.decode_spec import DecodeSpec
+from halfbyte.kernels.sm90.decode_spec import DecodeSpec, DecodeTensors
 from halfbyte.kernels.sm90.epilogue import KINDS
 from halfbyte.kernels.sm90.gather import gather
 from halfbyte.kernels.sm90.gemm_decode import NUM_WARPS, grouped_gemm_w4a16_decode
@@ -204,17 +204,9 @@ def _decode_gemm(
     launch(
         grouped_gemm_w4a16_decode,
         (num_items * matrix.row_tiles, parts),
-        x_ptr=x,
-        x_scale_ptr=x if x_scale is None else x_scale,
-        words_ptr=matrix.words,
-        scales_ptr=matrix.scales,
-        shift_ptr=shift,
-        multiplier_ptr=multiplier,
-        bias_ptr=bias,
-        y_ptr=y,
-        rows_ptr=rows,
-        num_items_ptr=num_entries,
-        token_of_row_ptr=token_of_row,
+        tensors=DecodeTensors(
+            x, x if x_scale is None else x_scale, matrix.words, matrix.scales, shift, multiplier, bias, y, rows, num_entries, token_of_row
+        ),
         num_tokens=num_tokens,
         expert_offset=expert_offset,
         num_experts=experts.num_experts,

@@ -44,35 +44,6 @@ X_AHEAD = gl.constexpr(2)  # blocks of 64 columns of x on their way
 
 
 @aggregate
-class Tensors:
-    """What is in global memory. Biases are those of the rows of the matrix, in its order."""
-
-    x: gl.tensor
-    x_scale: gl.tensor
-    words: gl.tensor
-    scales: gl.tensor
-    shift: gl.tensor
-    multiplier: gl.tensor
-    bias: gl.tensor
-    y: gl.tensor
-    ids: gl.tensor
-    token_of_row: gl.tensor
-
-    @gluon.constexpr_function
-    def __init__(self, x, x_scale, words, scales, shift, multiplier, bias, y, ids, token_of_row):
-        self.x = x
-        self.x_scale = x_scale
-        self.words = words
-        self.scales = scales
-        self.shift = shift
-        self.multiplier = multiplier
-        self.bias = bias
-        self.y = y
-        self.ids = ids
-        self.token_of_row = token_of_row
-
-
-@aggregate
 class Item:
     """Rows of one expert: of the work list `num_rows` from `row_start` on, or (direct) those of the tokens that name `expert_id`."""
 
@@ -162,12 +133,8 @@ def _load_run(pointers, run, RUNS: gl.constexpr, SCALES: gl.constexpr, CLAMP: gl
 
 
 @gluon.jit(do_not_specialize=["num_tokens", "expert_offset", "num_experts"])
-def grouped_gemm_w4a16_decode(
-    x_ptr, x_scale_ptr, words_ptr, scales_ptr, shift_ptr, multiplier_ptr, bias_ptr, y_ptr, rows_ptr, num_items_ptr, token_of_row_ptr,
-    num_tokens, expert_offset, num_experts,
-    SPEC: gl.constexpr,
-):  # fmt: skip
-    """rows: the expert ids (direct), or the work list, with num_items and token_of_row. SPEC: a `DecodeSpec`."""
+def grouped_gemm_w4a16_decode(tensors, num_tokens, expert_offset, num_experts, SPEC: gl.constexpr):
+    """tensors: `DecodeTensors`. SPEC: a `DecodeSpec`."""
     FLAT: gl.constexpr = gl.BlockedLayout([2], [32], [4 * SPEC.slices], [0])
     index = gl.program_id(0) // SPEC.row_tiles
     row_tile = gl.program_id(0) % SPEC.row_tiles
@@ -176,25 +143,24 @@ def grouped_gemm_w4a16_decode(
         gdc.gdc_launch_dependents()
     if SPEC.direct:
         slots = gl.arange(0, 64, layout=FLAT)
-        expert_id = gl.load(rows_ptr + index)
-        ids = gl.load(rows_ptr + slots, mask=slots < index, other=-1)
+        expert_id = gl.load(tensors.rows + index)
+        ids = gl.load(tensors.rows + slots, mask=slots < index, other=-1)
         expert = expert_id - expert_offset
         seen = gl.max((ids == expert_id).to(gl.int32), 0)
         is_active = (expert >= 0) & (expert < num_experts) & (seen == 0)
         row_start = gl.to_tensor(0)
         num_rows = gl.to_tensor(0)
     else:
-        is_active = index < gl.load(num_items_ptr)
+        is_active = index < gl.load(tensors.num_items)
         expert = 0
         row_start = 0
         num_rows = 0
         expert_id = gl.to_tensor(0)
         if is_active:
-            expert = gl.load(rows_ptr + index * 4)
-            row_start = gl.load(rows_ptr + index * 4 + 1)
-            num_rows = gl.load(rows_ptr + index * 4 + 2)
+            expert = gl.load(tensors.rows + index * 4)
+            row_start = gl.load(tensors.rows + index * 4 + 1)
+            num_rows = gl.load(tensors.rows + index * 4 + 2)
     if is_active:
-        tensors = Tensors(x_ptr, x_scale_ptr, words_ptr, scales_ptr, shift_ptr, multiplier_ptr, bias_ptr, y_ptr, rows_ptr, token_of_row_ptr)
         _tile(tensors, Item(expert, expert_id, row_start, num_rows), row_tile, num_tokens, SPEC)
 
 
@@ -245,7 +211,7 @@ def _tile(tensors, item, row_tile, num_tokens, SPEC: gl.constexpr):
             tile_bias = gl.zeros_like(tile_bias)  # once: the parts are added up
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(0, gl.SliceLayout(2, X_LAYOUT)))
     if SPEC.direct:
-        slot = _first_slot_of(tensors.ids, row, item.expert_id, num_tokens, SPEC.top_k)
+        slot = _first_slot_of(tensors.rows, row, item.expert_id, num_tokens, SPEC.top_k)
         is_row = slot >= 0
         x_row = slot // SPEC.top_k if SPEC.is_w13 else slot
     else:
