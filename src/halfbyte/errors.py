@@ -37,13 +37,17 @@ class HalfbyteError(Exception):
     exit_code = 1
 
     def __init__(self, problem: str, *, where: str = "", given: object = None, needed: object = None, next_step: str = ""):
-        """Build the one-line message `where: problem (given ...; needed ...). next_step`; empty parts are left out, and long ones shortened."""
+        """Build the one-line message `where: problem (given ...; needed ...). next_step`; empty parts are left out, and long ones shortened.
+
+        >>> print(HalfbyteError("the download failed: no network.", where="org/name", next_step="try again"))
+        org/name: the download failed: no network. Try again
+        """
         details = [shortened(f"{name} {value}") for name, value in (("given", given), ("needed", needed)) if value is not None]
         message = f"{shortened(where)}: {shortened(problem)}" if where else shortened(problem)
         if details:
             message += f" ({'; '.join(details)})"
         if next_step:
-            message += f". {next_step[0].upper()}{next_step[1:]}"
+            message = f"{message.removesuffix('.')}. {next_step[0].upper()}{next_step[1:]}"
         super().__init__(printable(message))
 
 

@@ -21,6 +21,7 @@ LEGAL = {
     "absent": "a key that is absent or null has the default of its family, as in transformers",
     "text": "one letter of a JSON text may turn a value into another one, or a key into one that nobody reads",
     "tokenizer": "another tokenizer splits a text into other tokens",
+    "table": "another number, name or date in a table is a race that somebody may have run",
     "outside": "tensors outside experts and routers are copied by `quantize` and read by transformers, which refuses what it misses",
 }
 

@@ -1,4 +1,7 @@
-"""Damage models, and what runs leave, and see what halfbyte says: python -m fuzz.run --cases 5000 --seed 1 (in tests/, with src on the path)."""
+"""Damage models, what runs leave and tuned tables, and see what halfbyte says.
+
+In tests/, with src on the path: python -m fuzz.run --cases 5000 --seed 1
+"""
 
 from __future__ import annotations
 
@@ -11,19 +14,22 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from fuzz import leftovers
+from fuzz import leftovers, tables
 from fuzz.damage import damage
 from fuzz.judge import WrongError, judge
 from fuzz.sound import LAYOUTS, sound
 
-LEFTOVERS = 0.12  # of all cases
+LEFTOVERS, TABLES = 0.12, 0.04  # of all cases
 
 
 def run_case(layout: str, seed: str, kind: str = "any") -> tuple[str, str]:
     """One damaged model, or what runs on a sound one left: the verdict ("wrong" and why, or as `judge.judge`), and what was done."""
     rng = random.Random(f"{layout} {seed}")
-    if kind == "leftovers" or (kind == "any" and rng.random() < LEFTOVERS):
+    drawn = rng.random() if kind == "any" else 0.5
+    if kind == "leftovers" or drawn < LEFTOVERS:
         return leftovers.run_case(layout, rng)
+    if kind == "tables" or drawn > 1 - TABLES:
+        return tables.run_case(rng)
     files = dict(sound(layout))
     done = damage(rng, files)
     with tempfile.TemporaryDirectory() as folder:
@@ -39,7 +45,7 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=300, help="in all, spread over the layouts")
     parser.add_argument("--seed", default="0")
     parser.add_argument("--layout", choices=LAYOUTS, action="append", help="only these")
-    parser.add_argument("--kind", choices=("any", "models", "leftovers"), default="any", help="what is damaged")
+    parser.add_argument("--kind", choices=("any", "models", "leftovers", "tables"), default="any", help="what is damaged")
     parser.add_argument("--only", metavar="N", type=int, action="append", help="only the cases of these numbers")
     parser.add_argument("--verbose", action="store_true", help="print every case")
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""300 damaged models and leftovers of runs, the same ones each time: no traceback, no hang, no blow-up of memory, nothing wrong accepted.
+"""350 damaged models, leftovers of runs and tables, the same ones each time: no traceback, no hang, no blow-up of memory, nothing wrong accepted.
 
 Other ones, and more of them: PYTHONPATH=src:tests python -m fuzz.run --cases 5000 --seed 1
 """
@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
+from fuzz import tables
 from fuzz.damage import damage
 from fuzz.judge import WrongError, judge
 from fuzz.leftovers import cached, judge_cache, judge_job, unfinished
@@ -27,6 +29,12 @@ SEED = "CI"
 def test_damage_is_told_or_without_effect(layout: str) -> None:
     verdicts = {number: run_case(layout, f"{SEED} {number}") for number in range(CASES)}
     assert {number: told for number, told in verdicts.items() if told[0] not in ("told", "harmless", *LEGAL)} == {}
+
+
+def test_damaged_tables_are_passed_over() -> None:
+    verdicts = {number: tables.run_case(random.Random(f"{SEED} {number}")) for number in range(50)}
+    assert {number: told for number, told in verdicts.items() if told[0] not in ("told", "harmless", *LEGAL)} == {}
+    assert Counter(verdict for verdict, _ in verdicts.values())["told"] > 25
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

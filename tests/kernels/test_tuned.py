@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 from races import H20, H100, H200, SHAPE, layer
 
 from halfbyte.device import Target
-from halfbyte.errors import InputError
+from halfbyte.errors import CheckpointError
 from halfbyte.kernels import tuned
 from halfbyte.kernels.problem import Size
 from halfbyte.kernels.sm90.configs import DECODE, DIRECT, HUGE, MEDIUM, SMALL, TINY
@@ -45,7 +45,7 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterable[None]:
 
 def table(config: object, target: Target = H200, bucket: str = BUCKET, **changed: object) -> Table:
     fields = None if config is None else fields_of(config)
-    race = Race(bucket, 96, "TINY", str(config or TINY), fields, 90.0, 100.0, 0.01, {"TINY": [100.0]}, {})
+    race = Race(bucket, 96, "TINY", str(config or TINY), fields, 90.0, 100.0, 0.01, {"TINY": [100.0] * 3}, {})
     return Table(target, (replace(record_of(layer(target)), races=(race,), **changed),))
 
 
@@ -199,5 +199,5 @@ def test_a_table_survives_its_file(tmp_path: Path) -> None:
     assert tuned.read(tmp_path / "table.json") == table(SMALL)
     document = json.loads((tmp_path / "table.json").read_text())
     del document["layers"][0]["races"][0]["taken"]
-    with pytest.raises(InputError, match="not a table of halfbyte tune"):
+    with pytest.raises(CheckpointError, match="not a table of halfbyte tune"):
         Table.from_json(document, "here")

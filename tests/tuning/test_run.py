@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 from races import H20, H200, Races, Racing, layer
 
-from halfbyte.errors import InputError, UnsupportedError
+from halfbyte.errors import CheckpointError, UnsupportedError
 from halfbyte.kernels.sm90.configs import MEDIUM
 from halfbyte.kernels.tuned import Race, read
 from halfbyte.tuning import store
@@ -60,7 +60,7 @@ def test_files_of_others_are_replaced(tmp_path: Path) -> None:
     file = store.place_of(H200, layer().key, tmp_path)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("{ not JSON")
-    with pytest.raises(InputError, match="not JSON"):
+    with pytest.raises(CheckpointError, match="not readable JSON"):
         read(file)
     list(tune([layer()], Racing(), directory=tmp_path))
     document = json.loads(file.read_text())
@@ -78,7 +78,7 @@ def test_every_gpu_has_its_file(tmp_path: Path) -> None:
 
 
 def _race(bucket: str) -> Race:
-    return Race(bucket, 1, "TINY", "TINY", None, 1.0, 1.0, 0.0, {"TINY": [1.0]}, {})
+    return Race(bucket, 1, "TINY", "TINY", None, 1.0, 1.0, 0.0, {"TINY": [1.0] * 3}, {})
 
 
 def _write(directory: str, bucket: str) -> None:

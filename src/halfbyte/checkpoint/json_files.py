@@ -24,7 +24,8 @@ def read_json(file: Path, next_step: str = AGAIN) -> dict[str, Any]:
         CheckpointError: absent, unreadable, another kind of file, too long, or not one JSON object (see `parse_object`).
     """
     if not file.exists():
-        raise CheckpointError("missing file", where=str(file), next_step="a model directory has config.json and safetensors files")
+        step = "a model directory has config.json and safetensors files" if next_step == AGAIN else "check the name"
+        raise CheckpointError("missing file", where=str(file), next_step=step)
     raw = _read(file, 0, MAX_BYTES + 1, next_step)
     if len(raw) > MAX_BYTES:
         raise _too_long(file, f"over {MAX_BYTES} bytes", next_step)

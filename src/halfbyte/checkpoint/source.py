@@ -19,7 +19,7 @@ from halfbyte.checkpoint.families.unknown import describe_unknown
 from halfbyte.checkpoint.fingerprint import fingerprint
 from halfbyte.checkpoint.json_files import AGAIN, damaged_header, read_header_of, read_json, wrong_length
 from halfbyte.checkpoint.quantization import Quantization, describe_quantization
-from halfbyte.errors import CheckpointError, UnsupportedError
+from halfbyte.errors import CheckpointError, UnsupportedError, reason_of
 
 _SHARD = re.compile(r"-0*[1-9]\d*-of-(?!0*1\.)\d+\.safetensors$")  # a part of several, not the only one
 DEMO_MODEL = "demo"  # the model inside this package, wherever a model is asked for; a directory of that name comes first
@@ -85,9 +85,8 @@ def resolve_model(model: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "LICENSE*"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(
-            f"no such directory, and the download failed: {error}", where=str(model), next_step="check the name, the network and HF_HUB_OFFLINE"
-        ) from error
+        reason, step = reason_of(error), "check the name, the network and HF_HUB_OFFLINE"
+        raise CheckpointError(f"no such directory, and the download failed: {reason}", where=str(model), next_step=step) from error
 
 
 class Checkpoint:

@@ -13,7 +13,6 @@ from halfbyte.cli.bench_moe import parse_shape
 from halfbyte.cli.documents import print_document
 from halfbyte.cli.terminal import comma_list, one_of, seconds, usable_device
 from halfbyte.device import Target
-from halfbyte.errors import CheckpointError
 from halfbyte.formats.activation_formats import ACTIVATION_FORMATS
 from halfbyte.kernels.tuned import SHIPPED, Table, read, user_directory
 from halfbyte.tuning import report
@@ -54,12 +53,12 @@ def run(args: argparse.Namespace) -> int:
     """Tune and report; 0 when everything was raced, 1 when the budget ended before.
 
     Raises:
-        CheckpointError, InputError: the model's files do not say what its layers are; a file that is no table; a directory that cannot be written.
+        CheckpointError: the model's files do not say what its layers are; a file that is no table; a directory that cannot be written.
         UnsupportedError: no kernel with a choice of configurations runs the layer here.
     """
     if args.report is not None:
         files = args.report or [file for directory in (user_directory(), SHIPPED) for file in sorted(directory.glob("*.json"))]
-        return _show(args, [_read(file) for file in files])
+        return _show(args, [read(file) for file in files])
     if args.model is None and args.shapes is None:
         raise argparse.ArgumentError(None, "say what to tune: MODEL, --name or --shape; or --report")
     device = usable_device(args.device)
@@ -76,13 +75,6 @@ def run(args: argparse.Namespace) -> int:
     known = load(layers)
     _show(args, known)
     return int(any(missing(layer, table.layers[0]) for layer, table in zip(layers, known, strict=True)))
-
-
-def _read(file: Path) -> Table:
-    try:
-        return read(file)
-    except OSError as error:
-        raise CheckpointError("cannot read the table", where=str(file), given=error.strerror) from error
 
 
 def _layers(args: argparse.Namespace, target: Target) -> list[Layer]:

@@ -22,18 +22,22 @@ import itertools
 import json
 import logging
 import math
+import reprlib
 import tokenize
+import types
+import typing
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from halfbyte.checkpoint.json_files import read_json
 from halfbyte.device import Target
 from halfbyte.env import cache_dir
-from halfbyte.errors import InputError
+from halfbyte.errors import CheckpointError
 from halfbyte.kernels.problem import Problem, Size
 from halfbyte.version import __version__
 
@@ -43,6 +47,8 @@ SCHEMA = 1
 SHIPPED = Path(__file__).parent / "tables"
 DISTINCT = (8, 16, 32, 64)  # upper limits of buckets of distinct experts
 AVERAGES = (1, 4.5, 9, 16, 24, 38, 56, 80, 112, 150, 176, 240, 320, 448)  # of rows per expert; a last bucket has no limit
+_LARGEST = 1e18  # of any number in a table
+_REMOVE = "remove it"
 _MAX_DISTANCE = 1.0  # of a layer most alike: half or twice one of its sizes
 
 seen: set[tuple[Problem, int]] | None = None  # layers that are called and their experts per token, while `hb.autotune` listens
@@ -135,18 +141,58 @@ class Table:
 
     @staticmethod
     def from_json(document: Any, where: str) -> Table:
-        """Raises InputError unless `document` is a table of this schema."""
+        """Raises CheckpointError unless `document` is a table of this schema."""
+        fields = dict(document) if isinstance(document, dict) else {}
+        schema = fields.pop("schema", None)
+        if schema != SCHEMA:
+            raise CheckpointError("no table of this schema", where=where, given=reprlib.repr(schema), needed=str(SCHEMA), next_step=_REMOVE)
         try:
-            if document["schema"] != SCHEMA:
-                raise InputError("table of another schema", where=where, given=document["schema"], needed=str(SCHEMA))
-            return Table(Target(**document["device"]), tuple(_layer(layer) for layer in document["layers"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError("not a table of halfbyte tune", where=where, given=f"{type(error).__name__}: {error}", next_step="remove it") from error
+            table: Table = _made(Table, fields, "table")
+            for layer in table.layers:
+                _check(layer)
+        except ValueError as error:
+            raise CheckpointError("not a table of halfbyte tune", where=where, given=error, next_step=_REMOVE) from error
+        return table
 
 
-def _layer(document: dict[str, Any]) -> Layer:
-    races = tuple(Race(**race) for race in document["races"])
-    return Layer(**{**document, "key": LayerKey(**document["key"]), "routings": tuple(document["routings"]), "races": races})
+_hints = functools.cache(typing.get_type_hints)
+
+
+def _made(kind: Any, value: Any, path: str) -> Any:
+    """`value`, out of JSON, as a `kind`: a dataclass, a tuple, list or dict, a string, a finite number from 0 on; None where the kind allows it.
+
+    Raises:
+        ValueError: it is something else; says where, `path` being the way to it.
+    """
+    outer, inner, has_fields = typing.get_origin(kind), typing.get_args(kind), is_dataclass(kind)
+    if kind is Any or (value is None and type(None) in inner):
+        return value
+    if outer is types.UnionType:
+        return _made(inner[0], value, path)
+    if has_fields and isinstance(value, dict):
+        hints = _hints(kind)
+        if value.keys() == hints.keys():
+            return kind(**{name: _made(hint, value[name], f"{path}.{name}") for name, hint in hints.items()})
+    elif outer in (tuple, list) and isinstance(value, list):
+        return outer(_made(inner[0], item, f"{path}[{index}]") for index, item in enumerate(value))
+    elif outer is dict and isinstance(value, dict):
+        return {name: _made(inner[1], item, f"{path}.{name}") for name, item in value.items()}
+    elif (kind in (bool, str) and type(value) is kind) or (kind in (int, float) and type(value) in (int, kind) and 0 <= value <= _LARGEST):
+        return value
+    raise ValueError(f"{path} is {reprlib.repr(value)}, no {getattr(kind, '__name__', kind)} as it should be")
+
+
+def _check(layer: Layer) -> None:
+    """Raises ValueError for what no race of a layer of some size has."""
+    key, names = layer.key, {name for _, name in buckets(layer.key.experts)}
+    if not (key.hidden and key.intermediate and key.experts):
+        raise ValueError(f"a size of the layer is 0: {key}")
+    for race in layer.races:
+        json.dumps(race.config, allow_nan=False)  # a ValueError for NaN and infinity
+        if race.bucket not in names:
+            raise ValueError(f"{reprlib.repr(race.bucket)} is no bucket of {key.experts} experts")
+        if any(len(times) != len(layer.routings) or min(times, default=1.0) <= 0 for times in race.times.values()):
+            raise ValueError(f"{race.bucket}: a candidate has no time with one of the {len(layer.routings)} routings")
 
 
 def buckets(num_experts: int) -> list[tuple[int, str]]:
@@ -249,7 +295,7 @@ def _read_all(directory: Path) -> list[Table]:
     for file in sorted(directory.glob("*.json")):
         try:
             tables.append(_read(file, file.stat().st_mtime_ns))
-        except (OSError, InputError) as error:
+        except (OSError, CheckpointError) as error:
             _tell(f"table passed over: {error}")
     return tables
 
@@ -263,14 +309,9 @@ def read(file: Path) -> Table:
     """Read one file.
 
     Raises:
-        InputError: it is not a table.
-        OSError: it cannot be read.
+        CheckpointError: it is not there, cannot be read, or is not a table.
     """
-    try:
-        document = json.loads(file.read_text())
-    except ValueError as error:
-        raise InputError("not JSON", where=str(file), given=str(error), next_step="remove it") from error
-    return Table.from_json(document, str(file))
+    return Table.from_json(read_json(file, _REMOVE), str(file))
 
 
 def fields_of(config: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from halfbyte.checkpoint.writer import make_directory, replacing
 from halfbyte.device import Target
-from halfbyte.errors import InputError
+from halfbyte.errors import CheckpointError
 from halfbyte.kernels.tuned import Layer, LayerKey, Table, buckets, read, user_directory
 
 
@@ -27,7 +27,7 @@ def known_of(device: Target, layer: Layer, directory: Path | None = None) -> Lay
     """What the file of `layer` has of the same kernels and software, or `layer` itself: what it has of others is as good as absent."""
     try:
         known = next((other for other in read(place_of(device, layer.key, directory)).layers if other.key == layer.key), None)
-    except (OSError, InputError):
+    except (OSError, CheckpointError):
         return layer
     same = known is not None and (known.source, known.software, known.routings) == (layer.source, layer.software, layer.routings)
     return known if known is not None and same else layer
