@@ -38,9 +38,11 @@ def _hasten_interpreter() -> None:
 
     Where one function calls another it searches its language for functions to replace, although the launch has replaced them; only names of another
     module of the language (the `tl.core` of its own library) still need that, once. Every sum of integers is followed by a check for overflow, which
-    compiled kernels do not have. What is known of a type (its shape, its size, its dtype in numpy) is found out anew for every value.
+    compiled kernels do not have. What is known of a type (its shape, its size, its dtype in numpy) is found out anew for every value, and values of one
+    shape are broadcast.
     """
     from triton.language import core
+    from triton.language.semantic import TritonSemantic
     from triton.runtime import interpreter
 
     searched: set[int] = set()
@@ -56,6 +58,7 @@ def _hasten_interpreter() -> None:
     interpreter.interpreter_builder.options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
 
     dtype_of, of_block, of_tensor = interpreter._get_np_dtype, core.block_type.__init__, core.tensor.__init__
+    broadcast_any = TritonSemantic.broadcast_impl_value
     dtypes, blocks, tensors = {}, {}, {}  # by the name of the type; attributes that all such objects have
 
     def np_dtype(type: Any) -> Any:
@@ -76,7 +79,12 @@ def _hasten_interpreter() -> None:
             tensors[type.name] = {name: value for name, value in vars(tensor).items() if name != "handle"}
         vars(tensor).update(tensors[type.name], handle=handle)
 
+    def broadcast(semantic: Any, left: Any, right: Any) -> Any:
+        alike = left.type.is_block() and right.type.is_block() and left.type.shape.values == right.type.shape.values
+        return (left, right) if alike else broadcast_any(semantic, left, right)
+
     interpreter._get_np_dtype, core.block_type.__init__, core.tensor.__init__ = np_dtype, init_block, init_tensor
+    TritonSemantic.broadcast_impl_value = broadcast
 
 
 def interpret(run: Callable[[str], None], file: str) -> str:

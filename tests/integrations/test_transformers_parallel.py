@@ -35,7 +35,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return fp4
 
 
-def check_model(rank: int, world: int, directory: str) -> None:
+def check_model(rank: int, directory: str) -> None:
     from halfbyte.integrations.transformers import load, set_activations, set_parallel
 
     whole, _ = load(directory, dtype=torch.float32)
@@ -61,10 +61,6 @@ def check_model(rank: int, world: int, directory: str) -> None:
         model.save_pretrained(Path(directory) / f"saved{rank}")
 
 
-def test_every_rank_has_a_batch_of_its_own(checkpoint: Path) -> None:
-    run_ranks(check_model, 2, str(checkpoint))
-
-
 def report_of(directory: str, questions: str, text: str) -> dict[str, Any]:
     printed = io.StringIO()
     options = ["--questions", questions, "--text", text, "--reference", directory, "--max-new-tokens", "4", "--batch", "2", "--device", "cpu"]
@@ -73,7 +69,12 @@ def report_of(directory: str, questions: str, text: str) -> dict[str, Any]:
     return json.loads(printed.getvalue()) if printed.getvalue() else {}
 
 
-def check_eval(rank: int, world: int, directory: str, questions: str, text: str, expected: dict[str, Any]) -> None:
+def check_model_and_eval(rank: int, world: int, directory: str, questions: str, text: str, expected: dict[str, Any]) -> None:
+    check_model(rank, directory)
+    check_eval(rank, directory, questions, text, expected)
+
+
+def check_eval(rank: int, directory: str, questions: str, text: str, expected: dict[str, Any]) -> None:
     os.environ["RANK"] = str(rank)  # as torchrun would; the group is there already
     report = report_of(directory, questions, text)
     assert bool(report) == (rank == 0)
@@ -81,8 +82,8 @@ def check_eval(rank: int, world: int, directory: str, questions: str, text: str,
         assert report[key] == (value if isinstance(value, str | int) else pytest.approx(value, rel=1e-4)), key
 
 
-def test_eval_gives_the_same_report(checkpoint: Path, tmp_path: Path) -> None:
-    """Five windows and three questions on two ranks: in some batches one has no row of its own."""
+def test_two_ranks_give_what_one_gives(checkpoint: Path, tmp_path: Path) -> None:
+    """Logits of a batch of each rank's own; and the report on five windows and three questions, in some batches of which one rank has no row."""
     lines = (demo_model_dir() / "eval.jsonl").read_text().splitlines()[:3]
     (questions := tmp_path / "questions.jsonl").write_text("\n".join(lines))
     (text := tmp_path / "text.txt").write_text("A hen laid four eggs and Mia took one of them home. " * 150)
@@ -90,4 +91,4 @@ def test_eval_gives_the_same_report(checkpoint: Path, tmp_path: Path) -> None:
     expected = report_of(*arguments)
     assert expected["perplexity"] > 1 and expected["text_tokens"] > 1024 and expected["answer_nll"] > 0
     kept = {key: expected[key] for key in ("model", "perplexity", "text_tokens", "answer_nll", "exact_match")}
-    run_ranks(check_eval, 2, *arguments, kept)
+    run_ranks(check_model_and_eval, 2, *arguments, kept)

@@ -118,6 +118,7 @@ PREFILL_KERNELS = [
     ("SMALL", False, True, False, "bf16"),
     ("MEDIUM", True, True, False, "bf16"),
     ("LARGE", False, True, False, "bf16"),
+    ("LARGE", True, True, True, "fp8"),
     ("HUGE", True, True, False, "bf16"),
     ("FP8_TINY", True, False, True, "bf16"),
     ("FP8_WIDE", False, True, True, "fp8"),
@@ -160,13 +161,8 @@ def test_the_largest_tile_of_a_prefill_kernel_fits_into_its_registers(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU: where there is one, cores are many")
 @pytest.mark.parametrize(("name", "nvfp4", "is_w13", "scaled", "words_for"), PREFILL_KERNELS)
 def test_prefill_kernels_with_tiles_of_all_sizes(name: str, nvfp4: bool, is_w13: bool, scaled: bool, words_for: WordsFor) -> None:
-    check_prefill_kernel(getattr(configs, name), nvfp4=nvfp4, is_w13=is_w13, scaled=scaled, words_for=words_for)
-
-
-def test_the_prefill_kernel_with_the_least_room() -> None:
-    """All sizes here too."""
-    options = {"nvfp4": True, "is_w13": True, "scaled": True, "words_for": "fp8"}
-    check_prefill_kernel(configs.LARGE, **options, max_spill_bytes=MAX_SPILL_BYTES_LARGE_FP8_WORDS)
+    limit = MAX_SPILL_BYTES_LARGE_FP8_WORDS if (name, words_for) == ("LARGE", "fp8") else MAX_SPILL_BYTES
+    check_prefill_kernel(getattr(configs, name), nvfp4=nvfp4, is_w13=is_w13, scaled=scaled, words_for=words_for, max_spill_bytes=limit)
 
 
 def test_quantising_kernels_compile() -> None:
