@@ -7,7 +7,15 @@ import zlib
 import pytest
 
 # The longest files, so that none of them runs alone at the end.
-FIRST = ["kernels/sm90/test_compile.py", "fuzz/test_fuzz.py", "kernels/quantizers/test_fp4.py", "kernels/portable/test_gemm.py"]
+FIRST = [
+    "kernels/sm90/test_compile.py",
+    "kernels/quantizers/test_fp4.py",
+    "kernels/portable/test_gemm.py",
+    "cli/test_serve.py",
+    "eval/test_evaluate.py",
+    "moe/test_compile.py",
+    "fuzz/test_fuzz.py",
+]
 
 
 @pytest.hookimpl(trylast=True)

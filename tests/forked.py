@@ -38,7 +38,7 @@ def _hasten_interpreter() -> None:
 
     Where one function calls another it searches its language for functions to replace, although the launch has replaced them; only names of another
     module of the language (the `tl.core` of its own library) still need that, once. Every sum of integers is followed by a check for overflow, which
-    compiled kernels do not have. What is known of a type (its shape, its size, its dtype in numpy) is found out anew for every value, and values of one
+    compiled kernels do not have. What is known of a type (its shape, its size, its dtype in numpy) is found out anew for every value. Values of one
     shape are broadcast.
     """
     from triton.language import core
