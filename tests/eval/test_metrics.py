@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from halfbyte.checkpoint.source import demo_model_dir
 from halfbyte.errors import InputError, UnsupportedError
 from halfbyte.eval.data import load_questions
-from halfbyte.eval.metrics import Passage, answer_passage, kl_divergence, negative_log_likelihood, text_passages
+from halfbyte.eval.metrics import Passage, answer_passage, score_passages, text_passages
 
 
 class Bigram:
@@ -44,10 +44,16 @@ def tiny_model():
     return Qwen3MoeForCausalLM(config).eval()
 
 
+def kl(model, reference, passages):
+    nats, distance = score_passages(model, passages, reference=reference)
+    assert nats == score_passages(model, passages)[0]  # a reference changes nothing about them
+    return distance
+
+
 def test_likelihood_by_hand():
     passages = [Passage([0, 1, 2, 0], 1), Passage([0, 1, 2, 2, 0, 0], 3)]
     by_hand = [-math.log(0.25 * 0.7 / 3), -math.log(1 / 3 * 1 / 3 * 0.5)]  # 0->1, 1->2, 2->0; then 2->2, 2->0, 0->0
-    assert negative_log_likelihood(P, passages) == pytest.approx(by_hand, rel=1e-6)
+    assert score_passages(P, passages)[0] == pytest.approx(by_hand, rel=1e-6)
     assert [passage.scored for passage in passages] == [3, 3]
 
 
@@ -55,22 +61,22 @@ def test_kl_by_hand():
     passages = [Passage([0, 1, 2, 0], 1), Passage([1, 2, 2], 2)]
     from_0 = 0.5 * math.log(0.5 / 0.25) + 0.25 * math.log(0.25 / 0.5)
     from_2 = (math.log((1 / 3) / 0.6) + 2 * math.log((1 / 3) / 0.2)) / 3
-    assert kl_divergence(Q, P, passages) == pytest.approx((from_0 + 0 + from_2 + from_2) / 4, rel=1e-5)  # predicted from 0, 1, 2; 2
-    assert kl_divergence(P, P, passages) == 0
-    assert kl_divergence(P, Q, passages) != pytest.approx(kl_divergence(Q, P, passages), rel=0.01)  # which one is the reference matters
+    assert kl(Q, P, passages) == pytest.approx((from_0 + 0 + from_2 + from_2) / 4, rel=1e-5)  # predicted from 0, 1, 2; 2
+    assert kl(P, P, passages) == 0
+    assert kl(P, Q, passages) != pytest.approx(kl(Q, P, passages), rel=0.01)  # which one is the reference matters
 
 
 def test_kl_needs_one_vocabulary():
     with pytest.raises(InputError, match=r"vocabulary \(given 3; needed 2\)"):
-        kl_divergence(P, Bigram([[0.5, 0.5], [0.5, 0.5]]), [Passage([0, 1], 1)])
+        kl(P, Bigram([[0.5, 0.5], [0.5, 0.5]]), [Passage([0, 1], 1)])
 
 
 def test_batching_and_padding_change_nothing(tiny_model, monkeypatch):
     generator = torch.Generator().manual_seed(1)
     passages = [Passage(torch.randint(64, (length,), generator=generator).tolist(), first) for length, first in ((40, 1), (7, 3), (23, 20), (40, 39))]
-    together = negative_log_likelihood(tiny_model, passages)
+    together = score_passages(tiny_model, passages)[0]
     monkeypatch.setattr("halfbyte.eval.metrics._TOKENS_A_BATCH", 1)
-    alone = negative_log_likelihood(tiny_model, passages)
+    alone = score_passages(tiny_model, passages)[0]
     assert together == pytest.approx(alone, rel=1e-5)
     uniform = [passage.scored * math.log(64) for passage in passages]
     assert not any(total == pytest.approx(guess, rel=1e-3) for total, guess in zip(alone, uniform, strict=True))  # the model has opinions
@@ -80,7 +86,7 @@ def test_likelihood_agrees_with_transformers_own_loss(tiny_model):
     ids = list(range(5, 45))
     with torch.inference_mode():
         loss = tiny_model(input_ids=torch.tensor([ids]), labels=torch.tensor([ids])).loss.item()
-    assert negative_log_likelihood(tiny_model, [Passage(ids, 1)])[0] / 39 == pytest.approx(loss, rel=1e-5)
+    assert score_passages(tiny_model, [Passage(ids, 1)])[0][0] / 39 == pytest.approx(loss, rel=1e-5)
 
 
 def test_an_answer_is_scored_after_the_prompt_that_generation_sees(tokenizer):

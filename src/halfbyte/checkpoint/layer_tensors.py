@@ -8,15 +8,17 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Literal
 
 import torch
 
+from halfbyte.checkpoint.arrangement import Arrangement
 from halfbyte.checkpoint.dialects import CODE_DTYPES, FP8_BLOCK, STACKED_FORM, fp8_scales_of
 from halfbyte.checkpoint.families import KNOWN_MODEL_TYPES, tensor_names
 from halfbyte.checkpoint.fp8_source import read_fp8_block, read_fp8_scales
-from halfbyte.checkpoint.projections import DOWN, GATE, UP, Projection, find_layout, place_of, stacked_sizes
+from halfbyte.checkpoint.projections import DOWN, UP, Projection, find_layout, place_of
 from halfbyte.checkpoint.source import Checkpoint
 from halfbyte.errors import CheckpointError, UnsupportedError
 from halfbyte.formats import BlockFormat, count_nonfinite
@@ -55,13 +57,14 @@ class LayerTensors:
         self.format: BlockFormat | None = self.dialect.format
         if self.format is not None:
             self._check_blocks(self.format)
-        self._transposed = False
-        self._transposed = self._is_transposed()
+        sizes = (self.moe.num_experts, self.moe.hidden, self.moe.intermediate)
+        arrangement = Arrangement(layout, *sizes, self.moe.interleaved)
+        self._arrangement = replace(arrangement, transposed=self._is_transposed(arrangement))
         self._check_input_factors()
 
     def shape(self, projection: Projection) -> tuple[int, int]:
         """Rows and columns of a projection: [I, H] for gate and up, [H, I] for down."""
-        return (self.moe.hidden, self.moe.intermediate) if projection == DOWN else (self.moe.intermediate, self.moe.hidden)
+        return self._arrangement.shape(projection)
 
     def name(self, expert: int, projection: Projection, suffix: str) -> str:
         """Name of the tensor that holds a part of a projection (of all experts, when stacked)."""
@@ -223,7 +226,7 @@ class LayerTensors:
             others = {self.name(expert, other, self.dialect.codes) for other in self.projections}
             present = sorted(other for other in others if other in self.checkpoint)
             raise self._error("missing tensor", name, given=f"of this expert {', '.join(present) or 'no matrix'}", needed="all of its matrices")
-        self._check(name, self._matrix_dtypes, self._stored_shape(projection, self.dialect.codes_shape(self.shape(projection)[1])))
+        self._check(name, self._matrix_dtypes, self._arrangement.stored_shape(projection, self.dialect.codes_shape(self.shape(projection)[1])))
         if self.format is None and self._is_fp8(name):
             read_fp8_scales(self.checkpoint, name)
         return True
@@ -315,27 +318,8 @@ class LayerTensors:
 
     def _part(self, expert: int, projection: Projection, name: str, dtypes: tuple[torch.dtype, ...], columns: tuple[int, ...]) -> torch.Tensor:
         """The rows of one projection of one expert, [N, *columns], from a tensor of the layer."""
-        stored = self._read(name, dtypes, self._stored_shape(projection, columns))
-        if not self._layout.stacked:
-            return stored
-        of_expert = (stored.unflatten(0, (self.moe.num_experts, -1)) if self._layout.flat else stored)[expert]
-        return self._rows_of(of_expert.mT if columns and self._lies_transposed(projection) else of_expert, projection)
-
-    def _stored_shape(self, projection: Projection, columns: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the tensor that holds a part of a projection, [N, *columns] of one expert."""
-        rows, experts = self.shape(projection)[0], self.moe.num_experts
-        if not self._layout.stacked:
-            return (rows, *columns)
-        rows *= 2 if self._layout.fused and projection != DOWN else 1
-        matrix = (*columns, rows) if columns and self._lies_transposed(projection) else (rows, *columns)
-        return (experts * matrix[0], *matrix[1:]) if self._layout.flat else (experts, *matrix)
-
-    def _lies_transposed(self, projection: Projection) -> bool:
-        return self._transposed or (self._layout.flat and projection == DOWN)
-
-    def _read(self, name: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> torch.Tensor:
-        self._check(name, dtypes, shape)
-        return self.checkpoint.read(name)
+        self._check(name, dtypes, self._arrangement.stored_shape(projection, columns))
+        return self._arrangement.rows_of(self.checkpoint.read(name), expert, projection, columns)
 
     def _check(self, name: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> None:
         if name not in self.checkpoint:
@@ -382,29 +366,14 @@ class LayerTensors:
                     next_step="quantise the original model again without AWQ",
                 )
 
-    def _is_transposed(self) -> bool:
-        """Whether stacked matrices are stored [K, N]: both shapes together say so, one alone may fit either way."""
+    def _is_transposed(self, arrangement: Arrangement) -> bool:
+        """Whether stacked matrices are stored [K, N]."""
         if not self._layout.stacked or self._layout.flat or self.dialect.blocked:
             return False
-        shapes = {
-            part: self.checkpoint.info(name).shape for part in (UP, DOWN) if (name := self.name(0, part, self.dialect.codes)) in self.checkpoint
-        }
-        up, down = (shapes.get(part, ()) for part in (UP, DOWN))
-        sizes = stacked_sizes(up, down, halves=2 if self._layout.fused else 1, packed=1 if self.format is None else 2)
-        if sizes is not None:
-            return sizes.transposed
-        # One of them is damaged: the other one may tell.
-        usual = {part: self._stored_shape(part, self.dialect.codes_shape(self.shape(part)[1])) for part in shapes}
-        return any(shape != usual[part] and shape == (usual[part][0], *usual[part][:0:-1]) for part, shape in shapes.items())
-
-    def _rows_of(self, rows: torch.Tensor, projection: Projection) -> torch.Tensor:
-        """The rows of one projection out of a stacked expert."""
-        if projection == DOWN or not self._layout.fused:
-            return rows
-        first = projection == GATE
-        if self.moe.interleaved:
-            return rows[0 if first else 1 :: 2]
-        return rows[: self.moe.intermediate] if first else rows[self.moe.intermediate :]
+        names = {part: self.name(0, part, self.dialect.codes) for part in (UP, DOWN)}
+        shapes = {part: self.checkpoint.info(name).shape for part, name in names.items() if name in self.checkpoint}
+        columns = {part: self.dialect.codes_shape(arrangement.shape(part)[1]) for part in shapes}
+        return arrangement.fits_transposed(shapes, columns, packed=1 if self.format is None else 2)
 
     def _powers_of_two(self, name: str, scales: torch.Tensor) -> torch.Tensor:
         """fp32 scales that are powers of two as e8m0 bytes."""

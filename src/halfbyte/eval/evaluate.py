@@ -11,7 +11,7 @@ from typing import Any
 from halfbyte.errors import CheckpointError
 from halfbyte.eval.data import Question, is_correct, kinds_of
 from halfbyte.eval.generation import generate_answers
-from halfbyte.eval.metrics import Passage, answer_passage, kl_divergence, negative_log_likelihood
+from halfbyte.eval.metrics import Passage, answer_passage, score_passages
 from halfbyte.eval.ranks import ALONE, Ranks
 
 _MOST_NATS = 700.0  # per token; exp(710) is beyond a double
@@ -104,7 +104,7 @@ def evaluate(
     kinds: dict[str, KindScore] = {}
     if questions:
         completions = generate_answers(model, tokenizer, questions, batch=batch, max_new_tokens=max_new_tokens, advance=advance, ranks=ranks)
-        nll = negative_log_likelihood(model, answers, advance=advance, ranks=ranks)
+        nll, _ = score_passages(model, answers, advance=advance, ranks=ranks)
         for kind in kinds_of(questions):
             members = [index for index, question in enumerate(questions) if question.kind == kind]
             kinds[kind] = KindScore(
@@ -112,14 +112,18 @@ def evaluate(
                 exact_match=fmean(is_correct(questions[index], completions[index]) for index in members),
                 answer_nll=_mean(sum(nll[index] for index in members), sum(answers[index].scored for index in members)),
             )
+    perplexity = kl = None
     tokens = sum(passage.scored for passage in passages)
+    if passages:
+        nats, kl = score_passages(model, passages, reference=reference, advance=advance, ranks=ranks)
+        perplexity = math.exp(_mean(sum(nats), tokens))
     return EvalReport(
         dtype=str(model.dtype).removeprefix("torch."),
         kinds=kinds,
         exact_match=fmean(score.exact_match for score in kinds.values()) if kinds else None,
         answer_nll=fmean(score.answer_nll for score in kinds.values()) if kinds else None,
-        perplexity=math.exp(_mean(sum(negative_log_likelihood(model, passages, advance=advance, ranks=ranks)), tokens)) if passages else None,
-        kl=kl_divergence(model, reference, passages, advance=advance, ranks=ranks) if passages and reference is not None else None,
+        perplexity=perplexity,
+        kl=kl,
         text_tokens=tokens,
     )
 

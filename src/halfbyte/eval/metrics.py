@@ -77,41 +77,35 @@ def text_passages(tokenizer: Any, documents: Sequence[str], *, limit: int | None
 
 
 @torch.inference_mode()
-def negative_log_likelihood(model: Any, passages: Sequence[Passage], *, advance: Advance = no_progress, ranks: Ranks = ALONE) -> list[float]:
-    """Return -sum log p(token | tokens before it) of each passage in nats, over its scored tokens.
+def score_passages(
+    model: Any, passages: Sequence[Passage], *, reference: Any = None, advance: Advance = no_progress, ranks: Ranks = ALONE
+) -> tuple[list[float], float | None]:
+    """Let `model` read the passages once: return the nats of each, and how far it is from `reference`, None without one. All of `ranks` get the same.
 
-    Divide by `Passage.scored` for the mean; exp of the mean is the perplexity. All of `ranks` call it and get the same.
-    """
-    totals = [0.0] * len(passages)
-    for together, indices, ids, mask in _padded_batches(passages, model.device, ranks):
-        logits = model(input_ids=ids, attention_mask=mask).logits
-        for row, index in enumerate(indices):
-            first, end = passages[index].first, len(passages[index].ids)
-            losses = F.cross_entropy(logits[row, first - 1 : end - 1].float(), ids[row, first:end], reduction="none")
-            totals[index] = losses.sum(dtype=torch.float64).item()
-        advance(together)
-    return ranks.add(totals, model.device)
-
-
-@torch.inference_mode()
-def kl_divergence(model: Any, reference: Any, passages: Sequence[Passage], *, advance: Advance = no_progress, ranks: Ranks = ALONE) -> float:
-    """Return the mean over scored tokens of KL(reference || model) = sum_v p_ref(v) log(p_ref(v) / p_model(v)), in nats; the same on all of `ranks`.
+    Nats are -sum log p(token | tokens before it) over the scored tokens. Divide by `Passage.scored` for the mean; exp of the mean is the perplexity.
+    The distance is the mean over scored tokens of KL(reference || model) = sum_v p_ref(v) log(p_ref(v) / p_model(v)), in nats.
 
     Raises:
         InputError: the two vocabularies have different sizes.
     """
-    total = 0.0
+    totals, distance = [0.0] * len(passages), 0.0
     for together, indices, ids, mask in _padded_batches(passages, model.device, ranks):
-        logits = model(input_ids=ids, attention_mask=mask).logits
-        expected = reference(input_ids=ids.to(reference.device), attention_mask=mask.to(reference.device)).logits.to(logits.device)
-        if logits.shape != expected.shape:
-            raise InputError("model and reference differ in vocabulary", given=logits.shape[-1], needed=expected.shape[-1])
-        for row, index in enumerate(indices):
-            scored = slice(passages[index].first - 1, len(passages[index].ids) - 1)
-            log_p, log_q = expected[row, scored].float().log_softmax(-1), logits[row, scored].float().log_softmax(-1)
-            total += F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(dtype=torch.float64).item()
+        logits, expected = model(input_ids=ids, attention_mask=mask).logits, None
         advance(together)
-    return ranks.add([total], model.device)[0] / sum(passage.scored for passage in passages)
+        if reference is not None:
+            expected = reference(input_ids=ids.to(reference.device), attention_mask=mask.to(reference.device)).logits.to(logits.device)
+            advance(together)
+            if logits.shape != expected.shape:
+                raise InputError("model and reference differ in vocabulary", given=logits.shape[-1], needed=expected.shape[-1])
+        for row, index in enumerate(indices):
+            first, end = passages[index].first, len(passages[index].ids)
+            log_q = logits[row, first - 1 : end - 1].float().log_softmax(-1)
+            totals[index] = F.nll_loss(log_q, ids[row, first:end], reduction="none").sum(dtype=torch.float64).item()
+            if expected is not None:
+                log_p = expected[row, first - 1 : end - 1].float().log_softmax(-1)
+                distance += F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(dtype=torch.float64).item()
+    *nats, distance = ranks.add([*totals, distance], model.device)
+    return nats, None if reference is None else distance / sum(passage.scored for passage in passages)
 
 
 def _padded_batches(passages: Sequence[Passage], device: torch.device, ranks: Ranks) -> Iterator[tuple[int, list[int], torch.Tensor, torch.Tensor]]:
