@@ -85,7 +85,7 @@ def run_demo(
         with _timed(seconds, f"measure {variant.name}"), progress_bar(f"measuring {variant.name}") as bar:
             quality = evaluate(model, tokenizer, questions=questions, passages=passages, reference=against, batch=128, progress=bar.reach)
         measured.append(Variant(variant.name, variant.directory, variant.disk_bytes, variant.expert_bytes, quality))
-    say(f"\n{table(measured)}\n\nComputed in {quality.dtype}. {NOTE}")
+    say(f"\n{table(measured)}\n\nComputed in {quality.dtype}.\n{NOTE}")
 
     with _timed(seconds, "plot"):
         plot_quality([(v.name, v.disk_bytes, v.quality) for v in measured if v.quality], output / "demo.png")
