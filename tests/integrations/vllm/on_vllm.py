@@ -43,7 +43,9 @@ NUM_TOKENS = 24
 # Of the distance of the best logit from the mean: bf16 keeps 8 bits, through six layers. Where it tips a value into the next e4m3 code, that is an
 # eighth of the value. Seen on H200: up to 0.039 and 0.053. Answers to other questions are 0.39 and more away.
 TOLERANCES: dict[ActivationFormat, float] = {"bf16": 0.06, "fp8": 0.1}
-LAYER_TOLERANCE = 5e-3  # of a layer's result, whatever its activations are rounded to: both sides round the same hidden states
+# Of a layer's result, whatever its activations are rounded to: both sides round the same hidden states. With fp8, a GPU's kernels for more than a few
+# rows per expert round NVFP4 weights too, which is 4e-2 here, and ranks whose tokens are gathered have more rows. MXFP4 weights stay what they are.
+LAYER_TOLERANCE, ROUNDED_WEIGHTS_TOLERANCE = 5e-3, 6e-2
 WAYS: dict[str, dict[str, Any]] = {
     "": {},
     "tp2": {"tensor_parallel_size": 2},
@@ -61,8 +63,9 @@ def choices() -> list[str]:
     """What this machine can do."""
     ways = ["fp8", "lora", "sleep"] if torch.cuda.is_available() else []
     ways += ["tp2", "ep2"] if torch.cuda.device_count() != 1 else []
-    ways += ["dp2", "dp2+fp8", "peers2", "peers2+fp8"] if torch.cuda.device_count() > 1 else []
-    return ["nvfp4-modelopt", "nvfp4-compressed-tensors", "mxfp4-compressed-tensors", *(f"nvfp4-modelopt+{way}" for way in ways)]
+    ways += ["dp2", "peers2"] if torch.cuda.device_count() > 1 else []
+    checkpoints = ["nvfp4-modelopt", "nvfp4-compressed-tensors", "mxfp4-compressed-tensors", *(f"nvfp4-modelopt+{way}" for way in ways)]
+    return checkpoints + [f"mxfp4-compressed-tensors+{way}+fp8" for way in ways if way in ("dp2", "peers2")]
 
 
 def quantized(directory: Path, checkpoint: str) -> Path:
@@ -208,13 +211,13 @@ def check(path: Path, way: str, activations: ActivationFormat) -> None:
         llm.collective_rpc("reload_weights")
     assert llm.apply_model(addresses) == places
     assert generate(llm, prompts) == first, "other text after a reload"
-    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else "cpu"  # vLLM's: with fp8, a GPU's kernels round weights too
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else "cpu"
     model, _ = load(path, dtype=torch.bfloat16, device=device, activations=activations)
     if "tensor_parallel_size" not in WAYS[way] and (way != "dp2" or activations == "fp8"):  # elsewhere vLLM adds up what ranks give, after the call
         layers = zip(model.model.layers, calls, strict=True)
         worst = max(layer_error(layer.mlp.experts, *(tensor.to(model.device) for tensor in call)) for layer, call in layers)
         print(f"{path.name} {way} {activations} {rank}: layers {worst:.1e} from those of transformers")
-        assert worst <= LAYER_TOLERANCE
+        assert worst <= (ROUNDED_WEIGHTS_TOLERANCE if activations == "fp8" and path.name.startswith("nvfp4") else LAYER_TOLERANCE)
     judge(f"{path.name} {way} {activations} {rank}", tokenizer, model, prompts, first, TOLERANCES[activations])
     if way == "lora":
         changed = adapt(llm, prompts, model, path.parent / "adapter")
