@@ -74,9 +74,9 @@ def calibrate(
     try:
         fp8 = "quantization_config" in read_json(model_dir / "config.json")
         arguments: dict[str, Any] = {"quantization_config": FineGrainedFP8Config(dequantize=True)} if fp8 else {}
-        arguments["dtype"] = model_dtype(torch.device(device))
-        model = AutoModelForCausalLM.from_pretrained(model_dir, experts_implementation=_IMPLEMENTATION, **arguments)
-        model = model.to(device).eval()
+        dtype = model_dtype(torch.device(device))
+        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, experts_implementation=_IMPLEMENTATION, **arguments)
+        model = (model.float() if dtype == "float32" else model).to(device).eval()  # what is FP8 in the files came as bf16, whatever was asked for
         tokenizer = AutoTokenizer.from_pretrained(model_dir)
         windows = [window for window in _windows(texts, tokenizer) if window]
         if not windows:
