@@ -25,7 +25,7 @@ def nvfp4_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def passages(dense):
-    return text_passages(dense[1], load_documents(demo_model_dir() / "heldout.txt.xz"), limit=8)
+    return text_passages(dense[1], load_documents(demo_model_dir() / "heldout.txt.xz"), limit=16)
 
 
 @pytest.fixture(scope="module")
