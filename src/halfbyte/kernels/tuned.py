@@ -158,13 +158,19 @@ class Table:
 _hints = functools.cache(typing.get_type_hints)
 
 
+@functools.cache
+def _parts(kind: Any) -> tuple[Any, tuple[Any, ...], bool]:
+    """What a type is made of: its origin, its arguments, and whether it is a dataclass."""
+    return typing.get_origin(kind), typing.get_args(kind), is_dataclass(kind)
+
+
 def _made(kind: Any, value: Any, path: str) -> Any:
     """`value`, out of JSON, as a `kind`: a dataclass, a tuple, list or dict, a string, a finite number from 0 on; None where the kind allows it.
 
     Raises:
         ValueError: it is something else; says where, `path` being the way to it.
     """
-    outer, inner, has_fields = typing.get_origin(kind), typing.get_args(kind), is_dataclass(kind)
+    outer, inner, has_fields = _parts(kind)
     if kind is Any or (value is None and type(None) in inner):
         return value
     if outer is types.UnionType:
