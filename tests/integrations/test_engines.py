@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -125,30 +127,88 @@ def test_experts_that_an_engine_moves_are_the_ones_that_run() -> None:
     assert torch.equal(hb.fused_moe(hidden, layer.halfbyte_experts, moved, routing.weights), before)
 
 
-@pytest.mark.parametrize("format", [hb.NVFP4, hb.MXFP4])
-def test_a_head_start_is_taken_once_and_waited_for(format: hb.BlockFormat, monkeypatch: pytest.MonkeyPatch) -> None:
-    arranged: list[hb.ExpertWeights] = []
-    monkeypatch.setattr("halfbyte.integrations.engines.prepare", lambda w, **options: arranged.append(w) or hb.prepare(w, **options))
-    model, layer = EngineModel("an engine", Options(), print), Layer(experts(1))
-    for _ in range(3):  # layers that the engine makes
-        model.get_ready(format)
-    take_over(model, layer)
-    assert [(w.num_experts, w.format) for w in arranged] == [(1, format), (4, hb.NVFP4)]
+def get_ready(model: EngineModel, layer: Layer) -> None:
+    model.get_ready(layer.experts, top_k=2, max_tokens=64)
 
 
-def test_a_head_start_that_fails_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def prepare(w: hb.ExpertWeights, **options: Any) -> Any:
-        if w.num_experts == 1:
-            raise RuntimeError("no memory")
+def test_a_head_start_is_taken_once_and_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    def slow(w: hb.ExpertWeights, **options: Any) -> hb.PreparedExperts:
+        time.sleep(0.1)
+        done.append(f"{w.num_experts} arranged")
         return hb.prepare(w, **options)
 
-    monkeypatch.setattr("halfbyte.integrations.engines.prepare", prepare)
+    def warm_up(experts: hb.PreparedExperts, *_: Any, **__: Any) -> None:
+        time.sleep(0.1)
+        done.append(f"kernels for {experts.num_experts}")
+
+    monkeypatch.setattr("halfbyte.integrations.head_start.prepare", slow)
+    monkeypatch.setattr("halfbyte.integrations.head_start.warm_up", warm_up)
+    monkeypatch.setattr("halfbyte.integrations.engines.warm_up", lambda *_, **__: done.append("all kernels"))
     model, layer = EngineModel("an engine", Options(), print), Layer(experts(1))
-    model.get_ready(hb.NVFP4)
+    for _ in range(3):  # layers that the engine makes
+        get_ready(model, layer)
+    take_over(model, layer)
+    assert done == ["1 arranged", "kernels for 4", "all kernels"]
+
+
+@pytest.mark.parametrize("fails", ["prepare", "outline"])
+def test_a_head_start_that_fails_changes_nothing(fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(f"halfbyte.integrations.head_start.{fails}", fail)
+    model, layer = EngineModel("an engine", Options(), print), Layer(experts(1))
+    model.get_ready(lambda: fail(), top_k=2, max_tokens=64)
+    get_ready(model, layer)
     take_over(model, layer)
     other = Layer(experts(1))
     take_over(EngineModel("an engine", Options(), print), other)
     assert torch.equal(call(layer), call(other))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "format", "activations"),
+    [
+        ((128, 2048, 768), hb.NVFP4, "bf16"),  # Qwen3-30B
+        ((128, 2048, 768), hb.NVFP4, "fp8"),
+        ((16, 7168, 2048), hb.NVFP4, "bf16"),  # DeepSeek-R1, a rank of 16
+        ((25, 2880, 2880), hb.MXFP4, "bf16"),  # gpt-oss, an odd share of its experts
+        ((4, 192, 64), hb.NVFP4, "bf16"),  # one unit for all programs
+    ],
+)
+def test_the_kernels_of_a_head_start_are_those_of_the_layer(
+    sizes: tuple[int, int, int], format: hb.BlockFormat, activations: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton's keys of what arranges weights, on a Hopper GPU that is not there; nothing is compiled."""
+    from halfbyte.tuning.compiling import kernels_passed_over, without_device
+
+    keys: list[set[str]] = []
+
+    def arrange(w: hb.ExpertWeights, **_: Any) -> hb.PreparedExperts:
+        keys.append(set())
+        with without_device(90, 232448), kernels_passed_over(lambda key: keys[-1].add(key) or True):
+            return hb.prepare(w, "hopper_fp8" if activations == "fp8" else "hopper", in_place=True, scale_check=lambda _: None)
+
+    monkeypatch.setattr("halfbyte.weights.hopper.pack._has_kernels", lambda _: True)
+    monkeypatch.setattr("halfbyte.weights.hopper.pack.Target", SimpleNamespace(of=lambda _: hb.Target("a GPU", "sm_90", 132, 1, 1.0)))
+    for module in ("engines", "head_start"):
+        monkeypatch.setattr(f"halfbyte.integrations.{module}.prepare", arrange)
+    monkeypatch.setattr("halfbyte.integrations.engines.warm_up", lambda *_, **__: None)
+    monkeypatch.setattr("halfbyte.integrations.engines.workspace_nbytes", lambda *_, **__: 0)
+    num_experts, hidden, intermediate = sizes
+    shapes = {"w13": (num_experts, 2 * intermediate, hidden), "w2": (num_experts, hidden, intermediate)}
+    tensors = {f"{side}.codes": torch.empty(*shape[:2], shape[2] // 2, dtype=torch.uint8) for side, shape in shapes.items()}
+    tensors |= {f"{side}.scales": torch.empty(*shape[:2], shape[2] // format.block, dtype=torch.uint8) for side, shape in shapes.items()}
+    if format.has_global_scale:
+        tensors |= {f"{side}.global_scale": torch.ones(num_experts) for side in shapes}
+    w = hb.ExpertWeights.from_engine_tensors(tensors, format)
+    model = EngineModel("an engine", Options(activations=activations), print)
+    model.get_ready(lambda: w, top_k=2, max_tokens=64)
+    model.take_over(nn.Module(), "layer 0", w, (), top_k=2, max_tokens=64)
+    first, layer = keys
+    assert first == layer and len(layer) >= 4
 
 
 def test_one_line_per_model() -> None:

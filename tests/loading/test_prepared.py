@@ -12,6 +12,7 @@ from random_experts import make_experts
 
 import halfbyte as hb
 from halfbyte.errors import InputError, UnsupportedError
+from halfbyte.loading.prepared import outline
 
 DEMO_MODEL = Path(hb.__file__).parent / "demo_model"
 
@@ -126,3 +127,20 @@ def test_checks_that_are_read_together_name_the_layers(layout, name):
     prepared.update_(layer(True), scale_check=checks.of("layer 3"))
     with pytest.raises(InputError, match="layer 3"):
         checks.wait()
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_an_outline_is_what_prepare_returns_with_other_bytes(w, in_place, monkeypatch):
+    monkeypatch.setattr("halfbyte.loading.prepared.wanted_layout", lambda problem, in_place: ("hopper", "a test wants it"))
+    before = {name: tensor.clone() for name, tensor in w.tensors.items()}
+    outlined = outline(w, activations="fp8", in_place=in_place)
+    assert all(torch.equal(tensor.view(torch.uint8), before[name].view(torch.uint8)) for name, tensor in w.tensors.items())
+    prepared = hb.prepare(w, activations="fp8", in_place=in_place)
+    for fact in ("layout", "target", "reason", "activations", "reused", "description"):
+        assert getattr(outlined, fact) == getattr(prepared, fact), fact
+    kinds = [{name: (tensor.dtype, tensor.shape) for name, tensor in p.storage.tensors.items()} for p in (outlined, prepared)]
+    assert kinds[0] == kinds[1]
+
+
+def test_the_outline_of_a_canonical_layout_is_the_weights(w):
+    assert outline(w).storage is w

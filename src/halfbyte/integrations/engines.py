@@ -8,7 +8,6 @@ move experts between ranks, let them sleep, or write new weights to the same add
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -20,8 +19,8 @@ from halfbyte.arguments import as_device
 from halfbyte.device import Target
 from halfbyte.errors import HalfbyteError, InputError, UnsupportedError
 from halfbyte.experts import ExpertWeights
-from halfbyte.formats import BlockFormat
 from halfbyte.formats.activation_formats import ActivationFormat, check_activations
+from halfbyte.integrations.head_start import HeadStart
 from halfbyte.loading import prepare
 from halfbyte.moe import warm_up, workspace_nbytes
 from halfbyte.version import __version__
@@ -102,7 +101,7 @@ class EngineModel:
         self._kinds: dict[str, int] = {}
         self._refused: dict[str, int] = {}
         self._noted: set[str] = set()
-        self._head_start: threading.Thread | None = None
+        self._head_start: HeadStart | None = None
 
     def refuse(self, name: str, reason: str) -> None:
         """Leave the FP4 experts of layer `name` to the engine; a reason is logged once.
@@ -122,15 +121,18 @@ class EngineModel:
             self._noted.add(text)
             self._log(text)
 
-    def get_ready(self, format: BlockFormat) -> None:
-        """Arrange a small expert in a thread, once, while the engine makes its layers and reads their weights; `take_over` waits for the end.
+    def get_ready(self, experts: Callable[[], ExpertWeights], *, top_k: int, max_tokens: int) -> None:
+        """Compile what the model's first layer needs in a thread, while the engine makes layers and reads weights; `take_over` waits for it.
 
-        The first layer takes 0.6 s longer than the others else (one H200, Triton 3.6): 0.4 s in which Triton hashes itself, and 0.2 s of imports.
+        Args:
+            experts: gives those of a layer that the engine has made, in its Parameters, which are still to be filled.
+            top_k, max_tokens: as in `take_over`.
         """
         if self._head_start is None:
-            device = as_device("cuda" if torch.cuda.is_available() else "cpu", self._engine)
-            self._head_start = threading.Thread(target=_arrange_small_expert, args=(format, device, self.options.activations), daemon=True)
-            self._head_start.start()
+            with contextlib.suppress(HalfbyteError, *FAILURES):  # what fails here fails again when the layer is taken over, which says so
+                layer = experts()
+                device = as_device("cuda", self._engine) if layer.device.type == "meta" else layer.device
+                self._head_start = HeadStart(layer, device, self.options.activations, top_k, max_tokens, batch_invariant=self.batch_invariant)
 
     @torch.no_grad()
     def take_over(self, module: nn.Module, name: str, experts: ExpertWeights, parameters: Iterable[str], *, top_k: int, max_tokens: int) -> None:
@@ -143,7 +145,7 @@ class EngineModel:
         """
         start = time.perf_counter()
         if self._head_start is not None:
-            self._head_start.join()
+            self._head_start.wait_to_arrange()
         held: PreparedExperts | None = getattr(module, "halfbyte_experts", None)
         if held is None:
             in_place = experts.device.type == "cuda"
@@ -167,6 +169,8 @@ class EngineModel:
         warm = (experts.description, experts.num_experts, top_k, max_tokens)
         if warm not in self._warm:
             start = time.perf_counter()
+            if self._head_start is not None:
+                self._head_start.wait()
             warm_up(experts, top_k, max_tokens=max_tokens, batch_invariant=self.batch_invariant)
             self.workspace_nbytes = max(self.workspace_nbytes, workspace_nbytes(experts, max_tokens, top_k, batch_invariant=self.batch_invariant))
             self.stats["warm_up_s"] += time.perf_counter() - start
@@ -198,19 +202,3 @@ class EngineModel:
         theirs = "; ".join(f"{count} layers ({reason})" for reason, count in self._refused.items()) or "nothing"
         times = f"weights arranged in {self.stats['prepare_host_s']:.2f} s, kernels ready in {self.stats['warm_up_s']:.2f} s"
         self._log(f"halfbyte {__version__} runs {ours}; {times}; left to {self._engine}: {theirs}")
-
-
-def _arrange_small_expert(format: BlockFormat, device: torch.device, activations: ActivationFormat) -> None:
-    size = 256  # a layout's tiles divide it
-
-    def zeros(*shape: int) -> torch.Tensor:
-        return torch.zeros(1, *shape, dtype=torch.uint8, device=device)
-
-    tensors = {
-        "w13.codes": zeros(2 * size, size // 2), "w13.scales": zeros(2 * size, size // format.block),
-        "w2.codes": zeros(size, size // 2), "w2.scales": zeros(size, size // format.block),
-    }  # fmt: skip
-    if format.has_global_scale:
-        tensors |= dict.fromkeys(("w13.global_scale", "w2.global_scale"), torch.ones(1, dtype=torch.float32, device=device))
-    with contextlib.suppress(HalfbyteError, *FAILURES):  # what fails here fails again with the first layer, which says so
-        prepare(ExpertWeights.from_engine_tensors(tensors, format), activations=activations, in_place=device.type == "cuda")

@@ -26,7 +26,7 @@ from halfbyte.loading.cache import CacheEntry
 from halfbyte.loading.stream import Progress, stream_experts
 from halfbyte.weights.checks import ScaleCheck
 from halfbyte.weights.layouts import LAYOUTS, check_names
-from halfbyte.weights.prepared import ChosenLayout, PreparedExperts, arrange
+from halfbyte.weights.prepared import ChosenLayout, PreparedExperts, allocate, arrange
 
 CacheUse = Literal["read", "write", "off"]
 CACHE_USES: tuple[str, ...] = get_args(CacheUse)
@@ -80,6 +80,14 @@ def prepare(
         raise InputError("weights cannot be arranged in place on another device", where="prepare", given=f"{place}", needed=f"{w.device}")
     chosen = _choose_layout(layout, policy, w, Target.of(place), activations, in_place=in_place)
     return arrange(w, chosen, place, in_place=in_place, scale_check=scale_check)
+
+
+def outline(w: ExpertWeights, *, activations: ActivationFormat = "bf16", in_place: bool = False) -> PreparedExperts:
+    """What `prepare` returns for these arguments, with weights that are not arranged yet: for `warm_up`, which reads none.
+
+    Errors as `prepare`. Nothing is written to `w`, in whose memory the result lies where it is to be arranged there.
+    """
+    return allocate(w, _choose_layout("auto", "packed", w, Target.of(w.device), activations, in_place=in_place), w.device, in_place=in_place)
 
 
 def _choose_layout(

@@ -159,10 +159,17 @@ def arrange(
     """Arrange `w` in a layout that has been chosen; the other arguments and errors as `loading.prepare`."""
     if chosen.layout == "canonical":
         _check_scales(w, scale_check)
+    prepared = allocate(w, chosen, device, in_place=in_place)
+    if chosen.layout != "canonical":
+        _pack(LAYOUTS[chosen.layout], w, prepared.storage, scale_check)
+    return prepared
+
+
+def allocate(w: ExpertWeights, chosen: ChosenLayout, device: torch.device, *, in_place: bool) -> PreparedExperts:
+    """What `arrange` returns, before it writes to it; a canonical layout is complete."""
+    if chosen.layout == "canonical":
         return chosen.result(w, tuple(w.tensors)) if device == w.device else chosen.result(w.to(device))
-    layout = LAYOUTS[chosen.layout]
-    storage, reused = _storage_within(w, chosen.layout) if in_place else (layout.allocate(w, device), ())
-    _pack(layout, w, storage, scale_check)
+    storage, reused = _storage_within(w, chosen.layout) if in_place else (LAYOUTS[chosen.layout].allocate(w, device), ())
     return chosen.result(storage, reused)
 
 

@@ -33,6 +33,9 @@ class OwnMethod:
     ) -> tuple[int, int]:
         return hidden_size + 256, intermediate_size_per_partition + 256
 
+    def create_weights(self, layer: Any, **sizes: int) -> None:
+        self.sizes = sizes
+
     def process_weights_after_loading(self, layer: Any) -> None:
         self.processed.append(layer)
 
@@ -78,6 +81,16 @@ def test_a_layer_from_choice_to_call(vllm: Any) -> None:  # noqa: F811
     assert not method.processed and all(name.startswith("halfbyte_") for name, _ in layer.named_parameters())
     assert torch.equal(call(method, layer), expected(weights()))
     assert len(vllm.logged) == 1 and "1 MoE layers (NVFP4, swiglu, 4 experts of 128 x 64" in vllm.logged[0]
+
+
+def test_kernels_are_compiled_for_the_parameters_that_vllm_makes(vllm: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    layer, method = chosen(vllm)
+    ready: list[tuple[Any, int, int]] = []
+    monkeypatch.setattr(method.halfbyte.model, "get_ready", lambda experts, *, top_k, max_tokens: ready.append((experts(), top_k, max_tokens)))
+    method.create_weights(layer=layer, hidden_size=128)
+    assert method.sizes == {"hidden_size": 128}
+    ((experts, *others),) = ready
+    assert experts.w13.codes.data_ptr() == layer.w13_weight.data_ptr() and others == [2, 64]
 
 
 def test_a_reload_keeps_the_addresses(vllm: Any) -> None:  # noqa: F811

@@ -38,7 +38,6 @@ def take_over(layer: Layer, method: Any, model: EngineModel, *, name: str, max_t
     ours = _same(method, _subclass(cls))
     holding = HOLDINGS[kind_of(layer, method)]
     ours.halfbyte = State(holding, model, name, max_tokens)
-    model.get_ready(holding.format)
     return ours
 
 
@@ -126,12 +125,14 @@ class _Method:
     halfbyte: State
 
     def create_weights(self, layer: Layer, *args: Any, **kwargs: Any) -> None:
-        """SGLang's Parameters, without what only Blackwell's kernels need."""
+        """SGLang's Parameters, without what only Blackwell's kernels need. Their sizes say which kernels will be needed."""
         kwargs["weight_loader"] = self.halfbyte.loader(layer, kwargs["weight_loader"])
         super().create_weights(layer, *args, **kwargs)  # type: ignore[misc]
         for name in ("w13_blockscale_swizzled", "w2_blockscale_swizzled"):
             if getattr(layer, name, None) is not None:
                 setattr(layer, name, None)
+        state = self.halfbyte
+        state.model.get_ready(lambda: experts_of(layer, state.holding), top_k=layer.top_k, max_tokens=state.max_tokens)
 
     def process_weights_after_loading(self, layer: Layer) -> None:
         state = self.halfbyte

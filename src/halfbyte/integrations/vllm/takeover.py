@@ -40,7 +40,6 @@ def take_over(method: Any, model: EngineModel, max_tokens: int, peers: Peers | N
     holding = HOLDINGS[cls.__name__]
     method.__class__ = _subclass(cls)
     method.halfbyte = State(holding, model, max_tokens, peers)
-    model.get_ready(holding.format)
 
 
 class State:
@@ -108,6 +107,12 @@ class _Method:
         """Whole blocks; the rest of the padding is the layout's."""
         block = self.halfbyte.holding.format.block
         return hidden_size, -(-intermediate_size_per_partition // block) * block
+
+    def create_weights(self, layer: Layer, *args: Any, **kwargs: Any) -> None:
+        """vLLM's Parameters, whose sizes say which kernels will be needed."""
+        type(self).__mro__[1].create_weights(self, layer, *args, **kwargs)  # type: ignore[attr-defined]
+        state = self.halfbyte
+        state.model.get_ready(lambda: experts_of(layer, state.holding, state.model.options), top_k=layer.top_k, max_tokens=state.max_tokens)
 
     @property
     def supports_internal_mk(self) -> bool:

@@ -100,7 +100,7 @@ def _write(target, stages, arrivals_ptr, unit, first_stage, program, num_program
         tma_store(scale_words_desc, [(tile * runs + run) * 8, 0], scale_words.index(stage))
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["num_units", "num_groups"])  # so that any number of experts needs the same kernels
 def _pack_in_place(
     codes_ptr, scales_ptr, words_desc, scale_words_desc, arrivals_ptr, refused_ptr,
     num_units, expert_units, num_groups, rows, intermediate, lanes, column_tiles, runs,
