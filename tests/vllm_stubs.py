@@ -147,7 +147,6 @@ def put_in_place(monkeypatch: pytest.MonkeyPatch) -> Any:
     for name in ("vllm.model_executor", "vllm.model_executor.layers", "vllm.model_executor.layers.fused_moe", "vllm.v1", "vllm.v1.worker"):
         module(name)
     fused_moe = "vllm.model_executor.layers.fused_moe"
-    module(f"{fused_moe}.modular_kernel")
     module(f"{fused_moe}.config", FUSED_MOE_UNQUANTIZED_CONFIG="no quantisation of its own")
     module(f"{fused_moe}.routed_experts", RoutedExperts=Choosing)
     module("vllm.distributed")

@@ -23,7 +23,6 @@ RELIED_ON: Relied = {
     f"{_LAYERS}/fused_moe/expert_map_manager.py": (("ExpertMapManager",), ()),
     f"{_LAYERS}/fused_moe/activation.py": (("MoEActivation",), ()),
     f"{_LAYERS}/fused_moe/config.py": (("FusedMoEConfig", "FusedMoEParallelConfig"), ("FUSED_MOE_UNQUANTIZED_CONFIG",)),
-    f"{_LAYERS}/fused_moe/modular_kernel.py": ((), ()),
     f"{_LAYERS}/quantization/modelopt.py": (("ModelOptNvFp4FusedMoE",), ("select_nvfp4_moe_backend",)),
     f"{_LAYERS}/quantization/mxfp4.py": (
         ("GptOssMxfp4MoEMethod", "Mxfp4MoEMethod"),

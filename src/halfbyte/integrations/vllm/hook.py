@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import vllm.envs
-import vllm.model_executor.layers.fused_moe.modular_kernel
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
