@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -162,6 +163,7 @@ class _Job(NamedTuple):
                 self.kernel.run(*kind.tensors(num_tokens), config=self.config, **options)
 
 
+@functools.cache  # it looks at every number of tokens
 def _calls(kernel: KernelChoice, problem: Problem, top_k: int, max_tokens: int) -> dict[Hashable, list[int]]:
     """For each configuration that calls of up to `max_tokens` tokens take the numbers of tokens, as small as possible, that need all its variants."""
     if not kernel.configs(problem):
