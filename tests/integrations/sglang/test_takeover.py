@@ -144,6 +144,19 @@ def test_a_layer_computes_what_was_loaded(make: Any, kind: str) -> None:
     assert all(layer._parameters[name].numel() == 0 for name in ("w13_weight", "w2_weight", "w13_weight_scale", "w2_weight_scale"))
 
 
+@pytest.mark.parametrize("method", [ModelOptNvFp4FusedMoEMethod, Mxfp4MoEMethod])
+def test_kernels_are_compiled_for_the_parameters_that_sglang_makes(make: Any, method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ready: list[tuple[torch.Size, int, int]] = []
+
+    def get_ready(_: Any, experts: Any, *, top_k: int, max_tokens: int) -> None:
+        ready.append((experts().w13.codes.shape, top_k, max_tokens))
+
+    monkeypatch.setattr("halfbyte.integrations.engines.EngineModel.get_ready", get_ready)
+    layer = make(method(), **(GPT_OSS if method is Mxfp4MoEMethod else {}))
+    sizes = (2 * layer.intermediate_size_per_partition, layer.hidden_size // 2)
+    assert ready == [((EXPERTS, *sizes), layer.top_k, server().chunked_prefill_size)]
+
+
 def test_rows_in_turns_are_put_in_order(make: Any) -> None:
     layer = make()
     layer.inference_moe_w13_interleaved = True
