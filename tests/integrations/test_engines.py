@@ -15,6 +15,7 @@ from torch import nn
 import halfbyte as hb
 from halfbyte.errors import InputError, UnsupportedError
 from halfbyte.integrations.engines import EngineModel, Options, refusal_of_device
+from halfbyte.loading.prepared import outline
 
 NAMES = ("w13.codes", "w13.scales", "w13.global_scale", "w2.codes", "w2.scales", "w2.global_scale")
 
@@ -134,26 +135,26 @@ def get_ready(model: EngineModel, layer: Layer) -> None:
 def test_a_head_start_is_taken_once_and_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
 
-    def slow(w: hb.ExpertWeights, **options: Any) -> hb.PreparedExperts:
+    def arrange(w: hb.ExpertWeights, *_: Any, **__: Any) -> None:
         time.sleep(0.1)
         done.append(f"{w.num_experts} arranged")
-        return hb.prepare(w, **options)
 
     def warm_up(experts: hb.PreparedExperts, *_: Any, **__: Any) -> None:
         time.sleep(0.1)
         done.append(f"kernels for {experts.num_experts}")
 
-    monkeypatch.setattr("halfbyte.integrations.head_start.prepare", slow)
+    monkeypatch.setattr("halfbyte.integrations.head_start._arrange", arrange)
     monkeypatch.setattr("halfbyte.integrations.head_start.warm_up", warm_up)
+    monkeypatch.setattr("halfbyte.integrations.engines.prepare", lambda w, **options: done.append("all arranged") or hb.prepare(w, **options))
     monkeypatch.setattr("halfbyte.integrations.engines.warm_up", lambda *_, **__: done.append("all kernels"))
     model, layer = EngineModel("an engine", Options(), print), Layer(experts(1))
     for _ in range(3):  # layers that the engine makes
         get_ready(model, layer)
     take_over(model, layer)
-    assert done == ["1 arranged", "kernels for 4", "all kernels"]
+    assert sorted(done[:3]) == ["1 arranged", "all arranged", "kernels for 4"] and done[0] == "1 arranged" and done[3:] == ["all kernels"]
 
 
-@pytest.mark.parametrize("fails", ["prepare", "outline"])
+@pytest.mark.parametrize("fails", ["_arrange", "outline", "warm_up"])
 def test_a_head_start_that_fails_changes_nothing(fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no memory")
@@ -184,18 +185,24 @@ def test_the_kernels_of_a_head_start_are_those_of_the_layer(
     """Triton's keys of what arranges weights, on a Hopper GPU that is not there; nothing is compiled."""
     from halfbyte.tuning.compiling import kernels_passed_over, without_device
 
-    keys: list[set[str]] = []
+    keys: set[str] = set()
+    of_one_expert: set[str] = set()
 
-    def arrange(w: hb.ExpertWeights, **_: Any) -> hb.PreparedExperts:
-        keys.append(set())
-        with without_device(90, 232448), kernels_passed_over(lambda key: keys[-1].add(key) or True):
-            return hb.prepare(w, "hopper_fp8" if activations == "fp8" else "hopper", in_place=True, scale_check=lambda _: None)
+    def prepare(w: hb.ExpertWeights, **options: Any) -> hb.PreparedExperts:
+        of_one_expert.update(keys)
+        keys.clear()
+        return hb.prepare(w, **options | {"in_place": True})
 
+    layout = "hopper_fp8" if activations == "fp8" else "hopper"
+    monkeypatch.setattr("halfbyte.loading.prepared.wanted_layout", lambda problem, in_place: (layout, "a test wants it"))
     monkeypatch.setattr("halfbyte.weights.hopper.pack._has_kernels", lambda _: True)
     monkeypatch.setattr("halfbyte.weights.hopper.pack.Target", SimpleNamespace(of=lambda _: hb.Target("a GPU", "sm_90", 132, 1, 1.0)))
-    for module in ("engines", "head_start"):
-        monkeypatch.setattr(f"halfbyte.integrations.{module}.prepare", arrange)
-    monkeypatch.setattr("halfbyte.integrations.engines.warm_up", lambda *_, **__: None)
+    monkeypatch.setattr(
+        "halfbyte.integrations.head_start.outline", lambda w, activations, in_place: outline(w, activations=activations, in_place=True)
+    )
+    monkeypatch.setattr("halfbyte.integrations.engines.prepare", prepare)
+    for name in ("head_start.warm_up", "engines.warm_up"):
+        monkeypatch.setattr(f"halfbyte.integrations.{name}", lambda *_, **__: None)
     monkeypatch.setattr("halfbyte.integrations.engines.workspace_nbytes", lambda *_, **__: 0)
     num_experts, hidden, intermediate = sizes
     shapes = {"w13": (num_experts, 2 * intermediate, hidden), "w2": (num_experts, hidden, intermediate)}
@@ -205,10 +212,10 @@ def test_the_kernels_of_a_head_start_are_those_of_the_layer(
         tensors |= {f"{side}.global_scale": torch.ones(num_experts) for side in shapes}
     w = hb.ExpertWeights.from_engine_tensors(tensors, format)
     model = EngineModel("an engine", Options(activations=activations), print)
-    model.get_ready(lambda: w, top_k=2, max_tokens=64)
-    model.take_over(nn.Module(), "layer 0", w, (), top_k=2, max_tokens=64)
-    first, layer = keys
-    assert first == layer and len(layer) >= 4
+    with without_device(90, 232448), kernels_passed_over(lambda key: keys.add(key) or True):
+        model.get_ready(lambda: w, top_k=2, max_tokens=64)
+        model.take_over(nn.Module(), "layer 0", w, (), top_k=2, max_tokens=64)
+    assert keys == of_one_expert and len(keys) >= 4
 
 
 def test_one_line_per_model() -> None:
@@ -253,6 +260,7 @@ def test_bad_scales_are_found_before_the_first_call_and_named() -> None:
 def test_a_captured_graph_goes_on_with_other_weights(activations: Any) -> None:
     first, second = experts(1, "cuda"), experts(2, "cuda")
     layer, model = Layer(first), EngineModel("an engine", Options(activations=activations), print)
+    get_ready(model, layer)
     take_over(model, layer)
     model.finish()
     expected_first = call(layer, "cuda")

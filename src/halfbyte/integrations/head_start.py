@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from halfbyte.device import current
 from halfbyte.experts import ExpertWeights
 from halfbyte.formats.activation_formats import ActivationFormat
-from halfbyte.loading import prepare
 from halfbyte.loading.prepared import outline
 from halfbyte.moe import warm_up
+from halfbyte.weights.hopper.layout import HopperExperts
+from halfbyte.weights.hopper.pack import pack
 
 
 class HeadStart:
@@ -30,19 +33,23 @@ class HeadStart:
         self, experts: ExpertWeights, device: torch.device, activations: ActivationFormat, top_k: int, max_tokens: int, *, batch_invariant: bool
     ) -> None:
         self._can_arrange = threading.Event()
+        in_place = device.type == "cuda"
+
+        def arrange() -> None:
+            one = experts[:1]
+            zeros = {name: torch.zeros_like(tensor, device=device) for name, tensor in one.tensors.items()}
+            _arrange(one.with_tensors(zeros), activations, in_place=in_place)
+
+        def call() -> None:
+            if experts.device == device:
+                layer = outline(experts, activations=activations, in_place=in_place)
+                warm_up(layer, top_k, max_tokens=max_tokens, batch_invariant=batch_invariant)
 
         def compile_kernels() -> None:
-            in_place = device.type == "cuda"
-            with contextlib.suppress(Exception), current(device):
-                try:
-                    one = experts[:1]
-                    zeros = {name: torch.zeros_like(tensor, device=device) for name, tensor in one.tensors.items()}
-                    prepare(one.with_tensors(zeros), activations=activations, in_place=in_place)
-                finally:
-                    self._can_arrange.set()
-                if experts.device == device:
-                    layer = outline(experts, activations=activations, in_place=in_place)
-                    warm_up(layer, top_k, max_tokens=max_tokens, batch_invariant=batch_invariant)
+            for step in (arrange, call):
+                with contextlib.suppress(Exception), current(device):
+                    step()
+                self._can_arrange.set()
 
         self._thread = threading.Thread(target=compile_kernels, daemon=True)
         self._thread.start()
@@ -54,3 +61,11 @@ class HeadStart:
     def wait(self) -> None:
         """Return when all that can be compiled is."""
         self._thread.join()
+
+
+def _arrange(experts: ExpertWeights, activations: ActivationFormat, *, in_place: bool) -> None:
+    """As `prepare`, but both matrices at the same time, because what takes long is to compile. As in `warm_up`, warning filters are kept."""
+    storage = outline(experts, activations=activations, in_place=in_place).storage
+    if isinstance(storage, HopperExperts):
+        with warnings.catch_warnings(), ThreadPoolExecutor(2) as pool:
+            pack(experts, storage, scale_check=lambda _: None, each=pool.map)
