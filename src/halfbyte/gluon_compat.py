@@ -11,6 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.runtime.jit import JITFunction
 
 # The second names are those of Triton 3.6; calling them raises in 3.9.
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -19,18 +20,20 @@ aggregate = getattr(gluon, "aggregate", None) or triton.language.core._aggregate
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
-def fix_cache_keys(*kernels: Any) -> None:
-    """Let Triton compute the cache keys of these kernels now, in this order.
+def fix_cache_keys(*functions: Any) -> None:
+    """Let Triton compute the cache keys of these functions now, in this order; what else is among them is passed over.
 
-    With Triton 3.6 (not 3.9) a kernel's key contains the global constants of the functions it calls only if those were hashed before: which
-    of two kernels runs first in a process would decide whether the other is found in the disk cache or compiled again.
+    With Triton 3.6 and 3.7 (not 3.9) a kernel's key contains the global constants of the functions it calls only if those were hashed before: which
+    of two kernels runs first in a process would decide whether the other is found in the disk cache or compiled again. So a module of functions that
+    kernels of several modules share fixes them all: `fix_cache_keys(*globals().values())`.
 
     At every launch Triton compares all global constants of a kernel with what they were, which takes the host longer than the launch. Those here do
     not change, so they are forgotten.
     """
-    for kernel in kernels:
-        kernel.cache_key  # noqa: B018 (a property that does the work)
-        kernel.used_global_vals.clear()
+    for function in functions:
+        if isinstance(function, JITFunction):
+            function.cache_key  # noqa: B018 (a property that does the work)
+            function.used_global_vals.clear()
 
 
 def tma_descriptor(tensor: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:

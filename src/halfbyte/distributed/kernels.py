@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from halfbyte.distributed.peer_memory import REGIONS
+from halfbyte.gluon_compat import fix_cache_keys
 from halfbyte.kernels.quantizers.blocks import amax8, half
 from halfbyte.kernels.quantizers.chunk import load_words, nvfp4_block, prepare_global
 from halfbyte.kernels.quantizers.fp8 import divide, e4m3_bytes, fp32_scale, mx_scale, prepare_division
@@ -271,3 +272,6 @@ def pull_rows(
     if is_last(sync_ptr + 2):
         tl.store(sync_ptr + 2, 0)
         tl.store(sync_ptr + 3, epoch)
+
+
+fix_cache_keys(*globals().values())

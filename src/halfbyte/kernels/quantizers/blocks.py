@@ -24,6 +24,8 @@ from collections.abc import Sequence
 import triton
 import triton.language as tl
 
+from halfbyte.gluon_compat import fix_cache_keys
+
 _ROUND = tl.constexpr(8388608.0)  # 2^23: adding it rounds to an integer, found in the low bits
 _CUT = tl.constexpr(6.5)  # |q| is cut here: above 6, and below the 7 that would round to a ninth code
 _CUT_BITS = 0x40D00000  # of this float
@@ -343,3 +345,6 @@ def e8m0_of(amax, RULE: tl.constexpr):
     byte = tl.where(amax == _INFINITY, 254, byte)
     reciprocal = (254 - byte) << 23
     return byte, tl.where(byte == 254, 0x400000, reciprocal).to(tl.float32, bitcast=True)
+
+
+fix_cache_keys(*globals().values())

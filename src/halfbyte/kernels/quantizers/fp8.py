@@ -18,6 +18,7 @@ import triton.language as tl
 
 from halfbyte.formats.fp8_tensor import BLOCKS, Fp8Scaling, Fp8Tensor
 from halfbyte.formats.scale_layout import ScaleLayout, padded_shape
+from halfbyte.gluon_compat import fix_cache_keys
 from halfbyte.kernels.problem import Problem, Support, takes_16_bits
 from halfbyte.kernels.quantizers.blocks import e4m3_of, quotient, range_factor, reciprocal
 
@@ -107,6 +108,9 @@ def quantize_fp8_kernel(
     elif LAYOUT == "8x4":
         offset = (row // 8 * (scale_columns // 4) + group // 4) * 32 + row % 8 * 4 + group % 4
     tl.store(scales_ptr + offset, scale, mask=(row < scale_rows) & (group < scale_columns))
+
+
+fix_cache_keys(*globals().values())
 
 
 def supports(problem: Problem) -> Support:
