@@ -26,7 +26,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
     if not isinstance(kernel, JITFunction):  # interpreted
         kernel[grid](*arguments, **options)
         return
-    arguments = (*arguments, *(options.pop(name) for name in kernel.arg_names[len(arguments) :]))
+    arguments = (*arguments, *map(options.pop, kernel.arg_names[len(arguments) :]))
     driver = triton.runtime.driver.active
     device = driver.get_current_device()
     key: list[Any] = [id(kernel), device, *options.values()]
@@ -47,11 +47,14 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
 def _describe(arguments: tuple[Any, ...], key: list[Any]) -> None:
     """Append what the compiled kernel depends on."""
     for argument in arguments:
-        if isinstance(argument, torch.Tensor):
+        kind = type(argument)
+        if kind is int or kind is bool:  # most are
+            key.append(argument)
+        elif isinstance(argument, torch.Tensor):
             key.append(argument.dtype)
             if argument.data_ptr() & 15:
                 key.append("not aligned")
-        elif type(argument) is TensorDescriptor:
+        elif kind is TensorDescriptor:
             key += (argument.base.dtype, id(argument.layout), *argument.block_shape)
         elif isinstance(argument, tuple) and argument and isinstance(argument[0], torch.Tensor):
             _describe(argument, key)

@@ -215,8 +215,9 @@ def run(
     num_slots, device = topk_ids.numel(), topk_ids.device
     ordered, single, block = variant(num_slots, num_experts, max_rows)
     aligned_slots = -(-num_slots // 4) * 4  # 16 bytes: Triton compiles anew for other pointers
-    sizes = [aligned_slots, aligned_slots, 4]
-    token_of_row, row_of_slot, num_entries = scratch((sum(sizes),), torch.int32, device).split(sizes)
+    memory = scratch((2 * aligned_slots + 4,), torch.int32, device)
+    token_of_row, row_of_slot = memory[:num_slots], memory[aligned_slots : aligned_slots + num_slots]
+    num_entries = memory[2 * aligned_slots : 2 * aligned_slots + 1]
     entries = scratch((max_entries(num_slots, num_experts, max_rows), 4), torch.int32, device)
     starts = torch.empty(num_experts + 1, dtype=torch.int32, device=device) if row_start else None
     padded = max(32, next_power_of_2(num_experts))
@@ -243,4 +244,4 @@ def run(
             topk_ids, counts, totals, token_of_row, row_of_slot, entries, num_entries, starts, num_slots, expert_offset, num_experts, padded,
             *layout, block, launch_early, num_warps=4, **pdl,
         )  # fmt: skip
-    return WorkList(token_of_row[:num_slots], row_of_slot[:num_slots], entries, num_entries[:1], starts)
+    return WorkList(token_of_row, row_of_slot, entries, num_entries, starts)

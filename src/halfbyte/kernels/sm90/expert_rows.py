@@ -20,6 +20,7 @@ that prefill's GEMM1 reads lie where those of GEMM2 will.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -247,11 +248,6 @@ def _prefill_gemm(
     """Multiply x, bf16 or (with a `config` for it) e4m3; rows times `x_scale` where there is one."""
     whole_runs = matrix.column_tiles % 4 == 0
     shift, multiplier, bias = _optional(matrix)
-    spec = PrefillSpec(
-        **_product(x_scale, matrix, y, experts, is_w13),
-        column_tiles=matrix.column_tiles,
-        **derived(config, matrix.row_tiles, matrix.column_tiles),
-    )
     launch(
         grouped_gemm_prefill,
         (Target.of(x.device).num_sms,),
@@ -266,11 +262,17 @@ def _prefill_gemm(
         y_ptr=y,
         items_ptr=work.entries,
         num_items_ptr=work.num_entries,
-        SPEC=spec,
+        SPEC=_prefill_spec(config, matrix.column_tiles, **_product(x_scale, matrix, y, experts, is_w13)),
         num_warps=4,
         maxnreg=config.launch_registers,
         ptx_options=PTXAS_OPTIONS,
     )
+
+
+@functools.cache
+def _prefill_spec(config: PrefillConfig, column_tiles: int, **product: Any) -> PrefillSpec:
+    """The same object for all calls alike: `launch` compares it faster than an equal one, which would take longer to make than to find."""
+    return PrefillSpec(**product, column_tiles=column_tiles, **derived(config, product["row_tiles"], column_tiles))
 
 
 def _product(x_scale: torch.Tensor | None, matrix: HopperMatrix, y: torch.Tensor, experts: HopperExperts, is_w13: bool) -> dict[str, Any]:
