@@ -1,6 +1,9 @@
+import itertools
 import json
+import threading
 
 import pytest
+import torch
 
 from halfbyte.checkpoint.source import Checkpoint
 from halfbyte.cli.main import main
@@ -66,3 +69,28 @@ def test_a_place_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot write here"):
         run._claim(tmp_path / "file" / "out")
+
+
+def test_what_fails_in_one_measurement_ends_the_others(monkeypatch):
+    going_on, ended = threading.Event(), []
+
+    def evaluate(model, tokenizer, *, progress, **options):
+        if model == "broken":
+            assert going_on.wait(60)
+            raise CheckpointError("no finite numbers")
+        try:
+            for step in itertools.count():
+                progress(step, step + 1)
+                going_on.set()
+        finally:
+            ended.append(model)
+
+    monkeypatch.setattr(run, "evaluate", evaluate)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(CheckpointError, match="no finite numbers"):
+            run._measure({"bf16": ("endless", None), "NVFP4": ("broken", None)}, [], [], Bar)
+        assert ended == ["endless"] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

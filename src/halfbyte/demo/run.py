@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from halfbyte.errors import CheckpointError, InputError
 from halfbyte.eval.data import Question, is_correct, load_documents, load_questions
 from halfbyte.eval.evaluate import EvalReport, evaluate
 from halfbyte.eval.generation import complete, prompt_ids
-from halfbyte.eval.metrics import text_passages
+from halfbyte.eval.metrics import Passage, text_passages
 from halfbyte.integrations.transformers import load
 
 NOTE = "These numbers compare formats on one small model. They are no measure of GSM8K ability: its questions come from 11 story families."
@@ -75,17 +77,12 @@ def run_demo(
 
     if not full:
         questions = load_questions(demo_model_dir() / "eval.jsonl", limit=QUESTIONS_A_KIND)
-    reference, tokenizer = models["bf16"]
-    passages = text_passages(tokenizer, load_documents(demo_model_dir() / "heldout.txt.xz"), limit=None if full else WINDOWS)
+    passages = text_passages(models["bf16"][1], load_documents(demo_model_dir() / "heldout.txt.xz"), limit=None if full else WINDOWS)
     say(f"Measuring on {len(questions)} questions and {sum(passage.scored for passage in passages)} tokens of text ...")
-    measured = []
-    for variant in variants:
-        model = models[variant.name][0]
-        against = None if model is reference else reference
-        with _timed(seconds, f"measure {variant.name}"), progress_bar(f"measuring {variant.name}") as bar:
-            quality = evaluate(model, tokenizer, questions=questions, passages=passages, reference=against, batch=128, progress=bar.reach)
-        measured.append(Variant(variant.name, variant.directory, variant.disk_bytes, variant.expert_bytes, quality))
-    say(f"\n{table(measured)}\n\nComputed in {quality.dtype}.\n{NOTE}")
+    with _timed(seconds, "measure"):
+        reports = _measure(models, questions, passages, progress_bar)
+    measured = [replace(variant, quality=reports[variant.name]) for variant in variants]
+    say(f"\n{table(measured)}\n\nComputed in {reports['bf16'].dtype}.\n{NOTE}")
 
     with _timed(seconds, "plot"):
         plot_quality([(v.name, v.disk_bytes, v.quality) for v in measured if v.quality], output / "demo.png")
@@ -158,6 +155,41 @@ def _solve(model: Any, tokenizer: Any, question: Question, say: Callable[[str], 
     correct = is_correct(question, completion)
     say(f"   right answer: {question.answer}  ({'correct' if correct else 'WRONG'})")
     return {"question": question.text, "completion": completion, "answer": str(question.answer), "correct": correct}
+
+
+def _measure(
+    models: dict[str, tuple[Any, Any]], questions: list[Question], passages: list[Passage], progress_bar: ProgressBar
+) -> dict[str, EvalReport]:
+    """The quality of each model, all measured at the same time where torch has several threads: a step of few rows keeps no more than one busy."""
+    num_threads, reference = torch.get_num_threads(), models["bf16"][0]
+    at_once = 1 if num_threads == 1 else len(models)
+    interrupted = threading.Event()
+
+    def measure(name: str) -> EvalReport:
+        model, tokenizer = models[name]
+        with progress_bar(f"measuring {name}") as bar:
+
+            def progress(done: int, total: int) -> None:
+                if interrupted.is_set():
+                    raise CancelledError
+                bar.reach(done, total)
+
+            against = None if model is reference else reference
+            return evaluate(model, tokenizer, questions=questions, passages=passages, reference=against, batch=128, progress=progress)
+
+    torch.set_num_threads(max(1, num_threads // at_once))  # of the threads that begin from now on, too
+    try:
+        with ThreadPoolExecutor(at_once, "halfbyte-measure") as pool:
+            running = {name: pool.submit(measure, name) for name in models}
+            try:
+                for future in as_completed(running.values()):
+                    future.result()
+            except BaseException:  # Ctrl-C, too: the others end with their next step
+                interrupted.set()
+                raise
+        return {name: future.result() for name, future in running.items()}
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 @contextmanager

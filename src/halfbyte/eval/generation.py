@@ -36,7 +36,7 @@ def generate_answers(
 ) -> list[str]:
     """Return the greedy completion of each question's prompt, without special tokens, `batch` at a time on each of `ranks`; the same on all.
 
-    Advances by `max_new_tokens` per question in all.
+    Rows that have ended leave the batch of a rank that is alone. Advances by `max_new_tokens` per question in all.
     """
     from transformers import StoppingCriteriaList
 
@@ -46,34 +46,52 @@ def generate_answers(
     for start in range(0, len(order), batch * ranks.world):
         indices = order[start : start + batch * ranks.world]
         own = ranks.own(indices)
-        ids, mask = pad([prompts[index] for index in own or indices[:1]], model.device, left=True)
-        steps = _Steps(lambda: advance(len(indices)))  # noqa: B023 (called before the next round)
-        output = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=_pad_id(tokenizer),
-            stopping_criteria=StoppingCriteriaList([steps]),
-            synced_gpus=ranks.world > 1,  # who is done goes on calling the model until all are
-            **GREEDY,
-        )
-        texts = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
-        answers |= zip(own, texts[: len(own)], strict=True)
-        advance((max_new_tokens - steps.count) * len(indices))  # what was never generated is done too
+        rows = {index: prompts[index] for index in own or indices[:1]}
+        going, elsewhere, steps = list(rows), len(indices) - len(rows), 0
+        while going:
+            ids, mask = pad([rows[index] for index in going], model.device, left=True)
+            count = len(going) + elsewhere
+            # Who goes on is read again, as no cache of every model can be cut: all such readings together cost no more than the first.
+            few = ids.numel() // 2 if ranks.world == 1 else 0
+            watch = _Watch(model, len(ids), few, lambda: advance(count))  # noqa: B023 (called before the next round)
+            output = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens - steps,
+                pad_token_id=_pad_id(tokenizer),
+                stopping_criteria=StoppingCriteriaList([watch]),
+                synced_gpus=ranks.world > 1,  # who is done goes on calling the model until all are
+                **GREEDY,
+            )
+            written = output[:, ids.shape[1] :].tolist()
+            rows |= {index: rows[index] + new for index, new in zip(going, written, strict=True)}
+            steps += len(written[0])
+            going = watch.going(going) if steps < max_new_tokens else []
+            advance((max_new_tokens - steps) * (count - len(going)))  # what was never generated is done too
+        texts = tokenizer.batch_decode([rows[index][len(prompts[index]) :] for index in own], skip_special_tokens=True)
+        answers |= zip(own, texts, strict=True)
     answers = ranks.merge(answers)
     return [answers[index] for index in range(len(prompts))]
 
 
-class _Steps:
-    """A stopping criterion of transformers' `generate` that never stops: it counts the steps and tells of each."""
+class _Watch:
+    """A stopping criterion of transformers' `generate`: tells of each step, and stops when the tokens of the rows that go on are as few as `few`."""
 
-    def __init__(self, tell: Callable[[], object]):
-        self.count, self._tell = 0, tell
+    def __init__(self, model: Any, rows: int, few: int, tell: Callable[[], object]):
+        ends = model.generation_config.eos_token_id
+        self._ends = torch.tensor([] if ends is None else ends, dtype=torch.int64, device=model.device).flatten()
+        self._ended = torch.zeros(rows, dtype=torch.bool, device=model.device)
+        self._few, self._tell, self._stops = few, tell, False
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **options: Any) -> torch.Tensor:
-        self.count += 1
         self._tell()
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        self._ended |= torch.isin(input_ids[:, -1], self._ends)
+        self._stops = int((~self._ended).sum()) * input_ids.shape[1] <= self._few
+        return torch.full_like(self._ended, self._stops)
+
+    def going(self, rows: Sequence[int]) -> list[int]:
+        """Those of the rows that have not ended, if it stopped them."""
+        return [row for row, ended in zip(rows, self._ended.tolist(), strict=True) if not ended] if self._stops else []
 
 
 @torch.inference_mode()

@@ -86,9 +86,9 @@ def _grouped_linear(
 
 def _dense(weight: QuantTensor | torch.Tensor, block: list[int]) -> torch.Tensor:
     """weight[block] in fp32."""
-    index = torch.tensor(block, dtype=torch.int64, device=weight.device)
+    index = torch.tensor(block, dtype=torch.int64, device=weight.device)  # index_select: on a CPU 20 times as fast as []
     if not isinstance(weight, QuantTensor):
-        return weight[index].float()
-    scales = weight.scales.view(torch.uint8)[index]  # as bytes: not every device can index fp8
+        return weight.index_select(0, index).float()
+    scales = weight.scales.view(torch.uint8).index_select(0, index)  # as bytes: not every device can index fp8
     global_scale = None if weight.global_scale is None else weight.global_scale[index]
-    return replace(weight, codes=weight.codes[index], scales=scales, global_scale=global_scale).dequantize(torch.float32)
+    return replace(weight, codes=weight.codes.index_select(0, index), scales=scales, global_scale=global_scale).dequantize(torch.float32)

@@ -1,0 +1,91 @@
+"""Rows that have ended leave the batch: the answers are those of questions asked one by one."""
+
+from decimal import Decimal
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from halfbyte.eval.data import Question
+from halfbyte.eval.generation import generate_answers
+
+LONGEST = 40
+
+
+class Letters:
+    """A tokenizer: an id for each character, whose text is the id."""
+
+    chat_template, bos_token, pad_token_id, eos_token_id = None, None, 0, None
+
+    def __call__(self, text, **options):
+        return {"input_ids": [ord(character) % 60 + 4 for character in text]}
+
+    def batch_decode(self, rows, skip_special_tokens):
+        return [" ".join(str(token) for token in row if token > 3) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Ends with one of its 64 tokens in ten."""
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=64, hidden_size=32, moe_intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=16, num_experts=4, num_experts_per_tok=2, norm_topk_prob=True, initializer_range=1.0,
+    )  # fmt: skip
+    model = Qwen3MoeForCausalLM(config).eval()
+    model.generation_config.eos_token_id = [1, *range(10, 64, 9)]
+    return model
+
+
+@pytest.fixture
+def questions():
+    return [Question("all", f"{number * number}?" * (1 + number % 4), "", Decimal(0)) for number in range(24)]
+
+
+def test_answers_are_those_of_questions_asked_alone(model, questions):
+    told = []
+    together = generate_answers(model, Letters(), questions, max_new_tokens=LONGEST, advance=told.append)
+    alone = [generate_answers(model, Letters(), [question], max_new_tokens=LONGEST)[0] for question in questions]
+    assert together == alone
+    lengths = [len(answer.split()) for answer in together]
+    assert min(lengths) < 5 and max(lengths) == LONGEST  # some end at once, some never
+    assert sum(told) == LONGEST * len(questions) and min(told) >= 0
+
+
+def test_rows_leave_and_what_is_read_again_costs_no_more_than_the_prompts(model, questions):
+    read, written = [], []
+
+    def watch(module, args, kwargs, output):
+        ids = kwargs["input_ids"]
+        (read if ids.shape[1] > 1 else written).append(ids.numel())
+
+    handle = model.register_forward_hook(watch, with_kwargs=True)
+    try:
+        generate_answers(model, Letters(), questions, max_new_tokens=LONGEST)
+    finally:
+        handle.remove()
+    first, *again = read
+    assert again and sum(again) <= first
+    assert written[0] == len(questions) and written == sorted(written, reverse=True) and written[-1] <= len(questions) / 4
+
+
+def test_ranks_that_share_questions_call_the_model_equally_often(questions):
+    """Rows stay to the end: `generate` itself keeps the ranks together."""
+    calls = []
+
+    class Model:
+        device, generation_config = torch.device("cpu"), SimpleNamespace(eos_token_id=1)
+
+        def generate(self, input_ids, stopping_criteria, max_new_tokens, synced_gpus, **options):
+            calls.append(synced_gpus)
+            ends = torch.ones(len(input_ids), 1, dtype=torch.int64)
+            ids = torch.cat((input_ids, ends), dim=1)
+            ids[0, -1] = 7
+            assert not any(criterion(ids, ()).any() for criterion in stopping_criteria)
+            return ids
+
+    ranks = SimpleNamespace(world=2, own=lambda rows: list(rows[::2]), merge=lambda mine: {index: mine.get(index, "") for index in range(24)})
+    told = []
+    answers = generate_answers(Model(), Letters(), questions, max_new_tokens=LONGEST, advance=told.append, ranks=ranks)
+    assert calls == [True] and answers.count("") == 23 and sum(told) == LONGEST * len(questions)
