@@ -68,7 +68,7 @@ def pack(w: ExpertWeights, out: HopperExperts, first: int = 0, scale_check: Scal
         here = slice(first, first + w.num_experts)
         sides = _Side(w13, w.w13_bias, w13_order(w.activation), out.w13), _Side(w2, w.w2_bias, "straight", out.w2)
         refused = has_unusable_scalars(w).to(torch.uint8)
-        largest = [_executor(w.device).largest_of_rows(*_raw_scales(side.matrix), refused) for side in sides]
+        largest = list(each(lambda side: _executor(w.device).largest_of_rows(*_raw_scales(side.matrix), refused), sides))
         is_refused = _read_later(refused) if scale_check is None else None
         if scale_check is not None:
             scale_check(refused)
