@@ -9,9 +9,15 @@ from halfbyte.arguments import as_device, check_tensors, same_bits
 from halfbyte.errors import InputError, UnsupportedError
 
 
-@pytest.mark.parametrize("name", ["banana", "cuda:99", "", 3.5, None.__class__])
+@pytest.mark.parametrize("name", ["banana", "cuda:99", "", 10**30])
 def test_a_device_that_is_not_there(name: object) -> None:
     with pytest.raises(UnsupportedError, match=r"here: cannot use the device: .*Run: halfbyte doctor"):
+        as_device(name, "here")
+
+
+@pytest.mark.parametrize("name", [None, 3.5, int, torch.ones(1)])
+def test_what_is_no_device(name: object) -> None:
+    with pytest.raises(InputError, match="here: device is no device"):
         as_device(name, "here")
 
 
@@ -26,6 +32,8 @@ def test_what_is_no_tensor_is_named() -> None:
 
 def test_bits_decide() -> None:
     ones, nan = torch.ones(2, 2), torch.tensor(torch.nan)
+    column = torch.ones(1, 3).t()  # contiguous, though its last stride is not 1
+    assert same_bits({"a": column}, {"a": torch.ones(3, 1)})
     e4m3 = ones.to(torch.float8_e4m3fn)
     assert same_bits({"a": ones, "b": nan, "c": e4m3}, {"a": ones.clone(), "b": nan.clone(), "c": e4m3.clone()})
     for other in (ones + 1e-7, ones.flatten(), ones.double(), ones.to("meta")):

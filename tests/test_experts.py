@@ -18,13 +18,13 @@ from halfbyte.experts import Activation, ExpertMap
 
 @pytest.mark.parametrize("kind", ["silu", "tanh", "gelu", "SwiGLU", "", None])
 def test_an_activation_of_a_kind_that_there_is(kind: str) -> None:
-    with pytest.raises(InputError, match=r"unknown activation .*needed swiglu, geglu, geglu_tanh, relu2"):
+    with pytest.raises(InputError, match=r"unknown activation .*needed 'swiglu' or 'geglu' or 'geglu_tanh' or 'relu2'"):
         Activation(kind)
     assert [Activation(known).gated for known in ("swiglu", "geglu", "geglu_tanh", "relu2")] == [True, True, True, False]
 
 
 @pytest.mark.parametrize("format", [hb.NVFP4, hb.MXFP4])
-@pytest.mark.parametrize("layout", ["canonical", "hopper"])
+@pytest.mark.parametrize("layout", ["canonical", "hopper", "hopper_fp8", "trtllm_gen", "cutlass"])
 def test_experts_print_compare_and_travel(format: hb.BlockFormat, layout: str) -> None:
     w = make_experts(4, 64, 32, format)
     for value, other in ((w, w[1:]), (hb.prepare(w, layout), hb.prepare(w[1:], layout))):
@@ -42,7 +42,7 @@ def test_strings_name_formats_and_activations() -> None:
     x = torch.randn(2, 32)
     assert hb.quantize(x, "nvfp4") == hb.quantize(x, hb.NVFP4) != hb.quantize(x, "mxfp4")
     assert hb.ExpertWeights(torch.randn(2, 32, 32), torch.randn(2, 32, 32), "relu2").activation == Activation("relu2")
-    with pytest.raises(InputError, match=r"quantize: unknown format \(given 'fp4'; needed nvfp4 or mxfp4\)"):
+    with pytest.raises(InputError, match=r"quantize: unknown format \(given 'fp4'; needed 'nvfp4' or 'mxfp4'\)"):
         hb.quantize(x, "fp4")
 
 

@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import reprlib
+from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 
 from halfbyte.errors import InputError, UnsupportedError
+
+# The usual types first: abstract ones take longer to ask.
+_INTEGERS: Any = (int, Integral)
+_NUMBERS: Any = (int, float, Real)
+
+
+def check_type(where: str, wanted: type | tuple[type, ...], **arguments: object) -> None:
+    """Raise InputError for an argument that is of another type.
+
+    >>> check_type("f", int, count=1, size="large")
+    Traceback (most recent call last):
+    ...
+    halfbyte.errors.InputError: f: size is no int (given str; needed int)
+    """
+    for name, value in arguments.items():
+        if not isinstance(value, wanted):
+            kinds = wanted if isinstance(wanted, tuple) else (wanted,)
+            problem = f"{name} is no {' or '.join(kind.__name__ for kind in kinds)}".replace("no Tensor", "no tensor")
+            raise InputError(problem, where=where, given=type(value).__name__, needed=" or ".join(map(_path_of, kinds)))
 
 
 def check_tensors(where: str, **arguments: object) -> None:
@@ -17,20 +40,78 @@ def check_tensors(where: str, **arguments: object) -> None:
     ...
     halfbyte.errors.InputError: f: x is no tensor (given list; needed torch.Tensor)
     """
+    check_type(where, torch.Tensor, **arguments)
+
+
+def check_integers(where: str, least: int, **arguments: Any) -> None:
+    """Raise InputError for an argument that is no integer, or a smaller one than `least`.
+
+    >>> check_integers("f", 1, rows=2, columns=0)
+    Traceback (most recent call last):
+    ...
+    halfbyte.errors.InputError: f: columns does not fit (given 0; needed an integer of at least 1)
+    """
     for name, value in arguments.items():
-        if not isinstance(value, torch.Tensor):
-            raise InputError(f"{name} is no tensor", where=where, given=type(value).__name__, needed="torch.Tensor")
+        if not isinstance(value, _INTEGERS) or isinstance(value, bool) or value < least:
+            raise InputError(f"{name} does not fit", where=where, given=reprlib.repr(value), needed=f"an integer of at least {least}")
+
+
+def check_numbers(where: str, **arguments: Any) -> None:
+    """Raise InputError for an argument that is no finite number.
+
+    >>> check_numbers("f", scale=float("nan"))
+    Traceback (most recent call last):
+    ...
+    halfbyte.errors.InputError: f: scale does not fit (given nan; needed a finite number)
+    """
+    for name, value in arguments.items():
+        if not isinstance(value, _NUMBERS) or not -math.inf < value < math.inf:
+            raise InputError(f"{name} does not fit", where=where, given=reprlib.repr(value), needed="a finite number")
+
+
+def check_callable(where: str, **arguments: object) -> None:
+    """Raise InputError for an argument that is neither None nor a function."""
+    for name, value in arguments.items():
+        if value is not None and not callable(value):
+            raise InputError(f"{name} is no function", where=where, given=type(value).__name__, needed="a function, or None")
+
+
+def check_name(what: str, value: object, names: Iterable[str], where: str) -> None:
+    """Raise InputError for a value that is none of `names`.
+
+    >>> check_name("colour", "gren", ("red", "green"), "f")
+    Traceback (most recent call last):
+    ...
+    halfbyte.errors.InputError: f: unknown colour (given 'gren'; needed 'red' or 'green')
+    """
+    if not isinstance(value, str) or value not in names:
+        raise InputError(f"unknown {what}", where=where, given=reprlib.repr(value), needed=" or ".join(map(repr, names)))
+
+
+def check_floats(where: str, **dtypes: object) -> None:
+    """Raise InputError for what is no dtype of floats.
+
+    >>> check_floats("f", dtype=torch.int32)
+    Traceback (most recent call last):
+    ...
+    halfbyte.errors.InputError: f: dtype does not fit (given torch.int32; needed a dtype of floats)
+    """
+    for name, dtype in dtypes.items():
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise InputError(f"{name} does not fit", where=where, given=reprlib.repr(dtype), needed="a dtype of floats")
 
 
 def as_device(device: torch.device | str, where: str) -> torch.device:
     """The device of that name, with its index.
 
     Raises:
+        InputError: no device, and no name of one.
         UnsupportedError: there is no such device on this machine, or this build of torch does not know it.
     """
+    check_type(where, (torch.device, str, int), device=device)
     try:
         return torch.empty(0, dtype=torch.uint8, device=device).device
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UnsupportedError(f"cannot use the device: {reason}", where=where, given=device, next_step="run: halfbyte doctor") from error
 
@@ -39,9 +120,13 @@ def same_bits(some: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tenso
     """Whether two sets of tensors have the same names, shapes, dtypes, devices and bits."""
 
     def bits(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.contiguous().view(torch.uint8) if tensor.ndim else tensor.reshape(1).view(torch.uint8)
+        return tensor.contiguous().flatten().view(torch.uint8)  # flat: torch calls tensors contiguous whose last stride is not 1
 
     def kinds(tensors: Mapping[str, torch.Tensor]) -> dict[str, object]:
         return {name: (tensor.shape, tensor.dtype, tensor.device) for name, tensor in tensors.items()}
 
     return kinds(some) == kinds(others) and all(torch.equal(bits(tensor), bits(others[name])) for name, tensor in some.items())
+
+
+def _path_of(kind: type) -> str:
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import reprlib
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -34,9 +35,12 @@ class Target:
         """Describe `device`.
 
         Raises:
-            InputError: `device` is neither a CPU nor a CUDA device (meta tensors included).
+            InputError: `device` is neither a CPU nor a CUDA device (meta tensors included), or no device at all.
         """
-        device = torch.device(device)
+        try:
+            device = torch.device(device)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise InputError("no such device", where="Target", given=reprlib.repr(device), needed="cpu or cuda") from error
         if device.type == "cpu":
             return Target("CPU", "cpu", torch.get_num_threads(), 0, 0.0)
         if device.type == "cuda":

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import reprlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any, Literal, cast, get_args
 
 import torch
 
-from halfbyte.arguments import as_device, check_tensors, same_bits
+from halfbyte.arguments import as_device, check_floats, check_integers, check_name, check_numbers, check_tensors, check_type, same_bits
 from halfbyte.errors import InputError
 from halfbyte.formats import BlockFormat, QuantTensor
+from halfbyte.formats.block_format import as_format
 
 ActivationKind = Literal["swiglu", "geglu", "geglu_tanh", "relu2"]
 _KINDS: tuple[str, ...] = get_args(ActivationKind)
 W13Order = Literal["gate_up", "up_gate", "interleaved"]
+W13_ORDERS: tuple[str, ...] = get_args(W13Order)
 
 
 @dataclass(frozen=True)
@@ -32,9 +36,11 @@ class Activation:
     limit: float | None = None
 
     def __post_init__(self) -> None:
-        """Raises InputError for a kind that is none of these."""
-        if self.kind not in _KINDS:
-            raise InputError("unknown activation", where="Activation", given=repr(self.kind), needed=", ".join(_KINDS))
+        """Raises InputError for a kind that is none of these, or a number that is not finite; a limit is not negative."""
+        check_name("activation", self.kind, _KINDS, "Activation")
+        check_numbers("Activation", alpha=self.alpha, beta=self.beta, **({} if self.limit is None else {"limit": self.limit}))
+        if self.limit is not None and self.limit < 0:
+            raise InputError("limit does not fit", where="Activation", given=self.limit, needed="a number >= 0, or None")
 
     @property
     def gated(self) -> bool:
@@ -75,33 +81,34 @@ class ExpertWeights:
     num_global_experts: int | None = None
 
     def __post_init__(self) -> None:
-        """Raises InputError for matrices and biases that do not belong together."""
+        """Raises InputError for matrices and vectors that do not belong together."""
+        where = "ExpertWeights"
         if isinstance(self.activation, str):
             object.__setattr__(self, "activation", Activation(cast(ActivationKind, self.activation)))
-        for name, weight in (("w13", self.w13), ("w2", self.w2)):
-            if not isinstance(weight, QuantTensor):
-                check_tensors("ExpertWeights", **{name: weight})
+        check_type(where, Activation, activation=self.activation)
+        for name in _TENSOR_FIELDS:
+            _check_field(name, getattr(self, name))
+        if len(self.w13.shape) != 3 or len(self.w2.shape) != 3:
+            given = f"w13 {tuple(self.w13.shape)}, w2 {tuple(self.w2.shape)}"
+            raise InputError("expert weights are 3-D", where=where, given=given, needed="[E, 2I, H] and [E, H, I]")
         if self.num_global_experts is None:
             object.__setattr__(self, "num_global_experts", self.num_experts)
-        if len(self.w13.shape) != 3 or len(self.w2.shape) != 3:
-            raise InputError(
-                "expert weights are 3-D", given=f"w13 {tuple(self.w13.shape)}, w2 {tuple(self.w2.shape)}", needed="[E, 2I, H] and [E, H, I]"
-            )
+        check_integers(where, 0, first_expert=self.first_expert, num_global_experts=self.num_global_experts)
         halves = 2 if self.activation.gated else 1
         experts, hidden, intermediate = self.w2.shape
         if tuple(self.w13.shape) != (experts, halves * intermediate, hidden):
             raise InputError(
                 "w13 and w2 do not belong together",
+                where=where,
                 given=f"w13 {tuple(self.w13.shape)}, w2 {tuple(self.w2.shape)}, activation {self.activation.kind}",
                 needed=f"w13 {(experts, halves * intermediate, hidden)}",
             )
         for name, bias, rows in (("w13_bias", self.w13_bias, halves * intermediate), ("w2_bias", self.w2_bias, hidden)):
             if bias is not None and tuple(bias.shape) != (experts, rows):
-                raise InputError(f"{name} has the wrong shape", given=tuple(bias.shape), needed=(experts, rows))
+                raise InputError(f"{name} has the wrong shape", where=where, given=tuple(bias.shape), needed=(experts, rows))
         if _format_name(self.w13) != _format_name(self.w2):
-            raise InputError(
-                "w13 and w2 are in different formats", given=f"{_format_name(self.w13)} and {_format_name(self.w2)}", needed="one format"
-            )
+            given = f"{_format_name(self.w13)} and {_format_name(self.w2)}"
+            raise InputError("w13 and w2 are in different formats", where=where, given=given, needed="one format")
 
     @staticmethod
     def from_engine_tensors(
@@ -137,9 +144,15 @@ class ExpertWeights:
         >>> w.intermediate, w.w13.codes.data_ptr() == parameter.data_ptr()
         (32, True)
         """
+        where = "ExpertWeights.from_engine_tensors"
         activation = Activation() if activation is None else activation
+        check_type(where, Mapping, tensors=tensors)
+        check_tensors(where, **{name: tensor for name, tensor in tensors.items() if tensor is not None})
+        check_type(where, Activation, activation=activation)
+        check_name("w13_order", w13_order, W13_ORDERS, where)
+        format = as_format(format, where)
         plain: dict[str, torch.Tensor] = {name: tensor.detach().as_subclass(torch.Tensor) for name, tensor in tensors.items() if tensor is not None}
-        _check_engine_names(plain, format)
+        _check_engine_names(plain, format, where)
         if w13_order == "up_gate" and activation.gated:
             plain |= {name: plain[name].flip(1) for name in ("w13.global_scale", "w13_input_scale") if name in plain and plain[name].ndim == 2}
         for name in plain:
@@ -272,12 +285,21 @@ class ExpertMap:
     local_of_copy: torch.Tensor | None = None
     copies: torch.Tensor | None = None
 
+    def __post_init__(self) -> None:
+        """Raises InputError for a first expert that is none, and for one of the two tables without the other."""
+        check_integers("ExpertMap", 0, first=self.first)
+        tables = {name: value for name, value in (("local_of_copy", self.local_of_copy), ("copies", self.copies)) if value is not None}
+        check_tensors("ExpertMap", **tables)
+        if len(tables) == 1:
+            raise InputError("one table without the other", where="ExpertMap", given=" ".join(tables), needed="local_of_copy and copies, or neither")
+
     @staticmethod
     def placed(ranks: Sequence[Sequence[int]], rank: int, num_global: int, device: torch.device | str = "cpu") -> ExpertMap:
         """The map of `rank` where rank r holds the experts `ranks[r]`, in this order; an expert may be named several times.
 
         Raises:
-            InputError: an id that is not 0 .. num_global - 1, an expert that no rank holds, or no such rank.
+            InputError: an id that is not 0 .. num_global - 1, an expert that no rank holds, no such rank, or no lists of ids.
+            UnsupportedError: there is no such device.
 
         >>> ExpertMap.placed([[0, 2], [1, 3]], rank=1, num_global=4).local(torch.tensor([[3, 0]])).tolist()
         [[1, -1]]
@@ -285,7 +307,11 @@ class ExpertMap:
         >>> [m.local(torch.tensor([[1], [1], [1]])).flatten().tolist() for m in busy]
         [[1, -1, 1], [-1, 0, -1]]
         """
-        if not 0 <= rank < len(ranks):
+        ranks = id_lists(ranks, "ExpertMap")
+        check_integers("ExpertMap", 0, rank=rank)
+        check_integers("ExpertMap", 1, num_global=num_global)
+        device = as_device(device, "ExpertMap")
+        if rank >= len(ranks):
             raise InputError("no such rank", where="ExpertMap", given=rank, needed=f"0 .. {len(ranks) - 1}")
         places: list[list[int]] = [[] for _ in range(num_global)]  # of every expert: its copies, as local ids here or -1
         for other, held in enumerate(ranks):
@@ -317,11 +343,32 @@ class ExpertMap:
 _TENSOR_FIELDS = ("w13", "w2", "w13_bias", "w2_bias", "w13_input_scale", "w2_input_scale")
 
 
-def _check_engine_names(tensors: Mapping[str, torch.Tensor], format: BlockFormat) -> None:
+def id_lists(placement: object, where: str) -> list[list[int]]:
+    """Which experts each rank holds, as plain lists.
+
+    Raises:
+        InputError: no lists of integers.
+    """
+    if isinstance(placement, Sequence) and all(isinstance(held, Iterable) and not isinstance(held, str) for held in placement):
+        lists = [list(held) for held in placement]
+        if all(isinstance(expert, Integral) for held in lists for expert in held):
+            return lists
+    raise InputError("placement does not fit", where=where, given=reprlib.repr(placement), needed="a list of expert ids per rank")
+
+
+def _check_field(name: str, value: Any) -> None:
+    """Raise InputError for a field of `ExpertWeights` that holds something else than floats."""
+    if isinstance(value, QuantTensor) or (value is None and name not in ("w13", "w2")):
+        return
+    check_tensors("ExpertWeights", **{name: value})
+    check_floats("ExpertWeights", **{name: value.dtype})
+
+
+def _check_engine_names(tensors: Mapping[str, torch.Tensor], format: BlockFormat, where: str) -> None:
     needed = {f"{side}.{part}" for side in ("w13", "w2") for part in ("codes", "scales", *(("global_scale",) if format.has_global_scale else ()))}
     for problem, names in (("tensors are missing", needed - tensors.keys()), ("unknown tensors", tensors.keys() - needed - {*_TENSOR_FIELDS[2:]})):
         if names:
-            raise InputError(problem, where="ExpertWeights.from_engine_tensors", given=", ".join(sorted(names)), needed=", ".join(sorted(needed)))
+            raise InputError(problem, where=where, given=", ".join(sorted(names)), needed=", ".join(sorted(needed)))
 
 
 def _gate_rows_first(tensor: torch.Tensor, order: W13Order) -> None:

@@ -44,6 +44,10 @@ def check_gathers(rank: int, world: int) -> None:
             assert same is buffer
         strided = brought(rank, sizes[rank], torch.float32, 6)[:, ::2]
         assert_equal_bits(all_gatherv(strided, sizes), torch.cat([brought(o, n, torch.float32, 6)[:, ::2] for o, n in enumerate(sizes)]))
+        empty = [torch.ones(sizes[rank], 0), torch.ones(sizes[rank], 2, 0)]
+        assert [tuple(result.shape) for result in all_gatherv(empty, sizes)] == [(sum(sizes), 0), (sum(sizes), 2, 0)]
+        column = brought(rank, 1, torch.float32, sizes[rank]).t()  # contiguous, though its last stride is not 1
+        assert_equal_bits(all_gatherv(column, sizes), torch.cat([brought(o, 1, torch.float32, n).t() for o, n in enumerate(sizes)]))
     pair = dist.new_group([world - 1, 0])
     if rank in (0, world - 1):
         mine = torch.full((2 - dist.get_rank(pair), 1), float(rank))
@@ -96,6 +100,18 @@ def check_errors(rank: int, world: int) -> None:
         reduce_scatterv(torch.ones(world, 2), one, out=torch.ones(2, 2))
     with pytest.raises(InputError, match="only floats"):
         reduce_scatterv(torch.ones(world, 2, dtype=torch.int32), one)
+    for wrong in (None, 3, "ab", [1.0] * world, torch.ones(world, dtype=torch.int64)):
+        with pytest.raises(InputError, match="sizes do not fit"):
+            all_gatherv(torch.ones(1), wrong)
+        with pytest.raises(InputError, match="sizes do not fit"):
+            reduce_scatterv(torch.ones(world), wrong)
+    for wrong in (None, "a", [1.0], torch.tensor(1.0)):
+        with pytest.raises(InputError, match=r"tensors? (is no tensor|has no rows)"):
+            all_gatherv(wrong, one)
+        with pytest.raises(InputError, match=r"tensor (is no tensor|has no rows)"):
+            reduce_scatterv(wrong, one)
+        with pytest.raises(InputError, match=r"out (is no tensor|has no rows|does not fit)"):
+            all_gatherv(torch.ones(1), one, out=wrong or 3)
     assert all_gatherv(torch.full((1,), rank), one).tolist() == list(range(world))
 
 

@@ -127,5 +127,5 @@ def test_e8m0_special_values_and_bad_rule() -> None:
     for rule in e8m0.RULES:
         assert e8m0.encode(torch.tensor([0.0, torch.inf, torch.nan, 2.0**-140]), 6.0, rule).tolist() == [0, 254, 255, 0]
     assert e8m0.encode(torch.tensor([448.0, 449.0]), 448.0, "ceil").tolist() == [127, 128]
-    with pytest.raises(InputError, match="ceil or floor or even"):
+    with pytest.raises(InputError, match="'ceil' or 'floor' or 'even'"):
         e8m0.encode(torch.ones(1), 6.0, "round")  # type: ignore[arg-type]

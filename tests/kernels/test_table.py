@@ -131,7 +131,7 @@ def test_the_wanted_layout_is_what_the_activations_are_fastest_with():
 
 
 def test_unknown_op():
-    with pytest.raises(InputError, match="route or fused_moe"):
+    with pytest.raises(InputError, match="'route' or 'fused_moe'"):
         support(Problem("attention", CPU))
 
 
@@ -139,7 +139,7 @@ def test_fused_moe_asks_the_table(monkeypatch):
     w = hb.ExpertWeights(torch.randn(2, 64, 32), torch.randn(2, 32, 32))
     arguments = torch.randn(3, 32), hb.prepare(w), torch.zeros(3, 1, dtype=torch.int32), torch.ones(3, 1)
     assert torch.equal(hb.fused_moe(*arguments, backend="reference"), hb.fused_moe(*arguments))
-    with pytest.raises(InputError, match="no kernel of fused_moe has this name"):
+    with pytest.raises(InputError, match="unknown kernel of fused_moe"):
         hb.fused_moe(*arguments, backend="cutlass")
 
 
@@ -149,10 +149,15 @@ def test_a_given_configuration_reaches_the_kernel(monkeypatch):
     reference = choose(Problem("fused_moe", CPU, layout="canonical", activations="bf16"))
     monkeypatch.setattr(
         "halfbyte.moe.functional.choose",
-        lambda problem, backend: replace(reference, run=lambda *a, config, **k: seen.append(config) or reference.run(*a, **k)),
+        lambda problem, backend: replace(
+            reference, run=lambda *a, config, **k: seen.append(config) or reference.run(*a, **k), configs=lambda problem: ("another",)
+        ),
     )
-    hb.fused_moe(torch.randn(3, 32), hb.prepare(w), torch.zeros(3, 1, dtype=torch.int32), torch.ones(3, 1), config="a tile")
+    arguments = (torch.randn(3, 32), hb.prepare(w), torch.zeros(3, 1, dtype=torch.int32), torch.ones(3, 1))
+    hb.fused_moe(*arguments, config="a tile")
     assert seen == ["a tile"]
+    with pytest.raises(InputError, match=r"config does not fit \(given 3; needed None, or one like 'another'"):
+        hb.fused_moe(*arguments, config=3)
 
 
 @pytest.mark.parametrize(("op", "name"), [(op, name) for op, names in PROVIDERS.items() for name in names])

@@ -154,7 +154,9 @@ def check_arrivals(rank: int, world: int) -> None:
     hidden, ids, weights = make_tokens([4] * world, torch.bfloat16)[rank]
     ep = ExpertParallel(None, EXPERTS)
     experts = held_by(w, ep.local_experts)
-    for x in (hb.quantize(hidden, hb.NVFP4, 0.001), hb.quantize_fp8(hidden), hb.quantize_fp8(hidden, "mx")):
+    own, of_pairs, of_rows = 0.001 * (rank + 1), torch.tensor([0.001, 0.01]), torch.linspace(0.001, 0.01, 4)
+    scales = (0.001, own, torch.tensor([own]), of_pairs, of_rows)  # also such that only this rank quantises by
+    for x in (*(hb.quantize(hidden, hb.NVFP4, scale) for scale in scales), hb.quantize_fp8(hidden), hb.quantize_fp8(hidden, "mx")):
         assert_close_rel(ep.forward(x, experts, ids, weights), hb.fused_moe(x, hb.prepare(w), ids, weights))
     with pytest.raises(InputError, match="does not travel"):
         ep.dispatch(hb.quantize(hidden, hb.MXFP4), ids, weights)
@@ -172,11 +174,28 @@ def check_errors(rank: int, world: int) -> None:
     with pytest.raises(InputError, match="disagree about the bytes per row"):
         ep.dispatch(hidden.bfloat16() if rank else hidden, ids, weights, sizes=[2] * world)
     for options, message in (
-        ({"payload": "fp6"}, "no such payload"), ({"combine_dtype": "fp4"}, "combine_dtype"), ({"transport": "nccl"}, "no such transport"),
+        ({"payload": "fp6"}, "unknown payload"), ({"combine_dtype": "fp4"}, "combine_dtype"), ({"transport": "nccl"}, "unknown transport"),
         ({"placement": [[0]]}, "placement does not fit"), ({"placement": [[0]] * world}, "no rank holds"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=message):
             ExpertParallel(None, EXPERTS, **options)
+    for options in ({"num_experts": 0}, {"num_experts": None}, {"placement": 3}, {"placement": [["a"]] * world}, {"costs": 3}, {"capacity": 3}):
+        with pytest.raises(InputError, match=next(iter(options))):
+            ExpertParallel(None, **{"num_experts": EXPERTS, **options})
+    for options in (
+        {"sizes": 3},
+        {"sizes": [2.0] * world},
+        {"num_tokens": 2},
+        {"global_scale": 1.0},
+        {"hidden": None},
+        {"hidden": torch.tensor(1.0)},
+    ):
+        with pytest.raises(InputError, match=next(iter(options))):
+            ep.dispatch(**{"hidden": hidden, "topk_ids": ids, "topk_weights": weights, **options})
+    with pytest.raises(InputError, match="sent is no Dispatched"):
+        ep.combine(hidden, None)
+    with pytest.raises(InputError, match="not prepared"):
+        ep.forward(hidden, None, ids, weights)
     for tokens, message in (
         ((hidden, ids[:1], weights), "topk_ids does not fit"), ((hidden, ids.float(), weights), "topk_ids"), ((hidden.int(), ids, weights), "hidden"),
         ((hidden, ids, weights[:, :1]), "topk_weights"),

@@ -201,9 +201,9 @@ def test_what_no_kernel_takes_is_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"top_k": 0}, "top_k is too small"),
-        ({"max_tokens": 0}, "max_tokens is too small"),
-        ({"threads": 0}, "threads is too small"),
+        ({"top_k": 0}, "top_k does not fit .given 0"),
+        ({"max_tokens": 0}, "max_tokens does not fit .given 0"),
+        ({"threads": 0}, "threads does not fit .given 0"),
         ({"activations": "fp4"}, "unknown activation format"),
         ({"ids_dtype": torch.float32}, "ids does not fit"),
     ],

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from functools import cached_property
 from pathlib import Path
+from types import NoneType
 
 import torch
 
-from halfbyte.arguments import as_device
+from halfbyte.arguments import as_device, check_type
 from halfbyte.checkpoint.defects import describe_missing, describe_scatter
 from halfbyte.checkpoint.layer_tensors import LayerTensors
 from halfbyte.checkpoint.projections import DOWN, GATE, UP, Projection
@@ -68,6 +69,7 @@ class ExpertReader:
 
     def __init__(self, checkpoint: Checkpoint, layer: int, experts: range | None = None):
         """Look the layer's tensors up, each of which has a use; no data is read. `experts` and errors as in `load_experts`."""
+        check_type("load_experts", (range, NoneType), experts=experts)
         self._layer, moe, where = layer, checkpoint.moe, str(checkpoint.path / "config.json")
         moe.check_layer(layer, where)
         self._tensors = LayerTensors(checkpoint, layer)

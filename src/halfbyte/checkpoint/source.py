@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import reprlib
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
+from halfbyte.arguments import check_type
 from halfbyte.checkpoint.families import MoEConfig, describe_moe, find_experts, is_known
 from halfbyte.checkpoint.families.counts import check_counts
 from halfbyte.checkpoint.families.unknown import describe_unknown
@@ -65,9 +67,11 @@ def resolve_model(model: str | Path) -> Path:
     Honours HF_HOME and HF_HUB_OFFLINE.
 
     Raises:
+        InputError: `model` is no path.
         CheckpointError: no such directory, or the download failed.
         UnsupportedError: a Hub name, but huggingface_hub is not installed.
     """
+    check_type("model", (str, os.PathLike), model=model)
     path = Path(model).expanduser()
     if path.is_dir():
         return path

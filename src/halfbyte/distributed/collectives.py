@@ -16,12 +16,15 @@ rows takes part like the others. Nothing waits for the device, so with NCCL a ca
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from halfbyte.arguments import check_tensors
 from halfbyte.distributed.failures import backend_of, naming_the_failed, ranks_of
 from halfbyte.errors import InputError
 
@@ -64,14 +67,15 @@ def all_gatherv(
     """
     where = "all_gatherv"
     rank, world = ranks_of(group, where)
-    given = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
+    sizes = as_sizes(sizes, where)
+    given = _as_tensors("tensors", tensors, where)
     if not given:
         raise InputError("nothing to gather", where=where, needed="one tensor at least")
-    results = None if out is None else [out] if isinstance(out, torch.Tensor) else list(out)
+    results = None if out is None else _as_tensors("out", out, where)
     rows = [bytes_of(tensor) for tensor in given]
     widths = [row.shape[1] for row in rows]
     _agree(given, widths, sizes, given[0].shape[0], group, where, check)
-    _check_sizes(sizes, world, where)
+    check_sizes(sizes, world, where)
     for tensor in given:
         _check_rows("a tensor", tensor, sizes[rank], given[0].device, where)
     total = sum(sizes)
@@ -82,7 +86,7 @@ def all_gatherv(
     for tensor, result in zip(given, results, strict=True):
         _check_out(result, (total, *tensor.shape[1:]), tensor, where)
     with naming_the_failed(group, where):
-        if len(given) == 1:
+        if len(given) == 1 or not sum(widths):
             _gather(rows[0], sizes, bytes_of(results[0]), group)
         else:
             packed = rows[0].new_empty((total, sum(widths)))
@@ -125,13 +129,16 @@ def reduce_scatterv(
     """
     where = "reduce_scatterv"
     rank, world = ranks_of(group, where)
+    sizes = as_sizes(sizes, where)
+    _check_has_rows("tensor", tensor, where)
     if not tensor.is_floating_point():
         raise InputError("only floats are added up", where=where, given=tensor.dtype, needed="a float dtype")
     _agree([tensor], [bytes_of(tensor).shape[1]], sizes, tensor.shape[0], group, where, check, total=True)
-    _check_sizes(sizes, world, where)
+    check_sizes(sizes, world, where)
     _check_rows("the tensor", tensor, sum(sizes), tensor.device, where)
     if out is None:
         out = tensor.new_empty((sizes[rank], *tensor.shape[1:]))
+    _check_has_rows("out", out, where)
     _check_out(out, (sizes[rank], *tensor.shape[1:]), tensor, where, any_float=True)
     tensor = tensor.contiguous()
     with naming_the_failed(group, where):
@@ -213,9 +220,8 @@ def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     """[n, ...] as bytes [n, bytes per row]; a view where the tensor is contiguous."""
     if tensor.numel() == 0:  # its strides mean nothing, and `contiguous` leaves them
         return tensor.new_empty((tensor.shape[0], math.prod(tensor.shape[1:]) * tensor.dtype.itemsize), dtype=torch.uint8)
-    rows = tensor.contiguous()
-    rows = rows.unsqueeze(1) if rows.ndim == 1 else rows.flatten(1)
-    return rows.view(torch.uint8)
+    # Flat: torch calls tensors contiguous whose last stride is not 1.
+    return tensor.contiguous().flatten().view(torch.uint8).view(tensor.shape[0], -1)
 
 
 def _agree(
@@ -238,7 +244,7 @@ def _agree(
     if any(its[2:-1] != everyone[0][2:-1] for its in everyone):
         raise InputError("ranks disagree about the sizes", where=where, given="; ".join(said), needed="one list for all")
     if everyone[0][2] != world:
-        return  # `_check_sizes` says so on every rank
+        return  # `check_sizes` says so on every rank
     expected = everyone[0][3 : 3 + world]
     wrong = [
         f"rank {rank} has {its[0]} rows, not {wanted}"
@@ -254,9 +260,30 @@ def _agree(
         raise InputError("ranks disagree about the dtypes", where=where, given=f"here {dtypes.decode()}", needed="the same on all")
 
 
-def _check_sizes(sizes: Sequence[int], world: int, where: str) -> None:
+def as_sizes(sizes: Sequence[int], where: str) -> tuple[int, ...]:
+    """Rows of every rank as a tuple; InputError for what are no integers."""
+    if isinstance(sizes, Sequence) and all(isinstance(count, Integral) for count in sizes):
+        return tuple(sizes)
+    raise InputError("sizes do not fit", where=where, given=reprlib.repr(sizes), needed="the number of rows of every rank")
+
+
+def check_sizes(sizes: Sequence[int], world: int, where: str) -> None:
+    """Raise InputError unless there is one number of rows per rank."""
     if len(sizes) != world or any(size < 0 for size in sizes):
         raise InputError("sizes do not fit the group", where=where, given=list(sizes), needed=f"{world} numbers of rows, one per rank")
+
+
+def _as_tensors(name: str, given: Any, where: str) -> list[torch.Tensor]:
+    tensors = [given] if isinstance(given, torch.Tensor) or not isinstance(given, Iterable) else list(given)
+    for tensor in tensors:
+        _check_has_rows(name, tensor, where)
+    return tensors
+
+
+def _check_has_rows(name: str, tensor: torch.Tensor, where: str) -> None:
+    check_tensors(where, **{name: tensor})
+    if not tensor.ndim:
+        raise InputError(f"{name} has no rows", where=where, given="a scalar", needed="[rows, ...]")
 
 
 def _check_rows(name: str, tensor: torch.Tensor, rows: int, device: torch.device, where: str) -> None:

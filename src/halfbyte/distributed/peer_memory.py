@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from halfbyte.arguments import check_integers
 from halfbyte.errors import InputError
 
 REGIONS = ("flags", "sizes", "codes", "block_scales", "row_scales", "topk_ids", "topk_weights", "partial", "stamps")
@@ -37,9 +38,12 @@ class Capacity:
     code_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        if self.tokens < 1 or self.top_k < 1 or self.hidden < 16 or self.hidden % 16:
-            given = f"{self.tokens} tokens, hidden {self.hidden}, top_k {self.top_k}"
-            raise InputError("no such capacity", where="Capacity", given=given, needed="at least one of each, hidden a multiple of 16")
+        """Raises InputError for what is no size."""
+        check_integers("Capacity", 1, tokens=self.tokens, hidden=self.hidden, top_k=self.top_k)
+        if self.code_bytes is not None:
+            check_integers("Capacity", 1, code_bytes=self.code_bytes)
+        if self.hidden % 16:
+            raise InputError("hidden does not fit", where="Capacity", given=self.hidden, needed="a multiple of 16")
 
     def offsets(self, num_ranks: int) -> dict[str, int]:
         """Where each region begins in a block; "end": the bytes of a block.

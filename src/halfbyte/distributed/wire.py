@@ -61,8 +61,6 @@ class Wire:
 
     def __post_init__(self) -> None:
         block = 16 if self.payload == "fp4" else 32 if self.payload == "fp8" and self.scaling == "mx" else 1
-        if self.payload not in PAYLOADS:
-            raise InputError("no such payload", where="ExpertParallel", given=repr(self.payload), needed=" or ".join(map(repr, PAYLOADS)))
         if self.hidden % block:
             raise InputError(
                 f"rows do not divide into {self.payload} blocks", where="ExpertParallel", given=self.hidden, needed=f"multiple of {block}"
@@ -84,9 +82,7 @@ class Wire:
             raise InputError(
                 "hidden does not travel in this format", where="ExpertParallel", given=repr(hidden.format), needed="floats, NVFP4 or fp8"
             )
-        scale = hidden.global_scale
-        assert scale is not None
-        return Wire("fp4", hidden.shape[1], global_scale=None if scale.ndim and scale.numel() == hidden.shape[0] else scale.reshape(()))
+        return Wire("fp4", hidden.shape[1])  # ranks may have quantised by different global scales: each row brings its own
 
     @property
     def parts(self) -> list[Part]:
@@ -121,8 +117,9 @@ class Wire:
                 hidden = quantize(hidden, NVFP4, nvfp4_decode_scale(hidden.float().abs().amax(dim=1)) if scale is None else scale)
         parts = [hidden.codes, hidden.scales]
         if isinstance(hidden, QuantTensor) and self.global_scale is None:
-            assert hidden.global_scale is not None
-            parts.append(hidden.global_scale.view(-1, 1))
+            scale = hidden.row_global_scale()
+            assert scale is not None
+            parts.append(scale.expand(len(hidden.codes), 1))
         return parts
 
     def decode(self, parts: Sequence[torch.Tensor]) -> Hidden:

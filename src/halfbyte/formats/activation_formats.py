@@ -17,7 +17,7 @@ from typing import Literal, get_args
 
 import torch
 
-from halfbyte.errors import InputError
+from halfbyte.arguments import check_name
 from halfbyte.formats import fp8_tensor
 from halfbyte.formats.block_format import NVFP4, nvfp4_decode_scale
 from halfbyte.formats.quantizer import quantize
@@ -28,8 +28,7 @@ ACTIVATION_FORMATS: tuple[str, ...] = get_args(ActivationFormat)
 
 def check_activations(activations: str, where: str) -> None:
     """Raise InputError unless there is such a format."""
-    if activations not in ACTIVATION_FORMATS:
-        raise InputError("unknown activation format", where=where, given=repr(activations), needed=" or ".join(map(repr, ACTIVATION_FORMATS)))
+    check_name("activation format", activations, ACTIVATION_FORMATS, where)
 
 
 def round_trip(x: torch.Tensor, kind: ActivationFormat, input_scale: torch.Tensor | None = None) -> torch.Tensor:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from halfbyte.arguments import check_name
 from halfbyte.errors import InputError
 from halfbyte.formats import e2m1, e4m3, e8m0
 from halfbyte.formats.ieee import divide
@@ -60,9 +61,9 @@ def as_format(format: BlockFormat | str, where: str) -> BlockFormat:
     """
     if isinstance(format, BlockFormat):
         return format
-    if not isinstance(format, str) or format.lower() not in FORMATS:
-        raise InputError("unknown format", where=where, given=repr(format), needed=" or ".join(FORMATS))
-    return FORMATS[format.lower()]
+    name = format.lower() if isinstance(format, str) else format
+    check_name("format", name, FORMATS, where)
+    return FORMATS[name]
 
 
 # The largest block scale of plain NVFP4 and of four-over-six, whose amax/4 candidate needs head room: 1.5 * 256 = 384 <= 448.

@@ -17,6 +17,7 @@ from typing import Literal, get_args
 
 import torch
 
+from halfbyte.arguments import check_name
 from halfbyte.errors import InputError
 from halfbyte.formats.ieee import divide
 
@@ -46,23 +47,27 @@ def encode(amax: torch.Tensor, element_max: float, rule: ScaleRule = "ceil") -> 
     Raises:
         InputError: the rule has no such name.
     """
+    check_rule(rule, "e8m0.encode")
     amax = amax.float()
     element_exponent = int(torch.tensor(element_max, dtype=torch.float32).log2().floor())
     if rule == "ceil":
         byte = _ceil_exponent(divide(amax, element_max))
     elif rule == "floor":
         byte = _biased_exponent(amax) - element_exponent
-    elif rule == "even":
+    else:
         if element_max != 6.0:
             raise InputError('the "even" scale rule is defined for e2m1 elements only', given=f"element maximum {element_max}", needed=6.0)
         half_ulp = 1 << (_F32_MANTISSA_BITS - 2)  # e2m1 keeps one mantissa bit: add half of the bit below it
         byte = _biased_exponent((amax.view(torch.int32) + half_ulp).view(torch.float32)) - element_exponent
-    else:
-        raise InputError("unknown e8m0 scale rule", given=repr(rule), needed=" or ".join(RULES))
     byte = byte.clamp(0, 254)
     byte = torch.where(amax == 0, 0, byte)
     byte = torch.where(torch.isinf(amax), 254, byte)
     return torch.where(torch.isnan(amax), NAN, byte).to(torch.uint8)
+
+
+def check_rule(rule: str, where: str) -> None:
+    """Raise InputError unless there is such a rule."""
+    check_name("e8m0 scale rule", rule, RULES, where)
 
 
 def as_bytes(scales: torch.Tensor) -> torch.Tensor:

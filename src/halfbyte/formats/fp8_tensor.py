@@ -17,12 +17,12 @@ from typing import Literal, get_args
 
 import torch
 
-from halfbyte.arguments import check_tensors, same_bits
+from halfbyte.arguments import check_floats, check_name, check_tensors, same_bits
 from halfbyte.errors import InputError
 from halfbyte.formats import e4m3, e8m0
 from halfbyte.formats.ieee import divide
 from halfbyte.formats.quantizer import block_amax
-from halfbyte.formats.scale_layout import ScaleLayout, check_scale_layout, swizzle_scales, unswizzle_scales
+from halfbyte.formats.scale_layout import ScaleLayout, check_scale_layout, padded_shape, swizzle_scales, unswizzle_scales
 
 Fp8Scaling = Literal["token", "block", "mx"]
 SCALINGS: tuple[str, ...] = get_args(Fp8Scaling)
@@ -47,9 +47,23 @@ class Fp8Tensor:
     scale_layout: ScaleLayout = "linear"
 
     def __post_init__(self) -> None:
-        check_tensors("Fp8Tensor", codes=self.codes, scales=self.scales)
+        """Raises InputError for codes and scales that do not belong together."""
+        where = "Fp8Tensor"
+        check_tensors(where, codes=self.codes, scales=self.scales)
+        _check_scaling(self.scaling, self.scale_layout, where)
         if self.codes.dtype == torch.uint8:
             object.__setattr__(self, "codes", self.codes.view(torch.float8_e4m3fn))
+        if self.codes.dtype != torch.float8_e4m3fn or self.codes.ndim < 2:
+            given = f"{self.codes.dtype} {tuple(self.codes.shape)}"
+            raise InputError("codes do not fit", where=where, given=given, needed="float8_e4m3fn or uint8 [..., N, K]")
+        *batch, rows, columns = self.codes.shape
+        _check_blocks(columns, self.scaling, where)
+        groups = columns // BLOCKS[self.scaling] if self.scaling in BLOCKS else 1
+        shape, dtype = (*batch, *padded_shape(self.scale_layout, rows, groups)), torch.uint8 if self.scaling == "mx" else torch.float32
+        if self.scales.shape != shape or self.scales.dtype != dtype:
+            given = f"{self.scales.dtype} {tuple(self.scales.shape)}"
+            needed = f"{dtype} {shape} (scaling {self.scaling!r}, layout {self.scale_layout!r})"
+            raise InputError(f"scales do not fit codes of {tuple(self.codes.shape)}", where=where, given=given, needed=needed)
 
     def __repr__(self) -> str:
         return f"Fp8Tensor({list(self.codes.shape)}, scales per {self.scaling}, {self.scale_layout}, {self.codes.device})"
@@ -73,6 +87,7 @@ class Fp8Tensor:
         >>> q.dequantize().tolist(), q.scales.tolist()
         ([[1.0, -448.0]], [[1.0]])
         """
+        check_floats("Fp8Tensor.dequantize", dtype=dtype)
         scales = self.scales
         if self.scaling == "mx":
             rows, width = self.codes.shape[-2:]
@@ -87,14 +102,21 @@ def check_fp8(x: torch.Tensor, scaling: str, scale_layout: ScaleLayout) -> None:
     check_tensors(where, x=x)
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or x.ndim < 2:
         raise InputError("cannot quantise this", where=where, given=f"{x.dtype} {tuple(x.shape)}", needed="float32, bfloat16 or float16 [..., N, K]")
-    if scaling not in SCALINGS:
-        raise InputError("unknown scaling", where=where, given=repr(scaling), needed=" or ".join(SCALINGS))
-    check_scale_layout(scale_layout)
+    _check_scaling(scaling, scale_layout, where)
+    _check_blocks(x.shape[-1], scaling, where)
+
+
+def _check_scaling(scaling: str, scale_layout: ScaleLayout, where: str) -> None:
+    check_name("scaling", scaling, SCALINGS, where)
+    check_scale_layout(scale_layout, where)
     if scaling != "mx" and scale_layout != "linear":
-        raise InputError("only mx scales have layouts", where=where, given=scale_layout, needed="linear")
+        raise InputError("only mx scales have layouts", where=where, given=repr(scale_layout), needed="'linear'")
+
+
+def _check_blocks(columns: int, scaling: str, where: str) -> None:
     multiple = BLOCKS.get(scaling, 1)
-    if x.shape[-1] % multiple:
-        raise InputError("the last dimension does not divide into blocks", where=where, given=x.shape[-1], needed=f"a multiple of {multiple}")
+    if columns % multiple:
+        raise InputError("the last dimension does not divide into blocks", where=where, given=columns, needed=f"a multiple of {multiple}")
 
 
 def quantize_fp8(x: torch.Tensor, scaling: Fp8Scaling = "token", *, scale_layout: ScaleLayout = "linear") -> Fp8Tensor:

@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 
-from halfbyte.arguments import as_device, check_tensors, same_bits
+from halfbyte.arguments import as_device, check_floats, check_tensors, check_type, same_bits
 from halfbyte.errors import InputError
 from halfbyte.formats import e2m1
 from halfbyte.formats.block_format import BlockFormat, as_format, check_blocks
-from halfbyte.formats.scale_layout import ScaleLayout, padded_shape, swizzle_scales, unswizzle_scales
+from halfbyte.formats.scale_layout import ScaleLayout, check_scale_layout, padded_shape, swizzle_scales, unswizzle_scales
 
 # Elements processed at a time: the working set of quantise and dequantise stays under about 40 bytes each, 160 MiB, whatever the tensor.
 CHUNK_ELEMENTS = 1 << 22
+_WHERE = "QuantTensor"
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,22 +39,27 @@ class QuantTensor:
     scale_layout: ScaleLayout = "linear"
 
     def __post_init__(self) -> None:
-        check_tensors("QuantTensor", codes=self.codes, scales=self.scales)
-        object.__setattr__(self, "format", as_format(self.format, "QuantTensor"))
+        """Raises InputError for codes and scales that do not belong together."""
+        check_tensors(_WHERE, codes=self.codes, scales=self.scales)
+        object.__setattr__(self, "format", as_format(self.format, _WHERE))
+        check_scale_layout(self.scale_layout, _WHERE)
+        if self.codes.element_size() != 1 or self.codes.ndim < 2:
+            given = f"{self.codes.dtype} {tuple(self.codes.shape)}"
+            raise InputError("codes are rows of bytes", where=_WHERE, given=given, needed="uint8 [..., N, K/2]")
         if self.codes.dtype != torch.uint8:
             object.__setattr__(self, "codes", self.codes.view(torch.uint8))  # float4_e2m1fn_x2, int8
         if self.scales.dtype != self.format.scale_dtype:
-            if self.scales.element_size() != 1:
-                raise InputError(f"{self.format!r} block scales have the wrong dtype", given=self.scales.dtype, needed=self.format.scale_dtype)
+            if self.scales.element_size() != 1 or self.scales.ndim < 2:
+                given = f"{self.scales.dtype} {tuple(self.scales.shape)}"
+                raise InputError(f"{self.format!r} block scales are rows of bytes", where=_WHERE, given=given, needed=self.format.scale_dtype)
             object.__setattr__(self, "scales", self.scales.view(self.format.scale_dtype))
-        if self.codes.ndim < 2:
-            raise InputError("codes need rows and columns", given=tuple(self.codes.shape), needed="[..., N, K/2]")
         *batch, rows, columns = self.shape
-        check_blocks(columns, self.format, "QuantTensor")
+        check_blocks(columns, self.format, _WHERE)
         scale_shape = (*batch, *padded_shape(self.scale_layout, rows, columns // self.format.block))
         if self.scales.shape != scale_shape:
             raise InputError(
                 f"block scales do not fit codes of {tuple(self.codes.shape)}",
+                where=_WHERE,
                 given=tuple(self.scales.shape),
                 needed=f"{scale_shape} ({self.format!r}, layout {self.scale_layout})",
             )
@@ -63,14 +69,17 @@ class QuantTensor:
         scale = self.global_scale
         if not self.format.has_global_scale:
             if scale is not None:
-                raise InputError(f"{self.format!r} has no global scale", given=tuple(scale.shape), needed=None)
+                raise InputError(f"{self.format!r} has no global scale", where=_WHERE, given=type(scale).__name__, needed="global_scale=None")
             return
-        if scale is None or scale.dtype != torch.float32:
-            raise InputError(f"{self.format!r} needs an fp32 global scale (decode multiplier)", given=None if scale is None else scale.dtype)
+        if not isinstance(scale, torch.Tensor) or scale.dtype != torch.float32:
+            given = scale.dtype if isinstance(scale, torch.Tensor) else type(scale).__name__
+            raise InputError(f"{self.format!r} needs a global scale", where=_WHERE, given=given, needed="fp32 decode multipliers")
         per_matrix = scale.shape == batch
         per_group = scale.ndim == len(batch) + 1 and scale.shape[:-1] == batch and scale.shape[-1] > 0 and rows % scale.shape[-1] == 0
         if not (per_matrix or per_group):
-            raise InputError("global scale does not fit", given=tuple(scale.shape), needed=f"{batch} or {(*batch, 'G')} with G dividing {rows} rows")
+            raise InputError(
+                "global scale does not fit", where=_WHERE, given=tuple(scale.shape), needed=f"{batch} or {(*batch, 'G')} with G dividing {rows} rows"
+            )
 
     def __repr__(self) -> str:
         return f"QuantTensor({self.format!r} {list(self.shape)}, scales {self.scale_layout}, {self.device})"
@@ -112,10 +121,11 @@ class QuantTensor:
         """Select along the first leading (expert) dimension; shares storage.
 
         Raises:
-            InputError: the tensor has no leading dimension.
+            InputError: the tensor has no leading dimension; no index.
         """
+        check_type(_WHERE, (int, slice), index=index)
         if self.codes.ndim < 3:
-            raise InputError("cannot index a single matrix", given=tuple(self.shape), needed="[E, ..., N, K]")
+            raise InputError("cannot index a single matrix", where=_WHERE, given=tuple(self.shape), needed="[E, ..., N, K]")
         scale = self.global_scale
         return replace(self, codes=self.codes[index], scales=self.scales[index], global_scale=None if scale is None else scale[index])
 
@@ -162,6 +172,7 @@ class QuantTensor:
         >>> torch.equal(q.dequantize(), torch.eye(32))
         True
         """
+        check_floats("QuantTensor.dequantize", dtype=dtype)
         *batch, rows, columns = self.shape
         if self.codes.numel() == 0:
             return torch.empty(self.shape, dtype=dtype, device=self.device)

@@ -163,7 +163,6 @@ def check_arguments(x: torch.Tensor, format: BlockFormat, global_scale: object, 
     check_blocks(x.shape[-1], format, where)
     if format is not NVFP4 and (global_scale is not None or four_over_six):
         raise InputError("global_scale and four_over_six belong to NVFP4", where=where, given=repr(format), needed="NVFP4")
-    if scale_rule not in e8m0.RULES:
-        raise InputError("unknown e8m0 scale rule", where=where, given=repr(scale_rule), needed=" or ".join(e8m0.RULES))
+    e8m0.check_rule(scale_rule, where)
     if format is NVFP4 and scale_rule != "ceil":
         raise InputError("scale_rule belongs to MXFP4", where=where, given=repr(scale_rule), needed="MXFP4")

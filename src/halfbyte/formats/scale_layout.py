@@ -13,6 +13,7 @@ from typing import Literal, get_args
 
 import torch
 
+from halfbyte.arguments import check_integers, check_name, check_tensors
 from halfbyte.errors import InputError
 
 ScaleLayout = Literal["linear", "128x4", "8x4"]
@@ -27,10 +28,9 @@ def padded_shape(layout: ScaleLayout, rows: int, cols: int) -> tuple[int, int]:
     return (rows, cols) if layout == "linear" else (-(-rows // tile) * tile, -(-cols // _TILE_COLUMNS) * _TILE_COLUMNS)
 
 
-def check_scale_layout(layout: str) -> None:
+def check_scale_layout(layout: str, where: str = "") -> None:
     """Raise InputError for an unknown layout."""
-    if layout not in _TILE_ROWS:
-        raise InputError("unknown scale layout", given=repr(layout), needed=" or ".join(LAYOUTS))
+    check_name("scale layout", layout, LAYOUTS, where)
 
 
 def tile_rows(layout: ScaleLayout) -> int:
@@ -59,12 +59,13 @@ def swizzle_scales(scales: torch.Tensor, layout: ScaleLayout) -> torch.Tensor:
         Contiguous tensor of the same dtype, [..., Rp, Cp], bytes in the order of the module's formulas, padding zero.
 
     Raises:
-        InputError: unknown layout, or a dtype wider than a byte.
+        InputError: unknown layout, no rows and columns, or a dtype wider than a byte.
 
     >>> swizzle_scales(torch.ones(3, 5, dtype=torch.uint8), "128x4").shape
     torch.Size([128, 8])
     """
-    _check_bytes(scales)
+    _check_bytes(scales, "swizzle_scales")
+    check_scale_layout(layout, "swizzle_scales")
     if layout == "linear":
         return scales.contiguous()
     *batch, rows, cols = scales.shape
@@ -86,11 +87,13 @@ def unswizzle_scales(scales: torch.Tensor, layout: ScaleLayout, rows: int, cols:
     >>> torch.equal(unswizzle_scales(swizzle_scales(s, "8x4"), "8x4", 3, 8), s)
     True
     """
-    _check_bytes(scales)
+    _check_bytes(scales, "unswizzle_scales")
+    check_integers("unswizzle_scales", 0, rows=rows, cols=cols)
     padded_rows, padded_cols = padded_shape(layout, rows, cols)
     if scales.shape[-2:] != (padded_rows, padded_cols):
         raise InputError(
             f"scale buffer does not hold {rows} x {cols} scales in layout {layout}",
+            where="unswizzle_scales",
             given=tuple(scales.shape),
             needed=f"[..., {padded_rows}, {padded_cols}]",
         )
@@ -126,6 +129,8 @@ def _move_tiles(tiles: torch.Tensor, layout: ScaleLayout, batch: int) -> torch.T
     return tiles.permute(*range(batch), *(batch + axis for axis in order))
 
 
-def _check_bytes(scales: torch.Tensor) -> None:
-    if scales.element_size() != 1:
-        raise InputError("block scales are one byte each", given=scales.dtype, needed="uint8, float8_e4m3fn or float8_e8m0fnu")
+def _check_bytes(scales: torch.Tensor, where: str) -> None:
+    check_tensors(where, scales=scales)
+    if scales.element_size() != 1 or scales.ndim < 2:
+        given = f"{scales.dtype} {tuple(scales.shape)}"
+        raise InputError("block scales are rows of bytes", where=where, given=given, needed="uint8, float8_e4m3fn or float8_e8m0fnu [..., R, C]")

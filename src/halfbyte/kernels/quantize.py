@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from halfbyte.arguments import check_tensors
+from halfbyte.arguments import check_numbers, check_tensors, check_type
 from halfbyte.device import Target
 from halfbyte.errors import InputError
 from halfbyte.experts import SWIGLU, Activation
@@ -18,7 +18,7 @@ from halfbyte.formats.fp8_tensor import Fp8Scaling, Fp8Tensor, check_fp8
 from halfbyte.formats.quantizer import check_arguments, count_nonfinite
 from halfbyte.formats.scale_layout import ScaleLayout, check_scale_layout, max_padded_rows, padded_shape, tile_rows
 from halfbyte.kernels.problem import Problem
-from halfbyte.kernels.table import choose
+from halfbyte.kernels.table import KernelChoice, choose
 
 
 def quantize(
@@ -56,10 +56,10 @@ def quantize(
     format = as_format(format, "quantize")
     check_arguments(x, format, global_scale, four_over_six, scale_rule)
     _check_global_scale(global_scale, "quantize")
-    check_scale_layout(scale_layout)
+    check_scale_layout(scale_layout, "quantize")
     if check and (bad := count_nonfinite(x)):
         raise InputError("x has NaN or infinity", where="quantize", given=f"{bad} of {x.numel()} elements", needed="finite numbers")
-    kernel = choose(Problem("quantize", Target.of(x.device), format, dtype=x.dtype), backend)
+    kernel = _kernel("quantize", x, format, backend)
     return kernel.run(x, format, global_scale, four_over_six=four_over_six, scale_rule=scale_rule, scale_layout=scale_layout)
 
 
@@ -101,8 +101,8 @@ def silu_mul_quantize(
     if format.has_global_scale and global_scale is None:
         raise InputError("needs a global scale", where=where, given=None, needed="the calibrated decode multiplier of the product")
     _check_global_scale(global_scale, where)
-    check_scale_layout(scale_layout)
-    kernel = choose(Problem("quantize", Target.of(gate_up.device), format, dtype=gate_up.dtype), backend)
+    check_scale_layout(scale_layout, where)
+    kernel = _kernel("quantize", gate_up, format, backend)
     options = {"four_over_six": four_over_six, "scale_rule": scale_rule, "scale_layout": scale_layout}
     return kernel.run(gate_up, format, global_scale, activation=activation, **options)
 
@@ -141,6 +141,7 @@ def rms_norm_quantize(
     where = "rms_norm_quantize"
     format = as_format(format, where)
     check_tensors(where, weight=weight)
+    check_numbers(where, eps=eps)
     check_arguments(x, format, global_scale, four_over_six, scale_rule)
     if weight.shape != x.shape[-1:] or weight.dtype != x.dtype or weight.device != x.device:
         given = f"{weight.dtype} {tuple(weight.shape)} on {weight.device}"
@@ -148,8 +149,8 @@ def rms_norm_quantize(
     if format.has_global_scale and global_scale is None:
         raise InputError("needs a global scale", where=where, given=None, needed="the calibrated decode multiplier of the normed rows")
     _check_global_scale(global_scale, where)
-    check_scale_layout(scale_layout)
-    kernel = choose(Problem("quantize", Target.of(x.device), format, dtype=x.dtype), backend)
+    check_scale_layout(scale_layout, where)
+    kernel = _kernel("quantize", x, format, backend)
     options = {"four_over_six": four_over_six, "scale_rule": scale_rule, "scale_layout": scale_layout}
     return kernel.run(x, format, global_scale, norm=(weight, eps), **options)
 
@@ -176,13 +177,22 @@ def quantize_fp8(
     [[128]]
     """
     check_fp8(x, scaling, scale_layout)
-    kernel = choose(Problem("quantize_fp8", Target.of(x.device), dtype=x.dtype), backend)
+    kernel = _kernel("quantize_fp8", x, None, backend)
     return kernel.run(x, scaling, scale_layout=scale_layout)
+
+
+def _kernel(op: str, x: torch.Tensor, format: BlockFormat | None, backend: str | None) -> KernelChoice:
+    if backend is not None:
+        check_type(op, str, backend=backend)
+    return choose(Problem(op, Target.of(x.device), format, dtype=x.dtype), backend)
 
 
 def _check_global_scale(scale: object, where: str) -> None:
     """Raise InputError for a decode multiplier that is not finite and > 0. On a GPU it is not looked at: nothing waits for the device."""
     if isinstance(scale, torch.Tensor):
+        if scale.device.type == "meta" or not scale.is_floating_point():
+            given = f"{scale.dtype} on {scale.device}"
+            raise InputError("a global scale is not usable", where=where, given=given, needed="finite floats > 0")
         if scale.device.type != "cpu" or torch.compiler.is_compiling():
             return
         usable = bool(((scale > 0) & (scale < torch.inf)).all())
@@ -193,10 +203,11 @@ def _check_global_scale(scale: object, where: str) -> None:
 
 
 def _check_activation(x: torch.Tensor, activation: Activation, where: str) -> None:
+    check_type(where, Activation, activation=activation)
     if activation.kind != "swiglu":
         raise InputError("this activation is not fused", where=where, given=activation.kind, needed="swiglu", next_step="activate, then quantize")
-    if x.shape[-1] % 2:
-        raise InputError("gate and up columns differ in number", where=where, given=tuple(x.shape), needed="[..., N, 2K]")
+    if x.ndim < 2 or x.shape[-1] % 2:
+        raise InputError("gate and up columns do not make pairs", where=where, given=tuple(x.shape), needed="[..., N, 2K]")
 
 
 class QuantizedExperts(NamedTuple):
@@ -258,6 +269,7 @@ def quantize_experts(
     if out is None:
         out = allocate_experts(x[:, :width], expert_offsets, format, scale_layout)
     else:
+        check_type("quantize_experts", QuantizedExperts, out=out)
         given, needed = _description(out), _description(allocate_experts(x[:, :width].to("meta"), expert_offsets, format, scale_layout))
         if given != needed or out.codes.device != x.device:
             raise InputError("out does not fit", where="quantize_experts", given=given, needed=f"{needed} on {x.device}")
@@ -265,7 +277,7 @@ def quantize_experts(
         if scale_layout != "linear":
             out.scale_offsets.zero_()
         return out
-    kernel = choose(Problem("quantize_experts", Target.of(x.device), format, dtype=x.dtype), backend)
+    kernel = _kernel("quantize_experts", x, format, backend)
     kernel.run(x, expert_offsets, global_scales, format, scale_layout, *out, activation=activation)
     return out
 

@@ -10,8 +10,9 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from halfbyte.arguments import check_name
 from halfbyte.device import Target
-from halfbyte.errors import InputError, UnsupportedError
+from halfbyte.errors import UnsupportedError
 from halfbyte.kernels import tuned
 from halfbyte.kernels.problem import Problem, Provider, Size, Support
 from halfbyte.weights.layouts import is_arranged_in_place
@@ -62,8 +63,7 @@ def support(problem: Problem) -> dict[str, Support]:
     Raises:
         InputError: no such op.
     """
-    if problem.op not in PROVIDERS:
-        raise InputError("unknown op", where="kernel table", given=repr(problem.op), needed=" or ".join(PROVIDERS))
+    check_name("op", problem.op, PROVIDERS, "kernel table")
     return {name: _support_of(module, problem) for name, module in PROVIDERS[problem.op].items()}
 
 
@@ -91,9 +91,7 @@ def choose_untuned(problem: Problem, backend: str | None = None) -> KernelChoice
     """`choose` without a look into tables."""
     candidates = support(problem)
     if backend is not None:
-        if backend not in candidates:
-            names = " or ".join(map(repr, candidates))
-            raise InputError(f"no kernel of {problem.op} has this name", where="backend", given=repr(backend), needed=names)
+        check_name(f"kernel of {problem.op}", backend, candidates, "backend")
         candidates = {backend: candidates[backend]}
     for name, answer in candidates.items():
         if answer.runs:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
+from halfbyte.arguments import check_tensors
 from halfbyte.errors import InputError
 
 ALIGNMENT = 256  # bytes, as torch aligns what it allocates
@@ -35,6 +36,7 @@ class Workspace:
 
     def __init__(self, buffer: torch.Tensor) -> None:
         """Raises InputError where `buffer` is something else."""
+        check_tensors("Workspace", buffer=buffer)
         if buffer.dtype != torch.uint8 or buffer.ndim != 1 or not buffer.is_contiguous():
             given = f"{buffer.dtype} {tuple(buffer.shape)}"
             raise InputError("a workspace is a buffer of bytes", where="Workspace", given=given, needed="contiguous uint8 [nbytes]")

@@ -6,14 +6,16 @@ This is where "auto" becomes a layout: the kernel table is asked (`table.wanted_
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal, get_args
 
 import torch
 
-from halfbyte.arguments import as_device
+from halfbyte.arguments import as_device, check_callable, check_name, check_type
 from halfbyte.checkpoint.load import ExpertReader
 from halfbyte.checkpoint.source import Checkpoint
 from halfbyte.device import Target
@@ -73,8 +75,8 @@ def prepare(
     >>> halfbyte.prepare(w).layout
     'canonical'
     """
-    if not isinstance(w, ExpertWeights):
-        raise InputError("no expert weights", where="prepare", given=type(w).__name__, needed="ExpertWeights")
+    check_type("prepare", ExpertWeights, w=w)
+    check_callable("prepare", scale_check=scale_check)
     place = w.device if device is None else as_device(device, "prepare")
     if in_place and place != w.device:
         raise InputError("weights cannot be arranged in place on another device", where="prepare", given=f"{place}", needed=f"{w.device}")
@@ -126,7 +128,7 @@ def load_prepared(
     activations: ActivationFormat = "bf16",
     experts: range | None = None,
     cache: CacheUse = "read",
-    cache_dir: Path | None = None,
+    cache_dir: str | Path | None = None,
     progress: Progress | None = None,
 ) -> PreparedExperts:
     """Read the experts of one layer and prepare them, few at a time: the same bytes as prepare(load_experts(...)), in half the memory.
@@ -153,10 +155,11 @@ def load_prepared(
     >>> p.layout, p.num_experts, p.storage.first_expert
     ('canonical', 8, 4)
     """
-    if cache not in CACHE_USES:
-        raise InputError("unknown use of the cache", where="load_prepared", given=repr(cache), needed=" or ".join(map(repr, CACHE_USES)))
+    check_name("use of the cache", cache, CACHE_USES, "load_prepared")
+    check_type("load_prepared", (str, os.PathLike, NoneType), cache_dir=cache_dir)
+    check_callable("load_prepared", progress=progress)
     checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.open(model)
-    plan = _Plan.of(checkpoint, layer, Wanted(device, layout, policy, activations, experts, cache_dir))
+    plan = _Plan.of(checkpoint, layer, Wanted(device, layout, policy, activations, experts, None if cache_dir is None else Path(cache_dir)))
     storage = plan.allocate(device)
     if cache != "off":
         try:

@@ -5,12 +5,13 @@ Under torch.compile it is one op, `halfbyte::fused_moe` of `moe.ops`, which the 
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Hashable
 from typing import Any, NamedTuple, cast
 
 import torch
 
-from halfbyte.arguments import check_tensors
+from halfbyte.arguments import check_integers, check_tensors, check_type
 from halfbyte.device import Target, current
 from halfbyte.errors import InputError, UnsupportedError
 from halfbyte.experts import ExpertMap
@@ -116,7 +117,9 @@ def fused_moe(
             return torch.ops.halfbyte.fused_moe(hidden, tensors, *arguments)
         torch.ops.halfbyte.fused_moe_out(hidden, tensors, *arguments, out)
         return out
-    call = Call(experts.layout, experts.target, activations, batch_invariant, backend, config, expert_map)
+    if workspace is not None:
+        check_type("fused_moe", Workspace, workspace=workspace)
+    call = Call(experts.layout, experts.target, activations, bool(batch_invariant), backend, config, expert_map)
     if check_ids:
         _check_ids(topk_ids, experts.storage)
     with lend(workspace):
@@ -154,8 +157,10 @@ def workspace_nbytes(
     0
     """
     check_prepared(experts, "workspace_nbytes")
+    check_integers("workspace_nbytes", 0, max_tokens=max_tokens, top_k=top_k)
     activations = experts.activations if activations is None else activations
-    problem = layer_problem("fused_moe", experts.storage, experts.target, experts.layout, activations, batch_invariant=batch_invariant)
+    check_activations(activations, "workspace_nbytes")
+    problem = layer_problem("fused_moe", experts.storage, experts.target, experts.layout, activations, batch_invariant=bool(batch_invariant))
     kernel = choose(problem)
     most = {kernel.choose_config(problem, Size(num_tokens, top_k)): Size(num_tokens, top_k) for num_tokens in range(1, max_tokens + 1)}
     return max((kernel.workspace_nbytes(problem, size, config) for config, size in most.items()), default=0)
@@ -167,7 +172,11 @@ def run(
     """`fused_moe` with the prepared experts in parts."""
     check(hidden, experts, topk_ids, topk_weights, call.activations, out)
     problem = layer_problem("fused_moe", experts, call.target, call.layout, call.activations, hidden, batch_invariant=call.batch_invariant)
+    if call.backend is not None:
+        check_type("fused_moe", str, backend=call.backend)
     kernel = choose(problem, call.backend)
+    if call.config is not None:
+        check_config(call.config, kernel.configs(problem), "fused_moe")
     config = kernel.choose_config(problem, Size(*topk_ids.shape)) if call.config is None else call.config
     if tuned.seen is not None:
         tuned.seen.add((problem, topk_ids.shape[1]))
@@ -179,17 +188,25 @@ def run(
 
 
 def resolve_map(experts: Storage, expert_map: ExpertMap | None, expert_offset: int | None) -> ExpertMap:
-    """Raises InputError where both are given."""
+    """Raises InputError where both are given, or one is something else."""
     if expert_map is None:
         return ExpertMap(experts.first_expert if expert_offset is None else expert_offset)
+    check_type("fused_moe", ExpertMap, expert_map=expert_map)
     if expert_offset is not None:
         raise InputError("two ways to say which experts are held here", given="expert_map= and expert_offset=", needed="one of the two")
     return expert_map
 
 
+def check_config(config: object, configs: tuple[Hashable, ...], where: str) -> None:
+    """Raise InputError for what is no configuration of the kernel that has `configs`."""
+    if type(config) not in {type(known) for known in configs}:
+        needed = f"None, or one like {configs[0]!r}" if configs else "None: this kernel has no configurations"
+        raise InputError("config does not fit", where=where, given=reprlib.repr(config), needed=needed)
+
+
 def _check_ids(topk_ids: torch.Tensor, experts: Storage) -> None:
     num_experts = cast(int, experts.num_global_experts)
-    check_tensors("fused_moe", topk_ids=topk_ids)
+    check_tensor("topk_ids", topk_ids, IDS, None, None, experts.device)
     wrong = topk_ids[(topk_ids < -1) | (topk_ids >= num_experts)]
     if wrong.numel():
         raise InputError("ids name no expert", where="fused_moe", given=wrong.unique()[:8].tolist(), needed=f"0 .. {num_experts - 1}, or -1 for none")

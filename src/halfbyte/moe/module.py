@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from halfbyte.arguments import check_tensors
+from halfbyte.arguments import check_tensors, check_type
 from halfbyte.checkpoint import Checkpoint, RouterWeights, load_router
 from halfbyte.errors import InputError, UnsupportedError
-from halfbyte.formats.activation_formats import ActivationFormat
+from halfbyte.formats.activation_formats import ActivationFormat, check_activations
 from halfbyte.loading import load_prepared
 from halfbyte.loading.prepared import CacheUse
-from halfbyte.moe.functional import fused_moe
+from halfbyte.moe.functional import check_prepared, fused_moe
 from halfbyte.moe.parallel import ExpertParallel
 from halfbyte.moe.routing import Routing, invariant_linear, route
 from halfbyte.moe.warm import warm_up
@@ -46,9 +46,20 @@ class MoE(torch.nn.Module):
         With `parallel` the experts are those of this rank, and every rank calls the layer with tokens of its own.
 
         Raises:
+            InputError: router and experts do not belong together, or another argument does not fit.
             UnsupportedError: the layer chooses experts by token id (DeepSeek-V4's first layers) and so cannot be run from hidden states; batch
                 invariance over several ranks.
         """
+        check_type("MoE", RouterWeights, router=router)
+        check_prepared(experts, "MoE")
+        if parallel is not None:
+            check_type("MoE", ExpertParallel, parallel=parallel)
+        if activations is not None:
+            check_activations(activations, "MoE")
+        if router.weight.shape[1] != experts.hidden or router.weight.device != experts.device:
+            given = f"a router for hidden {router.weight.shape[1]} on {router.weight.device}"
+            needed = f"hidden {experts.hidden} on {experts.device}"
+            raise InputError("router and experts do not belong together", where="MoE", given=given, needed=needed)
         if parallel is not None and batch_invariant:
             raise UnsupportedError("no batch invariance over several ranks", where="MoE", next_step="leave one of the two out")
         super().__init__()
@@ -83,6 +94,8 @@ class MoE(torch.nn.Module):
         >>> layer(torch.randn(2, 5, 256, dtype=torch.bfloat16)).shape
         torch.Size([2, 5, 256])
         """
+        if parallel is not None:
+            check_type("MoE", ExpertParallel, parallel=parallel)
         checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.open(model)
         held = None if parallel is None else parallel.local_range
         experts = load_prepared(checkpoint, layer, device=device, activations=activations, experts=held, cache=cache)

@@ -77,7 +77,7 @@ def route(
 def _(
     logits: torch.Tensor, top_k: int, method: str, bias: torch.Tensor | None, num_groups: int, top_k_groups: int, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    routing.check(logits, top_k, method, bias, num_groups, top_k_groups)
+    routing.check(logits, top_k, method, bias, num_groups, top_k_groups, scale)
     shape = (logits.shape[0], top_k)
     return logits.new_empty(shape, dtype=torch.int32), logits.new_empty(shape, dtype=torch.float32)
 

@@ -12,12 +12,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 
-from halfbyte.distributed.collectives import all_gatherv, gather_equal
+from halfbyte.arguments import check_integers, check_name, check_tensors, check_type
+from halfbyte.distributed.collectives import all_gatherv, as_sizes, check_sizes, gather_equal
 from halfbyte.distributed.costs import Costs, cheapest
 from halfbyte.distributed.failures import backend_of, naming_the_failed, ranks_of, tell_others
 from halfbyte.distributed.peer_memory import Capacity, PeerMemory, why_not
@@ -25,10 +27,11 @@ from halfbyte.distributed.placement import Placement, contiguous
 from halfbyte.distributed.transport import COMBINE_FORMATS, CollectiveTransport, CombineFormat, Tokens, Transport
 from halfbyte.distributed.wire import PAYLOADS, Payload, Wire
 from halfbyte.errors import InputError, UnsupportedError
-from halfbyte.experts import ExpertMap
+from halfbyte.experts import ExpertMap, id_lists
+from halfbyte.formats import Fp8Tensor, QuantTensor
 from halfbyte.formats.activation_formats import ActivationFormat, check_activations
 from halfbyte.kernels.problem import Hidden
-from halfbyte.moe.functional import FLOATS, IDS, check_tensor, fused_moe
+from halfbyte.moe.functional import FLOATS, IDS, check_prepared, check_tensor, fused_moe
 from halfbyte.weights import PreparedExperts
 
 logger = logging.getLogger(__name__)
@@ -102,21 +105,21 @@ class ExpertParallel:
         >>> dist.destroy_process_group()
         """
         self.rank, self.num_ranks = ranks_of(group, WHERE)
-        if payload not in (*PAYLOADS, "auto"):
-            raise InputError("no such payload", where=WHERE, given=repr(payload), needed=" or ".join(map(repr, (*PAYLOADS, "auto"))))
-        if combine_dtype not in COMBINE_FORMATS:
-            raise InputError("no such combine_dtype", where=WHERE, given=repr(combine_dtype), needed=" or ".join(map(repr, COMBINE_FORMATS)))
+        check_integers(WHERE, 1, num_experts=num_experts)
+        check_name("payload", payload, (*PAYLOADS, "auto"), WHERE)
+        check_name("combine_dtype", combine_dtype, COMBINE_FORMATS, WHERE)
+        check_type(WHERE, (Costs, NoneType), costs=costs)
+        check_type(WHERE, (Capacity, NoneType), capacity=capacity)
         self.group, self.num_experts, self.payload, self.combine_dtype = group, num_experts, payload, combine_dtype
         self.costs = Costs() if costs is None else costs
         on_cuda = backend_of(group, "cuda") == "nccl" and torch.cuda.is_available()
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
         backend = backend_of(group, self.device.type)
-        self.placement = [list(held) for held in (contiguous(num_experts, self.num_ranks) if placement is None else placement)]
+        self.placement = contiguous(num_experts, self.num_ranks) if placement is None else id_lists(placement, WHERE)
         if len(self.placement) != self.num_ranks:
             raise InputError("placement does not fit the group", where=WHERE, given=f"{len(self.placement)} ranks", needed=f"{self.num_ranks}")
         self.expert_map = self._map()
-        if transport not in (names := ("auto", backend, "symmetric")):
-            raise InputError("no such transport", where=WHERE, given=repr(transport), needed=" or ".join(map(repr, names)))
+        check_name("transport", transport, ("auto", backend, "symmetric"), WHERE)
         self.transport = transport
         self.transports: dict[str, Transport] = {backend: CollectiveTransport(group, self.device)}
         if transport != backend and capacity is not None:
@@ -171,11 +174,14 @@ class ExpertParallel:
         check_activations(activations, WHERE)
         tokens = self._tokens(hidden, topk_ids, topk_weights)
         rows = len(tokens.topk_ids)
+        if num_tokens is not None:
+            check_tensors(WHERE, num_tokens=num_tokens)
         if num_tokens is not None and (num_tokens.dtype != torch.int32 or num_tokens.shape != (1,) or num_tokens.device != self.device):
             given = f"{num_tokens.dtype} {tuple(num_tokens.shape)} on {num_tokens.device}"
             raise InputError("num_tokens does not fit", where=WHERE, given=given, needed=f"int32 (1,) on {self.device}")
-        sizes = self._exchanged(rows) if sizes is None else tuple(sizes)
-        if len(sizes) != self.num_ranks or (self.device.type != "cpu" and sizes[self.rank] != rows):  # on CPUs the ranks find out together
+        sizes = self._exchanged(rows) if sizes is None else as_sizes(sizes, WHERE)
+        check_sizes(sizes, self.num_ranks, WHERE)
+        if self.device.type != "cpu" and sizes[self.rank] != rows:  # on CPUs the ranks find out together
             raise InputError("sizes do not fit", where=WHERE, given=list(sizes), needed=f"{self.num_ranks} ranks, this one with {rows} rows")
         if global_scale is not None:
             self._agree_on(global_scale, global_scale)
@@ -201,6 +207,7 @@ class ExpertParallel:
             InputError: a shape, dtype or device does not fit.
             PeerError: another rank failed.
         """
+        check_type("combine", Dispatched, sent=sent)
         check_tensor("partial", partial, FLOATS, sum(sent.sizes), None, self.device, "combine")
         rows = sent.sizes[self.rank]
         if out is None:
@@ -237,6 +244,7 @@ class ExpertParallel:
             InputError, UnsupportedError: as `dispatch`, `fused_moe` and `combine`. The other ranks then raise PeerError with the same text.
         """
         with tell_others(self.group):
+            check_prepared(experts, WHERE)
             if experts.num_experts != len(self.local_experts):
                 given = f"{experts.num_experts} experts"
                 raise InputError(
@@ -285,9 +293,9 @@ class ExpertParallel:
         return ExpertMap(first)
 
     def _tokens(self, hidden: Hidden, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> Tokens:
-        rows = len(hidden) if isinstance(hidden, torch.Tensor) else len(hidden.codes)
-        if isinstance(hidden, torch.Tensor):
+        if not isinstance(hidden, QuantTensor | Fp8Tensor):
             check_tensor("hidden", hidden, FLOATS, None, None, self.device, WHERE)
+        rows = len(hidden) if isinstance(hidden, torch.Tensor) else len(hidden.codes)
         check_tensor("topk_ids", topk_ids, IDS, rows, None, self.device, WHERE)
         check_tensor("topk_weights", topk_weights, FLOATS, rows, topk_ids.shape[1], self.device, WHERE)
         return Tokens(hidden, topk_ids.to(torch.int32), topk_weights.to(torch.float32))
@@ -331,6 +339,7 @@ class ExpertParallel:
             return
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise InputError("global scales were not compared yet", where=WHERE, next_step="call the layer once before the CUDA graph is captured")
+        check_tensors(WHERE, global_scale=scale)
         if scale.dtype != torch.float32 or scale.numel() != 1 or scale.device != self.device:
             given = f"{scale.dtype} {tuple(scale.shape)} on {scale.device}"
             raise InputError("global_scale does not fit", where=WHERE, given=given, needed=f"one float32 on {self.device}")

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from halfbyte.arguments import check_tensors
+from halfbyte.arguments import check_integers, check_name, check_numbers, check_tensors
 from halfbyte.device import Target
 from halfbyte.errors import InputError
 from halfbyte.kernels.problem import Problem
@@ -64,22 +64,23 @@ def run(
     logits: torch.Tensor, top_k: int, method: str, bias: torch.Tensor | None, num_groups: int, top_k_groups: int, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`route` without regard to torch.compile."""
-    check(logits, top_k, method, bias, num_groups, top_k_groups)
+    check(logits, top_k, method, bias, num_groups, top_k_groups, scale)
     kernel = choose(Problem("route", Target.of(logits.device), num_experts=logits.shape[1], num_groups=num_groups))
     return kernel.run(logits, top_k, method, bias=bias, num_groups=num_groups, top_k_groups=top_k_groups, scale=scale)
 
 
-def check(logits: torch.Tensor, top_k: int, method: str, bias: torch.Tensor | None, num_groups: int, top_k_groups: int) -> None:
+def check(logits: torch.Tensor, top_k: int, method: str, bias: torch.Tensor | None, num_groups: int, top_k_groups: int, scale: float) -> None:
     """Raise what `route` raises for these arguments."""
     where = "route"
     check_tensors(where, logits=logits, **({} if bias is None else {"bias": bias}))
-    if method not in METHODS:
-        raise InputError("unknown routing method", where=where, given=repr(method), needed=" or ".join(METHODS))
+    check_name("routing method", method, METHODS, where)
+    check_integers(where, 1, top_k=top_k, num_groups=num_groups, top_k_groups=top_k_groups)
+    check_numbers(where, scale=scale)
     rule = METHODS[method]
     if logits.ndim != 2 or logits.dtype not in _FLOATS:
         raise InputError("logits do not fit", where=where, given=f"{logits.dtype} {tuple(logits.shape)}", needed="float [T, E]")
     num_experts = logits.shape[1]
-    if not 1 <= top_k <= num_experts:
+    if top_k > num_experts:
         raise InputError("top_k does not fit the logits", where=where, given=top_k, needed=f"1 to {num_experts} experts")
     if rule.max_top_k is not None and top_k > rule.max_top_k:
         raise InputError(f"{method} picks fewer experts", where=where, given=f"top_k {top_k}", needed=rule.max_top_k, next_step="use topk_sigmoid")
@@ -94,12 +95,12 @@ def check(logits: torch.Tensor, top_k: int, method: str, bias: torch.Tensor | No
         return
     if not rule.has_groups:
         raise InputError(f"{method} has no expert groups", where=where, given=f"{num_groups} groups", needed="1, or method deepseek_v3")
-    if num_groups < 1 or num_experts % num_groups:
+    if num_experts % num_groups:
         raise InputError("groups do not divide the experts", where=where, given=f"{num_groups} groups", needed=f"a divisor of {num_experts}")
-    if not 1 <= top_k_groups <= num_groups or top_k > top_k_groups * (num_experts // num_groups):
+    if top_k_groups > num_groups or top_k > top_k_groups * (num_experts // num_groups):
         given = f"{top_k_groups} of {num_groups} groups of {num_experts // num_groups}, top_k {top_k}"
         raise InputError(
-            "the kept groups cannot supply top_k experts", where=where, given=given, needed="1 <= top_k_groups <= num_groups, enough for top_k"
+            "the kept groups cannot supply top_k experts", where=where, given=given, needed="top_k_groups <= num_groups, enough for top_k"
         )
 
 

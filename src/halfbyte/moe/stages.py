@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from halfbyte.arguments import check_type
 from halfbyte.device import Target, current
 from halfbyte.errors import InputError
 from halfbyte.experts import ExpertMap
@@ -18,7 +19,7 @@ from halfbyte.formats.activation_formats import ActivationFormat, check_activati
 from halfbyte.kernels.problem import Hidden, Problem, Size, layer_problem
 from halfbyte.kernels.table import choose
 from halfbyte.kernels.work_list import WorkList
-from halfbyte.moe.functional import FLOATS, IDS, check_hidden, check_prepared, check_tensor, resolve_map
+from halfbyte.moe.functional import FLOATS, IDS, check_config, check_hidden, check_prepared, check_tensor, resolve_map
 from halfbyte.weights import PreparedExperts
 
 
@@ -64,7 +65,10 @@ def sort(
     expert_map = resolve_map(experts.storage, expert_map, expert_offset)
     size = Size(*topk_ids.shape)
     problem = layer_problem("expert_rows", experts.storage, experts.target, experts.layout, activations)
-    config = choose(problem).choose_config(problem, size) if config is None else config
+    kernel = choose(problem)
+    if config is not None:
+        check_config(config, kernel.configs(problem), "sort")
+    config = kernel.choose_config(problem, size) if config is None else config
     max_rows = max(1, topk_ids.numel()) if config is None else config.max_rows  # type: ignore[attr-defined]  # every configuration of a layer has it
     if not expert_map.is_slice:
         topk_ids = expert_map.local(topk_ids)
@@ -88,6 +92,7 @@ def expert_rows(hidden: Hidden, slots: SortedSlots, experts: PreparedExperts) ->
     torch.Size([4, 32])
     """
     check_prepared(experts, "expert_rows")
+    check_type("expert_rows", SortedSlots, slots=slots)
     check_hidden(hidden, experts.storage, slots.num_tokens)
     problem = layer_problem("expert_rows", experts.storage, experts.target, experts.layout, slots.activations, hidden)
     with current(experts.device):
@@ -111,6 +116,7 @@ def combine(rows: torch.Tensor, slots: SortedSlots, topk_weights: torch.Tensor, 
     >>> combine(expert_rows(torch.randn(2, 32), slots, p), slots, torch.ones(2, 2)).dtype
     torch.bfloat16
     """
+    check_type("combine", SortedSlots, slots=slots)
     check_tensor("rows", rows, FLOATS, slots.num_tokens * slots.top_k, None, slots.work.row_of_slot.device, "combine")
     check_tensor("topk_weights", topk_weights, FLOATS, slots.num_tokens, slots.top_k, rows.device, "combine")
     if out is None:

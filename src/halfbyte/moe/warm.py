@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from halfbyte.arguments import check_integers, check_type
 from halfbyte.device import current
 from halfbyte.errors import HalfbyteError, InputError
-from halfbyte.formats.activation_formats import ActivationFormat
+from halfbyte.formats.activation_formats import ActivationFormat, check_activations
 from halfbyte.kernels.problem import Problem, Size, layer_problem
 from halfbyte.kernels.table import KernelChoice, choose
 from halfbyte.moe.functional import check, check_prepared
@@ -64,12 +65,15 @@ def warm_up(
     >>> w = halfbyte.ExpertWeights(*(halfbyte.quantize(torch.randn(4, n, 32), halfbyte.MXFP4) for n in (64, 32)))
     >>> halfbyte.warm_up(halfbyte.prepare(w), top_k=2)
     """
-    for name, value in (("top_k", top_k), ("max_tokens", max_tokens), ("threads", threads)):
-        if value is not None and value < 1:
-            raise InputError(f"{name} is too small", where="warm_up", given=value, needed="at least 1")
+    given = {name: value for name, value in (("top_k", top_k), ("threads", threads)) if value is not None}
+    check_integers("warm_up", 1, max_tokens=max_tokens, **given)
+    if activations is not None:
+        check_activations(activations, "warm_up")
+    check_type("warm_up", torch.dtype, dtype=dtype, ids_dtype=ids_dtype, weights_dtype=weights_dtype)
     kinds: dict[Hashable, _Kind] = {}
     for experts, k in _layers(layers, top_k):
-        kind = _Kind(experts, k, activations or experts.activations, batch_invariant, (dtype, ids_dtype, weights_dtype))
+        asked = experts.activations if activations is None else activations
+        kind = _Kind(experts, k, asked, bool(batch_invariant), (dtype, ids_dtype, weights_dtype))
         kinds.setdefault(kind.key, kind)
     jobs = [job for key, kind in kinds.items() for job in kind.jobs(key, max_tokens) if not job.keys <= WARM]
 
@@ -102,7 +106,7 @@ def _layers(layers: PreparedExperts | torch.nn.Module | Iterable[PreparedExperts
         found = [(value, module) for module in layers.modules() for value in vars(module).values() if isinstance(value, PreparedExperts)]
         pairs: Iterable[tuple[Any, Any]] = [(experts, getattr(module, "top_k", None) if top_k is None else top_k) for experts, module in found]
     else:
-        pairs = [(experts, top_k) for experts in (layers if isinstance(layers, Iterable) else (layers,))]
+        pairs = [(experts, top_k) for experts in (layers if isinstance(layers, Iterable) and not isinstance(layers, torch.Tensor) else (layers,))]
     for experts, k in pairs:
         check_prepared(experts, "warm_up")
         if k is None:

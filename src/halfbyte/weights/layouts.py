@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from halfbyte.arguments import check_name
 from halfbyte.errors import InputError
 from halfbyte.experts import ExpertWeights
 from halfbyte.weights.engines.common import EngineExperts
@@ -87,9 +88,8 @@ def check_names(layout: str, policy: str) -> str:
     Raises:
         InputError: no such layout or policy.
     """
-    if policy not in POLICIES:
-        raise InputError("unknown residency policy", where="prepare", given=repr(policy), needed=" or ".join(map(repr, POLICIES)))
-    if layout not in ("auto", "canonical", "triton", *LAYOUTS):
+    check_name("residency policy", policy, POLICIES, "prepare")
+    if not isinstance(layout, str) or layout not in ("auto", "canonical", "triton", *LAYOUTS):
         available = ", ".join([f"'canonical' ({CANONICAL})", *(f"{name!r} ({known.purpose})" for name, known in LAYOUTS.items())])
         raise InputError("unknown layout", where="prepare", given=repr(layout), needed=f"'auto' or {available}")
     return "canonical" if layout == "triton" else layout

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from halfbyte.arguments import as_device, same_bits
+from halfbyte.arguments import as_device, check_callable, check_type, same_bits
 from halfbyte.device import Target
 from halfbyte.errors import UnsupportedError
 from halfbyte.experts import Activation, ExpertWeights
@@ -121,6 +121,8 @@ class PreparedExperts:
         >>> prepared = halfbyte.prepare(w, "hopper")
         >>> prepared.update_(w)
         """
+        check_type("PreparedExperts.update_", ExpertWeights, w=w)
+        check_callable("PreparedExperts.update_", scale_check=scale_check)
         layout = LAYOUTS.get(self.layout)
         check_same_kind(self.storage, w if layout is None else layout.allocate(w, "meta"))
         if layout is not None:

@@ -295,7 +295,7 @@ GOOD = {"x": torch.zeros(3, 32), "expert_offsets": offsets_of([1, 2]), "global_s
         ({"format": hb.MXFP4}, "has no global scales"),
         ({"scale_layout": "32x4"}, "unknown scale layout"),
         ({"out": QuantizedExperts(*[torch.zeros(1)] * 3)}, "out does not fit"),
-        ({"backend": "cutlass"}, "no kernel of quantize_experts has this name"),
+        ({"backend": "cutlass"}, "unknown kernel of quantize_experts"),
         ({"global_scales": torch.ones(2, device="meta")}, "different devices"),
         ({"global_scales": torch.tensor([1.0, float("nan")])}, "a global scale is not usable"),
         ({"global_scales": torch.tensor([0.0, 1.0])}, "a global scale is not usable"),

@@ -127,6 +127,7 @@ class MoEConfig:
 
     def check_layer(self, layer: int, where: str = "config.json") -> None:
         """Raise UnsupportedError where the experts of a layer compute something that `Activation` cannot say."""
+        self._check_integer(layer)
         if layer in self.refused_layers:
             raise UnsupportedError(
                 f"the experts of layer {layer} compute what halfbyte does not: {self.refused_layers[layer]}",
@@ -135,14 +136,17 @@ class MoEConfig:
                 needed="an activation of halfbyte.Activation",
             )
 
+    def _check_integer(self, layer: object) -> None:
+        if not isinstance(layer, int):
+            raise InputError("a layer is an integer", given=repr(layer), needed=f"one of the MoE layers {format_range(self.expert_layers)}")
+
     def block_of(self, layer: int) -> str:
         """The module name of one MoE layer.
 
         Raises:
             CheckpointError: the layer does not exist or has no routed experts.
         """
-        if not isinstance(layer, int):
-            raise InputError("a layer is an integer", given=repr(layer), needed=f"one of the MoE layers {format_range(self.expert_layers)}")
+        self._check_integer(layer)
         if layer not in self.expert_layers:
             problem = f"layer {layer} has no routed experts" if 0 <= layer < self.num_layers else f"there is no layer {layer}"
             raise CheckpointError(problem, given=layer, needed=f"one of the MoE layers {format_range(self.expert_layers)}")

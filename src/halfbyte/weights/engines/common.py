@@ -28,9 +28,10 @@ from halfbyte.weights.checks import check_scales, fp4_matrices
 
 # Experts whose scales are rearranged at a time: the scratch is then at most as large as the codes of one expert (NVFP4 has 8 bytes of codes a scale).
 SCALES_AT_A_TIME = 8
+_SCALES = ("w13_scales", "w2_scales")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EngineExperts:
     """The experts of one layer as an engine reads them; `hidden` and `intermediate` are the sizes before padding.
 
@@ -71,6 +72,14 @@ class EngineExperts:
     intermediate: int
     first_expert: int
     num_global_experts: int
+
+    def __post_init__(self) -> None:
+        for name in _SCALES:
+            object.__setattr__(self, name, getattr(self, name).view(self.format.scale_dtype))
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return EngineExperts, tuple((values | {name: values[name].view(torch.uint8) for name in _SCALES}).values())  # torch pickles no 8-bit floats
 
     @property
     def num_experts(self) -> int:
