@@ -5,7 +5,7 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -36,11 +36,11 @@ class Activation:
     limit: float | None = None
 
     def __post_init__(self) -> None:
-        """Raises InputError for a kind that is none of these, or a number that is not finite; a limit is not negative."""
+        """Raises InputError for a kind that is none of these, or a number that is none."""
         check_name("activation", self.kind, _KINDS, "Activation")
-        check_numbers("Activation", alpha=self.alpha, beta=self.beta, **({} if self.limit is None else {"limit": self.limit}))
-        if self.limit is not None and self.limit < 0:
-            raise InputError("limit does not fit", where="Activation", given=self.limit, needed="a number >= 0, or None")
+        check_numbers("Activation", alpha=self.alpha, beta=self.beta)
+        if self.limit is not None and not (isinstance(self.limit, Real) and self.limit >= 0):  # infinity too: such are in configurations
+            raise InputError("limit does not fit", where="Activation", given=reprlib.repr(self.limit), needed="a number >= 0, or None")
 
     @property
     def gated(self) -> bool:
