@@ -215,6 +215,8 @@ def test_the_choice_follows_the_rows_an_expert_has() -> None:
     assert [choose(num_tokens, 8, 128, "fp8", layout="hopper_fp8") for num_tokens in (8, 10, 11, 609)] == [
         configs.DIRECT, configs.DECODE, configs.FP8_TINY, configs.FP8_SMALL,
     ]  # fmt: skip
+    few = [choose(num_tokens, 2, 8, "fp8", layout="hopper_fp8") for num_tokens in (64, 65)]
+    assert few == [configs.FP8_TINY, configs.FP8_SMALL]  # with 8 experts a hot one would have many tiles of FP8_WIDE
     large = [choose(num_tokens, 8, 256, "fp8", hb.MXFP4, "hopper_fp8", sizes=(7168, 2048)) for num_tokens in (1, 2)]  # 352 and 705 million weights
     assert large == [configs.DIRECT, configs.FP8_TINY]
     assert [choose(num_tokens, 1, 1, "fp8", layout="hopper_fp8") for num_tokens in (4, 5)] == [configs.DIRECT, configs.FP8_TINY]

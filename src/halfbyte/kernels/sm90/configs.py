@@ -18,6 +18,7 @@ sources = tuple(
         "kernels.sm90.prefill_spec",
         "kernels.sm90.operands",
         "kernels.sm90.rings",
+        "kernels.sm90.tiles",
         "kernels.sm90.epilogue",
         "weights.hopper.dequant_bf16",
         "weights.hopper.dequant_fp8",
@@ -147,13 +148,15 @@ _NAMES = {value: name for name, value in globals().items() if isinstance(value, 
 
 # The largest average of rows per expert that each serves, raced with three routings (docs/tuning.md). The host does not know how a call is routed:
 # where routings want different tiles, the rule takes what loses least. So from 16 to 24 rows SMALL and FP8_WIDE serve, 2 and 3 % slower than TINY and
-# FP8_TINY if all experts are alike, 8 % faster with Zipf. From 24 to 38 rows FP8_WIDE takes 2 to 5 % less than FP8_SMALL if all experts are alike;
-# with Zipf Mixtral, whose hot one of eight experts has more than two of its tiles, takes some 16 % more. Between 320 and 448 rows an expert has three
-# items of about 128 for LARGE, two of about 192 for FP8_LARGE: 2 and 5 % faster than two of HUGE or FP8_HUGE.
+# FP8_TINY if all experts are alike, 8 % faster with Zipf. From 24 to 38 rows FP8_WIDE takes 2 to 5 % less than FP8_SMALL if all experts are alike.
+# Of eight experts (Mixtral) the hot one has more than two of its tiles: 18 % more with Zipf at 30 rows, with one expert at 20, and nothing less
+# otherwise. With 32 experts it loses nothing; between them none was raced. Between 320 and 448 rows an expert has three items of about 128 for LARGE,
+# two of about 192 for FP8_LARGE: 2 and 5 % faster than two of HUGE or FP8_HUGE.
 LIMITS = ((4.5, DECODE), (16, TINY), (56, SMALL), (80, MEDIUM), (150, LARGE), (320, HUGE), (448, LARGE), (math.inf, HUGE))
 LIMITS_FP8 = (
     (16, FP8_TINY), (38, FP8_WIDE), (84, FP8_SMALL), (112, FP8_MEDIUM), (176, FP8_LARGE), (320, FP8_HUGE), (448, FP8_LARGE), (math.inf, FP8_HUGE),
 )  # fmt: skip
+MIN_EXPERTS_WIDE = 16
 
 
 def configs(problem: Problem) -> tuple[Config, ...]:
@@ -176,7 +179,8 @@ def choose_config(problem: Problem, size: Size) -> Config:
     """
     average = size.num_rows / max(1, problem.num_experts)
     if takes_fp8(problem) and (problem.batch_invariant or _gains_from_fp8(problem, size)):
-        return _within(LIMITS_FP8, average)
+        config = _within(LIMITS_FP8, average)
+        return FP8_SMALL if config == FP8_WIDE and problem.num_experts < MIN_EXPERTS_WIDE else config
     if problem.batch_invariant:
         return _within(LIMITS[1:], average)
     return DIRECT if average <= 12 and takes(problem, size, DIRECT) else _within(LIMITS, average)
