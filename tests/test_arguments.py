@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from halfbyte.arguments import as_device, check_tensors, same_bits
+from halfbyte.arguments import as_device, check_tensors, dense_rows, same_bits
 from halfbyte.errors import InputError, UnsupportedError
 
 
@@ -28,6 +28,14 @@ def test_a_device_that_is_there() -> None:
 def test_what_is_no_tensor_is_named() -> None:
     with pytest.raises(InputError, match=r"f: y is no tensor \(given list; needed torch.Tensor\)"):
         check_tensors("f", x=torch.ones(1), y=[1])
+
+
+def test_rows_that_kernels_can_read_in_words() -> None:
+    x = torch.arange(6 * 9, dtype=torch.int16).view(6, 9).bfloat16()
+    for view in (x, x[1:2], x[:1, :4], x[:1, 1:5], x[::2], x[:, ::2], x.T, x.flatten()[3:51].view(6, 8), x[:0]):
+        rows = dense_rows(view)
+        assert torch.equal(rows, view) and rows.stride() == (view.shape[1], 1) and rows.data_ptr() % 16 == 0
+    assert dense_rows(x) is x
 
 
 def test_bits_decide() -> None:

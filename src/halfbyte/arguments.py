@@ -116,6 +116,19 @@ def as_device(device: torch.device | str, where: str) -> torch.device:
         raise UnsupportedError(f"cannot use the device: {reason}", where=where, given=device, next_step="run: halfbyte doctor") from error
 
 
+def dense_rows(x: torch.Tensor) -> torch.Tensor:
+    """x [rows, K] itself where its rows lie one after another from a multiple of 16 bytes on, else a copy that does.
+
+    For kernels that read words. `contiguous` is not enough: to torch a single row is contiguous whatever its stride, and a slice may start anywhere.
+
+    >>> x = torch.zeros(3, 5)
+    >>> dense_rows(x) is x, dense_rows(x[:1, :4]).stride()
+    (True, (4, 1))
+    """
+    is_dense = x.stride() == (x.shape[1], 1) and x.data_ptr() % 16 == 0
+    return x if is_dense else x.clone(memory_format=torch.contiguous_format)
+
+
 def same_bits(some: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor]) -> bool:
     """Whether two sets of tensors have the same names, shapes, dtypes, devices and bits."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import devices
 import pytest
 import torch
 from helpers import assert_close_rel, assert_equal_bits
@@ -149,6 +150,21 @@ def test_what_does_not_fit_is_one_error() -> None:
     compiled = torch.compile(lambda x: hb.fused_moe(x, prepared, ids, weights, config="a tile"), backend="eager")
     with torch.no_grad(), pytest.raises(UnsupportedError, match=r"not traced by torch\.compile"):
         compiled(hidden)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=devices.hopper)])
+def test_stages_take_any_strides_and_no_token(device: str) -> None:
+    prepared, (hidden, ids, weights) = hb.prepare(make_layer(), device=device), (tensor.to(device) for tensor in make_call())
+    hidden, weights = hidden.bfloat16(), weights.float()
+    expected = combine(expert_rows(hidden, slots := sort(ids, prepared), prepared), slots, weights)
+    every_other, odd = hidden.repeat_interleave(2, dim=0)[::2], torch.nn.functional.pad(hidden, (1, 2))[:, 1:-2]
+    for view in (every_other, odd):
+        rows = expert_rows(view, sort(ids.T.contiguous().T, prepared), prepared).repeat_interleave(2, dim=0)[::2]
+        assert_equal_bits(combine(rows, slots, weights.T.contiguous().T), expected)
+    one = sort(ids[:1], prepared)
+    assert_equal_bits(*(combine(expert_rows(x, one, prepared), one, weights[:1]) for x in (odd[:1], hidden[:1])))
+    none = sort(ids[:0], prepared)
+    assert combine(expert_rows(hidden[:0], none, prepared), none, weights[:0]).shape == (0, HIDDEN)
 
 
 def test_stages_that_do_not_fit_one_another_are_one_error() -> None:

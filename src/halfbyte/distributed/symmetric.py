@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import triton
 
+from halfbyte.arguments import dense_rows
 from halfbyte.device import Target
 from halfbyte.distributed.exchange import exchange_codes
 from halfbyte.distributed.kernels import pull_rows, push_rows
@@ -170,8 +171,7 @@ def _row_options(hidden: int) -> dict[str, Any]:
 
 def _words(rows: torch.Tensor) -> torch.Tensor:
     """[R, H] 16-bit as int32, 16 bytes at a time."""
-    rows = rows if rows.is_contiguous() and rows.data_ptr() % 16 == 0 else rows.clone(memory_format=torch.contiguous_format)
-    return rows.view(torch.int32)
+    return dense_rows(rows).view(torch.int32)
 
 
 def _copies_table(placement: Placement, num_experts: int, device: torch.device) -> tuple[torch.Tensor, int]:

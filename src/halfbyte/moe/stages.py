@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from halfbyte.arguments import check_type
+from halfbyte.arguments import check_type, dense_rows
 from halfbyte.device import Target, current
 from halfbyte.errors import InputError
 from halfbyte.experts import ExpertMap
@@ -94,6 +94,10 @@ def expert_rows(hidden: Hidden, slots: SortedSlots, experts: PreparedExperts) ->
     check_prepared(experts, "expert_rows")
     check_type("expert_rows", SortedSlots, slots=slots)
     check_hidden(hidden, experts.storage, slots.num_tokens)
+    if slots.num_tokens == 0:
+        return torch.empty((0, experts.hidden), dtype=torch.bfloat16, device=experts.device)
+    if isinstance(hidden, torch.Tensor):
+        hidden = dense_rows(hidden)
     problem = layer_problem("expert_rows", experts.storage, experts.target, experts.layout, slots.activations, hidden)
     with current(experts.device):
         return choose(problem).run(hidden, experts.storage, slots.work, activations=slots.activations, config=slots.config)
@@ -125,4 +129,4 @@ def combine(rows: torch.Tensor, slots: SortedSlots, topk_weights: torch.Tensor, 
     if not out.is_contiguous():
         raise InputError("out is not contiguous", where="combine", given=out.stride(), needed="rows one after another")
     with current(rows.device):
-        return choose(Problem("combine", Target.of(rows.device))).run(rows, slots.work.row_of_slot, topk_weights.contiguous(), out)
+        return choose(Problem("combine", Target.of(rows.device))).run(rows.contiguous(), slots.work.row_of_slot, topk_weights.contiguous(), out)

@@ -112,7 +112,9 @@ def test_global_scales_of_matrices_rows_and_groups():
 @numeric
 def test_any_stride():
     wide = rows_of(6, 192)
-    for view in (wide[:, 16:80], wide[:, 8:72], wide[::2, :64], wide[:, :128:2], wide.T[:, :0], wide[:1].expand(6, 192)):
+    odd = rows_of(6, 193)  # one row of it is contiguous to torch, and so are rows that start anywhere
+    views = (wide[:, 16:80], wide[:, 8:72], wide[::2, :64], wide[:, :128:2], wide.T[:, :0], wide[:1].expand(6, 192))
+    for view in (*views, odd[:1, :64], odd[:1, 1:65], odd.flatten()[3:195].view(3, 64)):
         if view.shape[1] % 32 == 0:
             check(view, hb.MXFP4)
             check(view, hb.NVFP4)

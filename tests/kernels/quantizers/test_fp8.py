@@ -43,6 +43,7 @@ def test_shapes(scaling, layout, dtype):
     assert (
         empty.codes.shape == (0, 128) and empty.scales.shape == reference(torch.empty(0, 128, dtype=dtype), scaling, scale_layout=layout).scales.shape
     )
+    check(torch.empty(7, 0, dtype=dtype), scaling, layout)
     check(rows_of(4, 384, dtype=dtype)[:, 128:256], scaling, layout)
 
 

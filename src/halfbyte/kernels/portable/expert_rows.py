@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from halfbyte.arguments import dense_rows
 from halfbyte.device import Target
 from halfbyte.errors import UnsupportedError
 from halfbyte.experts import ExpertWeights
@@ -66,7 +67,7 @@ class _ExpertRows(torch.autograd.Function):
         num_rows, device = work.row_of_slot.shape[0], experts.device
         if isinstance(hidden, torch.Tensor):
             dtype = hidden.dtype
-            x, x_scale = encode_rows(hidden.contiguous(), activations, experts.w13_input_scale)
+            x, x_scale = encode_rows(dense_rows(hidden), activations, experts.w13_input_scale)
         else:
             dtype = torch.bfloat16
             x, x_scale = decode_rows(hidden)

@@ -25,6 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
+from halfbyte.arguments import dense_rows
 from halfbyte.device import Target
 from halfbyte.experts import Activation
 from halfbyte.formats import NVFP4, BlockFormat, QuantTensor
@@ -173,7 +174,7 @@ def words_of(x: torch.Tensor, block: int) -> tuple[torch.Tensor, int]:
     """x as int32 words, and the blocks from one row to the next; a copy where rows do not lie evenly, or start off 16 bytes."""
     rows = x.reshape(-1, x.shape[-1])
     if rows.stride(1) != 1 or rows.stride(0) % block or rows.data_ptr() % 16:
-        rows = rows.contiguous()
+        rows = dense_rows(rows)
     return rows.view(torch.int32), rows.stride(0) // block if rows.shape[0] > 1 else rows.shape[1] // block
 
 

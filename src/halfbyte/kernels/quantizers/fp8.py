@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from halfbyte.formats.fp8_tensor import BLOCKS, Fp8Scaling, Fp8Tensor
+from halfbyte.formats.fp8_tensor import BLOCKS, Fp8Scaling, Fp8Tensor, quantize_fp8
 from halfbyte.formats.scale_layout import ScaleLayout, padded_shape
 from halfbyte.gluon_compat import fix_cache_keys
 from halfbyte.kernels.problem import Problem, Support, takes_16_bits
@@ -119,14 +119,14 @@ def supports(problem: Problem) -> Support:
 
 def run(x: torch.Tensor, scaling: Fp8Scaling = "token", *, scale_layout: ScaleLayout = "linear") -> Fp8Tensor:
     """As `formats.fp8_tensor.quantize_fp8`, of bf16 and fp16."""
+    if x.numel() == 0:
+        return quantize_fp8(x, scaling, scale_layout=scale_layout)
     *batch, num_rows, width = x.shape
     groups = width // BLOCKS[scaling] if scaling in BLOCKS else 1
     padded = padded_shape(scale_layout, num_rows, groups)
     codes = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty((*batch, *padded), dtype=torch.uint8 if scaling == "mx" else torch.float32, device=x.device)
     result = Fp8Tensor(codes, scales, scaling, scale_layout)
-    if x.numel() == 0:
-        return result
     tile_columns = max(32, triton.next_power_of_2(width)) if scaling == "token" else min(1024, triton.next_power_of_2(width))
     tile_rows = max(1, 2048 // tile_columns)
     num_warps = min(16, max(4, tile_columns // 512))  # 16 elements a thread, up to 8192 columns

@@ -78,6 +78,8 @@ def _launch(
     is_direct: bool, launch_early: bool,
 ) -> torch.Tensor:  # fmt: skip
     num_tokens, top_k = topk_weights.shape
+    if num_tokens == 0:
+        return out
     hidden = out.shape[1]
     block = block_size(num_tokens, hidden)
     launch(

@@ -25,6 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
+from halfbyte.arguments import dense_rows
 from halfbyte.formats import QuantTensor
 from halfbyte.formats.fp8_tensor import Fp8Tensor
 from halfbyte.kernels.arithmetic import next_power_of_2
@@ -106,7 +107,7 @@ class CodedRows(NamedTuple):
     @staticmethod
     def of(hidden: QuantTensor | Fp8Tensor) -> CodedRows:
         """Those of hidden [rows, K] in scale layout "linear"."""
-        codes, scales, num_rows = hidden.codes.contiguous(), hidden.scales.contiguous(), hidden.codes.shape[0]
+        codes, scales, num_rows = dense_rows(hidden.codes), hidden.scales.contiguous(), hidden.codes.shape[0]
         if isinstance(hidden, QuantTensor):
             given = hidden.global_scale
             rows_per_scale = 1 if given is None else num_rows // given.numel()

@@ -15,6 +15,7 @@ from collections.abc import Hashable
 
 import torch
 
+from halfbyte.arguments import dense_rows
 from halfbyte.errors import UnsupportedError
 from halfbyte.formats.activation_formats import ActivationFormat
 from halfbyte.kernels.problem import Hidden, Problem, Size
@@ -77,7 +78,7 @@ def run(
     if config is None:
         config = choose_config(problem_of("fused_moe", hidden, experts, activations, batch_invariant), Size(*topk_ids.shape))
     topk_ids, topk_weights = topk_ids.contiguous(), topk_weights.contiguous()
-    hidden = hidden.contiguous() if isinstance(hidden, torch.Tensor) else hidden
+    hidden = dense_rows(hidden) if isinstance(hidden, torch.Tensor) else hidden
     result = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
     work = topk_ids if config == DIRECT else sort(topk_ids, expert_offset, num_experts, config.max_rows, launch_early=True)
     rows = expert_rows(hidden, experts, work, activations=activations, expert_offset=expert_offset, config=config)

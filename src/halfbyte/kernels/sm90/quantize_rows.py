@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc
 
+from halfbyte.arguments import dense_rows
 from halfbyte.formats.fp8_tensor import Fp8Tensor
 from halfbyte.kernels.arithmetic import ceil_div, next_power_of_2
 from halfbyte.kernels.launch import launch
@@ -150,7 +151,7 @@ def gather_codes(hidden: Fp8Tensor, work: WorkList, padded: int, *, out: torch.T
     words = padded // 4
     launch(
         _gather_codes, (num_tokens,),
-        hidden.codes.contiguous().view(torch.int32), hidden.scales.contiguous(), work.row_of_slot, codes.view(torch.int32), scales,
+        dense_rows(hidden.codes).view(torch.int32), hidden.scales.contiguous(), work.row_of_slot, codes.view(torch.int32), scales,
         width // 4, words, work.row_of_slot.shape[0] // num_tokens, next_power_of_2(words), num_warps=4 if words <= 1024 else 8,
     )  # fmt: skip
     return codes, scales
