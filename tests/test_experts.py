@@ -38,6 +38,28 @@ def test_experts_print_compare_and_travel(format: hb.BlockFormat, layout: str) -
     assert changed != w and hb.prepare(changed, layout) != hb.prepare(w, layout)
 
 
+@pytest.mark.parametrize("layout", ["canonical", "hopper", "hopper_fp8", "trtllm_gen", "cutlass"])
+def test_parameters_are_quantised_and_prepared(layout: str) -> None:
+    def parameter(*shape: int) -> torch.nn.Parameter:
+        return torch.nn.Parameter(torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))))
+
+    scale = parameter(2, 32).abs().amax(dim=1)
+    for made in (
+        *(hb.quantize(parameter(2, 64, 32), format) for format in (hb.NVFP4, hb.MXFP4)),
+        *(hb.quantize_fp8(parameter(2, 128), scaling) for scaling in ("token", "block", "mx")),
+        hb.silu_mul_quantize(parameter(2, 64), hb.NVFP4, 1.0),
+        hb.rms_norm_quantize(parameter(2, 32), parameter(32), hb.NVFP4, 1.0),
+        hb.quantize_experts(parameter(2, 32), torch.tensor([0, 1, 2], dtype=torch.int32), scale.detach()),
+    ):
+        tensors = made if isinstance(made, tuple) else (made.codes, made.scales, getattr(made, "global_scale", None))
+        assert not any(tensor.requires_grad for tensor in tensors if tensor is not None)
+    w = hb.ExpertWeights(hb.quantize(parameter(2, 64, 32), hb.MXFP4), hb.quantize(parameter(2, 32, 32), hb.MXFP4), w2_bias=parameter(2, 32))
+    prepared = hb.prepare(w, layout)
+    assert copy.deepcopy(prepared) == prepared == pickle.loads(pickle.dumps(prepared))
+    prepared.update_(w)
+    assert torch.equal(prepared.unprepare().w2_bias, w.w2_bias)
+
+
 def test_strings_name_formats_and_activations() -> None:
     x = torch.randn(2, 32)
     assert hb.quantize(x, "nvfp4") == hb.quantize(x, hb.NVFP4) != hb.quantize(x, "mxfp4")

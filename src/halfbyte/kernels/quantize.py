@@ -1,4 +1,7 @@
-"""Activations to FP4: the public functions, which check, allocate, and ask the table for a kernel. `formats.quantizer` defines what comes out."""
+"""Activations to FP4: the public functions, which check, allocate, and ask the table for a kernel. `formats.quantizer` defines what comes out.
+
+Codes have no gradient, so neither have the scales: a Parameter can be quantised.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ from halfbyte.kernels.problem import Problem
 from halfbyte.kernels.table import KernelChoice, choose
 
 
+@torch.no_grad()
 def quantize(
     x: torch.Tensor,
     format: BlockFormat | str,
@@ -63,6 +67,7 @@ def quantize(
     return kernel.run(x, format, global_scale, four_over_six=four_over_six, scale_rule=scale_rule, scale_layout=scale_layout)
 
 
+@torch.no_grad()
 def silu_mul_quantize(
     gate_up: torch.Tensor,
     format: BlockFormat | str,
@@ -107,6 +112,7 @@ def silu_mul_quantize(
     return kernel.run(gate_up, format, global_scale, activation=activation, **options)
 
 
+@torch.no_grad()
 def rms_norm_quantize(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -155,6 +161,7 @@ def rms_norm_quantize(
     return kernel.run(x, format, global_scale, norm=(weight, eps), **options)
 
 
+@torch.no_grad()
 def quantize_fp8(
     x: torch.Tensor,
     scaling: Fp8Scaling = "token",
@@ -225,6 +232,7 @@ class QuantizedExperts(NamedTuple):
     scale_offsets: torch.Tensor
 
 
+@torch.no_grad()
 def quantize_experts(
     x: torch.Tensor,
     expert_offsets: torch.Tensor,

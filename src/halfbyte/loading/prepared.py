@@ -35,6 +35,7 @@ CACHE_USES: tuple[str, ...] = get_args(CacheUse)
 _log = logging.getLogger("halfbyte")
 
 
+@torch.no_grad()  # of tensors that are Parameters, the values are taken
 def prepare(
     w: ExpertWeights,
     layout: str = "auto",
