@@ -1,4 +1,4 @@
-"""What public functions and classes do with tensors and devices that they are given: check, find, compare."""
+"""What public functions and classes do with tensors, devices and dtypes that they are given: check, find, name, compare."""
 
 from __future__ import annotations
 
@@ -127,6 +127,15 @@ def dense_rows(x: torch.Tensor) -> torch.Tensor:
     """
     is_dense = x.stride() == (x.shape[1], 1) and x.data_ptr() % 16 == 0
     return x if is_dense else x.clone(memory_format=torch.contiguous_format)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype, as config.json and arguments have it.
+
+    >>> dtype_name(torch.bfloat16)
+    'bfloat16'
+    """
+    return str(dtype).removeprefix("torch.")
 
 
 def same_bits(some: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor]) -> bool:

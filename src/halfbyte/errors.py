@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # Control characters, and those that turn the direction of writing: what a file calls its tensors must not drive a terminal.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
@@ -57,6 +59,24 @@ class InputError(HalfbyteError, ValueError):
 
 class CheckpointError(HalfbyteError):
     """A file or directory is missing, damaged, inconsistent or cannot be written."""
+
+
+@contextmanager
+def foreign(problem: str, *, where: str, next_step: str) -> Iterator[None]:
+    """Within, what another package raises, whatever that is for broken files, becomes a CheckpointError.
+
+    >>> with foreign("transformers cannot run the model", where="DIR", next_step="download it again"):
+    ...     [][1]
+    Traceback (most recent call last):
+    ...
+    halfbyte.errors.CheckpointError: DIR: transformers cannot run the model: list index out of range. Download it again
+    """
+    try:
+        yield
+    except (HalfbyteError, BrokenPipeError):  # a reader of our output who has gone is no problem of the files
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{problem}: {reason_of(error)}", where=where, next_step=next_step) from error
 
 
 class UnsupportedError(HalfbyteError):

@@ -94,6 +94,13 @@ BROKEN: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         lambda p: edit_index(p, lambda i: i["weight_map"].update(extra="model-00001-of-00003.safetensors")),
         ["tensor extra", "absent"],
     ),
+    "a tensor in two files": (
+        lambda p: (
+            save_file({name: torch.zeros(1) for name in ("other", GATE)}, p / "more.safetensors"),
+            edit_index(p, lambda i: i["weight_map"].update(other="more.safetensors")),
+        ),
+        [INDEX, f"two files hold tensor {GATE}", "-of-00003.safetensors and more.safetensors"],
+    ),
     "index names a number": (lambda p: edit_index(p, lambda i: i["weight_map"].update({GATE: 3})), [INDEX, GATE, "given 3"]),
     "index names a list": (lambda p: edit_index(p, lambda i: i["weight_map"].update({GATE: ["a"]})), [INDEX, GATE, "given ['a']"]),
     "index names nothing": (lambda p: edit_index(p, lambda i: i["weight_map"].update({GATE: None})), [INDEX, GATE, "given None"]),

@@ -7,8 +7,10 @@ import pytest
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from halfbyte.errors import CheckpointError
 from halfbyte.eval.data import Question
-from halfbyte.eval.generation import generate_answers
+from halfbyte.eval.generation import generate_answers, prompt_ids
+from halfbyte.eval.metrics import answer_passage
 
 LONGEST = 40
 
@@ -16,7 +18,7 @@ LONGEST = 40
 class Letters:
     """A tokenizer: an id for each character, whose text is the id."""
 
-    chat_template, bos_token, pad_token_id, eos_token_id = None, None, 0, None
+    chat_template, bos_token, pad_token_id, eos_token_id, name_or_path = None, None, 0, None, "letters"
 
     def __call__(self, text, **options):
         return {"input_ids": [ord(character) % 60 + 4 for character in text]}
@@ -75,7 +77,7 @@ def test_ranks_that_share_questions_call_the_model_equally_often(questions):
     calls = []
 
     class Model:
-        device, generation_config = torch.device("cpu"), SimpleNamespace(eos_token_id=1)
+        device, generation_config, name_or_path = torch.device("cpu"), SimpleNamespace(eos_token_id=1), "model"
 
         def generate(self, input_ids, stopping_criteria, max_new_tokens, synced_gpus, **options):
             calls.append(synced_gpus)
@@ -89,3 +91,19 @@ def test_ranks_that_share_questions_call_the_model_equally_often(questions):
     told = []
     answers = generate_answers(Model(), Letters(), questions, max_new_tokens=LONGEST, advance=told.append, ranks=ranks)
     assert calls == [True] and answers.count("") == 23 and sum(told) == LONGEST * len(questions)
+
+
+def test_what_files_of_a_model_cannot_do_is_one_line(model, questions, monkeypatch):
+    monkeypatch.setattr(model.generation_config, "repetition_penalty", -1)
+    with pytest.raises(CheckpointError, match=r"cannot generate with this model: .*penalty.*generation_config.json"):
+        generate_answers(model, Letters(), questions)
+    for broken in ({"chat_template": "{{"}, {"apply_chat_template": lambda *args, **options: 1 / 0, "chat_template": "x"}, {"__call__": None}):
+        tokenizer = type("Broken", (Letters,), broken)()
+        with pytest.raises(CheckpointError, match=r"(the chat template|the tokenizer) fails"):
+            prompt_ids(tokenizer, "2 + 2 =")
+
+
+def test_a_template_that_makes_nothing_of_an_answer(questions):
+    silent = type("Silent", (Letters,), {"chat_template": "x", "apply_chat_template": lambda *args, **options: "the same"})()
+    with pytest.raises(CheckpointError, match="make nothing of an answer"):
+        answer_passage(silent, questions[0])

@@ -16,7 +16,7 @@ from halfbyte.eval.metrics import Passage, answer_passage, score_passages, text_
 class Bigram:
     """p(next | current) is a row of `table` [V, V]."""
 
-    device = torch.device("cpu")
+    device, name_or_path = torch.device("cpu"), "bigram"
 
     def __init__(self, table):
         self.log = torch.tensor(table).log()

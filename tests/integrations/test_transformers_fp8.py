@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from devices import on_hopper
+from fuzz.sound import sound, write
 from helpers import assert_close_rel, relative_errors
 
 from halfbyte.device import Target
-from halfbyte.integrations.transformers import fp8
+from halfbyte.integrations.transformers import fp8, load
 from halfbyte.kernels.quantize import quantize_fp8
 
 HOPPER = replace(Target.of("cpu"), arch="sm_90")
@@ -141,3 +143,17 @@ def test_scales_of_tiles_reach_the_edges() -> None:
     scales = torch.tensor([[1.0, 2.0], [4.0, 8.0]])
     expected = torch.tensor([[weight[r, c].float() * scales[r // 128, c // 128] for c in range(200)] for r in range(130)])
     assert torch.equal(fp8.dequantize(weight, scales, torch.float32), expected)
+
+
+def test_a_model_of_fp8_experts_is_held_in_the_dtype_that_is_asked_for(tmp_path: Path) -> None:
+    """A CPU has no use for FP8: transformers dequantises it, to bf16 whatever it is told."""
+    path = write(sound("fp8-block"), tmp_path / "model")
+    stored, _ = load(path)
+    assert {parameter.dtype for parameter in stored.parameters()} == {torch.bfloat16}
+    ids = torch.arange(5, dtype=torch.int64).unsqueeze(0)
+    with torch.inference_mode():
+        expected = stored(input_ids=ids).logits.float()
+        for dtype in ("float32", torch.float16):
+            model, _ = load(path, dtype=dtype)
+            assert {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()} == {str(dtype).removeprefix("torch.")}
+            assert_close_rel(model(input_ids=ids).logits.float()[0], expected[0], token=5e-2, overall=2e-2)

@@ -17,15 +17,14 @@ MAX_BYTES = 100_000_000  # of a header, by safetensors' own limit; the index of 
 _HALVES = tuple(f"\\u{letter}{digit}".encode() for letter in "dD" for digit in "89abcdefABCDEF")
 
 
-def read_json(file: Path, next_step: str = AGAIN) -> dict[str, Any]:
-    """The JSON object in a regular file. `next_step` is of the errors.
+def read_json(file: Path, next_step: str = AGAIN, if_missing: str = "a model directory has config.json and safetensors files") -> dict[str, Any]:
+    """The JSON object in a regular file. `next_step` is of the errors, `if_missing` where there is no file.
 
     Raises:
         CheckpointError: absent, unreadable, another kind of file, too long, or not one JSON object (see `parse_object`).
     """
     if not file.exists():
-        step = "a model directory has config.json and safetensors files" if next_step == AGAIN else "check the name"
-        raise CheckpointError("missing file", where=str(file), next_step=step)
+        raise CheckpointError("missing file", where=str(file), next_step=if_missing)
     raw = _read(file, 0, MAX_BYTES + 1, next_step)
     if len(raw) > MAX_BYTES:
         raise _too_long(file, f"over {MAX_BYTES} bytes", next_step)

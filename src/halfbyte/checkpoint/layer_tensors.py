@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 
+from halfbyte.arguments import dtype_name
 from halfbyte.checkpoint.arrangement import Arrangement
 from halfbyte.checkpoint.dialects import CODE_DTYPES, FP8_BLOCK, STACKED_FORM, fp8_scales_of
 from halfbyte.checkpoint.families import KNOWN_MODEL_TYPES, tensor_names
@@ -385,4 +386,4 @@ class LayerTensors:
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
-    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return " or ".join(dtype_name(dtype) for dtype in dtypes)

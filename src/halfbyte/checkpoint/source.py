@@ -145,6 +145,7 @@ class Checkpoint:
                 raise CheckpointError(
                     f"the index places tensor {name} here, but it is absent", where=str(path / file_name), next_step="download the model again"
                 )
+        _check_one_home(headers, index)
         unlisted = {name: file_name for file_name, header in headers.items() for name in header if name not in weight_map}
         files = weight_map | unlisted
         return cls(
@@ -213,6 +214,20 @@ class Checkpoint:
     def quantization(self) -> Quantization:
         modelopt = self.path / "hf_quant_config.json"
         return describe_quantization(self.config, read_json(modelopt) if modelopt.exists() else None, where=str(self.path))
+
+
+def _check_one_home(headers: Mapping[str, Mapping[str, TensorInfo]], index: Path) -> None:
+    """No tensor is in two files: each reader would take another one."""
+    home: dict[str, str] = {}
+    for file_name, header in headers.items():
+        for name in header.keys() & home.keys():
+            raise CheckpointError(
+                f"two files hold tensor {name}",
+                where=str(index),
+                given=f"{home[name]} and {file_name}",
+                next_step="download the model again, or remove what belongs to another one",
+            )
+        home |= dict.fromkeys(header, file_name)
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -31,6 +31,7 @@ def run(args: argparse.Namespace) -> int:
         InputError: an empty prompt.
         CheckpointError, UnsupportedError: the model cannot be loaded here.
     """
+    from halfbyte.arguments import dtype_name
     from halfbyte.cli.documents import print_document
     from halfbyte.cli.terminal import load_model, set_threads, usable_device
     from halfbyte.device import model_dtype
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     new_ids = complete(model, tokenizer, ids, max_new_tokens=args.max_new_tokens, temperature=args.temperature, stream=not args.json)
     seconds = time.perf_counter() - start
-    dtype = str(model.dtype).removeprefix("torch.")
+    dtype = dtype_name(model.dtype)
     if args.json:
         text = tokenizer.decode(new_ids, skip_special_tokens=True)
         counted = {"new_tokens": len(new_ids), "seconds": seconds}

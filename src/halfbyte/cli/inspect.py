@@ -53,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
 def describe(model: str, layer: int | None = None, tensors: bool = False, fp8_error: bool = False, values: bool = False) -> dict[str, Any]:
     """The report as a JSON-able dict; `layer` limits the scale statistics, fp8 errors and problems to one layer."""
+    from halfbyte.arguments import dtype_name
     from halfbyte.checkpoint.defects import examine_layer, reads_values
     from halfbyte.checkpoint.source import Checkpoint
 
@@ -76,7 +77,7 @@ def describe(model: str, layer: int | None = None, tensors: bool = False, fp8_er
         report["fp8_error"] = [row for index in layers if index not in broken for row in describe_layer(checkpoint, index)]
     if tensors:
         report["tensors"] = [
-            {"name": name, "dtype": str(dtype).removeprefix("torch."), "shape": shape, "file": checkpoint.file_of(name).name}
+            {"name": name, "dtype": dtype_name(dtype), "shape": shape, "file": checkpoint.file_of(name).name}
             for name in checkpoint.names
             for dtype, shape in (checkpoint.dtype_shape(name),)
         ]

@@ -119,7 +119,7 @@ def load_model(model: str, device: torch.device, activations: Any = "bf16", *, d
         UnsupportedError: as `load`.
     """
     from halfbyte.checkpoint.source import resolve_model
-    from halfbyte.errors import CheckpointError, HalfbyteError, reason_of
+    from halfbyte.errors import CheckpointError, foreign
     from halfbyte.integrations.transformers import load  # before transformers itself: it says what to install
 
     quieten_transformers()
@@ -127,17 +127,22 @@ def load_model(model: str, device: torch.device, activations: Any = "bf16", *, d
     if not any(file for pattern in _TOKENIZER_FILES for file in path.glob(pattern)):
         raise CheckpointError("no tokenizer", where=str(path), needed="tokenizer.json or its like", next_step="copy it from the original model")
     _check_dense_experts(path)
-    try:
+    _check_links(path)
+    with foreign("transformers cannot run this directory", where=str(path), next_step="run `halfbyte inspect` on it, or download it again"):
         with _bar_of_loading(f"loading {model}", shown):
             loaded, tokenizer = load(path, dtype=dtype, device=device, activations=activations)
         with torch.inference_mode():
             loaded(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device))
-    except HalfbyteError:
-        raise
-    except Exception as error:  # whatever transformers, tokenizers and safetensors raise for broken files
-        problem, step = f"transformers cannot run this directory: {reason_of(error)}", "run `halfbyte inspect` on it, or download it again"
-        raise CheckpointError(problem, where=str(path), next_step=step) from error
     return loaded, tokenizer
+
+
+def _check_links(path: Path) -> None:
+    """Raise CheckpointError for a link that leads nowhere: transformers goes on as if the file had never been there."""
+    from halfbyte.errors import CheckpointError
+
+    for file in sorted(path.iterdir()):
+        if file.is_symlink() and not file.exists():
+            raise CheckpointError("a link leads nowhere", where=str(file), next_step="download the model again, or remove the link")
 
 
 def _check_dense_experts(path: Path) -> None:

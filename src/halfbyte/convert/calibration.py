@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from halfbyte.checkpoint.json_files import parse_object, read_json
 from halfbyte.convert.plan import Matrix
 from halfbyte.device import model_dtype
-from halfbyte.errors import CheckpointError, HalfbyteError, UnsupportedError, reason_of
+from halfbyte.errors import CheckpointError, UnsupportedError, foreign
 
 _log = logging.getLogger("halfbyte")
 MAX_WINDOWS = 512
@@ -72,25 +72,23 @@ def calibrate(
     recorder = _Recorder()
     ALL_EXPERTS_FUNCTIONS[_IMPLEMENTATION] = recorder.run_experts
     try:
-        fp8 = "quantization_config" in read_json(model_dir / "config.json")
-        arguments: dict[str, Any] = {"quantization_config": FineGrainedFP8Config(dequantize=True)} if fp8 else {}
-        dtype = model_dtype(torch.device(device))
-        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, experts_implementation=_IMPLEMENTATION, **arguments)
-        model = (model.float() if dtype == "float32" else model).to(device).eval()  # what is FP8 in the files came as bf16, whatever was asked for
-        tokenizer = AutoTokenizer.from_pretrained(model_dir)
-        windows = [window for window in _windows(texts, tokenizer) if window]
-        if not windows:
-            raise CheckpointError("the model's tokenizer makes no tokens of the calibration text", where=str(model_dir), next_step=_WITHOUT)
-        with recorder.attached(model, matrices), torch.inference_mode():
-            for window in windows:
-                model(torch.tensor([window], dtype=torch.int64, device=device), use_cache=False)
-                recorder.tokens += len(window)
-                if progress:
-                    progress(recorder.tokens, sum(map(len, windows)))
-    except HalfbyteError:
-        raise
-    except Exception as error:  # whatever transformers, tokenizers and safetensors raise for broken files
-        raise CheckpointError(f"transformers cannot run the model: {reason_of(error)}", where=str(model_dir), next_step=_WITHOUT) from error
+        with foreign("transformers cannot run the model", where=str(model_dir), next_step=_WITHOUT):
+            fp8 = "quantization_config" in read_json(model_dir / "config.json")
+            arguments: dict[str, Any] = {"quantization_config": FineGrainedFP8Config(dequantize=True)} if fp8 else {}
+            dtype = model_dtype(torch.device(device))
+            model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, experts_implementation=_IMPLEMENTATION, **arguments)
+            # What is FP8 in the files came as bf16, whatever was asked for.
+            model = (model.float() if dtype == "float32" else model).to(device).eval()
+            tokenizer = AutoTokenizer.from_pretrained(model_dir)
+            windows = [window for window in _windows(texts, tokenizer) if window]
+            if not windows:
+                raise CheckpointError("the model's tokenizer makes no tokens of the calibration text", where=str(model_dir), next_step=_WITHOUT)
+            with recorder.attached(model, matrices), torch.inference_mode():
+                for window in windows:
+                    model(torch.tensor([window], dtype=torch.int64, device=device), use_cache=False)
+                    recorder.tokens += len(window)
+                    if progress:
+                        progress(recorder.tokens, sum(map(len, windows)))
     finally:
         del ALL_EXPERTS_FUNCTIONS[_IMPLEMENTATION]
     recorder.warn_of_few_tokens(matrices)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
 
+from halfbyte.arguments import dtype_name
 from halfbyte.errors import CheckpointError
 from halfbyte.eval.data import Question, is_correct, kinds_of
 from halfbyte.eval.generation import generate_answers
@@ -118,7 +119,7 @@ def evaluate(
         nats, kl = score_passages(model, passages, reference=reference, advance=advance, ranks=ranks)
         perplexity = math.exp(_mean(sum(nats), tokens))
     return EvalReport(
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=dtype_name(model.dtype),
         kinds=kinds,
         exact_match=fmean(score.exact_match for score in kinds.values()) if kinds else None,
         answer_nll=fmean(score.answer_nll for score in kinds.values()) if kinds else None,

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
+from halfbyte.errors import foreign
 from halfbyte.eval.data import Question
 from halfbyte.eval.ranks import ALONE, Ranks
 
 Advance = Callable[[int], object]  # called with the number of tokens just generated or read, as tqdm's `update` is
-GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}  # None: a checkpoint's sampling defaults would draw warnings
+GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}  # None: sampling defaults would draw warnings
 
 
 def no_progress(count: int) -> None:
@@ -54,9 +55,10 @@ def generate_answers(
             # Who goes on is read again, as no cache of every model can be cut: all such readings together cost no more than the first.
             few = ids.numel() // 2 if ranks.world == 1 else 0
             watch = _Watch(model, len(ids), few, lambda: advance(count))  # noqa: B023 (called before the next round)
-            output = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
+            output = _generate(
+                model,
+                ids,
+                mask,
                 max_new_tokens=max_new_tokens - steps,
                 pad_token_id=_pad_id(tokenizer),
                 stopping_criteria=StoppingCriteriaList([watch]),
@@ -100,9 +102,10 @@ def complete(model: Any, tokenizer: Any, ids: list[int], *, max_new_tokens: int 
     from transformers import TextStreamer
 
     prompt, mask = pad([ids], model.device, left=True)
-    output = model.generate(
-        input_ids=prompt,
-        attention_mask=mask,
+    output = _generate(
+        model,
+        prompt,
+        mask,
         max_new_tokens=max_new_tokens,
         pad_token_id=_pad_id(tokenizer),
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
@@ -111,16 +114,37 @@ def complete(model: Any, tokenizer: Any, ids: list[int], *, max_new_tokens: int 
     return output[0, len(ids) :].tolist()
 
 
+def _generate(model: Any, ids: torch.Tensor, mask: torch.Tensor, **options: Any) -> torch.Tensor:
+    """The ids with what transformers' `generate` adds."""
+    with foreign("transformers cannot generate with this model", where=model.name_or_path, next_step="look at its generation_config.json"):
+        return model.generate(input_ids=ids, attention_mask=mask, num_return_sequences=1, return_dict_in_generate=False, **options)
+
+
 def prompt_text(tokenizer: Any, text: str) -> str:
     """The question as the model expects it: its chat template, or `Q: ...\nA:` for a tokenizer without one."""
     if tokenizer.chat_template:
-        return tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+        return chat_text(tokenizer, [{"role": "user", "content": text}], add_generation_prompt=True)
     return f"{tokenizer.bos_token or ''}Q: {text}\nA:"
 
 
+def chat_text(tokenizer: Any, turns: list[dict[str, str]], **options: Any) -> str:
+    """What the chat template makes of these turns.
+
+    Raises:
+        CheckpointError: it fails.
+    """
+    with foreign("the chat template fails", where=tokenizer.name_or_path, next_step="compare it with that of the original model"):
+        return tokenizer.apply_chat_template(turns, tokenize=False, **options)
+
+
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of exactly this text; no special tokens are added."""
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    """Token ids of exactly this text; no special tokens are added.
+
+    Raises:
+        CheckpointError: the tokenizer fails.
+    """
+    with foreign("the tokenizer fails", where=tokenizer.name_or_path, next_step="compare its files with those of the original model"):
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def _pad_id(tokenizer: Any) -> int:

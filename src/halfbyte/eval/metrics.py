@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from halfbyte.errors import InputError, UnsupportedError
+from halfbyte.errors import CheckpointError, InputError, UnsupportedError, foreign
 from halfbyte.eval.data import Question
-from halfbyte.eval.generation import Advance, encode, no_progress, pad, prompt_text
+from halfbyte.eval.generation import Advance, chat_text, encode, no_progress, pad, prompt_text
 from halfbyte.eval.ranks import ALONE, Ranks
 
 WINDOW = 512  # tokens of a text window
@@ -39,19 +39,23 @@ def answer_passage(tokenizer: Any, question: Question) -> Passage:
 
     Raises:
         UnsupportedError: the chat template rewrites the prompt once it is answered, so no boundary can be drawn.
+        CheckpointError: template or tokenizer fail, or nothing is left of prompt or answer.
     """
     prompt, solution = prompt_text(tokenizer, question.text), question.solution.strip()
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": question.text}, {"role": "assistant", "content": solution}]
-        whole = tokenizer.apply_chat_template(turns, tokenize=False)
+        whole = chat_text(tokenizer, turns)
         if not whole.startswith(prompt):
             raise UnsupportedError("the chat template does not continue its own prompt with the answer", where=tokenizer.name_or_path)
         answer = whole[len(prompt) :]
     else:
         answer = f" {solution}{tokenizer.eos_token or ''}"
     # Encoded apart, so that the model answers the very prompt that generation gives it.
-    before = encode(tokenizer, prompt)
-    return Passage(before + encode(tokenizer, answer), len(before))
+    before, after = encode(tokenizer, prompt), encode(tokenizer, answer)
+    if not before or not after:
+        nothing = "a prompt" if not before else "an answer"
+        raise CheckpointError(f"tokenizer and chat template make nothing of {nothing}", where=tokenizer.name_or_path, given=repr(question.text))
+    return Passage(before + after, len(before))
 
 
 def text_passages(tokenizer: Any, documents: Sequence[str], *, limit: int | None = None, window: int = WINDOW) -> list[Passage]:
@@ -90,10 +94,10 @@ def score_passages(
     """
     totals, distance = [0.0] * len(passages), 0.0
     for together, indices, ids, mask in _padded_batches(passages, model.device, ranks):
-        logits, expected = model(input_ids=ids, attention_mask=mask).logits, None
+        logits, expected = _logits(model, ids, mask), None
         advance(together)
         if reference is not None:
-            expected = reference(input_ids=ids.to(reference.device), attention_mask=mask.to(reference.device)).logits.to(logits.device)
+            expected = _logits(reference, ids.to(reference.device), mask.to(reference.device)).to(logits.device)
             advance(together)
             if logits.shape != expected.shape:
                 raise InputError("model and reference differ in vocabulary", given=logits.shape[-1], needed=expected.shape[-1])
@@ -106,6 +110,11 @@ def score_passages(
                 distance += F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(dtype=torch.float64).item()
     *nats, distance = ranks.add([*totals, distance], model.device)
     return nats, None if reference is None else distance / sum(passage.scored for passage in passages)
+
+
+def _logits(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    with foreign("transformers cannot run the model", where=model.name_or_path, next_step="see whether the tokenizer belongs to it"):
+        return model(input_ids=ids, attention_mask=mask).logits
 
 
 def _padded_batches(passages: Sequence[Passage], device: torch.device, ranks: Ranks) -> Iterator[tuple[int, list[int], torch.Tensor, torch.Tensor]]:

@@ -317,7 +317,7 @@ def read(file: Path) -> Table:
     Raises:
         CheckpointError: it is not there, cannot be read, or is not a table.
     """
-    return Table.from_json(read_json(file, _REMOVE), str(file))
+    return Table.from_json(read_json(file, _REMOVE, if_missing="check the name"), str(file))
 
 
 def fields_of(config: Any) -> dict[str, Any]:

@@ -169,8 +169,18 @@ def load(
     is_causal = type(AutoConfig.from_pretrained(path)) in MODEL_FOR_CAUSAL_LM_MAPPING
     auto = AutoModelForCausalLM if is_causal else AutoModelForImageTextToText
     loaded = auto.from_pretrained(path, dtype=dtype, device_map={"": device})
+    if dtype != "auto" and getattr(loaded, "hf_quantizer", None) is None:
+        _hold_in(loaded, dtype)
     set_activations(loaded, activations)
     return loaded, AutoTokenizer.from_pretrained(path)
+
+
+def _hold_in(model: Any, dtype: torch.dtype | str) -> None:
+    """Where a device has no use for FP8, transformers dequantises it, and then holds most of the model in bf16, whatever was asked for."""
+    asked = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    for parameter in model.parameters():
+        if parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.to(asked)
 
 
 def set_activations(model: Any, activations: ActivationFormat) -> None:

@@ -26,6 +26,7 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils.hub import convert_file_size_to_int
 
+from halfbyte.arguments import dtype_name
 from halfbyte.checkpoint.source import INDEX, TensorInfo
 from halfbyte.checkpoint.writer import make_directory, plan_shards, replacing, shard_name
 from halfbyte.errors import CheckpointError, InputError, UnsupportedError
@@ -236,7 +237,7 @@ def _write_shards(directory: Path, parts: list[Part], max_bytes: int) -> None:
 
 def _write_configs(directory: Path, model: Any) -> None:
     config = copy.deepcopy(model.config)
-    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.dtype = dtype_name(model.dtype)
     config.architectures = [type(model).__name__]
     described = model.hf_quantizer.hf_quant_config
     if described is not None:
