@@ -94,9 +94,10 @@ def test_ranks_that_share_questions_call_the_model_equally_often(questions):
 
 
 def test_what_files_of_a_model_cannot_do_is_one_line(model, questions, monkeypatch):
-    monkeypatch.setattr(model.generation_config, "repetition_penalty", -1)
-    with pytest.raises(CheckpointError, match=r"cannot generate with this model: .*penalty.*generation_config.json"):
-        generate_answers(model, Letters(), questions)
+    for name, value in (("repetition_penalty", -1), ("eos_token_id", [None])):
+        with monkeypatch.context() as patch, pytest.raises(CheckpointError, match=r"cannot generate with this model: .*generation_config.json"):
+            patch.setattr(model.generation_config, name, value)
+            generate_answers(model, Letters(), questions)
     for broken in ({"chat_template": "{{"}, {"apply_chat_template": lambda *args, **options: 1 / 0, "chat_template": "x"}, {"__call__": None}):
         tokenizer = type("Broken", (Letters,), broken)()
         with pytest.raises(CheckpointError, match=r"(the chat template|the tokenizer) fails"):

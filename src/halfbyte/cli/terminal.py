@@ -126,8 +126,8 @@ def load_model(model: str, device: torch.device, activations: Any = "bf16", *, d
     path = resolve_model(model)
     if not any(file for pattern in _TOKENIZER_FILES for file in path.glob(pattern)):
         raise CheckpointError("no tokenizer", where=str(path), needed="tokenizer.json or its like", next_step="copy it from the original model")
+    _check_files(path)
     _check_dense_experts(path)
-    _check_links(path)
     with foreign("transformers cannot run this directory", where=str(path), next_step="run `halfbyte inspect` on it, or download it again"):
         with _bar_of_loading(f"loading {model}", shown):
             loaded, tokenizer = load(path, dtype=dtype, device=device, activations=activations)
@@ -136,13 +136,14 @@ def load_model(model: str, device: torch.device, activations: Any = "bf16", *, d
     return loaded, tokenizer
 
 
-def _check_links(path: Path) -> None:
-    """Raise CheckpointError for a link that leads nowhere: transformers goes on as if the file had never been there."""
+def _check_files(path: Path) -> None:
+    """Raise CheckpointError for what has the name of a text, yet is none: transformers waits for pipes, and goes on without the rest."""
     from halfbyte.errors import CheckpointError
 
     for file in sorted(path.iterdir()):
-        if file.is_symlink() and not file.exists():
-            raise CheckpointError("a link leads nowhere", where=str(file), next_step="download the model again, or remove the link")
+        if file.suffix in (".json", ".jinja", ".model", ".txt") and not file.is_file():
+            problem = "a link that leads nowhere" if file.is_symlink() and not file.exists() else "not a regular file"
+            raise CheckpointError(problem, where=str(file), next_step="download the model again")
 
 
 def _check_dense_experts(path: Path) -> None:

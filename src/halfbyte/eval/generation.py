@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from halfbyte.eval.data import Question
 from halfbyte.eval.ranks import ALONE, Ranks
 
 Advance = Callable[[int], object]  # called with the number of tokens just generated or read, as tqdm's `update` is
+_ONE_ROW = {"num_return_sequences": 1, "return_dict_in_generate": False}  # whatever generation_config.json says
 GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}  # None: sampling defaults would draw warnings
 
 
@@ -54,17 +56,18 @@ def generate_answers(
             count = len(going) + elsewhere
             # Who goes on is read again, as no cache of every model can be cut: all such readings together cost no more than the first.
             few = ids.numel() // 2 if ranks.world == 1 else 0
-            watch = _Watch(model, len(ids), few, lambda: advance(count))  # noqa: B023 (called before the next round)
-            output = _generate(
-                model,
-                ids,
-                mask,
-                max_new_tokens=max_new_tokens - steps,
-                pad_token_id=_pad_id(tokenizer),
-                stopping_criteria=StoppingCriteriaList([watch]),
-                synced_gpus=ranks.world > 1,  # who is done goes on calling the model until all are
-                **GREEDY,
-            )
+            with _generating(model):
+                watch = _Watch(model, len(ids), few, lambda: advance(count))  # noqa: B023 (called before the next round)
+                output = model.generate(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    max_new_tokens=max_new_tokens - steps,
+                    pad_token_id=_pad_id(tokenizer),
+                    stopping_criteria=StoppingCriteriaList([watch]),
+                    synced_gpus=ranks.world > 1,  # who is done goes on calling the model until all are
+                    **GREEDY,
+                    **_ONE_ROW,
+                )
             written = output[:, ids.shape[1] :].tolist()
             rows |= {index: rows[index] + new for index, new in zip(going, written, strict=True)}
             steps += len(written[0])
@@ -102,22 +105,21 @@ def complete(model: Any, tokenizer: Any, ids: list[int], *, max_new_tokens: int 
     from transformers import TextStreamer
 
     prompt, mask = pad([ids], model.device, left=True)
-    output = _generate(
-        model,
-        prompt,
-        mask,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=_pad_id(tokenizer),
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
-        **({"do_sample": True, "temperature": temperature} if temperature else GREEDY),
-    )
+    with _generating(model):
+        output = model.generate(
+            input_ids=prompt,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=_pad_id(tokenizer),
+            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
+            **({"do_sample": True, "temperature": temperature} if temperature else GREEDY),
+            **_ONE_ROW,
+        )
     return output[0, len(ids) :].tolist()
 
 
-def _generate(model: Any, ids: torch.Tensor, mask: torch.Tensor, **options: Any) -> torch.Tensor:
-    """The ids with what transformers' `generate` adds."""
-    with foreign("transformers cannot generate with this model", where=model.name_or_path, next_step="look at its generation_config.json"):
-        return model.generate(input_ids=ids, attention_mask=mask, num_return_sequences=1, return_dict_in_generate=False, **options)
+def _generating(model: Any) -> AbstractContextManager[None]:
+    return foreign("transformers cannot generate with this model", where=model.name_or_path, next_step="look at its generation_config.json")
 
 
 def prompt_text(tokenizer: Any, text: str) -> str:
