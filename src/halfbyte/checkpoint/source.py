@@ -145,7 +145,7 @@ class Checkpoint:
                 raise CheckpointError(
                     f"the index places tensor {name} here, but it is absent", where=str(path / file_name), next_step="download the model again"
                 )
-        _check_one_home(headers, index)
+        check_one_home(headers, str(index))
         unlisted = {name: file_name for file_name, header in headers.items() for name in header if name not in weight_map}
         files = weight_map | unlisted
         return cls(
@@ -216,14 +216,14 @@ class Checkpoint:
         return describe_quantization(self.config, read_json(modelopt) if modelopt.exists() else None, where=str(self.path))
 
 
-def _check_one_home(headers: Mapping[str, Mapping[str, TensorInfo]], index: Path) -> None:
-    """No tensor is in two files: each reader would take another one."""
+def check_one_home(headers: Mapping[str, Mapping[str, TensorInfo]], where: str) -> None:
+    """Raise CheckpointError for a tensor that two files have: each reader would take another one. `headers` by file name."""
     home: dict[str, str] = {}
     for file_name, header in headers.items():
         for name in header.keys() & home.keys():
             raise CheckpointError(
                 f"two files hold tensor {name}",
-                where=str(index),
+                where=where,
                 given=f"{home[name]} and {file_name}",
                 next_step="download the model again, or remove what belongs to another one",
             )

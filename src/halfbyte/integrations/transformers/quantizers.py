@@ -17,7 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from halfbyte.checkpoint.dialects import OUTPUTS
 from halfbyte.checkpoint.json_files import read_json
 from halfbyte.checkpoint.quantization import describe_quantization
-from halfbyte.checkpoint.source import TensorInfo, read_header
+from halfbyte.checkpoint.source import TensorInfo, check_one_home, read_header
 from halfbyte.errors import UnsupportedError
 from halfbyte.integrations.transformers.conversion import LoadPlan, PackedWeights, Recipe
 from halfbyte.integrations.transformers.modules import (
@@ -92,6 +92,7 @@ class FP4Quantizer(HfQuantizer):
         plan = model._get_dtype_plan(model.dtype)
         self.dtypes = {name: _planned(plan, name, tensor.dtype) for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
         headers = {Path(file): read_header(Path(file)) for file in checkpoint_files}
+        check_one_home({file.name: header for file, header in headers.items()}, str(Path(checkpoint_files[0]).parent))
         files = {name: file for file, header in headers.items() for name in header}
         tensors = {name: info for header in headers.values() for name, info in header.items()}
         check_described(self.description, tensors)
