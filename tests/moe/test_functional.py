@@ -72,6 +72,17 @@ def test_ids_are_checked_when_asked(good, wrong):
     hb.fused_moe(**good, check_ids=True)
 
 
+def test_ids_of_other_ranks_are_of_the_layer(good):
+    """Also where the weights were made without the others: the map or the offset says how many there are."""
+    placed = hb.ExpertMap.placed([[4, 5], [0, 1, 2, 3]], rank=1, num_global=6)
+    for here, last in (({"expert_map": placed}, 5), ({"expert_offset": 4}, 7)):
+        good["topk_ids"][3, 1] = last
+        hb.fused_moe(**good, **here, check_ids=True)
+        good["topk_ids"][3, 1] = last + 1
+        with pytest.raises(InputError, match=f"ids name no expert .*needed 0 .. {last}, or -1"):
+            hb.fused_moe(**good, **here, check_ids=True)
+
+
 @pytest.mark.parametrize("name", ["hidden", "topk_weights"])
 def test_a_gradient_that_a_kernel_does_not_have_is_an_error_when_it_is_asked_for(good, name, monkeypatch):
     expected = hb.fused_moe(**good)

@@ -121,7 +121,7 @@ def fused_moe(
         check_type("fused_moe", Workspace, workspace=workspace)
     call = Call(experts.layout, experts.target, activations, bool(batch_invariant), backend, config, expert_map)
     if check_ids:
-        _check_ids(topk_ids, experts.storage)
+        _check_ids(topk_ids, experts.storage, expert_map)
     with lend(workspace):
         result = run(hidden, experts.storage, topk_ids, topk_weights, call, out)
     if result.requires_grad or not torch.is_grad_enabled():  # plain torch has a gradient
@@ -204,8 +204,9 @@ def check_config(config: object, configs: tuple[Hashable, ...], where: str) -> N
         raise InputError("config does not fit", where=where, given=reprlib.repr(config), needed=needed)
 
 
-def _check_ids(topk_ids: torch.Tensor, experts: Storage) -> None:
-    num_experts = cast(int, experts.num_global_experts)
+def _check_ids(topk_ids: torch.Tensor, experts: Storage, expert_map: ExpertMap) -> None:
+    in_layer = cast(int, experts.num_global_experts)  # as far as the weights know, which may have been made without the others
+    num_experts = max(in_layer, expert_map.first + experts.num_experts) if expert_map.copies is None else len(expert_map.copies)
     check_tensor("topk_ids", topk_ids, IDS, None, None, experts.device)
     wrong = topk_ids[(topk_ids < -1) | (topk_ids >= num_experts)]
     if wrong.numel():
