@@ -25,6 +25,7 @@ from halfbyte.experts import Activation, ExpertWeights
 from halfbyte.formats import BlockFormat, QuantTensor
 from halfbyte.formats.scale_layout import padded_shape, words_128x4
 from halfbyte.weights.checks import check_scales, fp4_matrices
+from halfbyte.weights.engines.scalars import Multipliers, multipliers_of
 
 # Experts whose scales are rearranged at a time: the scratch is then at most as large as the codes of one expert (NVFP4 has 8 bytes of codes a scale).
 SCALES_AT_A_TIME = 8
@@ -123,22 +124,6 @@ class EngineExperts:
 
 
 @dataclass(frozen=True)
-class Multipliers:
-    """What the numbers of the canonical experts are multiplied by, fp32 and decoding; 1 where there is none.
-
-    Attributes:
-        w13_input, w2_input: [], the largest input scale of the whole layer: the same on every rank.
-        gate, up, w2: [E], global scales of the weights (gate and up are the same tensor without a gate).
-    """
-
-    w13_input: torch.Tensor
-    w2_input: torch.Tensor
-    gate: torch.Tensor
-    up: torch.Tensor
-    w2: torch.Tensor
-
-
-@dataclass(frozen=True)
 class Arrangement:
     """What distinguishes one engine: a layout.
 
@@ -214,7 +199,7 @@ class Arrangement:
         vectors = _vectors(w)
         for name, tensor in vectors.items():
             (out.canonical[name] if name.endswith("input_scale") else out.canonical[name][here]).copy_(tensor)
-        scalars, (*divisors, w2_divisor) = self.scalars(_multipliers(w), w.activation)
+        scalars, (*divisors, w2_divisor) = self.scalars(multipliers_of(w), w.activation)
         for name, tensor in scalars.items():
             getattr(out, name)[here].copy_(tensor)
         if out.w13_bias is not None:
@@ -245,18 +230,6 @@ class Arrangement:
 _SCALARS = (
     "w13_input_scale_quant", "g1_alphas", "g1_scale_c", "w2_input_scale_quant", "g2_alphas", "gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit"
 )  # fmt: skip
-
-
-def activation_scalars(activation: Activation, limit_divisor: torch.Tensor, beta_divisor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """gemm1_alpha, gemm1_beta and gemm1_clamp_limit fp32 [E] of a swiglu that has them."""
-    values: dict[str, torch.Tensor] = {}
-    if activation.alpha != 1:
-        values["gemm1_alpha"] = torch.full_like(beta_divisor, activation.alpha)
-    if activation.beta != 0:
-        values["gemm1_beta"] = activation.beta / beta_divisor
-    if activation.limit is not None:
-        values["gemm1_clamp_limit"] = activation.limit / limit_divisor
-    return values
 
 
 def _vectors(w: ExpertWeights) -> dict[str, torch.Tensor]:
@@ -294,7 +267,7 @@ def _check_scalars(w: ExpertWeights, arrangement: Arrangement) -> None:
             raise InputError(f"{name} does not fit", where="prepare", given=tuple(tensor.shape), needed=needed)
     check_scales(w, positive=True)
     if w.activation.limit is not None and w.device.type != "meta":
-        scales = _multipliers(w)
+        scales = multipliers_of(w)
         different = int((scales.gate != scales.up).sum())
         if different:
             raise InputError(
@@ -304,20 +277,6 @@ def _check_scalars(w: ExpertWeights, arrangement: Arrangement) -> None:
                 needed="equal global scales, or an activation without limit",
                 next_step="use layout 'canonical' or 'hopper', which keep the two apart",
             )
-
-
-def _multipliers(w: ExpertWeights) -> Multipliers:
-    ones = torch.ones(w.num_experts, dtype=torch.float32, device=w.device)
-
-    def input_scale(scale: torch.Tensor | None) -> torch.Tensor:
-        return ones.new_ones(()) if scale is None or not scale.numel() else scale.float().amax()
-
-    def global_scale(w: QuantTensor | torch.Tensor) -> torch.Tensor:
-        assert isinstance(w, QuantTensor)
-        return ones.unsqueeze(1) if w.global_scale is None else w.global_scale.view(len(ones), -1 if len(ones) else 1)
-
-    w13 = global_scale(w.w13)
-    return Multipliers(input_scale(w.w13_input_scale), input_scale(w.w2_input_scale), w13[:, 0], w13[:, -1], global_scale(w.w2)[:, 0])
 
 
 def _pack_matrix(w: QuantTensor, codes: torch.Tensor, scales: torch.Tensor, first: int, halves: int, arrangement: Arrangement) -> None:

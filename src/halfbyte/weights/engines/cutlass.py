@@ -22,8 +22,8 @@ import torch
 
 from halfbyte.experts import Activation
 from halfbyte.formats import NVFP4, BlockFormat
-from halfbyte.weights.engines import common
-from halfbyte.weights.engines.common import Arrangement, Multipliers
+from halfbyte.weights.engines.common import Arrangement
+from halfbyte.weights.engines.scalars import Multipliers, activation_scalars
 
 
 def _multiples(format: BlockFormat, gated: bool) -> tuple[int, int]:
@@ -43,7 +43,7 @@ def _scalars(m: Multipliers, activation: Activation) -> tuple[dict[str, torch.Te
         "w2_input_scale_quant": (1 / m.w2_input) * ratio,
         "g2_alphas": m.w2_input * m.w2,
     }
-    return scalars | common.activation_scalars(activation, limit_divisor=one, beta_divisor=ratio), (one, ratio, one)
+    return scalars | activation_scalars(activation, limit_divisor=one, beta_divisor=ratio), (one, ratio, one)
 
 
 CUTLASS = Arrangement("cutlass", _multiples, _rows, _scalars)

@@ -30,8 +30,8 @@ from halfbyte.arguments import check_type
 from halfbyte.errors import InputError
 from halfbyte.experts import Activation
 from halfbyte.formats import NVFP4, BlockFormat
-from halfbyte.weights.engines import common
-from halfbyte.weights.engines.common import Arrangement, Multipliers
+from halfbyte.weights.engines.common import Arrangement
+from halfbyte.weights.engines.scalars import Multipliers, activation_scalars
 
 BLOCK_ROWS = 32
 
@@ -81,7 +81,7 @@ def _scalars(m: Multipliers, activation: Activation) -> tuple[dict[str, torch.Te
         "g1_scale_c": (1 / m.w2_input) * (up if activation.gated else torch.ones_like(up)),
         "g2_alphas": down,
     }
-    return scalars | common.activation_scalars(activation, limit_divisor=gate, beta_divisor=up), (gate, up, down)
+    return scalars | activation_scalars(activation, limit_divisor=gate, beta_divisor=up), (gate, up, down)
 
 
 TRTLLM_GEN = Arrangement("trtllm_gen", _multiples, _rows, _scalars)
