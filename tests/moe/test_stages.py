@@ -75,6 +75,8 @@ def test_no_tokens_and_nothing_held() -> None:
         slots = sort(routing, prepared)
         out = combine(expert_rows(hidden[:count], slots, prepared), slots, weights[:count])
         assert out.shape == (count, HIDDEN) and not out.any()
+    for format in ARRIVALS:
+        assert hb.fused_moe(arrived(hidden[:0], format), prepared, ids[:0], weights[:0]).shape == (0, HIDDEN)
 
 
 @pytest.mark.parametrize("format", ARRIVALS)

@@ -75,7 +75,7 @@ class QuantTensor:
             given = scale.dtype if isinstance(scale, torch.Tensor) else type(scale).__name__
             raise InputError(f"{self.format!r} needs a global scale", where=_WHERE, given=given, needed="fp32 decode multipliers")
         per_matrix = scale.shape == batch
-        per_group = scale.ndim == len(batch) + 1 and scale.shape[:-1] == batch and scale.shape[-1] > 0 and rows % scale.shape[-1] == 0
+        per_group = scale.ndim == len(batch) + 1 and scale.shape[:-1] == batch and rows == scale.shape[-1] * (rows // max(1, scale.shape[-1]))
         if not (per_matrix or per_group):
             raise InputError(
                 "global scale does not fit", where=_WHERE, given=tuple(scale.shape), needed=f"{batch} or {(*batch, 'G')} with G dividing {rows} rows"
@@ -161,7 +161,7 @@ class QuantTensor:
             return None
         if scale.ndim == self.codes.ndim - 2:
             return scale[..., None, None]
-        return scale.repeat_interleave(self.shape[-2] // scale.shape[-1], dim=-1)[..., None]
+        return scale.repeat_interleave(self.shape[-2] // max(1, scale.shape[-1]), dim=-1)[..., None]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """(element * block scale) * global scale, each product rounded once in fp32, then cast: [..., N, K] of `dtype`.

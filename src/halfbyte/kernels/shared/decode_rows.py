@@ -110,7 +110,7 @@ class CodedRows(NamedTuple):
         codes, scales, num_rows = dense_rows(hidden.codes), hidden.scales.contiguous(), hidden.codes.shape[0]
         if isinstance(hidden, QuantTensor):
             given = hidden.global_scale
-            rows_per_scale = 1 if given is None else num_rows // given.numel()
+            rows_per_scale = 1 if given is None else num_rows // max(1, given.numel())
             return CodedRows(
                 codes, scales.view(torch.uint8), given, rows_per_scale, codes.shape[1], 4, hidden.format.block, not hidden.format.has_global_scale
             )
