@@ -320,6 +320,9 @@ def _check_experts(x: torch.Tensor, expert_offsets: torch.Tensor, global_scales:
     elif global_scales is None or global_scales.dtype != torch.float32 or global_scales.shape != (num_experts,) or not global_scales.is_contiguous():
         scales = None if global_scales is None else f"{global_scales.dtype} {tuple(global_scales.shape)}"
         raise InputError("global_scales do not fit", where=where, given=scales, needed=f"contiguous float32 ({num_experts},)")
+    devices = {part.device for part in (x, expert_offsets, global_scales) if part is not None}
+    if len(devices) > 1:
+        raise InputError("tensors are on different devices", where=where, given=", ".join(sorted(map(str, devices))), needed="one device")
     _check_global_scale(global_scales, where)
     if expert_offsets.device.type == "cpu" and not torch.compiler.is_compiling():
         bounds = [0, *expert_offsets.tolist(), x.shape[0]]
@@ -327,8 +330,5 @@ def _check_experts(x: torch.Tensor, expert_offsets: torch.Tensor, global_scales:
             raise InputError(
                 "expert_offsets do not rise from 0 to the rows", where=where, given=bounds[1:-1], needed=f"rising, within 0 .. {x.shape[0]}"
             )
-    devices = {part.device for part in (x, expert_offsets, global_scales) if part is not None}
-    if len(devices) > 1:
-        raise InputError("tensors are on different devices", where=where, given=", ".join(sorted(map(str, devices))), needed="one device")
     if x.shape[0] + 128 * num_experts >= 2**31:
         raise InputError("too many rows", where=where, given=x.shape[0], needed="rows + 128 * experts below 2^31")

@@ -257,7 +257,7 @@ def test_silu_mul_quantize_rounds_the_product_first():
     for bad, message in (
         ({"activation": RELU2}, "not fused"),
         ({"global_scale": None}, "needs a global scale"),
-        ({"gate_up": gate_up[:, :127]}, "differ in number"),
+        ({"gate_up": gate_up[:, :127]}, "do not make pairs"),
         ({"gate_up": gate_up[:, :72]}, "does not divide"),
         ({"scale_layout": "4x4"}, "unknown scale layout"),
     ):
