@@ -1,5 +1,6 @@
 import json
 import lzma
+import os
 from decimal import Decimal
 
 import pytest
@@ -80,6 +81,14 @@ def test_documents_of_plain_and_compressed_text(tmp_path):
     (tmp_path / "a.xz").write_bytes(lzma.compress(text.encode()))
     assert load_documents(tmp_path / "a.txt") == load_documents(tmp_path / "a.xz") == ["first\nline", "second"]
     assert len(load_documents(demo_model_dir() / "heldout.txt.xz")) == 44
+
+
+@pytest.mark.parametrize("make", [lambda file: file.symlink_to("/dev/zero"), os.mkfifo, lambda file: file.mkdir()])
+def test_a_text_has_an_end(tmp_path, make):
+    make(tmp_path / "text.txt")
+    for load in (load_documents, load_questions):
+        with pytest.raises(InputError, match="not a regular file"):
+            load(tmp_path / "text.txt")
 
 
 def test_unreadable_text(tmp_path):

@@ -6,6 +6,7 @@ No size, depth, number or name in it stops the program other than by an error th
 from __future__ import annotations
 
 import json
+import lzma
 import struct
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from halfbyte.errors import CheckpointError
 
 AGAIN = "download the file again"
 MAX_BYTES = 100_000_000  # of a header, by safetensors' own limit; the index of DeepSeek-R1, which is longest, has 16 MB
+MAX_LETTERS = 1_000_000_000  # of a text to measure or calibrate on
 _HALVES = tuple(f"\\u{letter}{digit}".encode() for letter in "dD" for digit in "89abcdefABCDEF")
 
 
@@ -104,6 +106,21 @@ def text_of(file: Path) -> str:
         return file.read_text(encoding="utf-8") if file.is_file() and file.stat().st_size <= MAX_BYTES else ""
     except (OSError, ValueError):
         return ""
+
+
+def read_text(file: Path) -> str:
+    """A text in UTF-8, at most `MAX_LETTERS` long, in a regular file; one that ends in .xz is decompressed.
+
+    Raises:
+        OSError, ValueError, EOFError, lzma.LZMAError: there is none, or another kind of file, which may have no end.
+    """
+    if file.exists() and not file.is_file():
+        raise ValueError("not a regular file")
+    with lzma.open(file, "rt", encoding="utf-8") if file.suffix == ".xz" else file.open(encoding="utf-8") as stream:
+        text = stream.read(MAX_LETTERS + 1)
+    if len(text) > MAX_LETTERS:
+        raise ValueError(f"longer than {MAX_LETTERS} letters")
+    return text
 
 
 def _read(file: Path, first: int, count: int, next_step: str = AGAIN) -> bytes:

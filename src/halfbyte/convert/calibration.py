@@ -8,6 +8,7 @@ so no made-up token enters the statistics.
 from __future__ import annotations
 
 import logging
+import lzma
 import math
 import re
 from collections import Counter
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from halfbyte.checkpoint.json_files import parse_object, read_json
+from halfbyte.checkpoint.json_files import parse_object, read_json, read_text
 from halfbyte.convert.plan import Matrix
 from halfbyte.device import model_dtype
 from halfbyte.errors import CheckpointError, UnsupportedError, foreign
@@ -102,8 +103,8 @@ def read_texts(file: Path) -> list[str]:
         CheckpointError: unreadable, empty, or a line without text.
     """
     try:
-        content = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        content = read_text(file)
+    except (OSError, ValueError, lzma.LZMAError, EOFError) as error:
         raise CheckpointError("cannot read the calibration file", where=str(file), given=error) from error
     if file.suffix != ".jsonl":
         texts = [content]

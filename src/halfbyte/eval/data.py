@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 
-from halfbyte.checkpoint.json_files import parse_object
+from halfbyte.checkpoint.json_files import parse_object, read_text
 from halfbyte.errors import InputError
 
 DOCUMENT_SEPARATOR = "\n\x1e\n"
@@ -96,11 +96,8 @@ def kinds_of(questions: Sequence[Question]) -> list[str]:
 
 def _read(file: Path) -> str:
     try:
-        if file.suffix == ".xz":
-            with lzma.open(file, "rt", encoding="utf-8") as stream:
-                return stream.read()
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError, lzma.LZMAError, EOFError) as error:
+        return read_text(file)
+    except (OSError, ValueError, lzma.LZMAError, EOFError) as error:
         raise InputError(f"cannot read the file: {error}", where=str(file), needed="UTF-8 text, or the same compressed as .xz") from error
 
 
