@@ -18,7 +18,6 @@ sources = tuple(
         "kernels.sm90.prefill_spec",
         "kernels.sm90.operands",
         "kernels.sm90.rings",
-        "kernels.sm90.tiles",
         "kernels.sm90.epilogue",
         "weights.hopper.dequant_bf16",
         "weights.hopper.dequant_fp8",

@@ -19,18 +19,54 @@ the next run (`SPEC.words_ahead`), so that none but the first run of a tile wait
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from halfbyte.gluon_compat import tma_load
+from halfbyte.gluon_compat import aggregate, tma_load
 from halfbyte.kernels.sm90.epilogue import activate, split_halves
 from halfbyte.kernels.sm90.operands import RUN, accumulator_layout, decode_tile, decode_tiles, load_run, load_tile
 from halfbyte.kernels.sm90.rings import Counter, make_ring
-from halfbyte.kernels.sm90.tiles import Tensors, Tile, first_row
 from halfbyte.weights.hopper.dequant_bf16 import exponent_bias, stored_tile
-from halfbyte.weights.hopper.dequant_fp8 import load_exponents, scale_limits
+from halfbyte.weights.hopper.dequant_fp8 import scale_limits
 from halfbyte.weights.hopper.layout import ELEMENT_EXPONENT, NVFP4_SCALE_EXPONENT
 
 NVFP4_MULTIPLIER = gl.constexpr(2.0 ** (NVFP4_SCALE_EXPONENT + ELEMENT_EXPONENT))  # takes the bf16 kernels' exponents out of the multiplier
+
+
+@aggregate
+class Tensors:
+    """What is in global memory, and how many tiles there are. Rows of exponents and biases are those of the matrix, in its order."""
+
+    x: tma.tensor_descriptor
+    words: tma.tensor_descriptor
+    scales: tma.tensor_descriptor
+    shift: gl.tensor
+    multiplier: gl.tensor
+    exponents: gl.tensor
+    x_scale: gl.tensor
+    bias: gl.tensor
+    y: gl.tensor
+    items: gl.tensor
+    num_tiles: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, x, words, scales, shift, multiplier, exponents, x_scale, bias, y, items, num_tiles):
+        self.x = x
+        self.words = words
+        self.scales = scales
+        self.shift = shift
+        self.multiplier = multiplier
+        self.exponents = exponents
+        self.x_scale = x_scale
+        self.bias = bias
+        self.y = y
+        self.items = items
+        self.num_tiles = num_tiles
+
+    @gluon.jit
+    def item(self, tile, GROUPS: gl.constexpr):
+        """Expert, first row and number of rows of what a tile belongs to."""
+        entry = self.items + tile // GROUPS * 4
+        return gl.load(entry), gl.load(entry + 1), gl.load(entry + 2)
 
 
 @gluon.jit
@@ -42,11 +78,11 @@ def _produce_x(tensors, ring, SPEC: gl.constexpr):
     BOXES: gl.constexpr = (SPEC.max_rows + BOX - 1) // BOX
     LOW_BOXES: gl.constexpr = low.shape[1] // BOX
     count = Counter(gl.to_tensor(0), SPEC.x_stages)
-    for number in range(gl.program_id(0), tensors.num_tiles, gl.num_programs(0)):
-        tile = tensors.tile(number, SPEC.groups)
+    for tile in range(gl.program_id(0), tensors.num_tiles, gl.num_programs(0)):
+        _, row_start, num_rows = tensors.item(tile, SPEC.groups)
         boxes = BOXES  # of the tile that the item gets
         for s in gl.static_range(len(SIZES) - 2, -1, -1):
-            boxes = gl.where(tile.num_rows <= SIZES[s][0] + SIZES[s][1], (SIZES[s][0] + SIZES[s][1] + BOX - 1) // BOX, boxes)
+            boxes = gl.where(num_rows <= SIZES[s][0] + SIZES[s][1], (SIZES[s][0] + SIZES[s][1] + BOX - 1) // BOX, boxes)
         for step in range(SPEC.steps):
             stage = count.stage()
             full = ring.full.index(stage)
@@ -58,7 +94,7 @@ def _produce_x(tensors, ring, SPEC: gl.constexpr):
                 if destination.shape[0] != BOX:
                     destination = destination.slice(box * BOX if box < LOW_BOXES else (box - LOW_BOXES) * BOX, BOX, dim=0)
                 # Boxes beyond the item's rows are filled with zeros, as all that lies outside of x: what the last tile left there would cost power.
-                row = gl.where(box * BOX < tile.num_rows, tile.row_start + box * BOX, 1 << 30)
+                row = gl.where(box * BOX < num_rows, row_start + box * BOX, 1 << 30)
                 tma_load(x_desc, [row, step * SPEC.step_k], full, destination, pred=box < boxes)
             count = count.next()
 
@@ -77,12 +113,9 @@ def _produce_w(tensors, ring, SPEC: gl.constexpr):
     LAST_PIECES: gl.constexpr = (COLUMN_TILES - (RUNS - 1) * RUN) // BOX
     SCALE_ROWS: gl.constexpr = scales_desc.block_type.shape[0]
     count = Counter(gl.to_tensor(0), STAGES)
-    for number in range(gl.program_id(0), tensors.num_tiles, gl.num_programs(0)):
-        tile = tensors.tile(number, SPEC.groups)
-        first_row_tile = tile.group * GROUP_TILES
-        if SPEC.fp8:
-            for t in gl.static_range(GROUP_TILES):
-                _prefetch(tensors.exponents + first_row(tile.expert, first_row_tile + t, SPEC))
+    for tile in range(gl.program_id(0), tensors.num_tiles, gl.num_programs(0)):
+        first_row_tile = tile % SPEC.groups * GROUP_TILES
+        expert, _, _ = tensors.item(tile, SPEC.groups)
         for run in range(RUNS):
             stage = count.stage()
             full = ring.full.index(stage)
@@ -93,7 +126,7 @@ def _produce_w(tensors, ring, SPEC: gl.constexpr):
             mbarrier.expect(full, GROUP_TILES * LAST_PIECES * words_desc.block_type.nbytes + scales_bytes, pred=run == RUNS - 1)
             for t in gl.static_range(GROUP_TILES):
                 # The last group may be short: what is beyond the last row tile repeats it.
-                matrix_tile = tile.expert * ROW_TILES + stored_tile(gl.minimum(first_row_tile + t, ROW_TILES - 1), ROW_TILES, SPEC.gated)
+                matrix_tile = expert * ROW_TILES + stored_tile(gl.minimum(first_row_tile + t, ROW_TILES - 1), ROW_TILES, SPEC.gated)
                 destination = ring.first.index(t * STAGES + stage)
                 for piece in gl.static_range(PIECES):
                     row = (matrix_tile * COLUMN_TILES + run * RUN + piece * BOX) * 16
@@ -101,14 +134,6 @@ def _produce_w(tensors, ring, SPEC: gl.constexpr):
                     tma_load(words_desc, [row, 0], full, part, pred=whole | (piece < LAST_PIECES))
                 tma_load(scales_desc, [(matrix_tile * RUNS + run) * SCALE_ROWS, 0], full, ring.second.index(t * STAGES + stage))
             count = count.next()
-
-
-@gluon.jit
-def _prefetch(pointer):
-    """Bring 64 bytes from memory to the L2, by a warp."""
-    lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
-    address = (pointer + lane * 2).to(gl.int64)
-    gl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -161,7 +186,7 @@ def _multiply(x, w, x_count, w_count, decodings, SPEC: gl.constexpr, CONSUMER: g
     FOLLOWED: gl.constexpr = RUNS if LAST != 0 else RUNS - 1
     tiles = ()
     if SPEC.words_ahead:
-        tiles = load_run(w, w_count, SPEC, CONSUMER)
+        tiles = load_run(w, w_count, True, SPEC, CONSUMER)
         mbarrier.arrive(w.empty.index(w_count.stage()), count=1)
     for run in range(RUNS):
         accumulators, tiles, x_count, w_count = _multiply_run(
@@ -206,9 +231,8 @@ def _multiply_run(
             accumulators = _step(operand, accumulators, x, x_stage, t * PARTS, c * 64 % STEP_K, SIZE0, SIZE1)
             # One step stays in flight while the next is dequantised, but none across the loop's back edge.
             if c + TILES == COUNT and t == ROW_TILES - 1:
-                if WORDS_AHEAD:  # noqa: SIM102 (decided when compiling)
-                    if is_followed:
-                        tiles = load_run(w, w_count.next(), SPEC, CONSUMER)
+                if WORDS_AHEAD:
+                    tiles = load_run(w, w_count.next(), is_followed, SPEC, CONSUMER)
                 accumulators = _wait(accumulators, 0)
                 if WORDS_AHEAD:
                     mbarrier.arrive(w.empty.index(w_count.next().stage()), count=1, pred=is_followed)
@@ -236,7 +260,7 @@ def _store(accumulator, tensors, multipliers, expert, row_start, num_rows, row_t
     """Scale, add the bias, activate, and write [tokens, 64 or 32] of y, of the matrix' tile `row_tile`."""
     WIDTH: gl.constexpr = 32 if SPEC.gated else 64
     OUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (WIDTH // 8), WIDTH // 8], [4, 1], [1, 0])
-    tile_rows = first_row(expert, row_tile, SPEC)
+    tile_rows = _first_row(expert, row_tile, SPEC)
     exponents = tensors.exponents + tile_rows
     bias = tensors.bias + tile_rows
     if SPEC.scaled:
@@ -271,64 +295,56 @@ def _store(accumulator, tensors, multipliers, expert, row_start, num_rows, row_t
 
 
 @gluon.jit
-def _exponents(tensors, tile, SPEC: gl.constexpr, CONSUMER: gl.constexpr):
-    """What the exponents of weights are decoded with: for each row tile of a consumer those of its rows (fp8), or that of the expert."""
-    ROW_TILES: gl.constexpr = SPEC.row_tiles_per_consumer
-    first_row_tile = (tile.group * SPEC.consumers + CONSUMER) * ROW_TILES
-    exponents = ()
-    for t in gl.static_range(ROW_TILES):
-        if SPEC.fp8:
-            exponents = exponents + (load_exponents(tensors.exponents + first_row(tile.expert, first_row_tile + t, SPEC)),)
-        else:
-            exponents = exponents + (gl.to_tensor(0) if SPEC.nvfp4 else gl.load(tensors.shift + tile.expert),)
-    return exponents
+def _multiply_and_store(
+    tensors, x, w, x_count, w_count, decodings, multipliers, expert, row_start, num_rows, first_row_tile, SPEC: gl.constexpr, CONSUMER: gl.constexpr,
+    SIZE0: gl.constexpr, SIZE1: gl.constexpr,
+):  # fmt: skip
+    PARTS: gl.constexpr = 2 if SIZE1 > 0 else 1
+    accumulators, x_count, w_count = _multiply(x, w, x_count, w_count, decodings, SPEC, CONSUMER, SIZE0, SIZE1)
+    for t in gl.static_range(len(decodings)):
+        row_tile = first_row_tile + t
+        for part in gl.static_range(PARTS):
+            first = SIZE0 if part == 1 else 0
+            stored = gl.where(row_tile < SPEC.row_tiles, num_rows - first, 0)
+            _store(
+                accumulators[t * PARTS + part], tensors, multipliers, expert, row_start + first, stored, row_tile, SIZE1 if part == 1 else SIZE0, SPEC
+            )
+    return x_count, w_count
 
 
 @gluon.jit
-def _multiply_and_store(
-    tensors, x, w, x_count, w_count, tile, exponents, multipliers, next_tile, SPEC: gl.constexpr, CONSUMER: gl.constexpr, SIZE0: gl.constexpr,
-    SIZE1: gl.constexpr,
-):  # fmt: skip
-    """The row tiles of a consumer: returns the advanced counters, and `_exponents` of the next tile, on their way while this one is stored."""
-    ROW_TILES: gl.constexpr = SPEC.row_tiles_per_consumer
-    PARTS: gl.constexpr = 2 if SIZE1 > 0 else 1
-    decodings = ()
-    for t in gl.static_range(ROW_TILES):
-        decodings = decodings + (scale_limits(exponents[t], SPEC.nvfp4) if SPEC.fp8 else exponent_bias(exponents[t]),)
-    accumulators, x_count, w_count = _multiply(x, w, x_count, w_count, decodings, SPEC, CONSUMER, SIZE0, SIZE1)
-    next_exponents = _exponents(tensors, next_tile, SPEC, CONSUMER)
-    for t in gl.static_range(ROW_TILES):
-        row_tile = (tile.group * SPEC.consumers + CONSUMER) * ROW_TILES + t
-        for part in gl.static_range(PARTS):
-            first = SIZE0 if part == 1 else 0
-            stored = gl.where(row_tile < SPEC.row_tiles, tile.num_rows - first, 0)
-            _store(
-                accumulators[t * PARTS + part], tensors, multipliers, tile.expert, tile.row_start + first, stored, row_tile,
-                SIZE1 if part == 1 else SIZE0, SPEC,
-            )  # fmt: skip
-    return x_count, w_count, next_exponents
+def _first_row(expert, row_tile, SPEC: gl.constexpr):
+    """Where the rows of a tile begin among those of all experts; beyond the last tile, that of the last: nothing of it is stored."""
+    return (expert * SPEC.row_tiles + stored_tile(gl.minimum(row_tile, SPEC.row_tiles - 1), SPEC.row_tiles, SPEC.gated)) * 64
 
 
 @gluon.jit
 def _consume(tensors, x, w, SPEC: gl.constexpr, CONSUMER: gl.constexpr):
     SIZES: gl.constexpr = SPEC.sizes
+    ROW_TILES: gl.constexpr = SPEC.row_tiles_per_consumer
     x_count = Counter(gl.to_tensor(0), SPEC.x_stages)
     w_count = Counter(gl.to_tensor(0), SPEC.w_stages)
-    # What a tile is, and its exponents, are read a tile ahead, so that no consumer waits for them.
-    next_tile = Tile(gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0))
+    next_expert, next_row_start, next_num_rows = 0, 0, 0
     if gl.program_id(0) < tensors.num_tiles:
-        next_tile = tensors.tile(gl.program_id(0), SPEC.groups)
-    exponents = _exponents(tensors, next_tile, SPEC, CONSUMER)
-    for number in range(gl.program_id(0), tensors.num_tiles, gl.num_programs(0)):
-        tile = next_tile
-        if number + gl.num_programs(0) < tensors.num_tiles:
-            next_tile = tensors.tile(number + gl.num_programs(0), SPEC.groups)
-        multipliers = gl.load(tensors.multiplier + tile.expert * 2), gl.load(tensors.multiplier + tile.expert * 2 + 1)
+        next_expert, next_row_start, next_num_rows = tensors.item(gl.program_id(0), SPEC.groups)
+    for tile in range(gl.program_id(0), tensors.num_tiles, gl.num_programs(0)):
+        expert, row_start, num_rows = next_expert, next_row_start, next_num_rows
+        if tile + gl.num_programs(0) < tensors.num_tiles:  # read a tile ahead, so that no consumer waits for it
+            next_expert, next_row_start, next_num_rows = tensors.item(tile + gl.num_programs(0), SPEC.groups)
+        first_row_tile = (tile % SPEC.groups * SPEC.consumers + CONSUMER) * ROW_TILES
+        multipliers = gl.load(tensors.multiplier + expert * 2), gl.load(tensors.multiplier + expert * 2 + 1)
+        decodings = ()
+        for t in gl.static_range(ROW_TILES):
+            if SPEC.fp8:
+                decodings = decodings + (scale_limits(tensors.exponents + _first_row(expert, first_row_tile + t, SPEC), SPEC.nvfp4),)
+            else:
+                decodings = decodings + (exponent_bias(0 if SPEC.nvfp4 else gl.load(tensors.shift + expert)),)
         for s in gl.static_range(len(SIZES)):
-            if (tile.num_rows > (0 if s == 0 else SIZES[s - 1][0] + SIZES[s - 1][1])) & (tile.num_rows <= SIZES[s][0] + SIZES[s][1]):
-                x_count, w_count, exponents = _multiply_and_store(
-                    tensors, x, w, x_count, w_count, tile, exponents, multipliers, next_tile, SPEC, CONSUMER, SIZES[s][0], SIZES[s][1]
-                )
+            if (num_rows > (0 if s == 0 else SIZES[s - 1][0] + SIZES[s - 1][1])) & (num_rows <= SIZES[s][0] + SIZES[s][1]):
+                x_count, w_count = _multiply_and_store(
+                    tensors, x, w, x_count, w_count, decodings, multipliers, expert, row_start, num_rows, first_row_tile, SPEC, CONSUMER,
+                    SIZES[s][0], SIZES[s][1],
+                )  # fmt: skip
 
 
 @gluon.constexpr_function

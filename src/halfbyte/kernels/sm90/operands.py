@@ -25,11 +25,11 @@ def load_tile(w, stage, ROW_TILE: gl.constexpr, COLUMN_TILE: gl.constexpr, SPEC:
 
 
 @gluon.jit
-def load_run(w, count, SPEC: gl.constexpr, CONSUMER: gl.constexpr):
-    """Wait for a run, and load all tiles of it that a consumer multiplies: (words, scales), row tile after row tile."""
+def load_run(w, count, is_there, SPEC: gl.constexpr, CONSUMER: gl.constexpr):
+    """Wait for a run if it is there, and load all tiles of it that a consumer multiplies: (words, scales), row tile after row tile."""
     ROW_TILES: gl.constexpr = SPEC.row_tiles_per_consumer
     stage = count.stage()
-    mbarrier.wait(w.full.index(stage), count.phase())
+    mbarrier.wait(w.full.index(stage), count.phase(), pred=is_there)
     tiles = ()
     for t in gl.static_range(ROW_TILES):
         for c in gl.static_range(RUN):
