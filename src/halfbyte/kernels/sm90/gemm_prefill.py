@@ -13,8 +13,7 @@ a tile has as many tokens as the expert has to give. `SIZES` lists the token cou
 wgmma's N is a power of two in Gluon): (128, 32) is 160 tokens whose weights are dequantised once.
 
 wgmma reads its register operand asynchronously: one product stays in flight while the next weights are dequantised into other registers, and none
-across the loop's back edge (a group in flight there makes ptxas serialise, or overwrites live operands). What can be carried over it are the words of
-the next run (`SPEC.words_ahead`), so that none but the first run of a tile waits for shared memory.
+across the loop's back edge (a group in flight there makes ptxas serialise, or overwrites live operands).
 """
 
 from triton.experimental import gluon
@@ -23,12 +22,12 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 
 from halfbyte.gluon_compat import aggregate, tma_load
 from halfbyte.kernels.sm90.epilogue import activate, split_halves
-from halfbyte.kernels.sm90.operands import RUN, accumulator_layout, decode_tile, decode_tiles, load_run, load_tile
 from halfbyte.kernels.sm90.rings import Counter, make_ring
-from halfbyte.weights.hopper.dequant_bf16 import exponent_bias, stored_tile
-from halfbyte.weights.hopper.dequant_fp8 import scale_limits
+from halfbyte.weights.hopper.dequant_bf16 import WORD_LAYOUT, dequantize, exponent_bias, load_scales, stored_tile
+from halfbyte.weights.hopper.dequant_fp8 import dequantize_fp8, scale_limits
 from halfbyte.weights.hopper.layout import ELEMENT_EXPONENT, NVFP4_SCALE_EXPONENT
 
+RUN = gl.constexpr(4)  # tiles of 64 columns that share a word of scales: the unit in which weights are copied
 NVFP4_MULTIPLIER = gl.constexpr(2.0 ** (NVFP4_SCALE_EXPONENT + ELEMENT_EXPONENT))  # takes the bf16 kernels' exponents out of the multiplier
 
 
@@ -136,18 +135,23 @@ def _produce_w(tensors, ring, SPEC: gl.constexpr):
             count = count.next()
 
 
+@gluon.constexpr_function
+def _accumulator_layout(tokens: int, elements: int) -> gl.NVMMADistributedLayout:
+    """`elements`: how many a register of the operands holds, 2 of bf16 or 4 of fp8."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tokens, 8 * elements])
+
+
 @gluon.jit
 def _step(w, accumulators, x, stage, FIRST: gl.constexpr, COLUMN: gl.constexpr, SIZE0: gl.constexpr, SIZE1: gl.constexpr):
-    """Add w [64, K] times columns COLUMN .. COLUMN + K - 1 of the stage's SIZE0 + SIZE1 rows of x to the accumulators from FIRST on."""
+    """Add w [64, 64] times columns COLUMN .. COLUMN + 63 of the stage's SIZE0 + SIZE1 rows of x to the accumulators from FIRST on."""
     PARTS: gl.constexpr = 2 if SIZE1 > 0 else 1
-    K: gl.constexpr = w.shape[1]
     low, high = x.first, x.second
-    x0 = _columns(low.index(stage), 0, SIZE0, COLUMN, K)
+    x0 = _columns(low.index(stage), 0, SIZE0, COLUMN)
     new = (warpgroup_mma(w, x0.permute((1, 0)), accumulators[FIRST], is_async=True),)
     if SIZE1 > 0:
-        x1 = _columns(low.index(stage), SIZE0, SIZE1, COLUMN, K) if low.shape[1] > SIZE0 else _columns(high.index(stage), 0, SIZE1, COLUMN, K)
+        x1 = _columns(low.index(stage), SIZE0, SIZE1, COLUMN) if low.shape[1] > SIZE0 else _columns(high.index(stage), 0, SIZE1, COLUMN)
         ELEMENTS: gl.constexpr = 32 // w.dtype.primitive_bitwidth
-        w1 = gl.convert_layout(w, gl.DotOperandLayout(0, accumulator_layout(SIZE1, ELEMENTS), ELEMENTS), assert_trivial=True)
+        w1 = gl.convert_layout(w, gl.DotOperandLayout(0, _accumulator_layout(SIZE1, ELEMENTS), ELEMENTS), assert_trivial=True)
         new = new + (warpgroup_mma(w1, x1.permute((1, 0)), accumulators[FIRST + 1], is_async=True),)
     return accumulators[:FIRST] + new + accumulators[FIRST + PARTS :]
 
@@ -162,12 +166,23 @@ def _wait(accumulators, LEAVE: gl.constexpr):
 
 
 @gluon.jit
-def _columns(x, FIRST: gl.constexpr, ROWS: gl.constexpr, COLUMN: gl.constexpr, COLUMNS: gl.constexpr):
-    if x.shape[1] != COLUMNS:
-        x = x.slice(COLUMN, COLUMNS, dim=1)
+def _columns(x, FIRST: gl.constexpr, ROWS: gl.constexpr, COLUMN: gl.constexpr):
+    if x.shape[1] != 64:
+        x = x.slice(COLUMN, 64, dim=1)
     if x.shape[0] != ROWS:
         x = x.slice(FIRST, ROWS, dim=0)
     return x
+
+
+@gluon.jit
+def _decode(words, scales, decoding, OPERAND: gl.constexpr, ODD: gl.constexpr, SPEC: gl.constexpr):
+    """One tile of weights as a register operand; `decoding` is what the tile's rows or expert need for it."""
+    WORDS_FOR: gl.constexpr = SPEC.words_for
+    if SPEC.fp8:
+        operand = dequantize_fp8(words, scales, decoding[0], decoding[1], OPERAND, ODD, SPEC.nvfp4, WORDS_FOR)
+    else:
+        operand = dequantize(words, scales, decoding, OPERAND, ODD, SPEC.nvfp4, WORDS_FOR)
+    return operand
 
 
 @gluon.jit
@@ -178,72 +193,54 @@ def _multiply(x, w, x_count, w_count, decodings, SPEC: gl.constexpr, CONSUMER: g
     ROW_TILES: gl.constexpr = SPEC.row_tiles_per_consumer
     accumulators = ()
     for _ in gl.static_range(ROW_TILES):
-        accumulators = accumulators + (gl.zeros((64, SIZE0), gl.float32, layout=accumulator_layout(SIZE0, ELEMENTS)),)
+        accumulators = accumulators + (gl.zeros((64, SIZE0), gl.float32, layout=_accumulator_layout(SIZE0, ELEMENTS)),)
         if SIZE1 > 0:
-            accumulators = accumulators + (gl.zeros((64, SIZE1), gl.float32, layout=accumulator_layout(SIZE1, ELEMENTS)),)
-    RUNS: gl.constexpr = SPEC.column_tiles // RUN
+            accumulators = accumulators + (gl.zeros((64, SIZE1), gl.float32, layout=_accumulator_layout(SIZE1, ELEMENTS)),)
+    for _ in range(SPEC.column_tiles // RUN):
+        accumulators, x_count, w_count = _multiply_run(accumulators, x, w, x_count, w_count, decodings, SPEC, CONSUMER, RUN, SIZE0, SIZE1)
     LAST: gl.constexpr = SPEC.column_tiles % RUN
-    FOLLOWED: gl.constexpr = RUNS if LAST != 0 else RUNS - 1
-    tiles = ()
-    if SPEC.words_ahead:
-        tiles = load_run(w, w_count, True, SPEC, CONSUMER)
-        mbarrier.arrive(w.empty.index(w_count.stage()), count=1)
-    for run in range(RUNS):
-        accumulators, tiles, x_count, w_count = _multiply_run(
-            accumulators, tiles, x, w, x_count, w_count, decodings, run < FOLLOWED, SPEC, CONSUMER, RUN, SIZE0, SIZE1
-        )
     if LAST != 0:
-        accumulators, tiles, x_count, w_count = _multiply_run(
-            accumulators, tiles, x, w, x_count, w_count, decodings, False, SPEC, CONSUMER, LAST, SIZE0, SIZE1
-        )
+        accumulators, x_count, w_count = _multiply_run(accumulators, x, w, x_count, w_count, decodings, SPEC, CONSUMER, LAST, SIZE0, SIZE1)
     return accumulators, x_count, w_count
 
 
 @gluon.jit
 def _multiply_run(
-    accumulators, tiles, x, w, x_count, w_count, decodings, is_followed, SPEC: gl.constexpr, CONSUMER: gl.constexpr, COUNT: gl.constexpr,
-    SIZE0: gl.constexpr, SIZE1: gl.constexpr,
+    accumulators, x, w, x_count, w_count, decodings, SPEC: gl.constexpr, CONSUMER: gl.constexpr, COUNT: gl.constexpr, SIZE0: gl.constexpr,
+    SIZE1: gl.constexpr,
 ):  # fmt: skip
-    """The first COUNT tiles of a run. WORDS_AHEAD: `tiles` are theirs, and what returns is that of the next run, loaded behind the last product."""
+    """The first COUNT tiles of a run."""
     ROW_TILES: gl.constexpr = SPEC.row_tiles_per_consumer
     STEP_K: gl.constexpr = SPEC.step_k
     PARTS: gl.constexpr = 2 if SIZE1 > 0 else 1
-    TILES: gl.constexpr = SPEC.product_tiles if COUNT == RUN else 1
     ELEMENTS: gl.constexpr = 4 if SPEC.fp8 else 2
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(SIZE0, ELEMENTS), ELEMENTS)
-    WORDS_AHEAD: gl.constexpr = SPEC.words_ahead
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, _accumulator_layout(SIZE0, ELEMENTS), ELEMENTS)
     w_stage = w_count.stage()
-    if not WORDS_AHEAD:
-        mbarrier.wait(w.full.index(w_stage), w_count.phase())
-    for c in gl.static_range(0, COUNT, TILES):
+    mbarrier.wait(w.full.index(w_stage), w_count.phase())
+    for c in gl.static_range(COUNT):
         x_stage = x_count.stage()
         x_phase = x_count.phase()
         for t in gl.static_range(ROW_TILES):
-            if WORDS_AHEAD:
-                operand = decode_tiles(tiles, decodings[t], OPERAND, t * RUN + c, TILES, SPEC)
-            else:
-                tile = load_tile(w, w_stage, CONSUMER * ROW_TILES + t, c, SPEC)
-                if c + 1 == COUNT and t == ROW_TILES - 1:
-                    mbarrier.arrive(w.empty.index(w_stage), count=1)
-                operand = decode_tile(tile, decodings[t], OPERAND, c % 2 == 1, SPEC)
+            place = (CONSUMER * ROW_TILES + t) * SPEC.w_stages + w_stage
+            tile_words = w.first.index(place).slice(c * 16, 16, dim=0).load(WORD_LAYOUT)
+            tile_scales = load_scales(w.second.index(place), SPEC.nvfp4)[c // 2]
+            if c * ROW_TILES + t == COUNT * ROW_TILES - 1:
+                mbarrier.arrive(w.empty.index(w_stage), count=1)
+            operand = _decode(tile_words, tile_scales, decodings[t], OPERAND, c % 2 == 1, SPEC)
             if c * 64 % STEP_K == 0 and t == 0:
                 mbarrier.wait(x.full.index(x_stage), x_phase)
             accumulators = _step(operand, accumulators, x, x_stage, t * PARTS, c * 64 % STEP_K, SIZE0, SIZE1)
             # One step stays in flight while the next is dequantised, but none across the loop's back edge.
-            if c + TILES == COUNT and t == ROW_TILES - 1:
-                if WORDS_AHEAD:
-                    tiles = load_run(w, w_count.next(), is_followed, SPEC, CONSUMER)
+            if c * ROW_TILES + t == COUNT * ROW_TILES - 1:
                 accumulators = _wait(accumulators, 0)
-                if WORDS_AHEAD:
-                    mbarrier.arrive(w.empty.index(w_count.next().stage()), count=1, pred=is_followed)
-            elif c + t > 0:
+            elif c * ROW_TILES + t > 0:
                 accumulators = _wait(accumulators, PARTS)
             if c > 0 and t == 0 and c * 64 % STEP_K == 0:
                 mbarrier.arrive(x.empty.index(x_count.last_stage()), count=1)
-        if (c + TILES) * 64 % STEP_K == 0 or c + TILES == COUNT:
+        if (c + 1) * 64 % STEP_K == 0 or c == COUNT - 1:
             x_count = x_count.next()
     mbarrier.arrive(x.empty.index(x_count.last_stage()), count=1)
-    return accumulators, tiles, x_count, w_count.next()
+    return accumulators, x_count, w_count.next()
 
 
 @gluon.jit
