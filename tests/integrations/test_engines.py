@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +16,7 @@ from torch import nn
 
 import halfbyte as hb
 from halfbyte.errors import InputError, UnsupportedError
+from halfbyte.integrations import head_start
 from halfbyte.integrations.engines import EngineModel, Options, refusal_of_device
 from halfbyte.loading.prepared import outline
 
@@ -216,6 +219,25 @@ def test_the_kernels_of_a_head_start_are_those_of_the_layer(
         model.get_ready(lambda: w, top_k=2, max_tokens=64)
         model.take_over(nn.Module(), "layer 0", w, (), top_k=2, max_tokens=64)
     assert keys == of_one_expert and len(keys) >= 4
+
+
+def test_every_thread_of_a_head_start_has_the_device_of_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    w, current, packed = experts(1), [], []
+
+    def enter(device: torch.device) -> contextlib.AbstractContextManager[None]:
+        current.append((threading.get_ident(), device))
+        return contextlib.nullcontext()
+
+    def pack(*_: Any, each: Any, **__: Any) -> None:
+        packed.extend(each(lambda side: (side, threading.get_ident()), ("w13", "w2")))
+
+    monkeypatch.setattr(head_start, "current", enter)
+    monkeypatch.setattr(head_start, "pack", pack)
+    monkeypatch.setattr(head_start, "outline", lambda *_, **__: SimpleNamespace(storage=SimpleNamespace()))
+    monkeypatch.setattr(head_start, "HopperExperts", SimpleNamespace)
+    head_start._arrange(w, "bf16", in_place=False)
+    assert [side for side, _ in packed] == ["w13", "w2"]
+    assert {(thread, w.device) for _, thread in packed} <= set(current) and threading.get_ident() not in dict(current)
 
 
 def test_one_line_per_model() -> None:

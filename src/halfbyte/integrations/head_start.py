@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 
@@ -68,4 +70,12 @@ def _arrange(experts: ExpertWeights, activations: ActivationFormat, *, in_place:
     storage = outline(experts, activations=activations, in_place=in_place).storage
     if isinstance(storage, HopperExperts):
         with warnings.catch_warnings(), ThreadPoolExecutor(2) as pool:
-            pack(experts, storage, scale_check=lambda _: None, each=pool.map)
+
+            def each(step: Callable[..., Any], *sides: Iterable[Any]) -> Iterator[Any]:
+                def on_device(*side: Any) -> Any:
+                    with current(experts.device):  # every thread has its own
+                        return step(*side)
+
+                return pool.map(on_device, *sides)
+
+            pack(experts, storage, scale_check=lambda _: None, each=each)
