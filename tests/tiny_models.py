@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import halfbyte as hb
 
@@ -140,3 +140,13 @@ def _quantization_config(output: str) -> dict[str, object]:
     weights = {"num_bits": 4, "type": "float", "group_size": 32 if output.startswith("mxfp4") else 16}
     groups = {"group_0": {"targets": ["Linear"], "weights": weights, "format": output}}
     return {"quant_method": "compressed-tensors", "format": output, "config_groups": groups, "ignore": ["lm_head"]}
+
+
+def dense_of_64_tokens(initializer_range: float) -> Qwen3MoeForCausalLM:
+    """A model for measurements alone: no quantisation, no files. With wider weights it is surer of the next token."""
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=64, hidden_size=32, moe_intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=16, num_experts=4, num_experts_per_tok=2, norm_topk_prob=True, initializer_range=initializer_range,
+    )  # fmt: skip
+    return Qwen3MoeForCausalLM(config).eval()

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from tiny_models import dense_of_64_tokens
 
 from halfbyte.errors import CheckpointError
 from halfbyte.eval.data import Question
@@ -30,12 +30,7 @@ class Letters:
 @pytest.fixture(scope="module")
 def model():
     """Ends with one of its 64 tokens in ten."""
-    torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        vocab_size=64, hidden_size=32, moe_intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        head_dim=16, num_experts=4, num_experts_per_tok=2, norm_topk_prob=True, initializer_range=1.0,
-    )  # fmt: skip
-    model = Qwen3MoeForCausalLM(config).eval()
+    model = dense_of_64_tokens(initializer_range=1.0)
     model.generation_config.eos_token_id = [1, *range(10, 64, 9)]
     return model
 

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from tiny_models import dense_of_64_tokens
+from transformers import AutoTokenizer
 
 from halfbyte.checkpoint.source import demo_model_dir
 from halfbyte.errors import InputError, UnsupportedError
@@ -36,12 +37,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def tiny_model():
-    torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        vocab_size=64, hidden_size=32, moe_intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        head_dim=16, num_experts=4, num_experts_per_tok=2, norm_topk_prob=True, initializer_range=0.3,
-    )  # fmt: skip
-    return Qwen3MoeForCausalLM(config).eval()
+    return dense_of_64_tokens(initializer_range=0.3)
 
 
 def kl(model, reference, passages):

@@ -112,12 +112,15 @@ def read_text(file: Path) -> str:
     """A text in UTF-8, at most `MAX_LETTERS` long, in a regular file; one that ends in .xz is decompressed.
 
     Raises:
-        OSError, ValueError, EOFError, lzma.LZMAError: there is none, or another kind of file, which may have no end.
+        OSError, ValueError: there is none, or another kind of file, which may have no end; no UTF-8, or badly compressed.
     """
     if file.exists() and not file.is_file():
         raise ValueError("not a regular file")
     with lzma.open(file, "rt", encoding="utf-8") if file.suffix == ".xz" else file.open(encoding="utf-8") as stream:
-        text = stream.read(MAX_LETTERS + 1)
+        try:
+            text = stream.read(MAX_LETTERS + 1)
+        except (EOFError, lzma.LZMAError) as error:
+            raise ValueError(str(error)) from error
     if len(text) > MAX_LETTERS:
         raise ValueError(f"longer than {MAX_LETTERS} letters")
     return text

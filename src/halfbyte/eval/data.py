@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import lzma
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -97,7 +96,7 @@ def kinds_of(questions: Sequence[Question]) -> list[str]:
 def _read(file: Path) -> str:
     try:
         return read_text(file)
-    except (OSError, ValueError, lzma.LZMAError, EOFError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"cannot read the file: {error}", where=str(file), needed="UTF-8 text, or the same compressed as .xz") from error
 
 

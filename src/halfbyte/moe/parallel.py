@@ -176,9 +176,9 @@ class ExpertParallel:
         rows = len(tokens.topk_ids)
         if num_tokens is not None:
             check_tensors(WHERE, num_tokens=num_tokens)
-        if num_tokens is not None and (num_tokens.dtype != torch.int32 or num_tokens.shape != (1,) or num_tokens.device != self.device):
-            given = f"{num_tokens.dtype} {tuple(num_tokens.shape)} on {num_tokens.device}"
-            raise InputError("num_tokens does not fit", where=WHERE, given=given, needed=f"int32 (1,) on {self.device}")
+            if num_tokens.dtype != torch.int32 or num_tokens.shape != (1,) or num_tokens.device != self.device:
+                given = f"{num_tokens.dtype} {tuple(num_tokens.shape)} on {num_tokens.device}"
+                raise InputError("num_tokens does not fit", where=WHERE, given=given, needed=f"int32 (1,) on {self.device}")
         sizes = self._exchanged(rows) if sizes is None else as_sizes(sizes, WHERE)
         check_sizes(sizes, self.num_ranks, WHERE)
         if self.device.type != "cpu" and sizes[self.rank] != rows:  # on CPUs the ranks find out together
