@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -138,7 +138,7 @@ def get_ready(model: EngineModel, layer: Layer) -> None:
 def test_a_head_start_is_taken_once_and_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
 
-    def arrange(w: hb.ExpertWeights, *_: Any, **__: Any) -> None:
+    def prepare(w: hb.ExpertWeights, **_: Any) -> None:
         time.sleep(0.1)
         done.append(f"{w.num_experts} arranged")
 
@@ -146,7 +146,7 @@ def test_a_head_start_is_taken_once_and_waited_for(monkeypatch: pytest.MonkeyPat
         time.sleep(0.1)
         done.append(f"kernels for {experts.num_experts}")
 
-    monkeypatch.setattr("halfbyte.integrations.head_start._arrange", arrange)
+    monkeypatch.setattr("halfbyte.integrations.head_start.prepare", prepare)
     monkeypatch.setattr("halfbyte.integrations.head_start.warm_up", warm_up)
     monkeypatch.setattr("halfbyte.integrations.engines.prepare", lambda w, **options: done.append("all arranged") or hb.prepare(w, **options))
     monkeypatch.setattr("halfbyte.integrations.engines.warm_up", lambda *_, **__: done.append("all kernels"))
@@ -157,7 +157,7 @@ def test_a_head_start_is_taken_once_and_waited_for(monkeypatch: pytest.MonkeyPat
     assert sorted(done[:3]) == ["1 arranged", "all arranged", "kernels for 4"] and done[0] == "1 arranged" and done[3:] == ["all kernels"]
 
 
-@pytest.mark.parametrize("fails", ["_arrange", "outline", "warm_up"])
+@pytest.mark.parametrize("fails", ["prepare", "outline", "warm_up"])
 def test_a_head_start_that_fails_changes_nothing(fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no memory")
@@ -191,10 +191,13 @@ def test_the_kernels_of_a_head_start_are_those_of_the_layer(
     keys: set[str] = set()
     of_one_expert: set[str] = set()
 
+    def prepare_one(w: hb.ExpertWeights, **options: Any) -> hb.PreparedExperts:
+        return hb.prepare(w, **options | {"in_place": True})
+
     def prepare(w: hb.ExpertWeights, **options: Any) -> hb.PreparedExperts:
         of_one_expert.update(keys)
         keys.clear()
-        return hb.prepare(w, **options | {"in_place": True})
+        return prepare_one(w, **options)
 
     layout = "hopper_fp8" if activations == "fp8" else "hopper"
     monkeypatch.setattr("halfbyte.loading.prepared.wanted_layout", lambda problem, in_place: (layout, "a test wants it"))
@@ -203,6 +206,7 @@ def test_the_kernels_of_a_head_start_are_those_of_the_layer(
     monkeypatch.setattr(
         "halfbyte.integrations.head_start.outline", lambda w, activations, in_place: outline(w, activations=activations, in_place=True)
     )
+    monkeypatch.setattr("halfbyte.integrations.head_start.prepare", prepare_one)
     monkeypatch.setattr("halfbyte.integrations.engines.prepare", prepare)
     for name in ("head_start.warm_up", "engines.warm_up"):
         monkeypatch.setattr(f"halfbyte.integrations.{name}", lambda *_, **__: None)
@@ -221,23 +225,23 @@ def test_the_kernels_of_a_head_start_are_those_of_the_layer(
     assert keys == of_one_expert and len(keys) >= 4
 
 
-def test_every_thread_of_a_head_start_has_the_device_of_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    w, current, packed = experts(1), [], []
+def test_a_head_start_works_on_the_device_of_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every thread has a current device of its own."""
+    current: list[torch.device] = []
+    within: list[tuple[str, list[torch.device]]] = []
 
-    def enter(device: torch.device) -> contextlib.AbstractContextManager[None]:
-        current.append((threading.get_ident(), device))
-        return contextlib.nullcontext()
-
-    def pack(*_: Any, each: Any, **__: Any) -> None:
-        packed.extend(each(lambda side: (side, threading.get_ident()), ("w13", "w2")))
+    @contextlib.contextmanager
+    def enter(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
 
     monkeypatch.setattr(head_start, "current", enter)
-    monkeypatch.setattr(head_start, "pack", pack)
-    monkeypatch.setattr(head_start, "outline", lambda *_, **__: SimpleNamespace(storage=SimpleNamespace()))
-    monkeypatch.setattr(head_start, "HopperExperts", SimpleNamespace)
-    head_start._arrange(w, "bf16", in_place=False)
-    assert [side for side, _ in packed] == ["w13", "w2"]
-    assert {(thread, w.device) for _, thread in packed} <= set(current) and threading.get_ident() not in dict(current)
+    for step in ("prepare", "warm_up"):
+        monkeypatch.setattr(head_start, step, lambda *_, step=step, **__: within.append((step, list(current))))
+    w = experts(1)
+    head_start.HeadStart(w, w.device, "bf16", 2, 64, batch_invariant=False).wait()
+    assert within == [("prepare", [w.device]), ("warm_up", [w.device])]
 
 
 def test_one_line_per_model() -> None:

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import torch
 
 from halfbyte.device import current
 from halfbyte.experts import ExpertWeights
 from halfbyte.formats.activation_formats import ActivationFormat
+from halfbyte.loading import prepare
 from halfbyte.loading.prepared import outline
 from halfbyte.moe import warm_up
-from halfbyte.weights.hopper.layout import HopperExperts
-from halfbyte.weights.hopper.pack import pack
 
 
 class HeadStart:
@@ -40,7 +35,7 @@ class HeadStart:
         def arrange() -> None:
             one = experts[:1]
             zeros = {name: torch.zeros_like(tensor, device=device) for name, tensor in one.tensors.items()}
-            _arrange(one.with_tensors(zeros), activations, in_place=in_place)
+            prepare(one.with_tensors(zeros), activations=activations, in_place=in_place)
 
         def call() -> None:
             if experts.device == device:
@@ -63,19 +58,3 @@ class HeadStart:
     def wait(self) -> None:
         """Return when all that can be compiled is."""
         self._thread.join()
-
-
-def _arrange(experts: ExpertWeights, activations: ActivationFormat, *, in_place: bool) -> None:
-    """As `prepare`, but both matrices at the same time, because what takes long is to compile. As in `warm_up`, warning filters are kept."""
-    storage = outline(experts, activations=activations, in_place=in_place).storage
-    if isinstance(storage, HopperExperts):
-        with warnings.catch_warnings(), ThreadPoolExecutor(2) as pool:
-
-            def each(step: Callable[..., Any], *sides: Iterable[Any]) -> Iterator[Any]:
-                def on_device(*side: Any) -> Any:
-                    with current(experts.device):  # every thread has its own
-                        return step(*side)
-
-                return pool.map(on_device, *sides)
-
-            pack(experts, storage, scale_check=lambda _: None, each=each)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -34,8 +34,6 @@ from halfbyte.weights.hopper.layout import (
 
 BUFFER_BYTES = 32 << 20  # on a GPU, for weights from elsewhere; fits the L2 of an sm_90 GPU: what goes through it is read from there
 
-Each = Callable[..., Iterable[Any]]
-
 
 class _Side(NamedTuple):
     """One matrix on its way, the bias that goes with it, and where both go."""
@@ -46,7 +44,7 @@ class _Side(NamedTuple):
     out: HopperMatrix
 
 
-def pack(w: ExpertWeights, out: HopperExperts, first: int = 0, scale_check: ScaleCheck | None = None, *, each: Each = map) -> None:
+def pack(w: ExpertWeights, out: HopperExperts, first: int = 0, scale_check: ScaleCheck | None = None) -> None:
     """Arrange the experts of `w` in tiles and write them to the experts `first` and following of `out`.
 
     `w` may lie on another device than `out`, and `out` may lie in the storage of `w`, expert upon expert (`layout.REUSED`). On a GPU a kernel reads
@@ -58,8 +56,6 @@ def pack(w: ExpertWeights, out: HopperExperts, first: int = 0, scale_check: Scal
 
     `scale_check`, where given, gets the flag that says whether a scale is unusable; then the host does not wait for it.
 
-    `each`: how the two matrices are gone through: `map`, one after the other, or that of a pool of threads, which compile what is not compiled yet.
-
     Raises:
         InputError: a scale is negative or not finite; nothing was written.
     """
@@ -68,21 +64,19 @@ def pack(w: ExpertWeights, out: HopperExperts, first: int = 0, scale_check: Scal
         here = slice(first, first + w.num_experts)
         sides = _Side(w13, w.w13_bias, w13_order(w.activation), out.w13), _Side(w2, w.w2_bias, "straight", out.w2)
         refused = has_unusable_scalars(w).to(torch.uint8)
-        largest = list(each(lambda side: _executor(w.device).largest_of_rows(*_raw_scales(side.matrix), refused), sides))
+        largest = [_executor(w.device).largest_of_rows(*_raw_scales(side.matrix), refused) for side in sides]
         is_refused = _read_later(refused) if scale_check is None else None
         if scale_check is not None:
             scale_check(refused)
         pack_matrix = _pack_matrix_on_gpu if _has_kernels(out.device) else pack_torch.pack_matrix
         refused = refused.to(out.device)  # who packs looks at it and need not wait for the host
-
-        def write_tiles(side: _Side) -> None:
+        for side in sides:
             codes, scales = side.matrix.codes, side.matrix.scales.view(torch.uint8)
             pack_matrix(codes, scales, side.out.words[here], side.out.scales[here], side.order, out.words_for, refused)
-
-        list(each(write_tiles, sides))
         if is_refused is not None and is_refused():
             check_scales(w)
-        list(each(lambda side, largest: _pack_vectors(side, largest, here), sides, largest))
+        for side, of_rows in zip(sides, largest, strict=True):
+            _pack_vectors(side, of_rows, here)
     for kept, scale in ((out.w13_input_scale, w.w13_input_scale), (out.w2_input_scale, w.w2_input_scale)):
         if kept is not None and scale is not None:
             kept.copy_(scale)
