@@ -61,7 +61,7 @@ class Options:
         requests: those to the server; None starts no server.
         goodput: limits of a good request.
         engine_options: of the engine's command line.
-        repeats, seed: how often each workload is timed; of weights and prompts.
+        repeats, seed: how often each workload is timed at least; of weights and prompts.
         limit_s: seconds after which a system's process is ended.
         logs: a directory that keeps what the engines print.
     """

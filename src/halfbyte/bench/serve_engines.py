@@ -35,7 +35,7 @@ class Plan:
         seed: of weights and prompts.
         options: arguments of the engine beside those that every system gets.
         workloads: fields of `Workload`.
-        repeats: how often each is timed.
+        repeats: how often each is timed at least.
         scratch: a directory for files of this run.
         launched: when the process was started, by `time.time`.
     """

@@ -19,6 +19,7 @@ from halfbyte.bench.serve_rows import Workload
 from halfbyte.errors import HalfbyteError
 
 _WARM_TOKENS = 8
+_ENOUGH_S, _MOST_SAMPLES = 0.5, 10  # the host's time decides what is shorter: one sample of 50 ms may be half as long again as the next
 _REPEATED = Workload("prefill", 4, 64, 32)  # given twice, to see whether the tokens are the same
 
 
@@ -39,10 +40,10 @@ def measure(plan: Plan, start: Callable[[Plan], OfflineEngine], vocabulary: int)
     for index, workload in enumerate(Workload(**fields) for fields in plan.workloads):
         prompts = prompts_of(workload, vocabulary, plan.seed)
         _timed(engine, prompts, min(workload.tokens_out, _WARM_TOKENS))
-        whole = [_timed(engine, prompts, workload.tokens_out) for _ in range(plan.repeats)]
-        prefill = min(_timed(engine, prompts, 1) for _ in range(plan.repeats)) if workload.kind == "decode" else 0.0
+        whole = _samples(engine, prompts, workload.tokens_out, plan.repeats)
+        prefill = min(_samples(engine, prompts, 1, plan.repeats)) if workload.kind == "decode" else 0.0
         best = min(whole)
-        yield {"index": index, "seconds": best - prefill, "spread": max(whole) / best - 1, "samples": plan.repeats}
+        yield {"index": index, "seconds": best - prefill, "spread": max(whole) / best - 1, "samples": len(whole)}
 
 
 def prompts_of(workload: Workload, vocabulary: int, seed: int) -> list[list[int]]:
@@ -50,6 +51,14 @@ def prompts_of(workload: Workload, vocabulary: int, seed: int) -> list[list[int]
     draw = random.Random(f"{seed} {workload}")
     low = min(1000, vocabulary // 2)
     return [[draw.randrange(low, vocabulary) for _ in range(workload.tokens_in)] for _ in range(workload.num_prompts)]
+
+
+def _samples(engine: OfflineEngine, prompts: list[list[int]], tokens_out: int, repeats: int) -> list[float]:
+    """Seconds of `repeats` runs, and of more until they are `_ENOUGH_S` altogether, or `_MOST_SAMPLES`."""
+    seconds: list[float] = []
+    while len(seconds) < repeats or (len(seconds) < _MOST_SAMPLES and sum(seconds) < _ENOUGH_S):
+        seconds.append(_timed(engine, prompts, tokens_out))
+    return seconds
 
 
 def _timed(engine: OfflineEngine, prompts: list[list[int]], tokens_out: int) -> float:
