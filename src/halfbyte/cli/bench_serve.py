@@ -43,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--decode", type=comma_list(_decode), metavar="NxINxOUT,...", default=_DECODE, help="prompts x tokens in x tokens out; none")
     parser.add_argument("--server", type=_requests, metavar="NxINxOUT@C", help="also time N requests to the engine's server, C of them together")
     parser.add_argument("--goodput", type=_goodput, metavar="ttft:MS,tpot:MS", help="--server: what a good request takes at most")
-    parser.add_argument("--repeats", type=positive_int, default=2, metavar="N", help="how often each is timed, short ones up to 10 times; the best counts")
+    parser.add_argument(
+        "--repeats", type=positive_int, default=2, metavar="N", help="how often each is timed, short ones up to 10 times; the best counts"
+    )
     parser.add_argument("--limit-s", type=seconds, metavar="S", help="end a system after this many seconds; what it has measured stays")
     parser.add_argument("--logs", type=Path, metavar="DIR", help="keep what the engines print in this directory")
     shared.add_output(parser, seed="of weights and prompts", chooses_device=False)
