@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -109,8 +111,8 @@ def test_slices_of_the_direct_kernel() -> None:
 # Register budgets of 240, 160 and 112 for two to four consumers leave a few values in local memory, which the loop over K does not touch. A wider
 # budget costs a consumer warpgroup, which costs more. The most: LARGE, two row tiles of up to 160 tokens, where the words are coded for fp8, with the
 # ptxas 13.4 of Triton 3.9; with 12.8, of Triton 3.6, 64 bytes.
-MAX_SPILL_BYTES = 40
-MAX_SPILL_BYTES_LARGE_FP8_WORDS = 200
+MAX_SPILL_BYTES = 48
+MAX_SPILL_BYTES_LARGE_FP8_WORDS = 208
 
 # Configuration, NVFP4, w13, scaled, words, and whether all sizes of a tile are compiled: where registers are scarcest. A kernel has the loop over K
 # once for each size. Elsewhere the largest, which has the most accumulators, stands for all of them, in a third of the time.
@@ -127,6 +129,19 @@ PREFILL_KERNELS = [
     ("FP8_LARGE", True, True, True, "bf16", False),
     ("FP8_HUGE", True, True, True, "fp8", True),
 ]
+
+
+def stages_wait_for_their_loads(ptx: str) -> bool:
+    """No thread arrives at a barrier while loads from shared memory are on their way: between the last of them and the arrival are products.
+
+    TMA fills the stage that is given back through another proxy, which neither barrier orders behind a load: kernels that arrived right behind their
+    loads were wrong once in some hundred calls where several processes shared an H200.
+
+    >>> stages_wait_for_their_loads("ld.shared wgmma.mma_async mbarrier.arrive"), stages_wait_for_their_loads("ld.shared bar.sync mbarrier.arrive")
+    (True, False)
+    """
+    events = re.findall(r"ld\.shared|wgmma\.mma_async|wgmma\.wait_group|mbarrier\.arrive(?!\.expect)", ptx)
+    return ("ld.shared", "mbarrier.arrive") not in itertools.pairwise(events)
 
 
 def check_prefill_kernel(
@@ -146,6 +161,7 @@ def check_prefill_kernel(
     assert kernel.shared_bytes <= 227 * 1024
     # Where ptxas lacks registers for what is in flight, it lets every wgmma wait for itself.
     assert 2 * kernel.sass.count("WARPGROUP.ARRIVE") <= kernel.sass.count("GMMA.64x")
+    assert stages_wait_for_their_loads(kernel.ptx)
 
 
 @pytest.mark.parametrize(("name", "nvfp4", "is_w13", "scaled", "words_for", "whole"), PREFILL_KERNELS)
@@ -206,15 +222,17 @@ def test_the_choice_follows_the_rows_an_expert_has() -> None:
     ]  # fmt: skip
     assert chosen[0] == chosen[1] == configs.DIRECT and chosen[2] == configs.DECODE
     assert choose(8, 9, 128) == configs.DECODE  # 72 slots
-    fp8 = [choose(num_tokens, 8, 128, "fp8") for num_tokens in (1, 384, 512, 1536, 2048, 4096)]
+    fp8 = [choose(num_tokens, 8, 128, "fp8") for num_tokens in (1, 384, 512, 1024, 1536, 2048, 4096)]
     assert fp8[:2] == [choose(num_tokens, 8, 128) for num_tokens in (1, 384)]
-    assert fp8[2:] == [configs.FP8_SMALL, configs.FP8_MEDIUM, configs.FP8_LARGE, configs.FP8_HUGE]
-    assert [choose(num_tokens, 8, 128, "fp8", hb.MXFP4) for num_tokens in (192, 193, 257, 385)] == [
+    assert fp8[2:] == [configs.FP8_WIDE, configs.FP8_SMALL, configs.FP8_MEDIUM, configs.FP8_LARGE, configs.FP8_HUGE]
+    assert [choose(num_tokens, 8, 128, "fp8", hb.MXFP4) for num_tokens in (192, 193, 257, 609)] == [
         configs.TINY, configs.FP8_TINY, configs.FP8_WIDE, configs.FP8_SMALL,
     ]  # fmt: skip
-    assert [choose(num_tokens, 8, 128, "fp8", layout="hopper_fp8") for num_tokens in (8, 10, 11, 385)] == [
+    assert [choose(num_tokens, 8, 128, "fp8", layout="hopper_fp8") for num_tokens in (8, 10, 11, 609)] == [
         configs.DIRECT, configs.DECODE, configs.FP8_TINY, configs.FP8_SMALL,
     ]  # fmt: skip
+    few = [choose(num_tokens, 2, 8, "fp8", layout="hopper_fp8") for num_tokens in (64, 65)]
+    assert few == [configs.FP8_TINY, configs.FP8_SMALL]  # with 8 experts a hot one would have many tiles of FP8_WIDE
     large = [choose(num_tokens, 8, 256, "fp8", hb.MXFP4, "hopper_fp8", sizes=(7168, 2048)) for num_tokens in (1, 2)]  # 352 and 705 million weights
     assert large == [configs.DIRECT, configs.FP8_TINY]
     assert [choose(num_tokens, 1, 1, "fp8", layout="hopper_fp8") for num_tokens in (4, 5)] == [configs.DIRECT, configs.FP8_TINY]

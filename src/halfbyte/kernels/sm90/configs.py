@@ -16,7 +16,9 @@ sources = tuple(
         "kernels.sm90.decode_spec",
         "kernels.sm90.gemm_prefill",
         "kernels.sm90.prefill_spec",
+        "kernels.sm90.operands",
         "kernels.sm90.rings",
+        "kernels.sm90.tiles",
         "kernels.sm90.epilogue",
         "weights.hopper.dequant_bf16",
         "weights.hopper.dequant_fp8",
@@ -26,6 +28,10 @@ sources = tuple(
 DECODE_ROWS = 8  # of x per program of the decode kernel
 MAX_DIRECT_TOKENS = 8
 MAX_DIRECT_SLOTS = 64
+
+# A tile begins with words that nothing was in flight for, and ends without registers for those of the next: with fewer columns than 1,536 that costs
+# Qwen3-30B (TINY, w2 of 768) 1 % of a layer. With more, layers take 1 to 5 % less, equal bits (H200, 2026-11-30). Tiles of 64 columns.
+MIN_TILES_AHEAD = 24
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,8 @@ class PrefillConfig:
         consumer_registers: registers per thread of the consumers after the first; launch_registers: of the launch, which bounds the first.
         row_tiles_per_consumer: tiles of 64 weight rows.
         fp8: x is e4m3, for fp8 tensor cores.
+        words_ahead: weights are loaded from shared memory a run of 256 columns ahead, where the matrix has `MIN_TILES_AHEAD`.
+        product_tiles: tiles of 64 columns that are then multiplied at once: 1, or as many as a stage of x has.
     """
 
     sizes: tuple[tuple[int, int], ...]
@@ -67,6 +75,8 @@ class PrefillConfig:
     launch_registers: int
     row_tiles_per_consumer: int = 1
     fp8: bool = False
+    words_ahead: bool = True
+    product_tiles: int = 1
 
     def __str__(self) -> str:
         return _NAMES.get(self) or repr(self)
@@ -81,8 +91,13 @@ Config: TypeAlias = DecodeConfig | PrefillConfig
 DIRECT, DECODE = DecodeConfig(direct=True), DecodeConfig(direct=False)
 
 # Measured on an H200, 2026-11-26 (docs/kernels.md): many consumers hide the latency of decoding for few tokens, two row tiles per consumer halve the
-# reads of x, and large tiles amortise decoding. SMALL and FP8_WIDE as of 2026-11-30 (docs/tuning.md).
-TINY = PrefillConfig(((16, 0), (32, 0)), consumers=4, step_k=256, x_stages=4, w_stages=4, box=16, consumer_registers=112, launch_registers=96)
+# reads of x, and large tiles amortise decoding. SMALL and FP8_WIDE as of 2026-11-30 (docs/tuning.md). A product of 256 columns needs 64 registers for
+# its operand (fp8: 32), four times those of one tile. FP8_SMALL, with accumulators for 96 tokens, has no room: words ahead cost it 1 to 2 %.
+# LARGE, with two for 160, would keep 136 bytes per thread in memory (gpt-oss, Triton 3.9); DeepSeek-R1 gained 1 %.
+TINY = PrefillConfig(
+    ((16, 0), (32, 0)),
+    consumers=4, step_k=256, x_stages=4, w_stages=4, box=16, consumer_registers=112, launch_registers=96, product_tiles=4,
+)  # fmt: skip
 SMALL = PrefillConfig(
     ((16, 0), (32, 0), (64, 0)), consumers=4, step_k=256, x_stages=3, w_stages=3, box=16, consumer_registers=112, launch_registers=96
 )
@@ -92,7 +107,7 @@ MEDIUM = PrefillConfig(
 )  # fmt: skip
 LARGE = PrefillConfig(
     ((64, 0), (128, 0), (128, 16), (128, 32)),
-    consumers=2, row_tiles_per_consumer=2, step_k=64, x_stages=6, w_stages=2, box=32, consumer_registers=240, launch_registers=168,
+    consumers=2, row_tiles_per_consumer=2, step_k=64, x_stages=6, w_stages=2, box=32, consumer_registers=240, launch_registers=168, words_ahead=False,
 )  # fmt: skip
 HUGE = PrefillConfig(
     ((64, 0), (128, 0), (128, 64), (256, 0), (256, 16), (256, 32)),
@@ -105,7 +120,7 @@ FP8_TINY = replace(TINY, fp8=True)
 FP8_WIDE = replace(FP8_TINY, sizes=SMALL.sizes)
 FP8_SMALL = PrefillConfig(
     ((32, 0), (64, 0), (64, 32)),
-    consumers=4, step_k=256, x_stages=4, w_stages=3, box=32, consumer_registers=112, launch_registers=96, fp8=True,
+    consumers=4, step_k=256, x_stages=4, w_stages=3, box=32, consumer_registers=112, launch_registers=96, fp8=True, words_ahead=False,
 )  # fmt: skip
 FP8_MEDIUM = PrefillConfig(
     ((32, 0), (64, 0), (64, 32), (128, 0)),
@@ -133,12 +148,15 @@ _NAMES = {value: name for name, value in globals().items() if isinstance(value, 
 
 # The largest average of rows per expert that each serves, raced with three routings (docs/tuning.md). The host does not know how a call is routed:
 # where routings want different tiles, the rule takes what loses least. So from 16 to 24 rows SMALL and FP8_WIDE serve, 2 and 3 % slower than TINY and
-# FP8_TINY if all experts are alike, 8 % faster with Zipf. Between 320 and 448 rows an expert has three items of about 128 for LARGE, two of about 192
-# for FP8_LARGE: 2 and 5 % faster than two of HUGE or FP8_HUGE.
+# FP8_TINY if all experts are alike, 8 % faster with Zipf. From 24 to 38 rows FP8_WIDE takes 2 to 5 % less than FP8_SMALL if all experts are alike.
+# Of eight experts (Mixtral) the hot one has more than two of its tiles: 18 % more with Zipf at 30 rows, with one expert at 20, and nothing less
+# otherwise. With 32 experts it loses nothing; between them none was raced. Between 320 and 448 rows an expert has three items of about 128 for LARGE,
+# two of about 192 for FP8_LARGE: 2 and 5 % faster than two of HUGE or FP8_HUGE.
 LIMITS = ((4.5, DECODE), (16, TINY), (56, SMALL), (80, MEDIUM), (150, LARGE), (320, HUGE), (448, LARGE), (math.inf, HUGE))
 LIMITS_FP8 = (
-    (16, FP8_TINY), (24, FP8_WIDE), (84, FP8_SMALL), (112, FP8_MEDIUM), (176, FP8_LARGE), (320, FP8_HUGE), (448, FP8_LARGE), (math.inf, FP8_HUGE),
+    (16, FP8_TINY), (38, FP8_WIDE), (84, FP8_SMALL), (112, FP8_MEDIUM), (176, FP8_LARGE), (320, FP8_HUGE), (448, FP8_LARGE), (math.inf, FP8_HUGE),
 )  # fmt: skip
+MIN_EXPERTS_WIDE = 16
 
 
 def configs(problem: Problem) -> tuple[Config, ...]:
@@ -161,7 +179,8 @@ def choose_config(problem: Problem, size: Size) -> Config:
     """
     average = size.num_rows / max(1, problem.num_experts)
     if takes_fp8(problem) and (problem.batch_invariant or _gains_from_fp8(problem, size)):
-        return _within(LIMITS_FP8, average)
+        config = _within(LIMITS_FP8, average)
+        return FP8_SMALL if config == FP8_WIDE and problem.num_experts < MIN_EXPERTS_WIDE else config
     if problem.batch_invariant:
         return _within(LIMITS[1:], average)
     return DIRECT if average <= 12 and takes(problem, size, DIRECT) else _within(LIMITS, average)

@@ -13,59 +13,28 @@ a tile has as many tokens as the expert has to give. `SIZES` lists the token cou
 wgmma's N is a power of two in Gluon): (128, 32) is 160 tokens whose weights are dequantised once.
 
 wgmma reads its register operand asynchronously: one product stays in flight while the next weights are dequantised into other registers, and none
-across the loop's back edge (a group in flight there makes ptxas serialise, or overwrites live operands).
+across the loop's back edge (a group in flight there makes ptxas serialise, or overwrites live operands). What can be carried over it are the words of
+the next run (`SPEC.words_ahead`), so that none but the first run of a tile waits for shared memory.
+
+A stage of weights goes back to its producer behind the products of its last tile, because then its words have been used. To have started loading them
+is not enough: TMA writes shared memory through another proxy, and no barrier lets it wait for a load that is on its way. Only `fence_async_shared`
+would, and costs more (docs/kernels.md).
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from halfbyte.gluon_compat import aggregate, tma_load
+from halfbyte.gluon_compat import tma_load
 from halfbyte.kernels.sm90.epilogue import activate, split_halves
+from halfbyte.kernels.sm90.operands import RUN, accumulator_layout, decode_tile, decode_tiles, load_run, load_tile
 from halfbyte.kernels.sm90.rings import Counter, make_ring
-from halfbyte.weights.hopper.dequant_bf16 import WORD_LAYOUT, dequantize, exponent_bias, load_scales, stored_tile
-from halfbyte.weights.hopper.dequant_fp8 import dequantize_fp8, scale_limits
+from halfbyte.kernels.sm90.tiles import Tensors, Tile, first_row
+from halfbyte.weights.hopper.dequant_bf16 import exponent_bias, stored_tile
+from halfbyte.weights.hopper.dequant_fp8 import load_exponents, scale_limits
 from halfbyte.weights.hopper.layout import ELEMENT_EXPONENT, NVFP4_SCALE_EXPONENT
 
-RUN = gl.constexpr(4)  # tiles of 64 columns that share a word of scales: the unit in which weights are copied
 NVFP4_MULTIPLIER = gl.constexpr(2.0 ** (NVFP4_SCALE_EXPONENT + ELEMENT_EXPONENT))  # takes the bf16 kernels' exponents out of the multiplier
-
-
-@aggregate
-class Tensors:
-    """What is in global memory, and how many tiles there are. Rows of exponents and biases are those of the matrix, in its order."""
-
-    x: tma.tensor_descriptor
-    words: tma.tensor_descriptor
-    scales: tma.tensor_descriptor
-    shift: gl.tensor
-    multiplier: gl.tensor
-    exponents: gl.tensor
-    x_scale: gl.tensor
-    bias: gl.tensor
-    y: gl.tensor
-    items: gl.tensor
-    num_tiles: gl.tensor
-
-    @gluon.constexpr_function
-    def __init__(self, x, words, scales, shift, multiplier, exponents, x_scale, bias, y, items, num_tiles):
-        self.x = x
-        self.words = words
-        self.scales = scales
-        self.shift = shift
-        self.multiplier = multiplier
-        self.exponents = exponents
-        self.x_scale = x_scale
-        self.bias = bias
-        self.y = y
-        self.items = items
-        self.num_tiles = num_tiles
-
-    @gluon.jit
-    def item(self, tile, GROUPS: gl.constexpr):
-        """Expert, first row and number of rows of what a tile belongs to."""
-        entry = self.items + tile // GROUPS * 4
-        return gl.load(entry), gl.load(entry + 1), gl.load(entry + 2)
 
 
 @gluon.jit
@@ -77,11 +46,11 @@ def _produce_x(tensors, ring, SPEC: gl.constexpr):
     BOXES: gl.constexpr = (SPEC.max_rows + BOX - 1) // BOX
     LOW_BOXES: gl.constexpr = low.shape[1] // BOX
     count = Counter(gl.to_tensor(0), SPEC.x_stages)
-    for tile in range(gl.program_id(0), tensors.num_tiles, gl.num_programs(0)):
-        _, row_start, num_rows = tensors.item(tile, SPEC.groups)
+    for number in range(gl.program_id(0), tensors.num_tiles, gl.num_programs(0)):
+        tile = tensors.tile(number, SPEC.groups)
         boxes = BOXES  # of the tile that the item gets
         for s in gl.static_range(len(SIZES) - 2, -1, -1):
-            boxes = gl.where(num_rows <= SIZES[s][0] + SIZES[s][1], (SIZES[s][0] + SIZES[s][1] + BOX - 1) // BOX, boxes)
+            boxes = gl.where(tile.num_rows <= SIZES[s][0] + SIZES[s][1], (SIZES[s][0] + SIZES[s][1] + BOX - 1) // BOX, boxes)
         for step in range(SPEC.steps):
             stage = count.stage()
             full = ring.full.index(stage)
@@ -93,7 +62,7 @@ def _produce_x(tensors, ring, SPEC: gl.constexpr):
                 if destination.shape[0] != BOX:
                     destination = destination.slice(box * BOX if box < LOW_BOXES else (box - LOW_BOXES) * BOX, BOX, dim=0)
                 # Boxes beyond the item's rows are filled with zeros, as all that lies outside of x: what the last tile left there would cost power.
-                row = gl.where(box * BOX < num_rows, row_start + box * BOX, 1 << 30)
+                row = gl.where(box * BOX < tile.num_rows, tile.row_start + box * BOX, 1 << 30)
                 tma_load(x_desc, [row, step * SPEC.step_k], full, destination, pred=box < boxes)
             count = count.next()
 
@@ -112,9 +81,12 @@ def _produce_w(tensors, ring, SPEC: gl.constexpr):
     LAST_PIECES: gl.constexpr = (COLUMN_TILES - (RUNS - 1) * RUN) // BOX
     SCALE_ROWS: gl.constexpr = scales_desc.block_type.shape[0]
     count = Counter(gl.to_tensor(0), STAGES)
-    for tile in range(gl.program_id(0), tensors.num_tiles, gl.num_programs(0)):
-        first_row_tile = tile % SPEC.groups * GROUP_TILES
-        expert, _, _ = tensors.item(tile, SPEC.groups)
+    for number in range(gl.program_id(0), tensors.num_tiles, gl.num_programs(0)):
+        tile = tensors.tile(number, SPEC.groups)
+        first_row_tile = tile.group * GROUP_TILES
+        if SPEC.fp8:
+            for t in gl.static_range(GROUP_TILES):
+                _prefetch(tensors.exponents + first_row(tile.expert, first_row_tile + t, SPEC))
         for run in range(RUNS):
             stage = count.stage()
             full = ring.full.index(stage)
@@ -125,7 +97,7 @@ def _produce_w(tensors, ring, SPEC: gl.constexpr):
             mbarrier.expect(full, GROUP_TILES * LAST_PIECES * words_desc.block_type.nbytes + scales_bytes, pred=run == RUNS - 1)
             for t in gl.static_range(GROUP_TILES):
                 # The last group may be short: what is beyond the last row tile repeats it.
-                matrix_tile = expert * ROW_TILES + stored_tile(gl.minimum(first_row_tile + t, ROW_TILES - 1), ROW_TILES, SPEC.gated)
+                matrix_tile = tile.expert * ROW_TILES + stored_tile(gl.minimum(first_row_tile + t, ROW_TILES - 1), ROW_TILES, SPEC.gated)
                 destination = ring.first.index(t * STAGES + stage)
                 for piece in gl.static_range(PIECES):
                     row = (matrix_tile * COLUMN_TILES + run * RUN + piece * BOX) * 16
@@ -135,23 +107,26 @@ def _produce_w(tensors, ring, SPEC: gl.constexpr):
             count = count.next()
 
 
-@gluon.constexpr_function
-def _accumulator_layout(tokens: int, elements: int) -> gl.NVMMADistributedLayout:
-    """`elements`: how many a register of the operands holds, 2 of bf16 or 4 of fp8."""
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tokens, 8 * elements])
+@gluon.jit
+def _prefetch(pointer):
+    """Bring 64 bytes from memory to the L2, by a warp."""
+    lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
+    address = (pointer + lane * 2).to(gl.int64)
+    gl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
 def _step(w, accumulators, x, stage, FIRST: gl.constexpr, COLUMN: gl.constexpr, SIZE0: gl.constexpr, SIZE1: gl.constexpr):
-    """Add w [64, 64] times columns COLUMN .. COLUMN + 63 of the stage's SIZE0 + SIZE1 rows of x to the accumulators from FIRST on."""
+    """Add w [64, K] times columns COLUMN .. COLUMN + K - 1 of the stage's SIZE0 + SIZE1 rows of x to the accumulators from FIRST on."""
     PARTS: gl.constexpr = 2 if SIZE1 > 0 else 1
+    K: gl.constexpr = w.shape[1]
     low, high = x.first, x.second
-    x0 = _columns(low.index(stage), 0, SIZE0, COLUMN)
+    x0 = _columns(low.index(stage), 0, SIZE0, COLUMN, K)
     new = (warpgroup_mma(w, x0.permute((1, 0)), accumulators[FIRST], is_async=True),)
     if SIZE1 > 0:
-        x1 = _columns(low.index(stage), SIZE0, SIZE1, COLUMN) if low.shape[1] > SIZE0 else _columns(high.index(stage), 0, SIZE1, COLUMN)
+        x1 = _columns(low.index(stage), SIZE0, SIZE1, COLUMN, K) if low.shape[1] > SIZE0 else _columns(high.index(stage), 0, SIZE1, COLUMN, K)
         ELEMENTS: gl.constexpr = 32 // w.dtype.primitive_bitwidth
-        w1 = gl.convert_layout(w, gl.DotOperandLayout(0, _accumulator_layout(SIZE1, ELEMENTS), ELEMENTS), assert_trivial=True)
+        w1 = gl.convert_layout(w, gl.DotOperandLayout(0, accumulator_layout(SIZE1, ELEMENTS), ELEMENTS), assert_trivial=True)
         new = new + (warpgroup_mma(w1, x1.permute((1, 0)), accumulators[FIRST + 1], is_async=True),)
     return accumulators[:FIRST] + new + accumulators[FIRST + PARTS :]
 
@@ -166,23 +141,12 @@ def _wait(accumulators, LEAVE: gl.constexpr):
 
 
 @gluon.jit
-def _columns(x, FIRST: gl.constexpr, ROWS: gl.constexpr, COLUMN: gl.constexpr):
-    if x.shape[1] != 64:
-        x = x.slice(COLUMN, 64, dim=1)
+def _columns(x, FIRST: gl.constexpr, ROWS: gl.constexpr, COLUMN: gl.constexpr, COLUMNS: gl.constexpr):
+    if x.shape[1] != COLUMNS:
+        x = x.slice(COLUMN, COLUMNS, dim=1)
     if x.shape[0] != ROWS:
         x = x.slice(FIRST, ROWS, dim=0)
     return x
-
-
-@gluon.jit
-def _decode(words, scales, decoding, OPERAND: gl.constexpr, ODD: gl.constexpr, SPEC: gl.constexpr):
-    """One tile of weights as a register operand; `decoding` is what the tile's rows or expert need for it."""
-    WORDS_FOR: gl.constexpr = SPEC.words_for
-    if SPEC.fp8:
-        operand = dequantize_fp8(words, scales, decoding[0], decoding[1], OPERAND, ODD, SPEC.nvfp4, WORDS_FOR)
-    else:
-        operand = dequantize(words, scales, decoding, OPERAND, ODD, SPEC.nvfp4, WORDS_FOR)
-    return operand
 
 
 @gluon.jit
@@ -193,54 +157,69 @@ def _multiply(x, w, x_count, w_count, decodings, SPEC: gl.constexpr, CONSUMER: g
     ROW_TILES: gl.constexpr = SPEC.row_tiles_per_consumer
     accumulators = ()
     for _ in gl.static_range(ROW_TILES):
-        accumulators = accumulators + (gl.zeros((64, SIZE0), gl.float32, layout=_accumulator_layout(SIZE0, ELEMENTS)),)
+        accumulators = accumulators + (gl.zeros((64, SIZE0), gl.float32, layout=accumulator_layout(SIZE0, ELEMENTS)),)
         if SIZE1 > 0:
-            accumulators = accumulators + (gl.zeros((64, SIZE1), gl.float32, layout=_accumulator_layout(SIZE1, ELEMENTS)),)
-    for _ in range(SPEC.column_tiles // RUN):
-        accumulators, x_count, w_count = _multiply_run(accumulators, x, w, x_count, w_count, decodings, SPEC, CONSUMER, RUN, SIZE0, SIZE1)
+            accumulators = accumulators + (gl.zeros((64, SIZE1), gl.float32, layout=accumulator_layout(SIZE1, ELEMENTS)),)
+    RUNS: gl.constexpr = SPEC.column_tiles // RUN
     LAST: gl.constexpr = SPEC.column_tiles % RUN
+    FOLLOWED: gl.constexpr = RUNS if LAST != 0 else RUNS - 1
+    tiles = ()
+    if SPEC.words_ahead:
+        tiles = load_run(w, w_count, SPEC, CONSUMER)
+    for run in range(RUNS):
+        accumulators, tiles, x_count, w_count = _multiply_run(
+            accumulators, tiles, x, w, x_count, w_count, decodings, run < FOLLOWED, SPEC, CONSUMER, RUN, SIZE0, SIZE1
+        )
     if LAST != 0:
-        accumulators, x_count, w_count = _multiply_run(accumulators, x, w, x_count, w_count, decodings, SPEC, CONSUMER, LAST, SIZE0, SIZE1)
+        accumulators, tiles, x_count, w_count = _multiply_run(
+            accumulators, tiles, x, w, x_count, w_count, decodings, False, SPEC, CONSUMER, LAST, SIZE0, SIZE1
+        )
     return accumulators, x_count, w_count
 
 
 @gluon.jit
 def _multiply_run(
-    accumulators, x, w, x_count, w_count, decodings, SPEC: gl.constexpr, CONSUMER: gl.constexpr, COUNT: gl.constexpr, SIZE0: gl.constexpr,
-    SIZE1: gl.constexpr,
+    accumulators, tiles, x, w, x_count, w_count, decodings, is_followed, SPEC: gl.constexpr, CONSUMER: gl.constexpr, COUNT: gl.constexpr,
+    SIZE0: gl.constexpr, SIZE1: gl.constexpr,
 ):  # fmt: skip
-    """The first COUNT tiles of a run."""
+    """The first COUNT tiles of a run. WORDS_AHEAD: `tiles` are theirs, and what returns is that of the next run, loaded behind the last product."""
     ROW_TILES: gl.constexpr = SPEC.row_tiles_per_consumer
     STEP_K: gl.constexpr = SPEC.step_k
     PARTS: gl.constexpr = 2 if SIZE1 > 0 else 1
+    TILES: gl.constexpr = SPEC.product_tiles if COUNT == RUN else 1
     ELEMENTS: gl.constexpr = 4 if SPEC.fp8 else 2
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, _accumulator_layout(SIZE0, ELEMENTS), ELEMENTS)
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(SIZE0, ELEMENTS), ELEMENTS)
+    WORDS_AHEAD: gl.constexpr = SPEC.words_ahead
     w_stage = w_count.stage()
-    mbarrier.wait(w.full.index(w_stage), w_count.phase())
-    for c in gl.static_range(COUNT):
+    if not WORDS_AHEAD:
+        mbarrier.wait(w.full.index(w_stage), w_count.phase())
+    for c in gl.static_range(0, COUNT, TILES):
         x_stage = x_count.stage()
         x_phase = x_count.phase()
         for t in gl.static_range(ROW_TILES):
-            place = (CONSUMER * ROW_TILES + t) * SPEC.w_stages + w_stage
-            tile_words = w.first.index(place).slice(c * 16, 16, dim=0).load(WORD_LAYOUT)
-            tile_scales = load_scales(w.second.index(place), SPEC.nvfp4)[c // 2]
-            if c * ROW_TILES + t == COUNT * ROW_TILES - 1:
-                mbarrier.arrive(w.empty.index(w_stage), count=1)
-            operand = _decode(tile_words, tile_scales, decodings[t], OPERAND, c % 2 == 1, SPEC)
+            if WORDS_AHEAD:
+                operand = decode_tiles(tiles, decodings[t], OPERAND, t * RUN + c, TILES, SPEC)
+            else:
+                tile = load_tile(w, w_stage, CONSUMER * ROW_TILES + t, c, SPEC)
+                operand = decode_tile(tile, decodings[t], OPERAND, c % 2 == 1, SPEC)
             if c * 64 % STEP_K == 0 and t == 0:
                 mbarrier.wait(x.full.index(x_stage), x_phase)
             accumulators = _step(operand, accumulators, x, x_stage, t * PARTS, c * 64 % STEP_K, SIZE0, SIZE1)
             # One step stays in flight while the next is dequantised, but none across the loop's back edge.
-            if c * ROW_TILES + t == COUNT * ROW_TILES - 1:
+            if c + TILES == COUNT and t == ROW_TILES - 1:
+                mbarrier.arrive(w.empty.index(w_stage), count=1)
+                if WORDS_AHEAD:  # noqa: SIM102 (decided when compiling)
+                    if is_followed:
+                        tiles = load_run(w, w_count.next(), SPEC, CONSUMER)
                 accumulators = _wait(accumulators, 0)
-            elif c * ROW_TILES + t > 0:
+            elif c + t > 0:
                 accumulators = _wait(accumulators, PARTS)
             if c > 0 and t == 0 and c * 64 % STEP_K == 0:
                 mbarrier.arrive(x.empty.index(x_count.last_stage()), count=1)
-        if (c + 1) * 64 % STEP_K == 0 or c == COUNT - 1:
+        if (c + TILES) * 64 % STEP_K == 0 or c + TILES == COUNT:
             x_count = x_count.next()
     mbarrier.arrive(x.empty.index(x_count.last_stage()), count=1)
-    return accumulators, x_count, w_count.next()
+    return accumulators, tiles, x_count, w_count.next()
 
 
 @gluon.jit
@@ -257,7 +236,7 @@ def _store(accumulator, tensors, multipliers, expert, row_start, num_rows, row_t
     """Scale, add the bias, activate, and write [tokens, 64 or 32] of y, of the matrix' tile `row_tile`."""
     WIDTH: gl.constexpr = 32 if SPEC.gated else 64
     OUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (WIDTH // 8), WIDTH // 8], [4, 1], [1, 0])
-    tile_rows = _first_row(expert, row_tile, SPEC)
+    tile_rows = first_row(expert, row_tile, SPEC)
     exponents = tensors.exponents + tile_rows
     bias = tensors.bias + tile_rows
     if SPEC.scaled:
@@ -292,56 +271,64 @@ def _store(accumulator, tensors, multipliers, expert, row_start, num_rows, row_t
 
 
 @gluon.jit
-def _multiply_and_store(
-    tensors, x, w, x_count, w_count, decodings, multipliers, expert, row_start, num_rows, first_row_tile, SPEC: gl.constexpr, CONSUMER: gl.constexpr,
-    SIZE0: gl.constexpr, SIZE1: gl.constexpr,
-):  # fmt: skip
-    PARTS: gl.constexpr = 2 if SIZE1 > 0 else 1
-    accumulators, x_count, w_count = _multiply(x, w, x_count, w_count, decodings, SPEC, CONSUMER, SIZE0, SIZE1)
-    for t in gl.static_range(len(decodings)):
-        row_tile = first_row_tile + t
-        for part in gl.static_range(PARTS):
-            first = SIZE0 if part == 1 else 0
-            stored = gl.where(row_tile < SPEC.row_tiles, num_rows - first, 0)
-            _store(
-                accumulators[t * PARTS + part], tensors, multipliers, expert, row_start + first, stored, row_tile, SIZE1 if part == 1 else SIZE0, SPEC
-            )
-    return x_count, w_count
+def _exponents(tensors, tile, SPEC: gl.constexpr, CONSUMER: gl.constexpr):
+    """What the exponents of weights are decoded with: for each row tile of a consumer those of its rows (fp8), or that of the expert."""
+    ROW_TILES: gl.constexpr = SPEC.row_tiles_per_consumer
+    first_row_tile = (tile.group * SPEC.consumers + CONSUMER) * ROW_TILES
+    exponents = ()
+    for t in gl.static_range(ROW_TILES):
+        if SPEC.fp8:
+            exponents = exponents + (load_exponents(tensors.exponents + first_row(tile.expert, first_row_tile + t, SPEC)),)
+        else:
+            exponents = exponents + (gl.to_tensor(0) if SPEC.nvfp4 else gl.load(tensors.shift + tile.expert),)
+    return exponents
 
 
 @gluon.jit
-def _first_row(expert, row_tile, SPEC: gl.constexpr):
-    """Where the rows of a tile begin among those of all experts; beyond the last tile, that of the last: nothing of it is stored."""
-    return (expert * SPEC.row_tiles + stored_tile(gl.minimum(row_tile, SPEC.row_tiles - 1), SPEC.row_tiles, SPEC.gated)) * 64
+def _multiply_and_store(
+    tensors, x, w, x_count, w_count, tile, exponents, multipliers, next_tile, SPEC: gl.constexpr, CONSUMER: gl.constexpr, SIZE0: gl.constexpr,
+    SIZE1: gl.constexpr,
+):  # fmt: skip
+    """The row tiles of a consumer: returns the advanced counters, and `_exponents` of the next tile, on their way while this one is stored."""
+    ROW_TILES: gl.constexpr = SPEC.row_tiles_per_consumer
+    PARTS: gl.constexpr = 2 if SIZE1 > 0 else 1
+    decodings = ()
+    for t in gl.static_range(ROW_TILES):
+        decodings = decodings + (scale_limits(exponents[t], SPEC.nvfp4) if SPEC.fp8 else exponent_bias(exponents[t]),)
+    accumulators, x_count, w_count = _multiply(x, w, x_count, w_count, decodings, SPEC, CONSUMER, SIZE0, SIZE1)
+    next_exponents = _exponents(tensors, next_tile, SPEC, CONSUMER)
+    for t in gl.static_range(ROW_TILES):
+        row_tile = (tile.group * SPEC.consumers + CONSUMER) * ROW_TILES + t
+        for part in gl.static_range(PARTS):
+            first = SIZE0 if part == 1 else 0
+            stored = gl.where(row_tile < SPEC.row_tiles, tile.num_rows - first, 0)
+            _store(
+                accumulators[t * PARTS + part], tensors, multipliers, tile.expert, tile.row_start + first, stored, row_tile,
+                SIZE1 if part == 1 else SIZE0, SPEC,
+            )  # fmt: skip
+    return x_count, w_count, next_exponents
 
 
 @gluon.jit
 def _consume(tensors, x, w, SPEC: gl.constexpr, CONSUMER: gl.constexpr):
     SIZES: gl.constexpr = SPEC.sizes
-    ROW_TILES: gl.constexpr = SPEC.row_tiles_per_consumer
     x_count = Counter(gl.to_tensor(0), SPEC.x_stages)
     w_count = Counter(gl.to_tensor(0), SPEC.w_stages)
-    next_expert, next_row_start, next_num_rows = 0, 0, 0
+    # What a tile is, and its exponents, are read a tile ahead, so that no consumer waits for them.
+    next_tile = Tile(gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0))
     if gl.program_id(0) < tensors.num_tiles:
-        next_expert, next_row_start, next_num_rows = tensors.item(gl.program_id(0), SPEC.groups)
-    for tile in range(gl.program_id(0), tensors.num_tiles, gl.num_programs(0)):
-        expert, row_start, num_rows = next_expert, next_row_start, next_num_rows
-        if tile + gl.num_programs(0) < tensors.num_tiles:  # read a tile ahead, so that no consumer waits for it
-            next_expert, next_row_start, next_num_rows = tensors.item(tile + gl.num_programs(0), SPEC.groups)
-        first_row_tile = (tile % SPEC.groups * SPEC.consumers + CONSUMER) * ROW_TILES
-        multipliers = gl.load(tensors.multiplier + expert * 2), gl.load(tensors.multiplier + expert * 2 + 1)
-        decodings = ()
-        for t in gl.static_range(ROW_TILES):
-            if SPEC.fp8:
-                decodings = decodings + (scale_limits(tensors.exponents + _first_row(expert, first_row_tile + t, SPEC), SPEC.nvfp4),)
-            else:
-                decodings = decodings + (exponent_bias(0 if SPEC.nvfp4 else gl.load(tensors.shift + expert)),)
+        next_tile = tensors.tile(gl.program_id(0), SPEC.groups)
+    exponents = _exponents(tensors, next_tile, SPEC, CONSUMER)
+    for number in range(gl.program_id(0), tensors.num_tiles, gl.num_programs(0)):
+        tile = next_tile
+        if number + gl.num_programs(0) < tensors.num_tiles:
+            next_tile = tensors.tile(number + gl.num_programs(0), SPEC.groups)
+        multipliers = gl.load(tensors.multiplier + tile.expert * 2), gl.load(tensors.multiplier + tile.expert * 2 + 1)
         for s in gl.static_range(len(SIZES)):
-            if (num_rows > (0 if s == 0 else SIZES[s - 1][0] + SIZES[s - 1][1])) & (num_rows <= SIZES[s][0] + SIZES[s][1]):
-                x_count, w_count = _multiply_and_store(
-                    tensors, x, w, x_count, w_count, decodings, multipliers, expert, row_start, num_rows, first_row_tile, SPEC, CONSUMER,
-                    SIZES[s][0], SIZES[s][1],
-                )  # fmt: skip
+            if (tile.num_rows > (0 if s == 0 else SIZES[s - 1][0] + SIZES[s - 1][1])) & (tile.num_rows <= SIZES[s][0] + SIZES[s][1]):
+                x_count, w_count, exponents = _multiply_and_store(
+                    tensors, x, w, x_count, w_count, tile, exponents, multipliers, next_tile, SPEC, CONSUMER, SIZES[s][0], SIZES[s][1]
+                )
 
 
 @gluon.constexpr_function

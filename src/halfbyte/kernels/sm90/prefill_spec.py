@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from halfbyte.kernels.arithmetic import ceil_div
-from halfbyte.kernels.sm90.configs import PrefillConfig
+from halfbyte.kernels.sm90.configs import MIN_TILES_AHEAD, PrefillConfig
 from halfbyte.weights.hopper.layout import WordsFor
 
 
@@ -20,7 +20,7 @@ class PrefillSpec(NamedTuple):
         is_w13: the result goes through the activation; gated: and has a half that gates the other.
         kind, alpha, beta, limit: which activation (`epilogue.activate`).
         has_bias: the matrix has biases.
-        sizes to fp8: fields of a `PrefillConfig`.
+        sizes to product_tiles: fields of a `PrefillConfig`.
         max_rows: tokens of the largest tile.
         group_tiles, groups: row tiles that a program multiplies at once, and how many times so many the matrix has.
         steps: stages of x in all of K.
@@ -49,6 +49,8 @@ class PrefillSpec(NamedTuple):
     launch_registers: int
     row_tiles_per_consumer: int
     fp8: bool
+    words_ahead: bool
+    product_tiles: int
     max_rows: int
     group_tiles: int
     groups: int
@@ -60,4 +62,12 @@ def derived(config: PrefillConfig, row_tiles: int, column_tiles: int) -> dict[st
     group_tiles = config.consumers * config.row_tiles_per_consumer
     whole, rest = divmod(column_tiles, 4)
     steps = whole * (4 * 64 // config.step_k) + ceil_div(rest * 64, config.step_k)
-    return vars(config) | {"max_rows": config.max_rows, "group_tiles": group_tiles, "groups": ceil_div(row_tiles, group_tiles), "steps": steps}
+    words_ahead = config.words_ahead and column_tiles >= MIN_TILES_AHEAD
+    return vars(config) | {
+        "words_ahead": words_ahead,
+        "product_tiles": config.product_tiles if words_ahead else 1,
+        "max_rows": config.max_rows,
+        "group_tiles": group_tiles,
+        "groups": ceil_div(row_tiles, group_tiles),
+        "steps": steps,
+    }

@@ -64,16 +64,21 @@ _CONSTRAINTS = gl.constexpr(",".join(["=&r"] * 8 + ["r"] * 16))
 
 
 @gluon.jit
-def scale_limits(exponents_ptr, NVFP4: gl.constexpr):
-    """What decoding rows g and g + 8 of a tile takes from their j's int8 [64]: two int32 [16, 32], of which each thread has four values.
+def load_exponents(exponents_ptr):
+    """The j of rows g and g + 8 of a tile, from int8 [64]: two int32 [16, 8], one of each per thread."""
+    thread = gl.arange(0, 16, layout=gl.SliceLayout(1, SCALE_LAYOUT))[:, None] * 8 + gl.arange(0, 8, layout=gl.SliceLayout(0, SCALE_LAYOUT))[None, :]
+    row = thread // 32 * 16 + thread % 32 // 4
+    return gl.load(exponents_ptr + row).to(gl.int32), gl.load(exponents_ptr + row + 8).to(gl.int32)
+
+
+@gluon.jit
+def scale_limits(exponents, NVFP4: gl.constexpr):
+    """What decoding takes from `load_exponents`: two int32 [16, 32], of which each thread has four values.
 
     NVFP4, four times the same, the first row in the low half: the smallest scale bytes; what added to the scale bytes makes e4m3 of the scales.
     MXFP4, two for each row: the smallest scale byte, twice; the tables of e4m3 bytes, magnitudes 0 to 3 and 4 to 7, without 8 times the scale byte.
     """
-    thread = gl.arange(0, 16, layout=gl.SliceLayout(1, SCALE_LAYOUT))[:, None] * 8 + gl.arange(0, 8, layout=gl.SliceLayout(0, SCALE_LAYOUT))[None, :]
-    row = thread // 32 * 16 + thread % 32 // 4
-    first = gl.load(exponents_ptr + row).to(gl.int32)
-    second = gl.load(exponents_ptr + row + 8).to(gl.int32)
+    first, second = exponents
     if NVFP4:
         both = first + (second << 16)
         first, second = (first + 16) * 8, (second + 16) * 8

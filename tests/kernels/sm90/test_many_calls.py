@@ -1,4 +1,8 @@
-"""A first call, on weights at new addresses and with a cold L2, gives the bits of the calls after it, on a GPU."""
+"""Hundreds of calls give the same bits: weights at new addresses, a cold L2, other tests on the same GPU. On a GPU.
+
+Kernels that gave a stage of weights back too early were wrong in one of ten to one of five hundred calls of such layers, where several processes
+shared the GPU, and in none of a hundred races on a quiet one.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ import halfbyte as hb
 pytestmark = hopper
 
 SIZES = [(1536, 736), (2048, 768)]
-LAYERS = 12
+LAYERS, CALLS = 5, 120
 
 
 def turned(tensor: torch.Tensor, by: int) -> torch.Tensor:
@@ -22,17 +26,17 @@ def turned(tensor: torch.Tensor, by: int) -> torch.Tensor:
     return rows.roll(by, 0).view(tensor.dtype)
 
 
-@pytest.mark.parametrize(("name", "format", "hidden", "intermediate"), in_turns(("tiny", "small", "fp8_tiny", "fp8_wide"), SIZES), ids=str)
-def test_a_first_call_gives_the_bits_of_later_ones(name: str, format: hb.BlockFormat, hidden: int, intermediate: int) -> None:
+@pytest.mark.parametrize(("name", "format", "hidden", "intermediate"), in_turns(("tiny", "small", "medium", "fp8_tiny", "fp8_wide"), SIZES), ids=str)
+def test_many_calls_give_the_same_bits(name: str, format: hb.BlockFormat, hidden: int, intermediate: int) -> None:
     w, config = make_experts(5, hidden, intermediate, format), configs()[name]
     activations = "fp8" if name.startswith("fp8") else "bf16"
     cold = torch.empty(2 * hb.Target.of("cuda").l2, dtype=torch.uint8, device="cuda")
     layers = []
     for seed in range(LAYERS):
-        other = w.with_tensors({key: turned(tensor, seed % 5) for key, tensor in w.tensors.items()})
+        other = w.with_tensors({key: turned(tensor, seed) for key, tensor in w.tensors.items()})
         layers.append(hb.prepare(other, activations=activations))  # all are kept, so that each lies where none has lain
         x, ids, weights = make_tokens(301, hidden, 5, 3, seed)
         cold.fill_(seed)
         first = hb.fused_moe(x, layers[-1], ids, weights, config=config)
-        for _ in range(2):
+        for _ in range(CALLS):
             assert_equal_bits(hb.fused_moe(x, layers[-1], ids, weights, config=config), first)
