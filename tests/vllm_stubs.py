@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from types import SimpleNamespace
@@ -97,6 +98,26 @@ class RoutedExperts(nn.Module):
                 gate, up = tensor.chunk(2, dim=1)
                 tensor = torch.stack((gate, up), 2).flatten(1, 2)
             self.register_parameter(parameter, nn.Parameter(tensor, requires_grad=False))
+
+    def get_expert_mapping(self) -> list[tuple[str, str, int, str]]:
+        """(start of a Parameter's name, part of a name in a checkpoint, expert, matrix), as vLLM has it."""
+        parts = {"w1": ("w13", "gate_proj"), "w2": ("w2", "down_proj"), "w3": ("w13", "up_proj")}
+        experts = range(self.global_num_experts)
+        return [(f"experts.{side}_", f"experts.{id}.{name}.", id, matrix) for id in experts for matrix, (side, name) in parts.items()]
+
+    def _map_global_expert_id_to_local_expert_id(self, expert: int) -> int:
+        return expert if self._expert_map is None else int(self._expert_map[expert])
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[str]:
+        """Names of the Parameters that are loaded; each is looked up before it is known whether the expert is held here."""
+        for name, _ in weights:
+            whole = f"{self.layer_name}.{name}"
+            for start, part, expert, _ in self.get_expert_mapping():
+                if part in whole:
+                    parameter = whole.replace(part, start).removeprefix(f"{self.layer_name}.")
+                    getattr(self, parameter)
+                    if self._map_global_expert_id_to_local_expert_id(expert) >= 0:
+                        yield parameter
 
 
 @dataclass

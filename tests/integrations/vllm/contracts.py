@@ -45,7 +45,7 @@ RELIED_ON: Relied = {
 }
 METHODS = (
     "_get_quant_method", "apply", "process_weights_after_loading", "create_weights", "maybe_roundup_sizes", "maybe_make_prepare_finalize",
-    "get_fused_moe_quant_config", "get_simultaneous", "dispatch", "combine", "get_chunk_sizes_across_dp_rank",
+    "get_fused_moe_quant_config", "load_weights", "get_simultaneous", "dispatch", "combine", "get_chunk_sizes_across_dp_rank",
 )  # fmt: skip
 
 

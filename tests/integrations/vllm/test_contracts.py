@@ -109,6 +109,7 @@ def test_configs_have_what_is_read_of_them(facts: dict[str, Any]) -> None:
 def test_the_hook_takes_what_vllm_passes(facts: dict[str, Any]) -> None:
     theirs = classes(facts)["RoutedExperts"]["methods"]["_get_quant_method"]
     assert parameters(function("hook.py", "choose"))[1:] == theirs[1:]
+    assert parameters(function("hook.py", "load_weights"))[1:] == classes(facts)["RoutedExperts"]["methods"]["load_weights"][1:]
 
 
 @each_release

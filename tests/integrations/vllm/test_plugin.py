@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from random_experts import make_experts
-from vllm_stubs import RoutedExperts, VllmConfig, vllm  # noqa: F401  (a fixture)
+from vllm_stubs import ExpertMapManager, RoutedExperts, VllmConfig, vllm  # noqa: F401  (a fixture)
 
 import halfbyte as hb
 from halfbyte.errors import InputError, UnsupportedError
@@ -103,6 +103,25 @@ def test_a_reload_keeps_the_addresses(vllm: Any) -> None:  # noqa: F811
     method.process_weights_after_loading(layer)
     assert {name: parameter.data_ptr() for name, parameter in layer.named_parameters()} == places
     assert torch.equal(call(method, layer), expected(weights(1)))
+
+
+def test_experts_of_other_ranks_may_come_after_a_reloaded_layer_is_complete(vllm: Any) -> None:  # noqa: F811
+    layer, method = chosen(vllm, layer=vllm.layer_class(weights(), METHOD, manager=ExpertMapManager(8, ep_size=2)))
+    layer.quant_method = method
+    method.process_weights_after_loading(layer)
+    for name in list(layer._parameters):
+        delattr(layer, name)
+    layer.load(weights(1), METHOD)
+    checkpoint = [(f"{expert}.{part}_proj.weight", torch.zeros(())) for expert in range(8) for part in ("down", "gate", "up")]
+    loaded = []
+    for name in layer.load_weights(checkpoint):
+        loaded.append(name)
+        if len(loaded) == 12:  # vLLM counts
+            method.process_weights_after_loading(layer)
+    assert loaded == ["w2_weight", "w13_weight", "w13_weight"] * 4
+    assert list(layer.load_weights(checkpoint[12:])) == []  # from another file
+    with pytest.raises(AttributeError, match="w2_weight"):  # weights of its own, although nothing is reloaded
+        list(layer.load_weights(checkpoint))
 
 
 def test_options_reach_the_layer(vllm: Any) -> None:  # noqa: F811

@@ -18,7 +18,7 @@ from halfbyte.integrations import vllm as plugin
 from halfbyte.integrations.engines import FAILURES, EngineModel, Options
 from halfbyte.integrations.vllm.methods import HOLDINGS, Layer, refusal, refusal_of_peers
 from halfbyte.integrations.vllm.peers import Peers
-from halfbyte.integrations.vllm.takeover import take_over
+from halfbyte.integrations.vllm.takeover import still_to_load, take_over
 
 logger = init_logger("vllm.halfbyte")
 
@@ -33,7 +33,7 @@ SELECTORS = {
 
 
 def install() -> None:
-    """Wrap the choice, once per process."""
+    """Wrap the choice, and the loading of a layer, once per process."""
     original = RoutedExperts._get_quant_method
     if hasattr(original, "halfbyte"):
         return
@@ -62,8 +62,14 @@ def install() -> None:
             raise failures[0]
         return method
 
+    load = RoutedExperts.load_weights
+
+    @functools.wraps(load)
+    def load_weights(layer: Layer, weights: Any) -> Any:
+        return load(layer, still_to_load(layer, weights))
+
     choose.halfbyte = True  # type: ignore[attr-defined]
-    RoutedExperts._get_quant_method = choose
+    RoutedExperts._get_quant_method, RoutedExperts.load_weights = choose, load_weights
 
 
 @functools.cache

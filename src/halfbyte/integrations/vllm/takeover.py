@@ -7,7 +7,7 @@ and "compressed". Only its class is replaced, by a subclass that arranges the ex
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -89,6 +89,30 @@ class State:
                 memory, values = (t.view(torch.uint8) if t.element_size() == 1 else t for t in (parameter.data, experts.tensors[name]))
                 memory.copy_(rows_as_loaded(module, name, values))
             module.register_parameter(self.holding.parameters[name], parameter)
+
+
+def still_to_load(layer: Layer, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights that a layer is given, by name within it, but for those of experts that other ranks hold once it has all of its own.
+
+    When it reloads, vLLM processes a layer as soon as it is complete. For what comes later it would look up Parameters that are no longer there, only
+    to find that the experts are not this rank's.
+    """
+    state: State | None = getattr(layer.quant_method, "halfbyte", None)
+    elsewhere: set[str] | None = None
+    for name, values in weights:
+        if state is not None and not state.parameters(layer):
+            elsewhere = _experts_elsewhere(layer) if elsewhere is None else elsewhere
+            if any(part in f"{layer.layer_name}.{name}" for part in elsewhere):
+                continue
+        yield name, values
+
+
+def _experts_elsewhere(layer: Layer) -> set[str]:
+    """Of the names of matrices in a checkpoint the parts that belong to experts of other ranks."""
+    names: dict[bool, set[str]] = {True: set(), False: set()}
+    for _, part, expert, _ in layer.get_expert_mapping():
+        names[layer._map_global_expert_id_to_local_expert_id(expert) >= 0].add(part)
+    return names[False] - names[True]
 
 
 class _Method:
