@@ -121,6 +121,10 @@ def test_lines_of_november_2026_still_read():
         (lambda line: line | {"row": []}, "not a row of halfbyte bench moe"),
         (lambda line: line | {"row": line["row"] | {"colour": "red"}}, "colour"),
         (lambda line: {name: part for name, part in line.items() if name != "ceilings"}, "KeyError: 'ceilings'"),
+        (lambda line: line | {"row": line["row"] | {"median_us": "4"}}, "row.median_us is '4', no float"),
+        (lambda line: line | {"row": line["row"] | {"format": ["nvfp4"]}}, r"row.format is \['nvfp4'\], no str"),
+        (lambda line: line | {"ceilings": {"read_gbps": 10**400}}, "ceilings.read_gbps is 1000"),
+        (lambda line: line | {"environment": line["environment"] | {"date": None}}, "environment.date is None"),
     ],
 )
 def test_damaged_lines_are_named(tmp_path, change, message, record):
@@ -133,9 +137,18 @@ def test_damaged_lines_are_named(tmp_path, change, message, record):
         read(file)
 
 
-def test_an_absent_file_is_named(tmp_path):
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
     with pytest.raises(InputError, match="no such results file"):
         read(tmp_path / "absent.jsonl")
+    (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe")
+    for file in (tmp_path / "binary.jsonl", tmp_path, Path("/dev/zero")):
+        with pytest.raises(InputError, match=f"{file}: cannot read the file"):
+            read(file)
+
+
+def test_no_name_drives_a_terminal(record):
+    row = replace(ROW, system="\x1b[2J")
+    assert "\x1b" not in render(tables([replace(record, row=row), replace(record, row=replace(REFUSED, reason="\x1b[2J"))]))
 
 
 def test_table(record):

@@ -16,6 +16,7 @@ from halfbyte.bench.inputs import random_call
 from halfbyte.bench.records import Column, Status
 from halfbyte.bench.shapes import MoEShape
 from halfbyte.bench.together import Step, Way, time_together
+from halfbyte.checkpoint.typed_json import typed
 from halfbyte.distributed.costs import Costs, Line
 from halfbyte.errors import HalfbyteError
 from halfbyte.formats.activation_formats import ActivationFormat
@@ -85,9 +86,9 @@ class DispatchRow:
         return ""
 
 
-def row_of(fields: dict[str, Any]) -> DispatchRow:
-    """The row that a results file kept. Raises TypeError when the fields are others."""
-    return DispatchRow(**{**fields, "sizes": tuple(fields["sizes"])})
+def row_of(fields: object) -> DispatchRow:
+    """The row that a results file kept. Raises ValueError where it is something else."""
+    return typed(DispatchRow, fields, "row")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
@@ -31,6 +31,7 @@ from halfbyte.bench.peers import Build, Layer, Peer
 from halfbyte.bench.records import Column, Status
 from halfbyte.bench.shapes import MoEShape, floor_of
 from halfbyte.bench.timing import calls_of, time_calls, weight_sets_of
+from halfbyte.checkpoint.typed_json import typed
 from halfbyte.device import Target
 from halfbyte.errors import HalfbyteError
 from halfbyte.experts import ExpertWeights
@@ -110,9 +111,9 @@ class MoERow:
         return f"{self.median_us:.1f} us, {self.fraction:.1%} of the {self.bound} floor"
 
 
-def row_of(fields: dict[str, Any]) -> MoERow:
-    """The row that a results file kept. Raises TypeError when the fields are others."""
-    return MoERow(**fields)
+def row_of(fields: object) -> MoERow:
+    """The row that a results file kept. Raises ValueError where it is something else."""
+    return typed(MoERow, fields, "row")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import torch
 import halfbyte
 from halfbyte.bench.prepare_peers import naive_hopper, torch_hopper
 from halfbyte.bench.records import Column, Status
+from halfbyte.checkpoint.typed_json import typed
 from halfbyte.experts import ExpertWeights
 
 
@@ -74,9 +75,9 @@ class PrepareRow:
         return f"{self.ms:.2f} ms per layer of {self.num_experts} experts, {self.copy_fraction:.1%} of the copy bandwidth"
 
 
-def row_of(fields: dict[str, Any]) -> PrepareRow:
-    """The row that a results file kept. Raises TypeError when the fields are others."""
-    return PrepareRow(**fields)
+def row_of(fields: object) -> PrepareRow:
+    """The row that a results file kept. Raises ValueError where it is something else."""
+    return typed(PrepareRow, fields, "row")
 
 
 @dataclass(frozen=True)

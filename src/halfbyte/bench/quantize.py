@@ -6,7 +6,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -14,6 +14,7 @@ import halfbyte
 from halfbyte.bench.ceilings import Ceilings
 from halfbyte.bench.records import Column, Status
 from halfbyte.bench.timing import calls_of, time_calls, weight_sets_of
+from halfbyte.checkpoint.typed_json import typed
 from halfbyte.device import Target
 from halfbyte.errors import HalfbyteError, UnsupportedError
 from halfbyte.formats import FORMATS, BlockFormat, QuantTensor
@@ -94,9 +95,9 @@ class QuantizeRow:
         return f"{self.median_us:.1f} us, {self.gbps:.0f} GB/s, {self.fraction:.1%} of the copy bandwidth"
 
 
-def row_of(fields: dict[str, Any]) -> QuantizeRow:
-    """The row that a results file kept. Raises TypeError or KeyError when the fields are others."""
-    return QuantizeRow(**fields | {"case": QuantizeCase(**fields["case"])})
+def row_of(fields: object) -> QuantizeRow:
+    """The row that a results file kept. Raises ValueError where it is something else."""
+    return typed(QuantizeRow, fields, "row")
 
 
 Quantized = tuple[torch.Tensor, torch.Tensor]  # codes and scales

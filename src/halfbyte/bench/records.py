@@ -20,7 +20,9 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 
 import halfbyte
-from halfbyte.errors import InputError
+from halfbyte.checkpoint.json_files import parse_object, read_text
+from halfbyte.checkpoint.typed_json import typed
+from halfbyte.errors import InputError, printable, reason_of
 
 Status = Literal["ok", "refused", "skipped"]
 
@@ -138,18 +140,22 @@ def read(file: Path) -> list[Record]:
     """Read a results file back, in the order it was written; it may hold lines of several benchmarks.
 
     Raises:
-        InputError: no such file, or a line that no benchmark wrote.
+        InputError: no such file, no text, or a line that no benchmark wrote.
     """
-    if not file.is_file():
-        raise InputError("no such results file", given=file)
-    return [_record(line, f"{file}:{number}") for number, line in enumerate(file.read_text().splitlines(), start=1)]
+    try:
+        lines = read_text(file).split("\n")
+    except FileNotFoundError as error:
+        raise InputError("no such results file", given=file) from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read the file: {reason_of(error)}", where=str(file), needed="lines as --out writes them") from error
+    return [_record(line, f"{file}:{number}") for number, line in enumerate(lines, start=1) if line]
 
 
 def _record(line: str, where: str) -> Record:
     try:
-        document: Any = json.loads(line)
+        document = parse_object(line.encode())
         benchmark = str(document["benchmark"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError) as error:
         needed = "JSON with benchmark, environment, ceilings and row"
         raise InputError("not a line of halfbyte bench", where=where, given=repr(line[:60]), needed=needed) from error
     if benchmark not in ROW_MODULES:
@@ -157,11 +163,12 @@ def _record(line: str, where: str) -> Record:
         raise InputError("not a benchmark of halfbyte bench", where=where, given=repr(benchmark), needed=" or ".join(ROW_MODULES), next_step=advice)
     row_of = importlib.import_module(ROW_MODULES[benchmark]).row_of
     try:
-        environment = document["environment"] | {name: document["environment"][name] for name in _SHOWN}
+        environment = typed(dict[str, str | None], document["environment"], "environment")
+        environment |= typed(dict[str, str], {name: environment[name] for name in _NEEDED}, "environment")
         # Until 2026-11-29 `bench prepare` wrote its one ceiling beside the row.
         ceilings = document["ceilings"] if "copy_gbps" not in document else {"copy_gbps": document["copy_gbps"]}
-        return Record(benchmark, environment, dict(ceilings), row_of(document["row"]))
-    except (ValueError, KeyError, TypeError) as error:
+        return Record(benchmark, environment, typed(dict[str, float | None], ceilings, "ceilings"), row_of(document["row"]))
+    except (ValueError, KeyError) as error:
         given = f"{type(error).__name__}: {error}"
         raise InputError(f"not a row of halfbyte bench {benchmark}", where=where, given=given, needed="a line as --out writes it") from error
 
@@ -194,16 +201,16 @@ def _render_table(group: list[Record]) -> str:
     rows = sorted((record.row for record in group), key=lambda row: row.size)  # stable: systems stay in their order
     columns = rows[0].columns
     heads = (rows[0].unit, "system", *(column.head for column in columns))
-    lines = [f"### {rows[0].subject}", "", _run_line(group[0]), "", _line(heads), "|" + "---|" * len(heads)]
+    lines = [printable(f"### {rows[0].subject}"), "", printable(_run_line(group[0])), "", _line(heads), "|" + "---|" * len(heads)]
     for row in rows:
         time, *rest = (column.cell(row) for column in columns)
         lines.append(_line([str(row.size), row.system, time if row.status == "ok" else row.status, *rest]))
     notes = _notes(rows)
-    return "\n".join([*lines, "", *notes] if notes else lines)
+    return "\n".join([*lines, "", *map(printable, notes)] if notes else lines)
 
 
 def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    return printable(f"| {' | '.join(cells)} |")
 
 
 def _notes(rows: Sequence[Row]) -> list[str]:
@@ -221,8 +228,8 @@ def _counted(sizes: Sequence[int], unit: str) -> str:
     return f"{', '.join(map(str, sizes))} {unit.removesuffix('s') if list(sizes) == [1] else unit}"
 
 
-# What a table says of its run: parts of the environment, and ceilings where they were measured.
-_SHOWN = ("date", "command", "device", "torch", "triton", "halfbyte", "commit")
+# What a table says of its run: parts of the environment, which are always there, and ceilings where they were measured.
+_NEEDED = ("date", "command", "device", "torch", "halfbyte")
 _CEILINGS = {
     "read_gbps": "read {:.0f} GB/s",
     "copy_gbps": "copy {:.0f} GB/s",
@@ -235,7 +242,7 @@ _CEILINGS = {
 def _run_line(record: Record) -> str:
     env, ceilings = record.environment, record.ceilings
     measured = ", ".join(text.format(ceilings[name]) for name, text in _CEILINGS.items() if ceilings.get(name) is not None)
-    software = f"torch {env['torch']}, triton {env['triton']}, halfbyte {env['halfbyte']} ({env['commit'] or 'commit unknown'})"
+    software = f"torch {env['torch']}, triton {env.get('triton')}, halfbyte {env['halfbyte']} ({env.get('commit') or 'commit unknown'})"
     return f"{env['device']}, {env['date'][:10]}, {software}{f'; measured ceilings: {measured}' if measured else ''}"
 
 

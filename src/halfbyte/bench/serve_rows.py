@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from halfbyte.bench.records import Column, Status
+from halfbyte.checkpoint.typed_json import typed
 
 
 @dataclass(frozen=True)
@@ -188,9 +189,10 @@ class ServerRow(_EngineRow):
         return f"{self.output_throughput:.1f} tokens/s, TTFT {self.median_ttft_ms:.1f} ms, TPOT {self.median_tpot_ms:.2f} ms"
 
 
-def row_of(fields: dict[str, Any]) -> StartRow | ThroughputRow | ServerRow:
-    """The row that a results file kept. Raises TypeError or KeyError when the fields are others."""
-    if "workload" not in fields:
-        return StartRow(**fields)
-    kind = ServerRow if "concurrency" in fields else ThroughputRow
-    return kind(**fields | {"workload": Workload(**fields["workload"])})
+def row_of(fields: object) -> StartRow | ThroughputRow | ServerRow:
+    """The row that a results file kept. Raises ValueError where it is something else."""
+    names = fields if isinstance(fields, dict) else ()
+    kind: type[StartRow | ThroughputRow | ServerRow] = StartRow
+    if "workload" in names:
+        kind = ServerRow if "concurrency" in names else ThroughputRow
+    return typed(kind, fields, "row")

@@ -24,17 +24,16 @@ import logging
 import math
 import reprlib
 import tokenize
-import types
-import typing
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from halfbyte.checkpoint.json_files import read_json
+from halfbyte.checkpoint.typed_json import typed
 from halfbyte.device import Target
 from halfbyte.env import cache_dir
 from halfbyte.errors import CheckpointError
@@ -47,7 +46,6 @@ SCHEMA = 1
 SHIPPED = Path(__file__).parent / "tables"
 DISTINCT = (8, 16, 32, 64)  # upper limits of buckets of distinct experts
 AVERAGES = (1, 4.5, 9, 16, 24, 38, 56, 80, 112, 150, 176, 240, 320, 448)  # of rows per expert; a last bucket has no limit
-_LARGEST = 1e18  # of any number in a table
 _REMOVE = "remove it"
 _MAX_DISTANCE = 1.0  # of a layer most alike: half or twice one of its sizes
 
@@ -147,45 +145,12 @@ class Table:
         if schema != SCHEMA:
             raise CheckpointError("no table of this schema", where=where, given=reprlib.repr(schema), needed=str(SCHEMA), next_step=_REMOVE)
         try:
-            table: Table = _made(Table, fields, "table")
+            table: Table = typed(Table, fields, "table")
             for layer in table.layers:
                 _check(layer)
         except ValueError as error:
             raise CheckpointError("not a table of halfbyte tune", where=where, given=error, next_step=_REMOVE) from error
         return table
-
-
-_hints = functools.cache(typing.get_type_hints)
-
-
-@functools.cache
-def _parts(kind: Any) -> tuple[Any, tuple[Any, ...], bool]:
-    """What a type is made of: its origin, its arguments, and whether it is a dataclass."""
-    return typing.get_origin(kind), typing.get_args(kind), is_dataclass(kind)
-
-
-def _made(kind: Any, value: Any, path: str) -> Any:
-    """`value`, out of JSON, as a `kind`: a dataclass, a tuple, list or dict, a string, a finite number from 0 on; None where the kind allows it.
-
-    Raises:
-        ValueError: it is something else; says where, `path` being the way to it.
-    """
-    outer, inner, has_fields = _parts(kind)
-    if kind is Any or (value is None and type(None) in inner):
-        return value
-    if outer is types.UnionType:
-        return _made(inner[0], value, path)
-    if has_fields and isinstance(value, dict):
-        hints = _hints(kind)
-        if value.keys() == hints.keys():
-            return kind(**{name: _made(hint, value[name], f"{path}.{name}") for name, hint in hints.items()})
-    elif outer in (tuple, list) and isinstance(value, list):
-        return outer(_made(inner[0], item, f"{path}[{index}]") for index, item in enumerate(value))
-    elif outer is dict and isinstance(value, dict):
-        return {name: _made(inner[1], item, f"{path}.{name}") for name, item in value.items()}
-    elif (kind in (bool, str) and type(value) is kind) or (kind in (int, float) and type(value) in (int, kind) and 0 <= value <= _LARGEST):
-        return value
-    raise ValueError(f"{path} is {reprlib.repr(value)}, no {getattr(kind, '__name__', kind)} as it should be")
 
 
 def _check(layer: Layer) -> None:
