@@ -1,6 +1,7 @@
 """The benchmark of the MoE layer: what is timed, refused and skipped, and the command around it."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -200,6 +201,11 @@ def test_no_row_at_all_is_exit_3(quick, capsys):
         (["bench", "prepare", "--out", "no/such/directory/rows.jsonl"], "argument --out: no directory for"),
         (["bench", "prepare", "--shape", "64,64,4,2"], "not three integers H,I,E: hidden, intermediate, experts"),
         (["bench", "quantize", "--out", "no/such/directory/rows.jsonl"], "argument --out: no directory for"),
+        (["bench", "quantize", "--out", "."], "argument --out: '.' is a directory, not a file to write"),
+        (["bench", "quantize", "--out", ""], "argument --out: '' is a directory, not a file to write"),
+        (["bench", "quantize", "--out", "x" * 300], "argument --out: File name too long: xxx"),
+        (["bench", "moe", "--plot", "plot.abc"], "argument --plot: 'plot.abc' does not end in .png"),
+        (["bench", "quantize", "--systems", "scan,search"], "scan and search need rows of --experts"),
     ],
 )
 def test_wrong_usage_exits_2(arguments, message, capsys):
@@ -207,3 +213,10 @@ def test_wrong_usage_exits_2(arguments, message, capsys):
         main(arguments)
     captured = capsys.readouterr()
     assert captured.out == "" and message in captured.err
+
+
+def test_a_file_that_may_not_be_written_is_wrong_usage(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(os, "access", lambda file, mode: file != tmp_path)  # root may write anywhere
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main(["bench", "quantize", "--out", str(tmp_path / "rows.jsonl")])
+    assert f"argument --out: {tmp_path / 'rows.jsonl'} cannot be written" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from halfbyte import __version__, device
 from halfbyte.cli.main import COMMANDS, main
@@ -92,6 +93,7 @@ def test_errors_become_exit_codes(error, code, monkeypatch, capsys):
     [
         (PermissionError(13, "Permission denied", "priv/config.json"), "priv/config.json: Permission denied"),
         (OSError(28, "No space left on device"), "No space left on device"),
+        (OSError(5, "Input/output error"), "Input/output error"),
     ],
 )
 def test_what_the_system_refuses_is_one_line(error, line, monkeypatch, capsys):
@@ -100,10 +102,34 @@ def test_what_the_system_refuses_is_one_line(error, line, monkeypatch, capsys):
     assert capsys.readouterr().err == f"halfbyte: error: {line}\n"
 
 
-def test_a_mistake_of_ours_is_not_dressed_up(monkeypatch):
-    monkeypatch.setitem(sys.modules, "halfbyte.cli.doctor", raising(ZeroDivisionError("a bug")))
-    with pytest.raises(ZeroDivisionError):
+@pytest.mark.parametrize(
+    ("run", "reason"),
+    [
+        (lambda args: torch.empty(1 << 60, dtype=torch.uint8), "can't allocate memory: you tried to allocate 1152921504606846976 bytes"),
+        (lambda args: bytearray(1 << 62), "MemoryError"),
+        (raising(torch.OutOfMemoryError("CUDA out of memory.")).run, "CUDA out of memory"),
+    ],
+)
+def test_too_little_memory_is_one_line(run, reason, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "halfbyte.cli.doctor", SimpleNamespace(EXAMPLE="", add_arguments=lambda parser: None, run=run))
+    assert main(["doctor"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"halfbyte: error: out of memory: {reason}") and line.endswith("Ask for less at a time")
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("a bug"), RuntimeError("another")])
+def test_a_mistake_of_ours_is_not_dressed_up(error, monkeypatch):
+    monkeypatch.setitem(sys.modules, "halfbyte.cli.doctor", raising(error))
+    with pytest.raises(type(error)):
         main(["doctor"])
+
+
+@pytest.mark.parametrize("command", [["quantize", "demo", "fp4"], ["bench", "quantize"], ["generate", "demo", "1"]])
+def test_a_device_that_computes_nothing_is_refused_first(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([*command, "--device", "meta"]) == 3
+    assert capsys.readouterr().err == "halfbyte: error: --device: no kernels for this kind of device (given meta; needed cpu or cuda)\n"
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_reader_that_goes_away_is_no_error():

@@ -66,7 +66,9 @@ def test_unsupported_source_is_3(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "already quantised" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["--experts-only", "--all-linear"], ["--max-shard-size", "many"], ["--max-shard-size", "0"]])
+@pytest.mark.parametrize(
+    "arguments", [["--experts-only", "--all-linear"], ["--max-shard-size", "many"], ["--max-shard-size", "0"], ["--max-shard-size", "9" * 400 + "GB"]]
+)
 def test_usage_errors(source: str, tmp_path: Path, arguments: list[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["quantize", source, str(tmp_path / "a"), *arguments])

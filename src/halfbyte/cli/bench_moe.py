@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="relative error over many tokens that peers are allowed; halfbyte is not",
     )
     parser.add_argument("--backend", choices=backends, help="the only kernel halfbyte may use")
-    parser.add_argument("--plot", type=shared.file_to_write, metavar="FILE.png", help="plot the share of the floor over tokens")
+    parser.add_argument("--plot", type=shared.picture_to_write, metavar="FILE.png", help="plot the share of the floor over tokens")
     parser.add_argument("--budget-s", type=seconds, metavar="S", default=math.inf, help="start no row after this many seconds")
     shared.add_output(parser, seed="of weights, inputs and routings")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -39,11 +40,26 @@ def shape_of(text: str, needed: str, *rest: int) -> MoEShape:
 
 
 def file_to_write(text: str) -> Path:
-    """An argparse type: a file in a directory that is there."""
+    """An argparse type: a file that can be written, there or not, as far as can be told before."""
     file = Path(text)
-    if not file.absolute().parent.is_dir():
-        raise argparse.ArgumentTypeError(f"no directory for {file}")
+    try:
+        folder = file.absolute().parent
+        if not folder.is_dir():
+            raise argparse.ArgumentTypeError(f"no directory for {file}")
+        if file.is_dir():
+            raise argparse.ArgumentTypeError(f"{text!r} is a directory, not a file to write")
+        if not os.access(file if file.exists() else folder, os.W_OK):
+            raise argparse.ArgumentTypeError(f"{file} cannot be written")
+    except OSError as error:  # a name that is too long
+        raise argparse.ArgumentTypeError(f"{error.strerror}: {file}") from error
     return file
+
+
+def picture_to_write(text: str) -> Path:
+    """An argparse type: a PNG that can be written."""
+    if not text.endswith(".png"):
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in .png")
+    return file_to_write(text)
 
 
 def add_layer(parser: argparse.ArgumentParser, *, shape: dict[str, Any], name: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import itertools
 from dataclasses import asdict
 
 from halfbyte.bench import ceilings
-from halfbyte.bench.quantize import SYSTEMS, QuantizeCase, bench_quantize
+from halfbyte.bench.quantize import OF_EXPERTS, SYSTEMS, QuantizeCase, bench_quantize
 from halfbyte.cli import bench_options as shared
 from halfbyte.cli.terminal import comma_list, count, one_of, positive_int
 from halfbyte.formats.scale_layout import LAYOUTS
@@ -42,6 +42,8 @@ def run(args: argparse.Namespace) -> int:
     for width, format in itertools.product(widths, args.formats):
         if width % format.block:
             raise argparse.ArgumentError(None, f"{width} does not divide into {format!r} blocks of {format.block}")
+    if not any(args.experts) and set(args.systems) <= OF_EXPERTS:
+        raise argparse.ArgumentError(None, f"{' and '.join(args.systems)} need rows of --experts")
     sizes = itertools.product(args.formats, args.layouts, args.experts, widths, args.rows or (_CPU_ROWS if on_cpu else _GPU_ROWS))
     cases = [QuantizeCase(rows, width, format.name, layout, experts) for format, layout, experts, width, rows in sizes]
     shared.say(f"measuring the ceilings of {described['device']}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.bench.records import ROW_MODULES, Record, latest, read, render, tables
-from halfbyte.cli.bench_options import file_to_write
+from halfbyte.cli.bench_options import picture_to_write
 from halfbyte.cli.documents import print_document
 from halfbyte.errors import InputError
 
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--all", action="store_true", help="every run; otherwise the last one of each benchmark, device and subject")
     parser.add_argument("--only", metavar="TEXT", help="only tables whose heading has this text: 'NVFP4, bf16'")
     parser.add_argument(
-        "--plot", type=file_to_write, metavar="FILE.png", help="plot the MoE layer's share of the floor over tokens, at most six tables"
+        "--plot", type=picture_to_write, metavar="FILE.png", help="plot the MoE layer's share of the floor over tokens, at most six tables"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 

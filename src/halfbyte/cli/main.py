@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import halfbyte
 from halfbyte.cli import engine_options
 from halfbyte.cli.parser import Parser
-from halfbyte.errors import HalfbyteError
+from halfbyte.errors import HalfbyteError, reason_of
 
 # Each is a module of this package. What it does is said here, so that the list of commands prints without importing torch.
 COMMANDS = {
@@ -31,6 +31,7 @@ COMMANDS = {
 }
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
+_OF_THE_SYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE, errno.EMFILE)  # whatever the file is called
 _EXIT_CODES = """exit codes:
   0 done, 1 failed, 2 wrong usage, 3 not supported on this machine, 130 interrupted, 141 the reader of the output went away"""
 
@@ -65,11 +66,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the shutdown flushes into the broken pipe again
         return BROKEN_PIPE
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        reason = reason_of(error).rpartition("DefaultCPUAllocator: ")[2]
+        print(f"halfbyte: error: {HalfbyteError(f'out of memory: {reason}', next_step='ask for less at a time')}", file=sys.stderr)
+        return HalfbyteError.exit_code
     except OSError as error:
-        if error.filename is None and error.errno != errno.ENOSPC:
+        if error.filename is None and error.errno not in _OF_THE_SYSTEM:
             raise  # nothing that a user could mend
         print(f"halfbyte: error: {HalfbyteError(error.strerror or type(error).__name__, where=str(error.filename or ''))}", file=sys.stderr)
         return HalfbyteError.exit_code
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """What torch raises is known by its text on a CPU, and of a class on a GPU that must not be imported for this."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 def _top_parser() -> argparse.ArgumentParser:

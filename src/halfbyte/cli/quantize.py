@@ -98,7 +98,7 @@ def parse_size(text: str) -> int:
     >>> parse_size("5GB"), parse_size("1.5MiB"), parse_size("4096")
     (5000000000, 1572864, 4096)
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    match = re.fullmatch(r"\s*([0-9]{1,18}(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].upper() not in _UNITS or (size := int(float(match[1]) * _UNITS[match[2].upper()])) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size like 5GB, 500MB or 4096")
     return size

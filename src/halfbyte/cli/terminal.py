@@ -16,6 +16,7 @@ import torch
 
 from halfbyte.arguments import as_device
 from halfbyte.cli.progress import Bar
+from halfbyte.errors import CheckpointError, UnsupportedError, foreign
 
 _Item = TypeVar("_Item")
 _TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json", "tokenization_*.py")
@@ -106,9 +107,12 @@ def usable_device(name: str | None) -> torch.device:
     """The device of that name, or for None the GPU where there is one, else the CPU.
 
     Raises:
-        UnsupportedError: this machine, or this build of torch, has no such device.
+        UnsupportedError: this machine, or this build of torch, has no such device; or it is another kind than halfbyte knows, as "meta" is.
     """
-    return as_device(name or ("cuda" if torch.cuda.is_available() else "cpu"), "--device")
+    device = as_device(name or ("cuda" if torch.cuda.is_available() else "cpu"), "--device")
+    if device.type not in ("cpu", "cuda"):
+        raise UnsupportedError("no kernels for this kind of device", where="--device", given=device.type, needed="cpu or cuda")
+    return device
 
 
 def load_model(model: str, device: torch.device, activations: Any = "bf16", *, dtype: str = "auto", shown: bool = True) -> tuple[Any, Any]:
@@ -119,7 +123,6 @@ def load_model(model: str, device: torch.device, activations: Any = "bf16", *, d
         UnsupportedError: as `load`.
     """
     from halfbyte.checkpoint.source import resolve_model
-    from halfbyte.errors import CheckpointError, foreign
     from halfbyte.integrations.transformers import load  # before transformers itself: it says what to install
 
     quieten_transformers()
@@ -138,8 +141,6 @@ def load_model(model: str, device: torch.device, activations: Any = "bf16", *, d
 
 def _check_files(path: Path) -> None:
     """Raise CheckpointError for what has the name of a text, yet is none: transformers waits for pipes, and goes on without the rest."""
-    from halfbyte.errors import CheckpointError
-
     for file in sorted(path.iterdir()):
         if file.suffix in (".json", ".jinja", ".model", ".txt") and not file.is_file():
             problem = "a link that leads nowhere" if file.is_symlink() and not file.exists() else "not a regular file"
@@ -150,7 +151,6 @@ def _check_dense_experts(path: Path) -> None:
     """Raise CheckpointError for the first defect of experts in bf16 or fp8, which stock transformers loads: those in FP4 are checked as they load."""
     from halfbyte.checkpoint import Checkpoint, find_defects
     from halfbyte.checkpoint.families import is_known
-    from halfbyte.errors import CheckpointError
 
     checkpoint = Checkpoint.open(path)
     if is_known(checkpoint.config, str(path / "config.json")) and not checkpoint.quantization.dialects:
