@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,12 @@ pytest.importorskip("triton")
 
 from races import Racing, layer
 
+from halfbyte.cli.main import main
+from halfbyte.errors import InputError
+from halfbyte.kernels.tuned import read
 from halfbyte.tuning import report
 from halfbyte.tuning.run import load, tune
+from halfbyte.tuning.store import write_table
 
 
 def test_the_summary_is_by_activations_and_routing(tmp_path: Path) -> None:
@@ -31,3 +36,25 @@ def test_the_summary_is_by_activations_and_routing(tmp_path: Path) -> None:
 
 def test_nothing_raced_is_said() -> None:
     assert report.summary([]) == "no races"
+
+
+def test_what_a_table_leaves_out_or_misnames_stops_no_report(tmp_path: Path) -> None:
+    list(tune([layer()], Racing(), directory=tmp_path))
+    (table,) = load([layer()], tmp_path)
+    (known,) = table.layers
+    odd = replace(known, key=replace(known.key, format="\x1b[2J"), ceilings={"read_gbps": 1.0})
+    printed = report.render([replace(table, layers=(odd, replace(known, ceilings={"read_gbps": None}), replace(odd, ceilings=known.ceilings)))])
+    assert printed.count("### ") == 3 and "\x1b" not in printed
+    with pytest.raises(InputError, match="nothing to plot"):
+        report.plot([replace(table, layers=())], tmp_path / "plot.png")
+
+
+def test_a_file_has_the_races_of_one_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    list(tune([layer()], Racing(), directory=tmp_path))
+    (table,) = load([layer()], tmp_path)
+    for name in ("one", "other"):
+        write_table(replace(table, device=replace(table.device, name=name)), tmp_path / f"{name}.json")
+    files, export = [str(tmp_path / "one.json"), str(tmp_path / "other.json")], ["--export", str(tmp_path / "out.json")]
+    assert main(["tune", "--report", *files, *export]) == 1
+    assert "--export: a file has the races of one GPU (given one, other)" in capsys.readouterr().err and not (tmp_path / "out.json").exists()
+    assert main(["tune", "--report", files[0], *export]) == 0 and read(tmp_path / "out.json").device.name == "one"

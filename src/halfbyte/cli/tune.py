@@ -13,6 +13,7 @@ from halfbyte.cli.bench_moe import parse_shape
 from halfbyte.cli.documents import print_document
 from halfbyte.cli.terminal import comma_list, one_of, seconds, usable_device
 from halfbyte.device import Target
+from halfbyte.errors import InputError
 from halfbyte.formats.activation_formats import ACTIVATION_FORMATS
 from halfbyte.kernels.tuned import SHIPPED, Table, read, user_directory
 from halfbyte.tuning import report
@@ -53,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     """Tune and report; 0 when everything was raced, 1 when the budget ended before.
 
     Raises:
+        InputError: tables of several GPUs for one file.
         CheckpointError: the model's files do not say what its layers are; a file that is no table; a directory that cannot be written.
         UnsupportedError: no kernel with a choice of configurations runs the layer here.
     """
@@ -90,6 +92,10 @@ def _layers(args: argparse.Namespace, target: Target) -> list[Layer]:
 
 
 def _show(args: argparse.Namespace, tables: list[Table]) -> int:
+    devices = {table.device for table in tables}
+    if args.export and len(devices) != 1:
+        names = ", ".join(sorted(device.name for device in devices)) or "none"
+        raise InputError("a file has the races of one GPU", where="--export", given=names, next_step="name its tables after --report")
     if args.json:
         print_document({"tables": [table.to_json() for table in tables]})
     else:
@@ -97,6 +103,6 @@ def _show(args: argparse.Namespace, tables: list[Table]) -> int:
         print("\n" + report.summary(layer for table in tables for layer in table.layers))
     if args.plot:
         report.plot(tables, args.plot)
-    if args.export and tables:
-        write_table(Table(tables[0].device, tuple(layer for table in tables for layer in table.layers)), args.export)
+    if args.export:
+        write_table(Table(devices.pop(), tuple(layer for table in tables for layer in table.layers)), args.export)
     return 0

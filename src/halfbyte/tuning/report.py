@@ -8,7 +8,8 @@ from pathlib import Path
 
 from halfbyte.bench.ceilings import Ceilings
 from halfbyte.bench.shapes import MoEShape, floor_of
-from halfbyte.errors import UnsupportedError
+from halfbyte.checkpoint.typed_json import typed
+from halfbyte.errors import InputError, UnsupportedError, printable
 from halfbyte.formats import FORMATS
 from halfbyte.kernels.tuned import Layer, Race, Table
 from halfbyte.tuning.models import MODELS
@@ -34,7 +35,7 @@ def summary(layers: Iterable[Layer]) -> str:
     ]
     for (activations, routing), values in sorted(regrets.items(), key=lambda item: item[0][0]):
         mean, high = math.exp(sum(map(math.log, values)) / len(values)), sum(value > 1.03 for value in values)
-        lines.append(f"| {activations} | {routing} | {len(values)} | {mean:.3f} | {max(values):.3f} | {high} |")
+        lines.append(f"| {printable(activations)} | {printable(routing)} | {len(values)} | {mean:.3f} | {max(values):.3f} | {high} |")
     return "\n".join([*lines, "", won])
 
 
@@ -47,6 +48,7 @@ def plot(tables: Sequence[Table], file: Path) -> None:
     """Time of every candidate over that of the rule's, by bucket, uniform routing; one panel per layer, as a PNG.
 
     Raises:
+        InputError: there are no races.
         UnsupportedError: matplotlib is not installed.
     """
     try:
@@ -54,6 +56,8 @@ def plot(tables: Sequence[Table], file: Path) -> None:
     except ImportError as error:
         raise UnsupportedError("the plot needs matplotlib", where="--plot", next_step="run: pip install 'halfbyte[bench]'") from error
     layers = [layer for table in tables for layer in table.layers if layer.races]
+    if not layers:
+        raise InputError("nothing to plot", where="--plot", given="tables without races", next_step="leave --plot out")
     columns = min(3, len(layers))
     lines = math.ceil(len(layers) / columns)
     figure = Figure(figsize=(5.2 * columns, 3.6 * lines), layout="constrained")
@@ -104,16 +108,20 @@ def _render(table: Table, layer: Layer) -> str:
         times = "; ".join(f"{name} {', '.join(f'{us:.1f}' for us in each)}" for name, each in race.times.items())
         failed = "".join(f"; {name}: {reason}" for name, reason in race.excluded.items())
         lines.append(f"| {race.bucket} | {race.num_tokens} | {race.default} | {race.taken} | {_of_floor(layer, race)} | {times}{failed} |")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _of_floor(layer: Layer, race: Race) -> str:
-    """Share of the floor with uniform routing."""
-    if not layer.ceilings or race.taken not in race.times:
+    """Share of the floor with uniform routing; "" where the table does not say enough."""
+    key, shape, format = layer.key, MODELS.get(layer.name), FORMATS.get(layer.key.format)
+    try:
+        ceilings = typed(Ceilings, layer.ceilings, "ceilings")
+    except ValueError:
         return ""
-    key, shape = layer.key, MODELS.get(layer.name)
+    if format is None or race.taken not in race.times:
+        return ""
     if shape is None:
         shape = MoEShape(layer.name, key.hidden, key.intermediate, key.experts, layer.top_k)
     touched = key.experts * (1 - (1 - layer.top_k / key.experts) ** race.num_tokens)
-    floor = floor_of(shape, FORMATS[key.format], race.num_tokens, touched, Ceilings(**layer.ceilings), key.activations)  # type: ignore[arg-type]
+    floor = floor_of(shape, format, race.num_tokens, touched, ceilings, key.activations)
     return f"{floor.us / race.times[race.taken][0]:.0%}"
