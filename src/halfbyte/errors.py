@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+_OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE, errno.EMFILE, errno.EPIPE)
 # Control characters, and those that turn the direction of writing: what a file calls its tensors must not drive a terminal.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
@@ -31,6 +33,16 @@ def shortened(text: str, most: int = 1_500) -> str:
 def reason_of(error: Exception, most: int = 300) -> str:
     """What an error of another package says, on one line and not without end; its type where it says nothing."""
     return " ".join(str(error).split())[:most] or type(error).__name__
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was too little memory: torch says so by a text on a CPU, and by a class on a GPU, which this module must not import."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
+def is_of_the_machine(error: BaseException) -> bool:
+    """Whether an error is no fault of a model's files, nor ours: too little memory, a full or broken disk, or a reader of our output who has gone."""
+    return is_out_of_memory(error) or (isinstance(error, OSError) and error.errno in _OF_THE_MACHINE)
 
 
 class HalfbyteError(Exception):
@@ -73,9 +85,11 @@ def foreign(problem: str, *, where: str, next_step: str) -> Iterator[None]:
     """
     try:
         yield
-    except (HalfbyteError, BrokenPipeError):  # a reader of our output who has gone is no problem of the files
+    except HalfbyteError:
         raise
     except Exception as error:
+        if is_of_the_machine(error):
+            raise
         raise CheckpointError(f"{problem}: {reason_of(error)}", where=where, next_step=next_step) from error
 
 

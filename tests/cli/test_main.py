@@ -132,6 +132,12 @@ def test_a_device_that_computes_nothing_is_refused_first(command, tmp_path, monk
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("closed", "code"), [(">&-", 0), (">&- 2>&- <&-", 0)])
+def test_streams_may_be_closed(closed, code):
+    assert subprocess.run(f"{sys.executable} -m halfbyte {closed}", shell=True, stderr=subprocess.PIPE, timeout=1800).stderr == b""
+    assert subprocess.run(f"{sys.executable} -m halfbyte {closed}", shell=True, timeout=1800).returncode == code
+
+
 def test_a_reader_that_goes_away_is_no_error():
     process = subprocess.Popen([sys.executable, "-m", "halfbyte"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import errno
 import importlib
 import io
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import halfbyte
 from halfbyte.cli import engine_options
 from halfbyte.cli.parser import Parser
-from halfbyte.errors import HalfbyteError, reason_of
+from halfbyte.errors import HalfbyteError, is_of_the_machine, is_out_of_memory, reason_of
 
 # Each is a module of this package. What it does is said here, so that the list of commands prints without importing torch.
 COMMANDS = {
@@ -31,7 +31,6 @@ COMMANDS = {
 }
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
-_OF_THE_SYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE, errno.EMFILE)  # whatever the file is called
 _EXIT_CODES = """exit codes:
   0 done, 1 failed, 2 wrong usage, 3 not supported on this machine, 130 interrupted, 141 the reader of the output went away"""
 
@@ -46,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     usage: halfbyte ...
     0
     """
+    _open_what_is_closed()
     _let_any_letter_be_printed()
     parser = _top_parser()
     args = parser.parse_args(argv)
@@ -67,21 +67,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the shutdown flushes into the broken pipe again
         return BROKEN_PIPE
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         reason = reason_of(error).rpartition("DefaultCPUAllocator: ")[2]
         print(f"halfbyte: error: {HalfbyteError(f'out of memory: {reason}', next_step='ask for less at a time')}", file=sys.stderr)
         return HalfbyteError.exit_code
     except OSError as error:
-        if error.filename is None and error.errno not in _OF_THE_SYSTEM:
+        if error.filename is None and not is_of_the_machine(error):
             raise  # nothing that a user could mend
         print(f"halfbyte: error: {HalfbyteError(error.strerror or type(error).__name__, where=str(error.filename or ''))}", file=sys.stderr)
         return HalfbyteError.exit_code
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """What torch raises is known by its text on a CPU, and of a class on a GPU that must not be imported for this."""
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 def _top_parser() -> argparse.ArgumentParser:
@@ -114,6 +109,13 @@ def _run(parser: argparse.ArgumentParser, name: str, arguments: list[str]) -> in
         return module.run(args)
     except argparse.ArgumentError as error:  # arguments that contradict each other, each being right alone
         command_parser.error(str(error))
+
+
+def _open_what_is_closed() -> None:
+    """Give what a shell has closed (`>&-`) to the null device: there is nothing to flush otherwise, and the next file that opens gets its number."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("r" if name == "stdin" else "w"))  # for as long as the process lives
 
 
 def _let_any_letter_be_printed() -> None:
