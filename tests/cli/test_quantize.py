@@ -41,6 +41,7 @@ def test_dry_run(source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (["--scale-rule", "floor"], 2, "belongs to mxfp4"),
         (["--skip", "no.such.*"], 1, "matches no module"),
         (["--device", "nowhere"], 3, "cannot use the device"),
+        (["--calibrate", "/dev/zero"], 1, "/dev/zero: not a regular file"),
     ],
 )
 def test_exit_codes(source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from safetensors.torch import load_file
 import halfbyte as hb
 from halfbyte.checkpoint import Checkpoint, load_experts
 from halfbyte.checkpoint import writer as writer_module
-from halfbyte.checkpoint.writer import CheckpointWriter
+from halfbyte.checkpoint.writer import JOURNAL, CheckpointWriter
 from halfbyte.convert import QuantizeOptions, QuantizeReport, quantize_model
 from halfbyte.errors import CheckpointError, InputError, UnsupportedError
 from halfbyte.formats import FORMATS
@@ -288,7 +289,7 @@ def test_full_disk_keeps_finished_shards(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(writer_module, "save_file", full_at_second)
     with pytest.raises(CheckpointError, match=r"model-00002-of-0000\d.safetensors: the disk is full"):
         quantize_model(source, tmp_path / "out", SMALL)
-    assert sorted(file.name[:11] for file in (tmp_path / "out").iterdir()) == [".halfbyte-j", "model-00001"]
+    assert sorted(file.name[:11] for file in (tmp_path / "out").iterdir()) == [".halfbyte-j", "hf_quant_co", "model-00001"]
     monkeypatch.undo()
     assert quantize_model(source, tmp_path / "out", SMALL).resumed_shards == 1
 
@@ -475,6 +476,24 @@ def test_a_source_that_changes_meanwhile(tmp_path: Path, change: str) -> None:
     file.write_bytes(seen[0])
     assert quantize_model(source, out, SMALL, restart=True).resumed_shards == 0
     assert (out / "config.json").exists()
+
+
+def test_a_small_file_that_cannot_be_read_is_told_before_a_shard_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, opened = cf.dense().write(tmp_path / "in"), Path.open
+    (source / "tokenizer.json").write_text("{}")
+
+    def refusing(file: Path, *args: str, **options: str) -> object:  # root may read anything
+        if file == source / "tokenizer.json":
+            raise PermissionError(errno.EACCES, "Permission denied", str(file))
+        return opened(file, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Path, "open", refusing)
+    with pytest.raises(CheckpointError, match=r"in/tokenizer\.json: cannot read the file: Permission denied\. Make it readable"):
+        quantize_model(source, tmp_path / "out")
+    assert [file.name for file in (tmp_path / "out").iterdir()] == [JOURNAL]
+    monkeypatch.undo()
+    quantize_model(source, tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
 
 
 def test_links_that_lead_out_are_not_copied(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -111,7 +111,7 @@ def _load_api() -> Any:
     name = "torchtitan.distributed"
     found = importlib.util.find_spec("torchtitan")
     if found is None or found.origin is None:
-        raise UnsupportedError("torchtitan is not installed", where="MinimalAsyncEP", next_step="pip install --no-deps torchtitan==0.3.0")
+        raise UnsupportedError("torchtitan is not installed", where="MinimalAsyncEP", next_step="run: pip install --no-deps torchtitan==0.3.0")
     if name not in sys.modules:
         stand_in = types.ModuleType(name)
         stand_in.__path__ = [str(Path(found.origin).parent / "distributed")]

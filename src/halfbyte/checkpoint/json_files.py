@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from halfbyte.errors import CheckpointError
 
 AGAIN = "download the file again"
+READABLE = "make it readable, and repeat the command"
 MAX_BYTES = 100_000_000  # of a header, by safetensors' own limit; the index of DeepSeek-R1, which is longest, has 16 MB
 MAX_LETTERS = 1_000_000_000  # of a text to measure or calibrate on
 _HALVES = tuple(f"\\u{letter}{digit}".encode() for letter in "dD" for digit in "89abcdefABCDEF")
@@ -135,6 +136,7 @@ def _read(file: Path, first: int, count: int, next_step: str = AGAIN) -> bytes:
             stream.seek(first)
             return stream.read(count)
     except OSError as error:
+        next_step = READABLE if isinstance(error, PermissionError) else next_step
         raise CheckpointError(f"cannot read the file: {error.strerror}", where=str(file), next_step=next_step) from error
 
 

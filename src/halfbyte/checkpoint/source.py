@@ -84,7 +84,7 @@ def resolve_model(model: str | Path) -> Path:
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     except ImportError as error:
         raise UnsupportedError(
-            "cannot download a model: huggingface_hub is not installed", where=str(model), next_step="pip install 'halfbyte[hf]'"
+            "cannot download a model: huggingface_hub is not installed", where=str(model), next_step="run: pip install 'halfbyte[hf]'"
         ) from error
     try:
         return Path(snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "LICENSE*"]))

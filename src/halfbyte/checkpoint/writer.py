@@ -26,7 +26,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from halfbyte.checkpoint.json_files import read_json, text_of
+from halfbyte.checkpoint.json_files import READABLE, read_json, text_of
 from halfbyte.checkpoint.source import INDEX
 from halfbyte.errors import CheckpointError
 
@@ -127,10 +127,18 @@ class CheckpointWriter:
             partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
     def copy_file(self, source: Path, name: str) -> None:
-        """Copy a file to `name` (may contain folders)."""
+        """Copy a file to `name` (may contain folders).
+
+        Raises:
+            CheckpointError: one of the two cannot be read, or written.
+        """
+        try:
+            stream = source.open("rb")
+        except OSError as error:
+            raise CheckpointError(f"cannot read the file: {error.strerror}", where=str(source), next_step=READABLE) from error
         make_directory((self.path / name).parent)
-        with replacing(self.path / name) as partial:
-            shutil.copyfile(source, partial)
+        with stream, replacing(self.path / name) as partial, partial.open("wb") as copy:
+            shutil.copyfileobj(stream, copy)
 
     def finish(self, weight_map: Mapping[str, str], total_bytes: int, config: Mapping[str, Any]) -> None:
         """Write the index, then config.json, and drop the journal: the checkpoint is complete."""

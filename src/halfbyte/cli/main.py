@@ -115,7 +115,7 @@ def _open_what_is_closed() -> None:
     """Give what a shell has closed (`>&-`) to the null device: there is nothing to flush otherwise, and the next file that opens gets its number."""
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, Path(os.devnull).open("r" if name == "stdin" else "w"))  # for as long as the process lives
+            setattr(sys, name, Path(os.devnull).open("r" if name == "stdin" else "w"))  # noqa: SIM115  # for as long as the process lives
 
 
 def _let_any_letter_be_printed() -> None:

@@ -68,7 +68,7 @@ def calibrate(
         from transformers import AutoModelForCausalLM, AutoTokenizer, FineGrainedFP8Config
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     except ImportError as error:
-        raise UnsupportedError("calibration needs transformers", given="not installed", next_step="pip install 'halfbyte[hf]'") from error
+        raise UnsupportedError(f"calibration needs transformers: {error}", next_step="run: pip install 'halfbyte[hf]'") from error
     recorder = _Recorder()
     ALL_EXPERTS_FUNCTIONS[_IMPLEMENTATION] = recorder.run_experts
     try:

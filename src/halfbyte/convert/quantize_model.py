@@ -175,7 +175,8 @@ def _write(
     report: QuantizeReport,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    """Convert shard by shard, then the other files, while the source is as `source` describes it; `report` learns what came of it."""
+    """Copy the small files, convert shard by shard, while the source is as `source` describes it; `report` learns what came of it."""
+    _write_other_files(checkpoint, plan, options, writer)
     if calibration is not None:
         report.never_routed, report.calibration_tokens = calibration.never_routed, calibration.tokens
     converter = _Converter(checkpoint, plan, options, calibration)
@@ -198,7 +199,6 @@ def _write(
             writer.write_tensors(name, tensors, record={kind: asdict(value) for kind, value in sqnr.items()})
         report.resumed_shards += finished
         report.add_sqnr(writer.record_of(name))
-    _write_other_files(checkpoint, plan, options, writer)
     writer.write_text("README.md", model_card(report, _flags(options), text_of(checkpoint.path / "README.md")))
     _check_unchanged(checkpoint, source)
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
@@ -349,6 +349,8 @@ def _check_unchanged(checkpoint: Checkpoint, source: dict[str, Any]) -> None:
 
 
 def _digest(file: Path) -> str:
+    if file.exists() and not file.is_file():  # a device may have no end
+        raise CheckpointError("not a regular file", where=str(file), needed="a text or JSONL file to calibrate on")
     try:
         return file_digest(file)
     except OSError as error:
