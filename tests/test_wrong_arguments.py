@@ -21,12 +21,14 @@ WRONG: dict[str, Any] = {
     "list": [1, 2],
     "dict": {"a": 1},
     "negative": -1,
+    "huge": 10**30,
     "fraction": 1.5,
     "nan": float("nan"),
     "scalar": torch.tensor(1.0),
     "vector": torch.ones(7),
     "complex": torch.ones(3, 32, dtype=torch.complex64),
     "meta": torch.ones(3, 32, device="meta"),
+    "sparse": torch.ones(3, 32).to_sparse(),
     "object": object(),
 }
 # What is right where it stands: a default, another value of the same kind, the name of something.
@@ -39,6 +41,7 @@ RIGHT: dict[str, set[str]] = {
     "text": {"cache_dir"},
     "list": {"counts"},
     "negative": {"alpha", "beta", "scale", "eps"},
+    "huge": {"global_scale", "alpha", "beta", "limit", "scale", "eps"},
     "fraction": {"global_scale", "alpha", "beta", "limit", "scale", "eps"},
     "scalar": {"global_scale", "w13_input_scale", "w2_input_scale"},
     "vector": {"w13_input_scale", "w2_input_scale"},

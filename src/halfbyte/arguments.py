@@ -15,6 +15,7 @@ from halfbyte.errors import InputError, UnsupportedError
 # The usual types first: abstract ones take longer to ask.
 _INTEGERS: Any = (int, Integral)
 _NUMBERS: Any = (int, float, Real)
+_LARGEST = 2**31 - 1
 
 
 def check_type(where: str, wanted: type | tuple[type, ...], **arguments: object) -> None:
@@ -33,7 +34,7 @@ def check_type(where: str, wanted: type | tuple[type, ...], **arguments: object)
 
 
 def check_tensors(where: str, **arguments: object) -> None:
-    """Raise InputError for an argument that is no tensor.
+    """Raise InputError for an argument that is no tensor, or a sparse or otherwise encoded one.
 
     >>> check_tensors("f", x=[1.0])
     Traceback (most recent call last):
@@ -41,10 +42,29 @@ def check_tensors(where: str, **arguments: object) -> None:
     halfbyte.errors.InputError: f: x is no tensor (given list; needed torch.Tensor)
     """
     check_type(where, torch.Tensor, **arguments)
+    for name, tensor in arguments.items():
+        assert isinstance(tensor, torch.Tensor)
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            raise InputError(f"{name} is no plain tensor", where=where, given=f"{tensor.layout}, {tensor.dtype}", needed="torch.strided, unquantized")
+
+
+def check_writable(where: str, out: torch.Tensor) -> None:
+    """Raise InputError for an `out` that cannot be written to: a leaf whose gradient is asked for, or one whose elements share their places.
+
+    >>> check_writable("f", torch.zeros(1, 2).expand(3, 2))
+    Traceback (most recent call last):
+    ...
+    halfbyte.errors.InputError: f: out cannot be written to (given strides (0, 1), shape (3, 2); needed a place for each element)
+    """
+    if out.requires_grad and out.is_leaf and torch.is_grad_enabled():
+        raise InputError("out cannot be written to", where=where, given="a leaf that requires a gradient", needed="out.detach()")
+    if any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)):
+        given = f"strides {out.stride()}, shape {tuple(out.shape)}"
+        raise InputError("out cannot be written to", where=where, given=given, needed="a place for each element")
 
 
 def check_integers(where: str, least: int, **arguments: Any) -> None:
-    """Raise InputError for an argument that is no integer, or a smaller one than `least`.
+    """Raise InputError for an argument that is no integer, or a smaller one than `least`, or too large for int32, as ids and sizes are held.
 
     >>> check_integers("f", 1, rows=2, columns=0)
     Traceback (most recent call last):
@@ -52,8 +72,9 @@ def check_integers(where: str, least: int, **arguments: Any) -> None:
     halfbyte.errors.InputError: f: columns does not fit (given 0; needed an integer of at least 1)
     """
     for name, value in arguments.items():
-        if not isinstance(value, _INTEGERS) or isinstance(value, bool) or value < least:
-            raise InputError(f"{name} does not fit", where=where, given=reprlib.repr(value), needed=f"an integer of at least {least}")
+        if not isinstance(value, _INTEGERS) or isinstance(value, bool) or not least <= value <= _LARGEST:
+            needed = f"an integer of at least {least}" + (", less than 2^31" if isinstance(value, _INTEGERS) and value > _LARGEST else "")
+            raise InputError(f"{name} does not fit", where=where, given=reprlib.repr(value), needed=needed)
 
 
 def check_numbers(where: str, **arguments: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -313,15 +314,16 @@ class ExpertMap:
         device = as_device(device, "ExpertMap")
         if rank >= len(ranks):
             raise InputError("no such rank", where="ExpertMap", given=rank, needed=f"0 .. {len(ranks) - 1}")
+        named = {expert for held in ranks for expert in held}
+        missing = list(itertools.islice((expert for expert in range(num_global) if expert not in named), 8))
+        if missing:
+            raise InputError("experts that no rank holds", where="ExpertMap", given=missing, needed="every expert on one rank at least")
         places: list[list[int]] = [[] for _ in range(num_global)]  # of every expert: its copies, as local ids here or -1
         for other, held in enumerate(ranks):
             for local, expert in enumerate(held):
                 if not 0 <= expert < num_global:
                     raise InputError("no such expert", where="ExpertMap", given=f"{expert} on rank {other}", needed=f"0 .. {num_global - 1}")
                 places[expert].append(local if other == rank else -1)
-        missing = [expert for expert, found in enumerate(places) if not found]
-        if missing:
-            raise InputError("experts that no rank holds", where="ExpertMap", given=missing, needed="every expert on one rank at least")
         most = max(map(len, places))
         table = torch.tensor([found + [-1] * (most - len(found)) for found in places], dtype=torch.int32, device=device)
         return ExpertMap(0, table, torch.tensor([len(found) for found in places], dtype=torch.int64, device=device))

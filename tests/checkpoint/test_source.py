@@ -25,6 +25,11 @@ def sharded(tmp_path: Path) -> Path:
     return cf.dense().write(tmp_path / "model", shards=3)
 
 
+def test_a_name_that_is_too_long_is_no_model() -> None:
+    with pytest.raises(CheckpointError, match="not a model directory: File name too long"):
+        Checkpoint.open("x" * 300)
+
+
 def test_names_shapes_and_files_come_from_headers_alone(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("halfbyte.checkpoint.source.safe_open", None)
     checkpoint = Checkpoint.open(sharded)

@@ -97,3 +97,13 @@ def test_a_gradient_that_a_kernel_does_not_have_is_an_error_when_it_is_asked_for
         result.sum().backward()
     with torch.no_grad():
         assert not hb.fused_moe(**good).requires_grad
+
+
+def test_an_out_that_cannot_be_written_to_is_refused() -> None:
+    w = hb.ExpertWeights(torch.randn(2, 64, 32), torch.randn(2, 32, 32))
+    p, x, ids, weights = hb.prepare(w), torch.randn(3, 32), torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1)
+    for out in (torch.zeros(1, 32).expand(3, 32), torch.zeros(3, 32, requires_grad=True)):
+        with pytest.raises(InputError, match="fused_moe: out cannot be written to"):
+            hb.fused_moe(x, p, ids, weights, out=out)
+    with torch.no_grad():
+        hb.fused_moe(x, p, ids, weights, out=torch.zeros(3, 32, requires_grad=True))

@@ -73,8 +73,11 @@ def resolve_model(model: str | Path) -> Path:
     """
     check_type("model", (str, os.PathLike), model=model)
     path = Path(model).expanduser()
-    if path.is_dir():
-        return path
+    try:
+        if path.is_dir():
+            return path
+    except OSError as error:  # a name that is too long
+        raise CheckpointError(f"not a model directory: {error.strerror}", where=str(model), needed="a directory, or a Hub name org/name") from error
     if model == DEMO_MODEL:
         return demo_model_dir()
     if path.exists() or str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):

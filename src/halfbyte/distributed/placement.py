@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from halfbyte.arguments import check_integers, check_numbers, check_type
+from halfbyte.arguments import check_integers, check_numbers, check_tensors, check_type
 from halfbyte.errors import InputError
 
 Placement = Sequence[Sequence[int]]
@@ -53,6 +53,8 @@ def balanced(counts: Sequence[int] | torch.Tensor, num_ranks: int, num_redundant
     [[0, 2, 1], [0, 3, 1]]
     """
     where = "balanced"
+    if isinstance(counts, torch.Tensor):
+        check_tensors(where, counts=counts)
     loads: Any = counts.tolist() if isinstance(counts, torch.Tensor) and not counts.is_meta else counts
     check_type(where, Sequence, counts=loads)
     check_numbers(where, **{f"counts[{expert}]": load for expert, load in enumerate(loads)})

@@ -158,7 +158,7 @@ def rms_norm_quantize(
     check_scale_layout(scale_layout, where)
     kernel = _kernel("quantize", x, format, backend)
     options = {"four_over_six": four_over_six, "scale_rule": scale_rule, "scale_layout": scale_layout}
-    return kernel.run(x, format, global_scale, norm=(weight, eps), **options)
+    return kernel.run(x, format, global_scale, norm=(weight, float(eps)), **options)
 
 
 @torch.no_grad()
@@ -197,6 +197,7 @@ def _kernel(op: str, x: torch.Tensor, format: BlockFormat | None, backend: str |
 def _check_global_scale(scale: object, where: str) -> None:
     """Raise InputError for a decode multiplier that is not finite and > 0. On a GPU it is not looked at: nothing waits for the device."""
     if isinstance(scale, torch.Tensor):
+        check_tensors(where, global_scale=scale)
         if scale.device.type == "meta" or not scale.is_floating_point():
             given = f"{scale.dtype} on {scale.device}"
             raise InputError("a global scale is not usable", where=where, given=given, needed="finite floats > 0")

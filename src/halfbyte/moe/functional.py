@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from halfbyte.arguments import check_integers, check_tensors, check_type
+from halfbyte.arguments import check_integers, check_tensors, check_type, check_writable
 from halfbyte.device import Target, current
 from halfbyte.errors import InputError, UnsupportedError
 from halfbyte.experts import ExpertMap
@@ -228,6 +228,7 @@ def check(hidden: Hidden, experts: Storage, topk_ids: torch.Tensor, topk_weights
     if out is not None:
         dtype = hidden.dtype if isinstance(hidden, torch.Tensor) else torch.bfloat16
         check_tensor("out", out, (dtype, torch.float32), num_tokens, num_columns, device)
+        check_writable("fused_moe", out)
     check_activations(activations, "fused_moe")
     block = _BLOCK_OF_ACTIVATIONS.get(activations, 1)
     if num_columns % block or experts.intermediate % block:
@@ -267,12 +268,12 @@ def check_tensor(
         check_tensors(where, **{name: tensor})
     shape = tensor.shape
     fits = len(shape) == 2 and num_rows in (None, shape[0]) and num_columns in (None, shape[1])
-    if fits and tensor.dtype in dtypes and tensor.device == device:
+    if fits and tensor.dtype in dtypes and tensor.device == device and tensor.layout == torch.strided:
         return
     sizes = ", ".join("any" if size is None else str(size) for size in (num_rows, num_columns))
     raise InputError(
         f"{name} does not fit",
         where=where,
-        given=f"{tensor.dtype} {tuple(shape)} on {tensor.device}",
+        given=f"{tensor.dtype} {tuple(shape)} on {tensor.device}" + ("" if tensor.layout == torch.strided else f", {tensor.layout}"),
         needed=f"{' or '.join(map(str, dict.fromkeys(dtypes)))} [{sizes}] on {device}",
     )

@@ -66,7 +66,7 @@ def run(
     """`route` without regard to torch.compile."""
     check(logits, top_k, method, bias, num_groups, top_k_groups, scale)
     kernel = choose(Problem("route", Target.of(logits.device), num_experts=logits.shape[1], num_groups=num_groups))
-    return kernel.run(logits, top_k, method, bias=bias, num_groups=num_groups, top_k_groups=top_k_groups, scale=scale)
+    return kernel.run(logits, top_k, method, bias=bias, num_groups=num_groups, top_k_groups=top_k_groups, scale=float(scale))
 
 
 def check(logits: torch.Tensor, top_k: int, method: str, bias: torch.Tensor | None, num_groups: int, top_k_groups: int, scale: float) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from halfbyte.arguments import check_type, dense_rows
+from halfbyte.arguments import check_type, check_writable, dense_rows
 from halfbyte.device import Target, current
 from halfbyte.errors import InputError
 from halfbyte.experts import ExpertMap
@@ -126,6 +126,7 @@ def combine(rows: torch.Tensor, slots: SortedSlots, topk_weights: torch.Tensor, 
     if out is None:
         out = torch.empty((slots.num_tokens, rows.shape[1]), dtype=torch.bfloat16, device=rows.device)
     check_tensor("out", out, FLOATS, slots.num_tokens, rows.shape[1], rows.device, "combine")
+    check_writable("combine", out)
     if not out.is_contiguous():
         raise InputError("out is not contiguous", where="combine", given=out.stride(), needed="rows one after another")
     with current(rows.device):

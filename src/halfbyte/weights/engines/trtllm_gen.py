@@ -22,11 +22,9 @@ Sources: FlashInfer 0.7.4 (`fused_moe/core.py`, `utils.py`), TensorRT-LLM's `Bat
 
 from __future__ import annotations
 
-from numbers import Integral
-
 import torch
 
-from halfbyte.arguments import check_type
+from halfbyte.arguments import check_integers
 from halfbyte.errors import InputError
 from halfbyte.experts import Activation
 from halfbyte.formats import NVFP4, BlockFormat
@@ -51,8 +49,8 @@ def trtllm_gen_row_order(rows: int, gated: bool) -> torch.Tensor:
     >>> halfbyte.trtllm_gen_row_order(64, gated=True)[:10].tolist()
     [0, 2, 4, 6, 8, 10, 12, 14, 32, 34]
     """
-    check_type("trtllm_gen_row_order", Integral, rows=rows)
-    if rows < 0 or rows % BLOCK_ROWS:
+    check_integers("trtllm_gen_row_order", 0, rows=rows)
+    if rows % BLOCK_ROWS:
         raise InputError("rows do not divide into blocks", where="trtllm_gen_row_order", given=rows, needed=f"a multiple of {BLOCK_ROWS}")
     old = torch.arange(rows, dtype=torch.int64)
     blocks = rows // BLOCK_ROWS
