@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
+from forked import cache_keys, context
 
 pytest.importorskip("triton")
 
@@ -25,17 +25,10 @@ KERNELS = [
     "kernels.sm90.quantize_rows._quantize_rows",
     "kernels.sm90.quantize_rows._quantize_tokens",
 ]
-KEYS = """
-import importlib, sys
-for name in sys.argv[1:]:
-    module, kernel = name.rsplit(".", 1)
-    print(name, getattr(importlib.import_module("halfbyte." + module), kernel).cache_key)
-"""
 
 
 def test_keys_of_kernels_do_not_depend_on_their_order() -> None:
     """It does in Triton 3.6 and 3.7 without `fix_cache_keys`, and what one process compiled, another would compile again."""
-    processes = [subprocess.Popen([sys.executable, "-c", KEYS, *names], stdout=subprocess.PIPE, text=True) for names in (KERNELS, KERNELS[::-1])]
-    first, second = (process.communicate()[0].splitlines() for process in processes)
-    assert all(process.returncode == 0 for process in processes)
-    assert len(first) == len(KERNELS) and sorted(first) == sorted(second)
+    with ProcessPoolExecutor(mp_context=context, max_tasks_per_child=1) as processes:
+        first, second = processes.map(cache_keys, (KERNELS, KERNELS[::-1]))
+    assert len(first) == len(KERNELS) and first == second
