@@ -7,13 +7,14 @@ from halfbyte.checkpoint.source import demo_model_dir
 from halfbyte.convert.quantize_model import QuantizeOptions, quantize_model
 from halfbyte.eval.data import load_documents, load_questions
 from halfbyte.eval.evaluate import evaluate
-from halfbyte.eval.metrics import text_passages
+from halfbyte.eval.metrics import ReadOnce, text_passages
 from halfbyte.integrations.transformers import load
 
 
 @pytest.fixture(scope="module")
 def dense():
-    return load(demo_model_dir(), dtype=torch.float32)  # of bf16 weights; some CPUs multiply bf16 matrices 70 times slower
+    model, tokenizer = load(demo_model_dir(), dtype=torch.float32)  # of bf16 weights; some CPUs multiply bf16 matrices 70 times slower
+    return ReadOnce(model), tokenizer  # the same text three times
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Hand-computed values on a model whose next token depends on the current one only, then the invariances a real model must keep."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from transformers import AutoTokenizer
 from halfbyte.checkpoint.source import demo_model_dir
 from halfbyte.errors import InputError, UnsupportedError
 from halfbyte.eval.data import load_questions
-from halfbyte.eval.metrics import Passage, answer_passage, score_passages, text_passages
+from halfbyte.eval.metrics import Passage, ReadOnce, answer_passage, score_passages, text_passages
 
 
 class Bigram:
@@ -20,9 +21,10 @@ class Bigram:
     device, name_or_path = torch.device("cpu"), "bigram"
 
     def __init__(self, table):
-        self.log = torch.tensor(table).log()
+        self.log, self.batches = torch.tensor(table).log(), 0
 
     def __call__(self, input_ids, attention_mask):
+        self.batches += 1
         return SimpleNamespace(logits=self.log[input_ids])
 
 
@@ -65,6 +67,22 @@ def test_kl_by_hand():
 def test_kl_needs_one_vocabulary():
     with pytest.raises(InputError, match=r"vocabulary \(given 3; needed 2\)"):
         kl(P, Bigram([[0.5, 0.5], [0.5, 0.5]]), [Passage([0, 1], 1)])
+
+
+def test_a_batch_is_read_once_by_all_threads_while_it_is_kept(monkeypatch):
+    monkeypatch.setattr("halfbyte.eval.metrics._TOKENS_A_BATCH", 1)
+    passages = [Passage([0, 1, 2, 0], 1), Passage([0, 1, 2, 1], 1), Passage([1, 2, 2], 2)]
+    model, reference = Bigram([[0.25, 0.5, 0.25], [0.1, 0.2, 0.7], [0.6, 0.2, 0.2]]), Bigram(P.log.exp().tolist())
+    once = ReadOnce(reference, batches=3)
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: kl(model, once, passages), range(4)))
+    assert found == [kl(Q, P, passages)] * 4 and once.name_or_path == "bigram"
+    assert reference.batches == 3 < model.batches
+    score_passages(once, [Passage([2, 0], 1)])  # takes the place of the first
+    score_passages(once, passages[1:])
+    assert reference.batches == 4
+    score_passages(once, passages[:1])
+    assert reference.batches == 5
 
 
 def test_batching_and_padding_change_nothing(tiny_model, monkeypatch):

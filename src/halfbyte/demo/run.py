@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,7 @@ from halfbyte.errors import CheckpointError, InputError
 from halfbyte.eval.data import Question, is_correct, load_documents, load_questions
 from halfbyte.eval.evaluate import EvalReport, evaluate
 from halfbyte.eval.generation import complete, prompt_ids
-from halfbyte.eval.metrics import Passage, text_passages
-from halfbyte.integrations.transformers import load
+from halfbyte.eval.metrics import Passage, ReadOnce, score_passages, text_passages
 
 NOTE = "These numbers compare formats on one small model. They are no measure of GSM8K ability: its questions come from 11 story families."
 QUESTIONS_A_KIND = 10  # and WINDOWS of 512 tokens of text: what two CPU cores measure three times in a minute
@@ -65,19 +65,20 @@ def run_demo(
     seconds: dict[str, float] = {}
     _claim(output)
     say("Quantising the embedded model (Qwen3-MoE, 11 M parameters, 16 experts, bf16) to NVFP4 and MXFP4 ...")
-    with _timed(seconds, "quantize"):
+    with _timed(seconds, "quantize"), _beside(import_module, "halfbyte.integrations.transformers"):  # which takes as long
         variants = _quantize(output)
-    dtype = model_dtype(torch.device("cpu"), dtype)
-    models = {variant.name: load(variant.directory, dtype=dtype) for variant in variants}
+    models = _load(variants, model_dtype(torch.device("cpu"), dtype))
+    reference, tokenizer = models["bf16"]
+    passages = text_passages(tokenizer, load_documents(demo_model_dir() / "heldout.txt.xz"), limit=None if full else WINDOWS)
 
     questions = load_questions(demo_model_dir() / "eval.jsonl")
     say("\nThree held-out problems, solved by the NVFP4 model:")
-    with _timed(seconds, "solve"):
+    ahead = [] if full else passages  # of all of the text, most would be read again
+    with _timed(seconds, "solve"), _threads_shared(len(models)), _beside(score_passages, reference, ahead):
         solved = [_solve(*models["NVFP4"], question, say, stream) for question in _problems(questions)]
 
     if not full:
         questions = load_questions(demo_model_dir() / "eval.jsonl", limit=QUESTIONS_A_KIND)
-    passages = text_passages(models["bf16"][1], load_documents(demo_model_dir() / "heldout.txt.xz"), limit=None if full else WINDOWS)
     say(f"Measuring on {len(questions)} questions and {sum(passage.scored for passage in passages)} tokens of text ...")
     with _timed(seconds, "measure"):
         reports = _measure(models, questions, passages, progress_bar)
@@ -138,6 +139,15 @@ def _quantize(output: Path) -> list[Variant]:
     return [Variant("bf16", source, _weight_bytes(source), report.quantized_source_bytes), *variants]
 
 
+def _load(variants: list[Variant], dtype: str) -> dict[str, tuple[Any, Any]]:
+    """Model and tokenizer of each; what the reference has read is kept, for itself and for those that are compared with it."""
+    from halfbyte.integrations.transformers import load  # imported here, as it takes seconds
+
+    models = {variant.name: load(variant.directory, dtype=dtype) for variant in variants}
+    model, tokenizer = models["bf16"]
+    return models | {"bf16": (ReadOnce(model, batches=8), tokenizer)}
+
+
 def _weight_bytes(directory: Path) -> int:
     return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
 
@@ -161,8 +171,7 @@ def _measure(
     models: dict[str, tuple[Any, Any]], questions: list[Question], passages: list[Passage], progress_bar: ProgressBar
 ) -> dict[str, EvalReport]:
     """The quality of each model, all measured at the same time where torch has several threads: a step of few rows keeps no more than one busy."""
-    num_threads, reference = torch.get_num_threads(), models["bf16"][0]
-    at_once = 1 if num_threads == 1 else len(models)
+    reference, at_once = models["bf16"][0], 1 if torch.get_num_threads() == 1 else len(models)
     interrupted = threading.Event()
 
     def measure(name: str) -> EvalReport:
@@ -177,19 +186,35 @@ def _measure(
             against = None if model is reference else reference
             return evaluate(model, tokenizer, questions=questions, passages=passages, reference=against, batch=128, progress=progress)
 
-    torch.set_num_threads(max(1, num_threads // at_once))  # of the threads that begin from now on, too
+    with _threads_shared(at_once), ThreadPoolExecutor(at_once, "halfbyte-measure") as pool:
+        running = {name: pool.submit(measure, name) for name in models}
+        try:
+            for future in as_completed(running.values()):
+                future.result()
+        except BaseException:  # Ctrl-C, too: the others end with their next step
+            interrupted.set()
+            raise
+    return {name: future.result() for name, future in running.items()}
+
+
+@contextmanager
+def _threads_shared(parts: int) -> Iterator[None]:
+    """Within, torch computes with its threads divided by `parts`, in this thread and in those that begin."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, num_threads // parts))
     try:
-        with ThreadPoolExecutor(at_once, "halfbyte-measure") as pool:
-            running = {name: pool.submit(measure, name) for name in models}
-            try:
-                for future in as_completed(running.values()):
-                    future.result()
-            except BaseException:  # Ctrl-C, too: the others end with their next step
-                interrupted.set()
-                raise
-        return {name: future.result() for name, future in running.items()}
+        yield
     finally:
         torch.set_num_threads(num_threads)
+
+
+@contextmanager
+def _beside(work: Callable[..., object], *arguments: Any) -> Iterator[None]:
+    """Within, another thread does this work. Leaving waits for it, and raises what it raised."""
+    with ThreadPoolExecutor(1, "halfbyte-beside") as pool:
+        future = pool.submit(work, *arguments)
+        yield
+    future.result()
 
 
 @contextmanager

@@ -5,8 +5,11 @@ Sequences are padded on the right, where causal attention never sees the padding
 
 from __future__ import annotations
 
+import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -110,6 +113,27 @@ def score_passages(
                 distance += F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(dtype=torch.float64).item()
     *nats, distance = ranks.add([*totals, distance], model.device)
     return nats, None if reference is None else distance / sum(passage.scored for passage in passages)
+
+
+class ReadOnce:
+    """A model in whose place it may stand. What `score_passages` lets it read is read once, for all threads: the logits of a few batches are kept."""
+
+    def __init__(self, model: Any, batches: int = 4):
+        self._model = model
+        self._kept: deque[tuple[torch.Tensor, torch.Tensor, SimpleNamespace]] = deque(maxlen=batches)
+        self._lock = threading.Lock()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SimpleNamespace:
+        with self._lock:  # who wants the same batch waits for it
+            for ids, mask, output in self._kept:
+                if torch.equal(ids, input_ids) and torch.equal(mask, attention_mask):
+                    return output
+            output = SimpleNamespace(logits=self._model(input_ids=input_ids, attention_mask=attention_mask).logits)
+            self._kept.append((input_ids, attention_mask, output))
+            return output
 
 
 def _logits(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
