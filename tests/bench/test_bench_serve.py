@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -197,12 +198,21 @@ def test_command_writes_rows_that_report_reads(engine, tmp_path: Path, capsys: p
     assert "tiny in vllm 1.0, prefill of 8 tokens" in printed and "| 2 | halfbyte |" in printed
 
 
-def test_halfbyte_alone_is_the_system_that_others_are_compared_with(engine, capsys: pytest.CaptureFixture[str]) -> None:
+def test_halfbyte_alone_is_the_system_that_others_are_compared_with(engine, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     engine("vllm")
+
+    @contextmanager
+    def worker(plan: serve.Plan, system: System, log: Path, limit_s: float | None) -> Iterator[Iterator[dict[str, Any]]]:
+        """Its events, without its process."""
+        log.write_text("")
+        start = {"start_s": 1.0, "repeats": True, "layer_error": 1e-3, "checked": "a layer"}
+        yield iter([{"start": start}, {"index": 0, "seconds": 3.0 if system.activations == "bf16" else 2.0, "spread": 0.0, "samples": 2}])
+
+    monkeypatch.setattr(serve, "_worker", worker)
     command = ["bench", "serve", "--geometry", "tiny", "--engine", "vllm", "--against", "none", "--activations", "bf16,fp8"]
     assert main([*command, "--prefill", "2x8", "--decode", "none", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
-    assert [(row["system"], row.get("speedup") is None) for row in rows if "speedup" in row] == [("halfbyte", True), ("halfbyte, fp8", False)]
+    assert [(row["system"], row.get("speedup")) for row in rows if "seconds" in row] == [("halfbyte", None), ("halfbyte, fp8", 1.5)]
 
 
 @pytest.mark.parametrize(

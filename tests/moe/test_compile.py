@@ -188,7 +188,8 @@ def test_ops_keep_the_rules_of_torch(prepared: hb.PreparedExperts, num_tokens: i
     if prepared.format is hb.NVFP4:
         checks.remove("test_schema")  # it compares inputs by torch.allclose, which knows no fp8 on a CPU (torch 2.13)
     torch.library.opcheck(torch.ops.halfbyte.fused_moe.default, arguments, test_utils=checks)
-    torch.library.opcheck(torch.ops.halfbyte.fused_moe.default, (hidden.T.contiguous().T, *arguments[1:]), test_utils=checks)
+    if not (across := hidden.T.contiguous().T).is_contiguous():
+        torch.library.opcheck(torch.ops.halfbyte.fused_moe.default, (across, *arguments[1:]), test_utils=checks)
     torch.library.opcheck(torch.ops.halfbyte.fused_moe_out.default, (*arguments, torch.empty(num_tokens, HIDDEN)), test_utils=checks)
 
 
