@@ -63,6 +63,11 @@ def transpose(files: cf.Files) -> None:
         files.tensors[name] = files.tensors[name].T.contiguous()
 
 
+def stack_too(files: cf.Files) -> None:
+    stacks = {"gate_up_proj": torch.zeros(cf.E, 2 * I, H).bfloat16(), "down_proj": torch.zeros(cf.E, H, I).bfloat16()}
+    files.tensors |= {f"{EXPERTS}.{leaf}": stack for leaf, stack in stacks.items()}
+
+
 def configure(**values: object) -> Callable[[cf.Files], None]:
     return lambda files: files.config.update(values)
 
@@ -84,6 +89,8 @@ BROKEN = {
     "one dimension": (put(GATE0, torch.zeros(I * H).bfloat16()), ["wrong shape", GATE0, "(2048,)"]),
     "all transposed": (transpose, ["wrong shape", GATE0, "(64, 32)"]),
     "another dtype": (put(GATE0, torch.zeros(I, H)), ["wrong dtype", GATE0, "float32", "bfloat16, as"]),
+    "stacked beside one by one": (stack_too, ["two tensors for one matrix", f"{EXPERTS}.0", "not both"]),
+    "two names": (put(f"{EXPERTS}.0.w1.weight", torch.zeros(I, H).bfloat16()), ["two tensors for one matrix: gate", f"{EXPERTS}.0"]),
     "bool": (put(GATE0, torch.zeros(I, H, dtype=torch.bool)), ["cannot be quantised", GATE0, "bool"]),
     "e5m2": (put(GATE0, torch.zeros(I, H).to(torch.float8_e5m2)), ["cannot be quantised", GATE0, "float8_e5m2"]),
     "e4m3 without scales": (put(GATE0, torch.zeros(I, H).to(torch.float8_e4m3fn)), ["missing tensor", f"{GATE0}_scale_inv"]),

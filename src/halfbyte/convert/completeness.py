@@ -64,7 +64,7 @@ def check_complete(checkpoint: Checkpoint, matrices: Iterable[ExpertMatrix], cop
 
     Raises:
         CheckpointError: tensors that the index leaves out, missing or additional experts and projections, shapes that do not belong together or
-            contradict config.json, fp8 blocks without usable scales, a router that `load_router` refuses.
+            contradict config.json, two tensors for one matrix, fp8 blocks without usable scales, a router that `load_router` refuses.
         UnsupportedError: experts in a layout or dtype that is not read.
     """
     if checkpoint.unlisted:
@@ -80,7 +80,12 @@ def check_complete(checkpoint: Checkpoint, matrices: Iterable[ExpertMatrix], cop
         tensors[matrix.source.tensor] = None
         if matrix.experts is not None and matrix.expert is not None and matrix.role is not None:
             _check_number(checkpoint, matrix)
-            found.setdefault(matrix.experts, {}).setdefault(matrix.role, {})[matrix.expert] = (matrix.source.rows, matrix.source.columns)
+            of_role = found.setdefault(matrix.experts, {}).setdefault(matrix.role, {})
+            if matrix.expert in of_role:
+                given, where = matrix.source.tensor, str(checkpoint.file_of(matrix.source.tensor))
+                problem = f"two tensors for one matrix: {matrix.role} of {matrix.experts}.{matrix.expert}"
+                raise CheckpointError(problem, where=where, given=given, needed="experts one by one or stacked, not both", next_step=_AGAIN)
+            of_role[matrix.expert] = (matrix.source.rows, matrix.source.columns)
     _check_dtypes(checkpoint, tensors, copied)
     _check_copied(checkpoint, copied, skipped)
     _check_configuration(checkpoint, found, skipped)

@@ -286,9 +286,8 @@ def _copied_bytes(checkpoint: Checkpoint, tensor: str) -> int:
 
 def _check_matrices(checkpoint: Checkpoint, matrices: Sequence[Matrix], format: BlockFormat, skipping: _Skip) -> None:
     if not matrices:
-        raise CheckpointError(
-            "there is nothing to quantise", where=str(checkpoint.path), needed="routed experts", next_step="for a dense model use --all-linear"
-        )
+        step = "skip less: --skip leaves out all there is" if skipping.touched else "for a dense model use --all-linear"
+        raise CheckpointError("there is nothing to quantise", where=str(checkpoint.path), needed="routed experts", next_step=step)
     for matrix in matrices:
         if (matrix.experts or matrix.group) in skipping.touched:
             raise _partly_skipped(matrix.module)
