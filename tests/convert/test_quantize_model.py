@@ -212,7 +212,7 @@ def test_skip(tmp_path: Path) -> None:
         quantize_model(source, tmp_path / "no", QuantizeOptions(skip=("*.experts.0.*",)))
     with pytest.raises(InputError, match=r"matches no module .*layers\.7"):
         quantize_model(source, tmp_path / "no", QuantizeOptions(skip=("model.layers.7.*",)))
-    with pytest.raises(CheckpointError, match="nothing to quantise .*Skip less"):
+    with pytest.raises(CheckpointError, match=r"nothing to quantise .*Skip less"):
         quantize_model(source, tmp_path / "no", QuantizeOptions(skip=("*",)))
     assert not (tmp_path / "no").exists()
 

@@ -21,6 +21,7 @@ EXAMPLE = "halfbyte eval demo-output/nvfp4 --questions demo --text demo --refere
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from halfbyte.cli.terminal import add_dtype, add_threads, percent, positive_int
+    from halfbyte.formats.activation_formats import ACTIVATION_FORMATS
 
     parser.add_argument("model", metavar="MODEL", help="a directory, a Hub name org/name, or demo (the embedded model)")
     parser.add_argument("--questions", metavar="FILE", help="JSONL of question and answer, optionally kind and solution; demo: the embedded file")
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=positive_int, metavar="N", default=256, help="longest answer")
     parser.add_argument(
         "--activations",
-        choices=("bf16", "fp8", "mxfp8", "nvfp4", "auto"),
+        choices=(*ACTIVATION_FORMATS, "auto"),
         default="bf16",
         help="what packed experts compute on; auto: the fastest on Hopper whose perplexity stays within --budget of bf16",
     )

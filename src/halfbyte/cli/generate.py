@@ -11,13 +11,14 @@ EXAMPLE = 'halfbyte generate demo-output/nvfp4 "Mia has 12 apples and eats 5. Ho
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from halfbyte.cli.terminal import add_dtype, add_threads, positive_int, temperature, utf8
+    from halfbyte.formats.activation_formats import ACTIVATION_FORMATS
 
     parser.add_argument("model", metavar="MODEL", help="a directory, a Hub name org/name, or demo (the embedded model)")
     parser.add_argument("prompt", type=utf8, help="a question for the chat template, or with --raw the text to continue")
     parser.add_argument("--max-new-tokens", type=positive_int, metavar="N", default=256, help="longest continuation")
     parser.add_argument("--raw", action="store_true", help="give the model the prompt as it is")
     parser.add_argument("--temperature", type=temperature, metavar="T", default=0.0, help="sample at this temperature; 0 takes the likeliest token")
-    parser.add_argument("--activations", choices=("bf16", "fp8", "mxfp8", "nvfp4"), default="bf16", help="what packed experts compute on")
+    parser.add_argument("--activations", choices=ACTIVATION_FORMATS, default="bf16", help="what packed experts compute on")
     parser.add_argument("--device", help="torch device (default: the GPU where there is one)")
     add_dtype(parser)
     add_threads(parser)

@@ -20,6 +20,7 @@ _LOOPBACK = "127.0.0.1"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from halfbyte.cli.terminal import port
+    from halfbyte.formats.activation_formats import ACTIVATION_FORMATS
 
     add_engine_options(parser, "halfbyte serve [options] MODEL")
     parser.add_argument("model", metavar="MODEL", help="a directory, a Hub name org/name, or demo (the embedded model)")
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=port, default=8000, help="port to listen on; 0 takes a free one")
     name = "the model's name in requests and answers (default: MODEL)"
     parser.add_argument("--served-model-name", "--served-name", dest="served_name", metavar="NAME", help=name)
-    parser.add_argument("--activations", choices=("bf16", "fp8", "mxfp8", "nvfp4"), default="bf16", help="what packed experts compute on")
+    parser.add_argument("--activations", choices=ACTIVATION_FORMATS, default="bf16", help="what packed experts compute on")
     parser.add_argument("--json", action="store_true", help="say that it is ready with one JSON document")
 
 
