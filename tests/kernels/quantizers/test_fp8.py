@@ -20,6 +20,15 @@ DTYPES = (torch.bfloat16, torch.float16)
 every_case = pytest.mark.parametrize(("scaling", "layout"), CASES)
 
 
+@pytest.fixture(autouse=True)
+def uninitialised_memory_is_not_zero():
+    """So that padding which a kernel forgets shows."""
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("warn")  # `use_deterministic_algorithms` would import the compiler of torch, for seconds
+    yield
+    torch.set_deterministic_debug_mode(before)
+
+
 def rows_of(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     return (x * torch.logspace(-4, 3, shape[-2]).unsqueeze(1)).to(dtype)
@@ -37,7 +46,8 @@ def check(x: torch.Tensor, scaling: str, layout: str) -> None:
 @every_case
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_shapes(scaling, layout, dtype):
-    for shape in ((1, 128), (9, 384), (2, 3, 256), (130, 128)):
+    narrow = ((130, 32), (3, 64)) if scaling == "mx" else ()
+    for shape in ((1, 128), (9, 384), (2, 3, 256), (130, 128), *narrow):
         check(rows_of(*shape, dtype=dtype), scaling, layout)
     empty = quantize_fp8(torch.empty(0, 128, dtype=dtype, device=DEVICE), scaling, scale_layout=layout)
     assert (

@@ -127,7 +127,8 @@ def run(x: torch.Tensor, scaling: Fp8Scaling = "token", *, scale_layout: ScaleLa
     codes = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty((*batch, *padded), dtype=torch.uint8 if scaling == "mx" else torch.float32, device=x.device)
     result = Fp8Tensor(codes, scales, scaling, scale_layout)
-    tile_columns = max(32, triton.next_power_of_2(width)) if scaling == "token" else min(1024, triton.next_power_of_2(width))
+    columns = triton.next_power_of_2(width)  # at least 128 of blocks, so that four scales of "mx", which layouts pad to, are written together
+    tile_columns = max(32, columns) if scaling == "token" else min(1024, max(128, columns))
     tile_rows = max(1, 2048 // tile_columns)
     num_warps = min(16, max(4, tile_columns // 512))  # 16 elements a thread, up to 8192 columns
     options = {} if INTERPRETED else {"num_warps": num_warps, "enable_fp_fusion": False}
