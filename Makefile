@@ -16,7 +16,7 @@ test: check
 	$(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 test-gpu: $(STAMP)
-	$(BIN)/pytest -n 14 -m gpu
+	$(BIN)/pytest -n 16 -m gpu
 
 check: $(STAMP)
 	$(BIN)/ruff check .

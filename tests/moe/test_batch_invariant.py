@@ -80,13 +80,13 @@ def test_module_routes_invariantly_too() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("layout", ["canonical", "auto"])
 @pytest.mark.parametrize("activations", ["bf16", "fp8"])
 @pytest.mark.parametrize("format", [hb.NVFP4, hb.MXFP4], ids=repr)
-def test_kernels_on_a_gpu(format, activations, layout) -> None:
-    prepared, arguments = hb.prepare(experts(format, 256, 192).to("cuda"), layout), tokens(700, 256, torch.bfloat16, "cuda")
+def test_portable_kernels_on_a_gpu(format, activations) -> None:
+    """Those of Hopper have a test of their own."""
+    prepared, arguments = hb.prepare(experts(format, 256, 192).to("cuda"), "canonical"), tokens(700, 256, torch.bfloat16, "cuda")
     parts = [slice(0, 1), slice(699, 700), slice(3, 11), slice(100, 164), slice(0, 300)]
-    if layout == "canonical" and activations == "fp8":
+    if activations == "fp8":
         arguments, parts = tuple(argument[:40] for argument in arguments), [slice(0, 1), slice(3, 11)]  # the reference, a token at a time
     assert_invariant(prepared, *arguments, parts, activations=activations)
 
