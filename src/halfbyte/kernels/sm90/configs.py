@@ -30,7 +30,7 @@ MAX_DIRECT_TOKENS = 8
 MAX_DIRECT_SLOTS = 64
 
 # A tile begins with words that nothing was in flight for, and ends without registers for those of the next: with fewer columns than 1,536 that costs
-# Qwen3-30B (TINY, w2 of 768) 1 % of a layer. With more, layers take 1 to 5 % less, equal bits (H200, 2026-11-30). Tiles of 64 columns.
+# Qwen3-30B (TINY, w2 of 768) 1 % of a layer. With more, layers take 0 to 5 % less, equal bits (H200, 2026-11-30). Tiles of 64 columns.
 MIN_TILES_AHEAD = 24
 
 
@@ -147,9 +147,9 @@ PREFILL_FP8 = (FP8_TINY, FP8_WIDE, FP8_SMALL, FP8_MEDIUM, FP8_LARGE, FP8_HUGE)
 _NAMES = {value: name for name, value in globals().items() if isinstance(value, DecodeConfig | PrefillConfig)}
 
 # The largest average of rows per expert that each serves, raced with three routings (docs/tuning.md). The host does not know how a call is routed:
-# where routings want different tiles, the rule takes what loses least. So from 16 to 24 rows SMALL and FP8_WIDE serve, 2 and 3 % slower than TINY and
-# FP8_TINY if all experts are alike, 8 % faster with Zipf. From 24 to 38 rows FP8_WIDE takes 2 to 5 % less than FP8_SMALL if all experts are alike.
-# Of eight experts (Mixtral) the hot one has more than two of its tiles: 18 % more with Zipf at 30 rows, with one expert at 20, and nothing less
+# where routings want different tiles, the rule takes what loses least. So from 16 to 24 rows SMALL and FP8_WIDE serve, 4 and 3 % slower than TINY and
+# FP8_TINY if all experts are alike, 5 and 8 % faster with Zipf. From 24 to 38 rows FP8_WIDE takes 0.5 % less than FP8_SMALL, 2 to 5 % less on another
+# card. Of eight experts (Mixtral) the hot one has more than two of its tiles: 18 % more with Zipf at 30 rows, with one expert at 20, and nothing less
 # otherwise. With 32 experts it loses nothing; between them none was raced. Between 320 and 448 rows an expert has three items of about 128 for LARGE,
 # two of about 192 for FP8_LARGE: 2 and 5 % faster than two of HUGE or FP8_HUGE.
 LIMITS = ((4.5, DECODE), (16, TINY), (56, SMALL), (80, MEDIUM), (150, LARGE), (320, HUGE), (448, LARGE), (math.inf, HUGE))
