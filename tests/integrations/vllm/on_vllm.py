@@ -43,9 +43,11 @@ NUM_TOKENS = 24
 # Of the distance of the best logit from the mean: bf16 keeps 8 bits, through six layers. Where it tips a value into the next e4m3 code, that is an
 # eighth of the value. Seen on H200: up to 0.039 and 0.053. Answers to other questions are 0.39 and more away.
 TOLERANCES: dict[ActivationFormat, float] = {"bf16": 0.06, "fp8": 0.1}
-# Of a layer's result, whatever its activations are rounded to: both sides round the same hidden states. With fp8, a GPU's kernels for more than a few
-# rows per expert round NVFP4 weights too, which is 4e-2 here, and ranks whose tokens are gathered have more rows. MXFP4 weights stay what they are.
-LAYER_TOLERANCE, ROUNDED_WEIGHTS_TOLERANCE = 5e-3, 6e-2
+# Of a layer's result, whatever its activations are rounded to: both sides round the same hidden states. With fp8, ranks whose tokens are gathered have
+# more rows per expert than the judge, and so other kernels: fp8 tensor cores, whose sums tip values between the two products into the next code
+# (tests/hopper_layers.py has the same limit), and which round NVFP4 weights, 4e-2 here. MXFP4 weights stay what they are. Seen on H200: 5.6e-3.
+LAYER_TOLERANCES: dict[ActivationFormat, float] = {"bf16": 5e-3, "fp8": 2e-2}
+ROUNDED_WEIGHTS_TOLERANCE = 6e-2
 WAYS: dict[str, dict[str, Any]] = {
     "": {},
     "tp2": {"tensor_parallel_size": 2},
@@ -219,7 +221,8 @@ def check(path: Path, way: str, activations: ActivationFormat) -> None:
         layers = zip(model.model.layers, calls, strict=True)
         worst = max(layer_error(layer.mlp.experts, *(tensor.to(model.device) for tensor in call)) for layer, call in layers)
         print(f"{path.name} {way} {activations} {rank}: layers {worst:.1e} from those of transformers")
-        assert worst <= (ROUNDED_WEIGHTS_TOLERANCE if activations == "fp8" and path.name.startswith("nvfp4") else LAYER_TOLERANCE)
+        rounds_weights = activations == "fp8" and path.name.startswith("nvfp4")
+        assert worst <= (ROUNDED_WEIGHTS_TOLERANCE if rounds_weights else LAYER_TOLERANCES[activations])
     judge(f"{path.name} {way} {activations} {rank}", tokenizer, model, prompts, first, TOLERANCES[activations])
     if way == "lora":
         changed = adapt(llm, prompts, model, path.parent / "adapter")
