@@ -43,8 +43,8 @@ NUM_TOKENS = 24
 # Of the distance of the best logit from the mean: bf16 keeps 8 bits, through six layers. Where it tips a value into the next e4m3 code, that is an
 # eighth of the value. Seen on H200: up to 0.039 and 0.053. Answers to other questions are 0.39 and more away.
 TOLERANCES: dict[ActivationFormat, float] = {"bf16": 0.06, "fp8": 0.1}
-# Of a layer's result, whatever its activations are rounded to: both sides round the same hidden states. With fp8, ranks whose tokens are gathered have
-# more rows per expert than the judge, and so other kernels: fp8 tensor cores, whose sums tip values between the two products into the next code
+# Of a layer's result, whatever its activations are rounded to: both sides round the same hidden states. With fp8, ranks whose tokens are gathered
+# have more rows per expert than the judge, and so other kernels: fp8 tensor cores, whose sums tip values between the two products into the next code
 # (tests/hopper_layers.py has the same limit), and which round NVFP4 weights, 4e-2 here. MXFP4 weights stay what they are. Seen on H200: 5.6e-3.
 LAYER_TOLERANCES: dict[ActivationFormat, float] = {"bf16": 5e-3, "fp8": 2e-2}
 ROUNDED_WEIGHTS_TOLERANCE = 6e-2
