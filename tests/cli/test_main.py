@@ -172,6 +172,8 @@ def test_eval_chooses_the_fastest_activations_within_the_budget(capsys, tmp_path
 def test_eval_names_a_model_that_is_not_there(capsys, tmp_path):
     assert main(["eval", str(tmp_path / "nowhere"), "--text", "demo"]) == 1
     assert "nowhere: not a model directory" in capsys.readouterr().err
+    assert main(["eval", str(tmp_path), "--text", "demo"]) == 1
+    assert f"{tmp_path}/config.json: missing file. A model directory has config.json" in capsys.readouterr().err
 
 
 def test_generate_streams_text_and_reports_speed_apart(capsys, monkeypatch):

@@ -122,11 +122,13 @@ def load_model(model: str, device: torch.device, activations: Any = "bf16", *, d
         CheckpointError: as `load`; there is no tokenizer, the experts have a defect, or transformers cannot load or run the directory.
         UnsupportedError: as `load`.
     """
+    from halfbyte.checkpoint.json_files import read_json
     from halfbyte.checkpoint.source import resolve_model
     from halfbyte.integrations.transformers import load  # before transformers itself: it says what to install
 
     quieten_transformers()
     path = resolve_model(model)
+    read_json(path / "config.json")  # what is no model at all is told as such
     if not any(file for pattern in _TOKENIZER_FILES for file in path.glob(pattern)):
         raise CheckpointError("no tokenizer", where=str(path), needed="tokenizer.json or its like", next_step="copy it from the original model")
     _check_files(path)
