@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -70,6 +73,30 @@ def test_nothing_is_left_of_a_stopped_engine(source: str, monkeypatch: pytest.Mo
         while is_running(child) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not is_running(child)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child that its parent has ended")
+def test_an_engine_ends_with_a_process_that_is_killed() -> None:
+    program = "import sys; from halfbyte.serve import Launch, Server; server = Server([sys.executable, '-c', sys.argv[1], '0'], Launch('m', 'm'));"
+    program += "print(server._process.pid, flush=True); server.wait()"
+    with subprocess.Popen([sys.executable, "-c", program, SERVING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as parent:
+        engine, child = int(parent.stdout.readline()), int(parent.stderr.readline().split()[1])
+        parent.kill()
+        deadline = time.monotonic() + 60
+        while is_running(engine) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.kill(child, signal.SIGKILL)  # engines end their own children, this one does not
+        assert not is_running(engine)
+
+
+def test_an_engine_goes_on_when_nobody_reads_its_log() -> None:
+    class Closed(io.BytesIO):
+        def write(self, block: object) -> int:
+            raise BrokenPipeError
+
+    server = Server([sys.executable, "-c", "print('x' * 1_000_000); raise SystemExit('it got so far')"], Launch("model", "model"), Closed())
+    with pytest.raises(HalfbyteError, match=r"the engine ended .*it got so far"):
+        server.wait()
 
 
 def test_an_engine_that_cannot_start_is_quoted() -> None:
