@@ -467,3 +467,26 @@ def test_demo_model_from_hf_quant_config_only(tmp_path: Path) -> None:
         ours, expected, unquantised = (other(ids).logits[0] for other in (model, load(dense), dense_model))
     assert_close_rel(ours, expected, **EXACT)
     assert 0.01 < relative_errors(ours, unquantised)[1] < 0.3  # NVFP4 is not the original, but near
+
+
+def test_arguments_that_are_something_else_are_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    module = torch.nn.Linear(2, 2)
+    right: dict[Callable[..., object], dict[str, object]] = {
+        hbt.load: {"model": DEMO, "dtype": "auto", "device": "cpu", "activations": "bf16"},
+        hbt.set_activations: {"model": module, "activations": "bf16"},
+        hbt.set_layout: {"model": module, "layout": "auto"},
+        hbt.set_parallel: {"model": module, "parallel": None},
+    }
+    taken = []
+    for function, arguments in right.items():
+        for name in arguments:
+            for value in (None, -1, 1.5, "nonsense", [], {}, torch.int8, torch.zeros(2), torch.device("meta"), object()):
+                try:
+                    function(**(arguments | {name: value}))
+                except halfbyte.HalfbyteError as error:
+                    assert len(str(error).splitlines()) == 1
+                else:
+                    taken.append(f"{name} of {function.__name__}: {value!r}")
+    assert not taken
+    with pytest.raises(CheckpointError, match=r"config\.json: missing file"):
+        hbt.load(tmp_path)

@@ -21,6 +21,7 @@ Not supported: training.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
@@ -28,8 +29,10 @@ from typing import Any, Literal
 
 import torch
 
+from halfbyte.arguments import as_device, check_name, check_type
 from halfbyte.checkpoint.json_files import read_json
 from halfbyte.checkpoint.source import resolve_model
+from halfbyte.device import Target
 from halfbyte.errors import InputError, UnsupportedError
 
 try:
@@ -158,29 +161,41 @@ def load(
 
     Raises:
         CheckpointError, UnsupportedError: as the readers in `halfbyte.checkpoint`; nothing is left at random values.
-        InputError: as `set_activations`.
+            A directory without config.json; a device that is not there.
+        InputError: as `set_activations`; no dtype of floats, no device.
 
     >>> from pathlib import Path
     >>> model, tokenizer = load(Path(halfbyte.__file__).parent / "demo_model")
     >>> model.config.model_type, tokenizer.vocab_size
     ('qwen3_moe', 2048)
     """
+    check_activations(activations, "load")
+    asked, place = _dtype_of(dtype), as_device(device, "load")
+    Target.of(place)  # refuses other kinds of devices
     path = resolve_model(model)
+    read_json(path / "config.json")
     is_causal = type(AutoConfig.from_pretrained(path)) in MODEL_FOR_CAUSAL_LM_MAPPING
     auto = AutoModelForCausalLM if is_causal else AutoModelForImageTextToText
-    loaded = auto.from_pretrained(path, dtype=dtype, device_map={"": device})
-    if dtype != "auto" and getattr(loaded, "hf_quantizer", None) is None:
-        _hold_in(loaded, dtype)
+    loaded = auto.from_pretrained(path, dtype=asked, device_map={"": place})
+    if isinstance(asked, torch.dtype) and getattr(loaded, "hf_quantizer", None) is None:
+        _hold_in(loaded, asked)
     set_activations(loaded, activations)
     return loaded, AutoTokenizer.from_pretrained(path)
 
 
-def _hold_in(model: Any, dtype: torch.dtype | str) -> None:
+def _dtype_of(dtype: object) -> torch.dtype | Literal["auto"]:
+    """Raises InputError for what is neither "auto" nor a dtype of floats, or its name."""
+    asked = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype != "auto" else dtype
+    if asked == "auto" or (isinstance(asked, torch.dtype) and asked.is_floating_point):
+        return asked
+    raise InputError("dtype does not fit", where="load", given=reprlib.repr(dtype), needed="'auto', or a dtype of floats")
+
+
+def _hold_in(model: Any, dtype: torch.dtype) -> None:
     """Where a device has no use for FP8, transformers dequantises it, and then holds most of the model in bf16, whatever was asked for."""
-    asked = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     for parameter in model.parameters():
         if parameter.dtype in (torch.bfloat16, torch.float16):
-            parameter.data = parameter.data.to(asked)
+            parameter.data = parameter.data.to(dtype)
 
 
 def set_activations(model: Any, activations: ActivationFormat) -> None:
@@ -192,6 +207,7 @@ def set_activations(model: Any, activations: ActivationFormat) -> None:
         InputError: no such format, or no packed experts that could see it.
     """
     check_activations(activations, "set_activations")
+    check_type("set_activations", torch.nn.Module, model=model)
     states = [module.halfbyte for module in model.modules() if is_attached(module)]
     if activations != "bf16" and not states:
         raise InputError(
@@ -214,8 +230,8 @@ def set_layout(model: Any, layout: Literal["auto", "canonical"]) -> None:
     Raises:
         InputError: no such layout.
     """
-    if layout not in ("auto", "canonical"):
-        raise InputError("unknown layout", where="set_layout", given=repr(layout), needed="'auto' or 'canonical'")
+    check_name("layout", layout, ("auto", "canonical"), "set_layout")
+    check_type("set_layout", torch.nn.Module, model=model)
     for module in model.modules():
         if is_attached(module):
             module.halfbyte.layout = layout

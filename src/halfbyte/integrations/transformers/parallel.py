@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from halfbyte.arguments import check_type
 from halfbyte.errors import InputError, UnsupportedError
 from halfbyte.integrations.packing import is_attached, restore_canonical
 from halfbyte.integrations.transformers.stored import INPUT_SCALE
@@ -51,6 +52,8 @@ def set_parallel(model: nn.Module, parallel: ExpertParallel) -> None:
     >>> dist.destroy_process_group()
     """
     where = "set_parallel"
+    check_type(where, nn.Module, model=model)
+    check_type(where, ExpertParallel, parallel=parallel)
     found = num_experts(model)
     if found is None:
         raise InputError("the model has no packed experts", where=where, needed="FP4 experts", next_step="run: halfbyte quantize SRC DST")
