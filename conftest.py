@@ -1,5 +1,6 @@
 """Settings of the whole test run, docstring examples included."""
 
+import atexit
 import gc
 import os
 
@@ -25,7 +26,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_unconfigure() -> None:
-    gc.unfreeze()  # or nanobind reports what is never freed
+    atexit.register(gc.unfreeze)  # or nanobind reports what is never freed; later than pytest, which collects garbage five times
 
 
 @pytest.fixture(autouse=True)

@@ -40,7 +40,8 @@ def _hasten_interpreter() -> None:
     Where one function calls another it searches its language for functions to replace, although the launch has replaced them; only names of another
     module of the language (the `tl.core` of its own library) still need that, once. Every sum of integers is followed by a check for overflow, which
     compiled kernels do not have. What is known of a type (its shape, its size, its dtype in numpy) is found out anew for every value. Values of one
-    shape are broadcast.
+    shape are broadcast, and those of one dtype are promoted to it; a constant beside them is filled in anew. Every array is compared with the
+    size of its type.
     """
     from triton.language import core
     from triton.language.semantic import TritonSemantic
@@ -84,8 +85,36 @@ def _hasten_interpreter() -> None:
         alike = left.type.is_block() and right.type.is_block() and left.type.shape.values == right.type.shape.values
         return (left, right) if alike else broadcast_any(semantic, left, right)
 
+    promoted_any = TritonSemantic.binary_op_type_checking_impl
+    promoted_to_themselves = {"fp32", "int32", "uint32", "int64"}
+    constants = {}  # of the shape and dtype of what they stand beside
+
+    def promote(semantic: Any, left: Any, right: Any, *options: Any, **more: Any) -> Any:
+        if not isinstance(left, core.tensor):
+            return promoted_any(semantic, left, right, *options, **more)
+        if isinstance(right, core.tensor):
+            if left.dtype.name == right.dtype.name in promoted_to_themselves:
+                return semantic.broadcast_impl_value(left, right)
+            return promoted_any(semantic, left, right, *options, **more)
+        key = (left.type.name, repr(right), options, *more.items())
+        if key in constants:
+            return left, constants[key]
+        promoted, constant = promoted_any(semantic, left, right, *options, **more)
+        if promoted is left:
+            constant.handle.data.setflags(write=False)
+            constants[key] = constant
+        return promoted, constant
+
+    unwrap_any = core._unwrap_if_constexpr
+
+    def unwrap(value: Any) -> Any:
+        return value if isinstance(value, core.tensor) else value.value if isinstance(value, core.constexpr) else unwrap_any(value)
+
+    core._unwrap_if_constexpr = unwrap
+    interpreter.TensorHandle.__post_init__ = lambda handle: None
+
     interpreter._get_np_dtype, core.block_type.__init__, core.tensor.__init__ = np_dtype, init_block, init_tensor
-    TritonSemantic.broadcast_impl_value = broadcast
+    TritonSemantic.broadcast_impl_value, TritonSemantic.binary_op_type_checking_impl = broadcast, promote
 
 
 def interpret(run: Callable[[str], None], file: str) -> str:
