@@ -11,6 +11,8 @@ import torch
 
 import halfbyte as hb
 from halfbyte import moe
+from halfbyte.checkpoint import Checkpoint, find_defects
+from halfbyte.convert import QuantizeOptions, quantize_model
 from halfbyte.distributed import Capacity
 from halfbyte.distributed.placement import balanced, contiguous, round_robin
 
@@ -37,11 +39,12 @@ RIGHT: dict[str, set[str]] = {
         "global_scale", "global_scales", "activation", "out", "backend", "w13_bias", "w2_bias", "w13_input_scale", "w2_input_scale", "limit",
         "num_global_experts", "scale_check", "bias", "activations", "expert_map", "expert_offset", "workspace", "config", "threads", "progress",
         "experts of load_prepared", "cache_dir", "parallel", "local_of_copy", "copies", "code_bytes", "device of prepare",
+        "layers of iterated", "options of planned", "output", "calibrate",
     },
-    "text": {"cache_dir"},
-    "list": {"counts"},
+    "text": {"cache_dir", "destination of planned"},
+    "list": {"counts", "layers of iterated"},
     "negative": {"alpha", "beta", "scale", "eps"},
-    "huge": {"global_scale", "alpha", "beta", "limit", "scale", "eps"},
+    "huge": {"max_shard_bytes", "global_scale", "alpha", "beta", "limit", "scale", "eps"},
     "fraction": {"global_scale", "alpha", "beta", "limit", "scale", "eps"},
     "scalar": {"global_scale", "w13_input_scale", "w2_input_scale"},
     "vector": {"w13_input_scale", "w2_input_scale"},
@@ -59,6 +62,19 @@ ROUTER, EXPERTS = hb.load_router(MODEL, 0), hb.load_prepared(MODEL, 0, cache="of
 OFFSETS = torch.tensor([0, 2, 2, 2, 3], dtype=torch.int32)
 PACK = {"scale_rule": "ceil", "scale_layout": "linear", "backend": None}
 LAYER = {"activations": None, "expert_map": None, "expert_offset": None, "config": None}
+
+
+def iterated(layers: Any) -> object:
+    return list(hb.iter_prepared(MODEL, layers))
+
+
+def planned(source: Any, destination: Any, options: Any) -> object:
+    return quantize_model(source, destination, options, dry_run=True)
+
+
+def planned_with(**options: Any) -> object:
+    return planned(MODEL, "absent", QuantizeOptions(**options))
+
 
 CALLS: list[tuple[Callable[..., Any], dict[str, Any]]] = [
     (hb.quantize, {"x": X, "format": hb.NVFP4, "global_scale": None, **PACK}),
@@ -122,6 +138,15 @@ CALLS: list[tuple[Callable[..., Any], dict[str, Any]]] = [
     (hb.MoE, {"router": ROUTER, "experts": EXPERTS, "activations": None, "parallel": None}),
     (hb.MoE(ROUTER, EXPERTS), {"hidden": torch.randn(2, 256)}),
     (hb.MoE.from_checkpoint, {"model": MODEL, "layer": 0, "device": "cpu", "activations": "bf16", "cache": "off", "parallel": None}),
+    (iterated, {"layers": [0]}),
+    (Checkpoint.open(MODEL).info, {"name": "model.norm.weight"}),
+    (Checkpoint.open(MODEL).read, {"name": "model.norm.weight"}),
+    (find_defects, {"checkpoint": Checkpoint.open(MODEL)}),
+    (planned, {"source": MODEL, "destination": "absent", "options": QuantizeOptions()}),
+    (
+        planned_with,
+        {"format": "nvfp4", "output": None, "scale_rule": "ceil", "skip": (), "calibrate": None, "max_shard_bytes": 5_000_000_000, "device": "cpu"},
+    ),
     (contiguous, {"num_experts": 4, "num_ranks": 2}),
     (round_robin, {"num_experts": 4, "num_ranks": 2}),
     (balanced, {"counts": [1, 2, 3, 4], "num_ranks": 2, "num_redundant": 0}),

@@ -8,6 +8,7 @@ from typing import Literal, TypeVar
 
 import torch
 
+from halfbyte.arguments import check_type
 from halfbyte.checkpoint.layer_tensors import LayerTensors
 from halfbyte.checkpoint.projections import GATE, Projection
 from halfbyte.checkpoint.router import load_router
@@ -61,6 +62,7 @@ def find_defects(checkpoint: Checkpoint, values: bool | None = None) -> list[Def
     >>> find_defects(Checkpoint.open(Path(halfbyte.__file__).parent / "demo_model"))
     []
     """
+    check_type("find_defects", Checkpoint, checkpoint=checkpoint)
     return [defect for layer in checkpoint.moe.expert_layers for defect in examine_layer(checkpoint, layer, values)[1]]
 
 

@@ -167,7 +167,9 @@ class Checkpoint:
 
         Raises:
             CheckpointError: no tensor of that name.
+            InputError: no name.
         """
+        check_type("Checkpoint", str, name=name)
         try:
             return self._tensors[name]
         except KeyError:

@@ -159,7 +159,11 @@ def check_destination(path: Path, job: Mapping[str, Any]) -> dict[str, Any] | No
         CheckpointError: the destination holds anything else.
     """
     choose = "choose another destination, or remove this one"
-    if not path.exists():
+    try:
+        exists = path.exists()
+    except OSError as error:  # a name that is too long
+        raise _write_error(path, error) from error
+    if not exists:
         return None
     if not path.is_dir():
         raise CheckpointError("the destination is a file", where=str(path), needed="a new directory", next_step=choose)

@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -24,6 +25,7 @@ from typing import Any, Literal
 import torch
 
 from halfbyte import __version__
+from halfbyte.arguments import as_device, check_name, check_type
 from halfbyte.checkpoint.dialects import MODELOPT, STACKED_MODELOPT, Dialect, OutputName, fp8_scales_of, output_dialect
 from halfbyte.checkpoint.json_files import read_json, text_of
 from halfbyte.checkpoint.source import Checkpoint
@@ -41,6 +43,7 @@ from halfbyte.convert.calibration import Calibration, calibrate
 from halfbyte.convert.model_card import model_card
 from halfbyte.convert.plan import Copied, Matrix, Plan, plan_conversion
 from halfbyte.convert.report import QuantizeReport, Sqnr, sqnr_db
+from halfbyte.device import Target
 from halfbyte.errors import CheckpointError, InputError
 from halfbyte.formats import FORMATS, BlockFormat, QuantTensor, count_nonfinite, matrix_amax, nvfp4_decode_scale, quantize
 from halfbyte.formats.e8m0 import ScaleRule
@@ -58,7 +61,7 @@ class QuantizeOptions:
     """How to convert. `calibrate` names a text or JSONL file to measure input scales on; `skip` holds glob patterns of modules to leave alone.
 
     Raises:
-        InputError: an option of the other format, an output that cannot hold the format, or a shard size below 1.
+        InputError: an option that is something else or of the other format, an output that cannot hold the format, or a shard size below 1.
 
     >>> QuantizeOptions(format="mxfp4").output
     'compressed-tensors'
@@ -75,8 +78,15 @@ class QuantizeOptions:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if self.format not in FORMATS:
-            raise InputError("unknown format", given=repr(self.format), needed=" or ".join(FORMATS))
+        where = "QuantizeOptions"
+        check_name("format", self.format, FORMATS, where)
+        check_type(where, (tuple, list), skip=self.skip)  # a string would be read letter by letter
+        for pattern in self.skip:
+            check_type(where, str, pattern=pattern)
+        if self.calibrate is not None:
+            check_type(where, (str, os.PathLike), calibrate=self.calibrate)
+            object.__setattr__(self, "calibrate", Path(self.calibrate))
+        check_type(where, int, max_shard_bytes=self.max_shard_bytes)
         if self.output is None:
             object.__setattr__(self, "output", "modelopt" if self.format == "nvfp4" else "compressed-tensors")
         output_dialect(str(self.output), self.block_format)
@@ -120,7 +130,7 @@ def quantize_model(
 
     Raises:
         CheckpointError: an unreadable source, non-finite weights, rows that do not divide into blocks, an occupied destination, a full disk.
-        UnsupportedError: a source that is quantised already; calibration without transformers.
+        UnsupportedError: a source that is quantised already; calibration without transformers; a device that is not there.
         InputError: options that contradict each other or the model.
 
     >>> import tempfile
@@ -130,7 +140,10 @@ def quantize_model(
     >>> report.matrices, round(report.quantized_bytes / report.quantized_source_bytes, 3)
     (288, 0.281)
     """
-    options = options or QuantizeOptions()
+    options = QuantizeOptions() if options is None else options
+    check_type("quantize_model", QuantizeOptions, options=options)
+    check_type("quantize_model", (str, os.PathLike), destination=destination)
+    Target.of(as_device(options.device, "quantize_model"))  # before anything is made: raises where nothing can be computed
     checkpoint = Checkpoint.open(source)
     destination = Path(destination)
     if destination.resolve().is_relative_to(checkpoint.path.resolve()):

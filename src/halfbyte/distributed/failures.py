@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 
 import torch.distributed as dist
 
+from halfbyte.arguments import check_type
 from halfbyte.errors import HalfbyteError, InputError
 
 
@@ -54,11 +55,13 @@ def ranks_of(group: dist.ProcessGroup | None, where: str) -> tuple[int, int]:
     """This rank in the group, and how many there are.
 
     Raises:
-        InputError: torch.distributed is not initialised, or this process is not in the group.
+        InputError: torch.distributed is not initialised, this process is not in the group, or that is no group.
     """
     if not dist.is_available() or not dist.is_initialized():
         next_step = "start with torchrun and call torch.distributed.init_process_group first"
         raise InputError("torch.distributed is not initialised", where=where, needed="a process group", next_step=next_step)
+    if group is not None and group is not dist.GroupMember.NON_GROUP_MEMBER:
+        check_type(where, dist.ProcessGroup, group=group)
     rank = dist.get_rank(group)
     if rank < 0:
         raise InputError("this process is not in the group", where=where, given=f"global rank {dist.get_rank()}", needed="one of the group's ranks")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
@@ -186,6 +186,8 @@ def iter_prepared(model: str | Path | Checkpoint, layers: Iterable[int] | None =
     >>> sorted(model)
     [0, 1, 2, 3, 4, 5]
     """
+    if layers is not None:
+        check_type("iter_prepared", (Sequence, Set, Iterator), layers=layers)
     checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.open(model)
     for layer in checkpoint.moe.moe_layers if layers is None else layers:
         yield layer, load_prepared(checkpoint, layer, **options)
