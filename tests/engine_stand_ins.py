@@ -12,8 +12,16 @@ from pathlib import Path
 from halfbyte.bench.serve_weights import Geometry
 from halfbyte.bench.shapes import MoEShape
 
+TELL = """
+import json, os
+
+def tell(**what):
+    with open(os.environ["STAND_IN_LOG"], "a") as log:
+        log.write(json.dumps({**what, "plugins": os.environ.get("VLLM_PLUGINS", os.environ.get("SGLANG_PLUGINS"))}) + "\\n")
+"""
+
 LAYER = """
-import json, os, pathlib, time
+import time
 import torch
 from torch import nn
 
@@ -59,10 +67,6 @@ def experts(cls, wrong):
     model.layers[0].experts = layer
     return model
 
-def tell(**what):
-    with open(os.environ["STAND_IN_LOG"], "a") as log:
-        log.write(json.dumps({**what, "plugins": os.environ.get("VLLM_PLUGINS", os.environ.get("SGLANG_PLUGINS"))}) + "\\n")
-
 def answers(prompts, count):
     time.sleep(1e-4 * (1 + count) * len(prompts))
     return [prompt[-1:] * count for prompt in prompts]
@@ -70,6 +74,7 @@ def answers(prompts, count):
 
 VLLM = {
     "vllm/stand_in.py": LAYER,
+    "vllm/telling.py": TELL,
     "vllm/model_executor/__init__.py": "",
     "vllm/model_executor/model_loader/__init__.py": """
         LOADERS = {}
@@ -83,8 +88,14 @@ VLLM = {
             pass
     """,
     "vllm/__init__.py": """
+        import importlib
+        def __getattr__(name):  # the server needs no torch
+            return getattr(importlib.import_module("vllm.offline"), name)
+    """,
+    "vllm/offline.py": """
         from types import SimpleNamespace as Namespace
-        from vllm.stand_in import experts, tell, answers, Method
+        from vllm.stand_in import experts, answers, Method
+        from vllm.telling import tell
         import torch
         class RoutedExperts(torch.nn.Module):
             pass
@@ -117,7 +128,7 @@ VLLM = {
     "vllm/entrypoints/cli/__init__.py": "",
     "vllm/entrypoints/cli/main.py": """
         import http.server, json, sys, time
-        from vllm.stand_in import tell
+        from vllm.telling import tell
         tell(server=sys.argv[1:])
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
@@ -140,6 +151,7 @@ VLLM = {
 
 SGLANG = {
     "sglang/stand_in.py": LAYER,
+    "sglang/telling.py": TELL,
     "sglang/srt/__init__.py": "",
     "sglang/srt/layers/__init__.py": "",
     "sglang/srt/layers/moe/__init__.py": "",
@@ -189,7 +201,8 @@ SGLANG = {
     """,
     "sglang/__init__.py": """
         import multiprocessing
-        from sglang.stand_in import tell, answers
+        from sglang.stand_in import answers
+        from sglang.telling import tell
         def scheduler():
             from sglang.srt.plugins.hook_registry import HookRegistry
             from sglang.srt.model_loader import loader

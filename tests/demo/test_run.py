@@ -21,8 +21,10 @@ def demo(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "QUESTIONS_A_KIND", 1)
         patch.setattr(run, "WINDOWS", 2)
-        patch.setattr(run, "_problems", lambda questions: [questions[1]])
-        patch.setattr(run, "load_questions", lambda file, limit=None: [q for q in load_questions(file, limit=limit) if q.kind in ("story", "drill")])
+        patch.setattr(run, "_problems", lambda questions: [question for question in questions if question.kind == "story"][1:2])
+        patch.setattr(
+            run, "load_questions", lambda file, limit=None: [q for q in load_questions(file, limit=limit) if not limit or q.kind == "drill"]
+        )
         result = run.run_demo(output, say=lines.append, stream=False, progress_bar=Bar)
     return output, result, "\n".join(lines)
 
