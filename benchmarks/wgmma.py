@@ -55,7 +55,9 @@ def time_ns(n: int, warpgroups: int, *, fp8: bool, in_registers: bool, products:
     programs = torch.cuda.get_device_properties(0).multi_processor_count
     out = torch.empty(programs, device="cuda")
     times = triton.testing.do_bench(
-        lambda: multiply[(programs,)](out, ITERATIONS, n, warpgroups, fp8, in_registers, products, computes, num_warps=4 * warpgroups),
+        lambda: multiply[(programs,)](
+            out, ITERATIONS, n, warpgroups, fp8, in_registers, products, computes, num_warps=4 * warpgroups, enable_fp_fusion=True
+        ),
         return_mode="all",
     )
     return statistics.median(times) * 1e6 / ITERATIONS

@@ -74,7 +74,7 @@ class Compiled:
 def compile_for(kernel: Any, *arguments: Any, capability: int = 90, **constants: Any) -> Compiled:
     """Compile `kernel` for compute capability 90 (sm_90a), 100 (sm_100a), ... with these arguments, constexprs and options (num_warps=...)."""
     with compiling(capability):
-        return _compiled(kernel.warmup(*arguments, grid=(1,), **constants).metadata_group)
+        return _compiled(kernel.warmup(*arguments, grid=(1,), **{"enable_fp_fusion": True} | constants).metadata_group)
 
 
 @contextmanager

@@ -49,5 +49,7 @@ def naive_quantize(x: torch.Tensor, global_scale: torch.Tensor, layout: ScaleLay
     scale_rows, scale_columns = padded_shape(layout, num_rows, width // NVFP4.block)
     codes = torch.empty((num_rows, width // 2), dtype=torch.uint8, device=x.device)
     scales = torch.empty((scale_rows, scale_columns), dtype=torch.uint8, device=x.device)
-    _quantize_row[(scale_rows,)](x, codes, scales, global_scale, num_rows, width, scale_columns, layout == "128x4", _BLOCK, num_warps=4)
+    _quantize_row[(scale_rows,)](
+        x, codes, scales, global_scale, num_rows, width, scale_columns, layout == "128x4", _BLOCK, num_warps=4, enable_fp_fusion=True
+    )
     return QuantTensor(codes, scales, global_scale, NVFP4, layout)

@@ -23,5 +23,5 @@ def read_all(source: torch.Tensor, config: tuple[int, int, int]) -> torch.Tensor
     block, steps, num_warps = config
     programs = source.numel() // (block * steps)
     result = torch.empty(programs, dtype=torch.int32, device=source.device)
-    _read[(programs,)](source, result, block, steps, num_warps=num_warps)
+    _read[(programs,)](source, result, block, steps, num_warps=num_warps, enable_fp_fusion=True)
     return result

@@ -27,6 +27,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
         kernel[grid](*arguments, **options)
         return
     arguments = (*arguments, *map(options.pop, kernel.arg_names[len(arguments) :]))
+    options.setdefault("enable_fp_fusion", True)  # Triton 3.10 will fuse no multiplication with an addition unless told to
     driver = triton.runtime.driver.active
     device = driver.get_current_device()
     key: list[Any] = [id(kernel), device, *options.values()]

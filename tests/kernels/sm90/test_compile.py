@@ -200,7 +200,7 @@ def test_the_benchmark_of_the_instruction_compiles(fp8: bool, in_registers: bool
     wgmma = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(wgmma)
     with compiling(90) as compiled:
-        wgmma.multiply[(1,)](torch.empty(1), 10, 32, 4, fp8, in_registers, 4, True, num_warps=16)
+        wgmma.multiply[(1,)](torch.empty(1), 10, 32, 4, fp8, in_registers, 4, True, num_warps=16, enable_fp_fusion=True)
     assert compiled[0].ptx.count("wgmma.mma_async") == (8 if fp8 else 16) and compiled[0].spill_bytes == 0
 
 

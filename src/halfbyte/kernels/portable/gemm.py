@@ -297,6 +297,7 @@ def grouped_gemm_w4a16(
             BLOCK_N=block_n,
             BLOCK_K=config.block_k,
             num_warps=config.num_warps,
+            enable_fp_fusion=True,
             num_stages=config.num_stages,
         )
     return out

@@ -166,7 +166,9 @@ def _inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
     factor = torch.empty(rows.shape[0], dtype=torch.float32, device=x.device)
     block = min(4096, triton.next_power_of_2(rows.shape[1]))
     with torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext():
-        inverse_rms_kernel[(rows.shape[0],)](rows, factor, rows.shape[1], eps, block, **({} if INTERPRETED else {"num_warps": 4}))
+        inverse_rms_kernel[(rows.shape[0],)](
+            rows, factor, rows.shape[1], eps, block, **({} if INTERPRETED else {"num_warps": 4, "enable_fp_fusion": True})
+        )
     return factor
 
 

@@ -237,7 +237,10 @@ def run(
     if not scan:
         block = min(1024, triton.next_power_of_2(num_experts))
         with torch.cuda.device_of(x):
-            expert_ends_kernel[(1,)](expert_offsets, ends, scale_offsets, num_rows, scale_layout, num_experts, config.rows, tile, block, num_warps=4)
+            expert_ends_kernel[(1,)](
+                expert_offsets, ends, scale_offsets, num_rows, scale_layout, num_experts, config.rows, tile, block,
+                num_warps=4, enable_fp_fusion=True,
+            )  # fmt: skip
     constants |= {"SCAN": scan, "STEPS": 0 if scan else num_experts.bit_length()}
     constants.setdefault("EXPERTS_PADDED", 1)
     most_chunks = max_padded_rows(num_rows, num_experts, config.rows) // config.rows

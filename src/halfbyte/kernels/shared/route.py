@@ -280,5 +280,6 @@ def run(
             PADDED_SIZE=config.padded_size,
             PADDED_TOP_K=config.padded_top_k,
             num_warps=config.num_warps,
+            enable_fp_fusion=True,
         )
     return ids, weights

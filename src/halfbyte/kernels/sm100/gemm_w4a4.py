@@ -137,6 +137,7 @@ def grouped_gemm_w4a4(
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,
             num_warps=config.num_warps,
+            enable_fp_fusion=True,
             num_stages=config.num_stages,
         )
     return out

@@ -166,4 +166,5 @@ def pack_matrix_in_place(
             tma_descriptor(scale_words.view(torch.int16).view(-1, entries // 2), 8, entries // 2), arrivals, refused,
             num_experts * expert_units, expert_units, groups, rows, rows // unit_tiles, half_columns // 8, column_tiles, runs,
             order, entries == 128, words_for, num_warps=4, maxnreg=MAX_REGISTERS, launch_cooperative_grid=True,
+            enable_fp_fusion=True,
         )  # fmt: skip

@@ -216,7 +216,14 @@ def write_row_exponents(largest: torch.Tensor, row_exponent: torch.Tensor, order
     num_experts, rows = largest.shape
     with torch.cuda.device_of(largest):
         _row_exponents[(row_exponent.shape[1] // 64, num_experts)](
-            largest, row_exponent, rows, rows // 2 if order == "gate_up" else rows, order, nvfp4, num_warps=1
+            largest,
+            row_exponent,
+            rows,
+            rows // 2 if order == "gate_up" else rows,
+            order,
+            nvfp4,
+            num_warps=1,
+            enable_fp_fusion=True,
         )
 
 
@@ -234,7 +241,9 @@ def largest_of_rows(raw: torch.Tensor, limit: int, refused: torch.Tensor) -> tor
     block = triton.next_power_of_2(columns)
     step = max(1, 4096 // block)
     with torch.cuda.device_of(raw):
-        _largest_of_rows[(triton.cdiv(rows, step), num_experts)](raw, largest, refused, rows, columns, limit, step, block, num_warps=4)
+        _largest_of_rows[(triton.cdiv(rows, step), num_experts)](
+            raw, largest, refused, rows, columns, limit, step, block, num_warps=4, enable_fp_fusion=True
+        )
     return largest
 
 
@@ -247,5 +256,6 @@ def _launch(
     nvfp4 = scales.shape[2] * 8 == half_columns
     with torch.cuda.device_of(words):
         kernel[grid](
-            *pointers, rows, rows // 2 if order == "gate_up" else rows, half_columns // 8, words.shape[2], order, nvfp4, words_for, num_warps=4
-        )
+            *pointers, rows, rows // 2 if order == "gate_up" else rows, half_columns // 8, words.shape[2], order, nvfp4, words_for,
+            num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
