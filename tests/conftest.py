@@ -1,10 +1,12 @@
-"""In what order tests run; and one line after them about those that were skipped because there is no GPU."""
+"""In what order tests run, one line after them about those that were skipped because there is no GPU, and a fixture."""
 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
 
 import pytest
+import torch
 
 # The longest files, so that none of them runs alone at the end.
 FIRST = [
@@ -33,3 +35,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(
             f"{without_gpu} tests need a GPU, which is not here: to skip them is right. `make test-gpu` runs them where there is one."
         )
+
+
+@pytest.fixture
+def uninitialised_memory_shows() -> Iterator[None]:
+    """It is NaN, or the largest integer: what a kernel forgets to write, between two kernels too, is not zero by luck."""
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("warn")  # `use_deterministic_algorithms` would import the compiler of torch, for seconds
+    yield
+    torch.set_deterministic_debug_mode(before)

@@ -23,21 +23,14 @@ from halfbyte.kernels.portable.gemm import compute_dtype, grouped_gemm_w4a16, ro
 from halfbyte.kernels.reference.fused_moe import run as reference_fused_moe
 from halfbyte.kernels.shared.encode_rows import encode_rows
 
+pytestmark = pytest.mark.usefixtures("uninitialised_memory_shows")
+
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # Interpreted bf16 stores truncate (Triton 3.9), so the interpreter checks fp16 and fp32 tightly and bf16 by the general rule.
 TOLERANCE = {BF16: (1e-2, 5e-3), FP16: (2e-3, 1e-3), FP32: (1e-4, 1e-4)}
 EXPERTS, TOP_K = 5, 3
 # Hidden and intermediate size: small, for the interpreter; multiples neither of a tile's 64 columns nor (but for MXFP4 in fp32) of its 32 or 64 k.
 SIZES = {hb.NVFP4: (48, 80), hb.MXFP4: (32, 96)}
-
-
-@pytest.fixture(autouse=True)
-def uninitialised_memory_is_nan():
-    """So that a row or column which a kernel forgets, between the two products too, shows."""
-    before = torch.get_deterministic_debug_mode()
-    torch.set_deterministic_debug_mode("warn")  # `use_deterministic_algorithms` would import the compiler of torch, for seconds
-    yield
-    torch.set_deterministic_debug_mode(before)
 
 
 def make_experts(format=hb.NVFP4, activation: Activation = SWIGLU, *, bias=True, sizes=None, experts=EXPERTS, row_scales=False) -> ExpertWeights:

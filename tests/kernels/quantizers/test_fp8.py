@@ -15,18 +15,11 @@ from halfbyte.errors import InputError
 from halfbyte.formats.fp8_tensor import quantize_fp8 as reference
 from halfbyte.kernels.quantizers.fp8 import run as quantize_fp8
 
+pytestmark = pytest.mark.usefixtures("uninitialised_memory_shows")
+
 CASES = [("token", "linear"), ("block", "linear"), *(("mx", layout) for layout in ("linear", "128x4", "8x4"))]
 DTYPES = (torch.bfloat16, torch.float16)
 every_case = pytest.mark.parametrize(("scaling", "layout"), CASES)
-
-
-@pytest.fixture(autouse=True)
-def uninitialised_memory_is_not_zero():
-    """So that padding which a kernel forgets shows."""
-    before = torch.get_deterministic_debug_mode()
-    torch.set_deterministic_debug_mode("warn")  # `use_deterministic_algorithms` would import the compiler of torch, for seconds
-    yield
-    torch.set_deterministic_debug_mode(before)
 
 
 def rows_of(*shape: int, dtype: torch.dtype) -> torch.Tensor:
