@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -87,6 +88,16 @@ def test_an_engine_ends_with_a_process_that_is_killed() -> None:
             time.sleep(0.05)
         os.kill(child, signal.SIGKILL)  # engines end their own children, this one does not
         assert not is_running(engine)
+
+
+def test_an_engine_outlives_the_thread_that_started_it() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        server = pool.submit(Server, [sys.executable, "-c", "import time; print('loading', flush=True); time.sleep(600)"], Launch("m", "m")).result()
+    try:
+        with pytest.raises(subprocess.TimeoutExpired):
+            server._process.wait(0.5)
+    finally:
+        server.stop()
 
 
 def test_an_engine_goes_on_when_nobody_reads_its_log() -> None:

@@ -35,7 +35,7 @@ from halfbyte.formats.activation_formats import ActivationFormat
 _POLL_S = 0.2
 _STOP_S = 30.0  # engines finish the requests that they have begun
 _TAIL_BYTES = 4096
-_LIBC = ctypes.CDLL(None)
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _PR_SET_PDEATHSIG = 1
 
 
@@ -209,8 +209,10 @@ class Server:
         self.launch = launch
         self._tail = b""
         # A session of its own: a Ctrl-C in the terminal reaches this process alone, which passes it on once.
+        # Linux takes the end of the thread that starts a process for the end of its parent: only the main thread's is.
+        prepare = _end_with_parent if _LIBC is not None and threading.current_thread() is threading.main_thread() else None
         self._process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, start_new_session=True, preexec_fn=_end_with_parent
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, start_new_session=True, preexec_fn=prepare
         )
         self._pump = threading.Thread(target=self._copy, args=(log or sys.stderr.buffer,), daemon=True)
         self._pump.start()
@@ -276,8 +278,8 @@ class Server:
 
 def _end_with_parent() -> None:
     """In the engine's process, before its program begins: let Linux end it with this one, which a SIGKILL leaves no time to do so."""
-    if sys.platform == "linux":
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    assert _LIBC is not None
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def model_argument(model: str) -> str:
