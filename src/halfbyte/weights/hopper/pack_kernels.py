@@ -216,14 +216,7 @@ def write_row_exponents(largest: torch.Tensor, row_exponent: torch.Tensor, order
     num_experts, rows = largest.shape
     with torch.cuda.device_of(largest):
         _row_exponents[(row_exponent.shape[1] // 64, num_experts)](
-            largest,
-            row_exponent,
-            rows,
-            rows // 2 if order == "gate_up" else rows,
-            order,
-            nvfp4,
-            num_warps=1,
-            enable_fp_fusion=True,
+            largest, row_exponent, rows, rows // 2 if order == "gate_up" else rows, order, nvfp4, num_warps=1, enable_fp_fusion=True
         )
 
 
