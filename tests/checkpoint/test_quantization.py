@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from checkpoint_files import MODELOPT
 
 from halfbyte.checkpoint.patterns import matches
 from halfbyte.checkpoint.quantization import describe_quantization
@@ -209,6 +210,18 @@ def test_hf_quant_config_is_objects(value: object) -> None:
         return
     with pytest.raises(CheckpointError, match=r"hf_quant_config\.json: quantization does not fit"):
         describe_quantization({}, {"quantization": value})
+
+
+@pytest.mark.parametrize("method", ["compressed-tensors", "mxfp4", "quark"])
+def test_two_files_name_one_method(method: str) -> None:
+    said = {"quantization_config": {"quant_method": method, "format": "nvfp4-pack-quantized"}}
+    with pytest.raises(CheckpointError, match=rf"^m: config\.json and hf_quant_config\.json name two .*{method}.* ModelOpt.*Remove what does not belong"):
+        describe_quantization(said, MODELOPT, where="m")
+
+
+def test_what_modelopt_leaves_of_its_source_is_no_second_method() -> None:
+    for said in ({}, {"quant_method": "modelopt", "quant_algo": "NVFP4"}, {"quant_method": "fp8", "expert_dtype": "fp4"}):
+        assert describe_quantization({"quantization_config": said}, MODELOPT).kind == "modelopt"
 
 
 def test_null_is_nothing() -> None:

@@ -341,6 +341,14 @@ def test_hf_quant_config_alone(sound: tuple[Path, Path], tmp_path: Path) -> None
     assert_close_rel(logits(load(tmp_path)), logits(load(sound[1])), **EXACT)
 
 
+def test_files_that_name_two_methods_are_refused(sound: tuple[Path, Path], tmp_path: Path) -> None:
+    said = {"quantization_config": {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}}
+    save(tmp_path, load_file(sound[0] / "model.safetensors"), json.loads((sound[0] / "config.json").read_text()) | said)
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))
+    with pytest.raises(CheckpointError, match="name two methods of quantisation"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize("where", ["disk", "cpu"])
 def test_an_offloaded_layer(sound: tuple[Path, Path], tmp_path: Path, where: str) -> None:
     """accelerate brings its tensors at every call; its experts stay canonical, since what is packed would be gone at the next."""

@@ -10,6 +10,9 @@
 | fp8-block | quant_method "fp8" |
 | dense | nothing |
 
+hf_quant_config.json goes first, as in TensorRT-LLM; vLLM and SGLang take config.json where it says something. So both must name ModelOpt. Only
+"fp8" may stand in config.json beside it: it is left from the source, and the files have what ModelOpt wrote.
+
 What each calls its tensors: `checkpoint.dialects`.
 """
 
@@ -35,6 +38,7 @@ _MODELOPT = dict.fromkeys(("NVFP4", "NVFP4_AWQ", "W4A16_NVFP4"), MODELOPT)
 _COMPRESSED_TENSORS = {dialect.name: dialect for dialect in OUTPUTS["compressed-tensors"]}
 _QUARK = "fp4 per_group"
 _METHODS = ("modelopt", "compressed-tensors", "mxfp4", "quark", "fp8")
+_BESIDE_MODELOPT = ("", "modelopt", "modelopt_fp4", "fp8")  # methods that config.json may name where there is a hf_quant_config.json
 
 
 @dataclass(frozen=True)
@@ -125,17 +129,25 @@ def describe_quantization(config: Mapping[str, Any], hf_quant_config: Mapping[st
 
     Raises:
         UnsupportedError: a quant_method, algorithm or format that halfbyte does not read, with those it does.
-        CheckpointError: a block size that is not the format's, a value of another type, a pattern that cannot be matched.
+        CheckpointError: a block size that is not the format's, a value of another type, a pattern that cannot be matched; files that name two methods.
     """
-    if hf_quant_config is not None:
-        document = Document(hf_quant_config, str(Path(where, "hf_quant_config.json")))
-        return _modelopt(document.section("quantization") if "quantization" in hf_quant_config else document)
-    where = str(Path(where, "config.json"))
+    directory, where = where, str(Path(where, "config.json"))
     outer = Document(config, where)
     inner = outer.section("quantization_config")
     if not inner.values:
         inner = outer.section("text_config").section("quantization_config")
     method = inner.get("quant_method", "")
+    if hf_quant_config is not None:
+        if method not in _BESIDE_MODELOPT:
+            raise CheckpointError(
+                "config.json and hf_quant_config.json name two methods of quantisation",
+                where=directory,
+                given=f"quant_method {method!r} and ModelOpt",
+                needed="one",
+                next_step="remove what does not belong to these weights: hf_quant_config.json, or quantization_config from config.json",
+            )
+        document = Document(hf_quant_config, str(Path(directory, "hf_quant_config.json")))
+        return _modelopt(document.section("quantization") if "quantization" in hf_quant_config else document)
     # DeepSeek-V4 in NVFP4 goes on saying expert_dtype fp4 of its experts, and fp8 of its method: who names an algorithm goes first.
     if method in ("modelopt", "modelopt_fp4") or "quant_algo" in inner or "moe_quant_algo" in inner:
         return _modelopt(inner)

@@ -89,6 +89,11 @@ class FP4Quantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any) -> None:
         if not checkpoint_files or not all(file.endswith(".safetensors") for file in checkpoint_files):
             raise UnsupportedError("FP4 checkpoints are read from safetensors files only", given=checkpoint_files)
+        beside = Path(checkpoint_files[0]).with_name("hf_quant_config.json")
+        if beside.exists():
+            self.hf_quant_config = read_json(beside)
+            described = {"quantization_config": self.quantization_config.to_dict()}
+            describe_quantization(described, self.hf_quant_config, where=str(beside.parent))  # raises where the two files contradict each other
         plan = model._get_dtype_plan(model.dtype)
         self.dtypes = {name: _planned(plan, name, tensor.dtype) for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
         headers = {Path(file): read_header(Path(file)) for file in checkpoint_files}
@@ -101,9 +106,6 @@ class FP4Quantizer(HfQuantizer):
         recipes = _replace_modules(model, packed, tensors)
         of_activations = check_complete(model, names, tensors, packed)
         _warn_of_missing_input_scales(recipes)
-        beside = Path(checkpoint_files[0]).with_name("hf_quant_config.json")
-        if beside.exists():
-            self.hf_quant_config = read_json(beside)
         targets = {
             names.renamed(stored.tensors[role]): target
             for target, recipe in recipes.items()
