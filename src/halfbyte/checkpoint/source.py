@@ -304,9 +304,10 @@ def _tensor_info(file: Path, name: str, entry: dict[str, Any]) -> TensorInfo:
 
 def _only_file(path: Path) -> Path:
     """The single safetensors file of a directory without index."""
+    usual = path / "model.safetensors"
+    if usual.exists():
+        return usual
     files = sorted(path.glob("*.safetensors"))
-    if path / "model.safetensors" in files:
-        return path / "model.safetensors"
     if len(files) == 1 and not _SHARD.search(files[0].name):
         return files[0]
     if files:

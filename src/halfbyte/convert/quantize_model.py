@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
 import os
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
@@ -41,6 +39,7 @@ from halfbyte.checkpoint.writer import (
 from halfbyte.checkpoint.written_config import hf_quant_config, quantization_config
 from halfbyte.convert.calibration import Calibration, calibrate
 from halfbyte.convert.model_card import model_card
+from halfbyte.convert.other_files import other_files
 from halfbyte.convert.plan import Copied, Matrix, Plan, plan_conversion
 from halfbyte.convert.report import QuantizeReport, Sqnr, sqnr_db
 from halfbyte.device import Target
@@ -48,12 +47,7 @@ from halfbyte.errors import CheckpointError, InputError
 from halfbyte.formats import FORMATS, BlockFormat, QuantTensor, count_nonfinite, matrix_amax, nvfp4_decode_scale, quantize
 from halfbyte.formats.e8m0 import ScaleRule
 
-_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
-_REPLACED_FILES = ("config.json", "hf_quant_config.json", "README.md")
-_OF_OTHER_WEIGHTS = re.compile(r"(^|/)eval[^/]*(/|\.jsonl?$)")  # results of evaluations
-_MOST_BYTES = 10**9  # of a file beside the weights: what is longer is no tokenizer, licence or code
 _CHANGED = "put the source back, remove the destination or give --restart, and repeat the command"
-_log = logging.getLogger("halfbyte")
 
 
 @dataclass(frozen=True)
@@ -169,10 +163,12 @@ def quantize_model(
         shards=len(shards),
         dry_run=dry_run,
     )
+    copied = list(other_files(checkpoint.path))
     if dry_run:
         return report
     with CheckpointWriter(destination, job) as writer:
         calibration = _calibration(checkpoint, plan, options, writer, calibrating)
+        _write_other_files(copied, plan, options, writer)
         _write(checkpoint, job["source"], plan, options, calibration, writer, shards, report, progress)
     return report
 
@@ -188,8 +184,7 @@ def _write(
     report: QuantizeReport,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    """Copy the small files, convert shard by shard, while the source is as `source` describes it; `report` learns what came of it."""
-    _write_other_files(checkpoint, plan, options, writer)
+    """Convert shard by shard, while the source is as `source` describes it; `report` learns what came of it."""
     if calibration is not None:
         report.never_routed, report.calibration_tokens = calibration.never_routed, calibration.tokens
     converter = _Converter(checkpoint, plan, options, calibration)
@@ -295,30 +290,11 @@ def _calibration(
     return calibration
 
 
-def _write_other_files(checkpoint: Checkpoint, plan: Plan, options: QuantizeOptions, writer: CheckpointWriter) -> None:
-    """Copy tokenizer, generation settings, licence, model code ...: every visible file that is neither weights nor about them."""
-    for file, name in _other_files(checkpoint.path):
+def _write_other_files(files: Sequence[tuple[Path, str]], plan: Plan, options: QuantizeOptions, writer: CheckpointWriter) -> None:
+    for file, name in files:
         writer.copy_file(file, name)
     if options.dialect in (MODELOPT, STACKED_MODELOPT):
         writer.write_json("hf_quant_config.json", hf_quant_config(plan.excluded, calibrated=options.calibrate is not None))
-
-
-def _other_files(path: Path) -> Iterator[tuple[Path, str]]:
-    roots = [path.resolve()]
-    if path.resolve().parent.name == "snapshots":  # of the Hub's cache, whose files are links
-        roots.append(path.resolve().parent.parent / "blobs")
-    for file in sorted(path.rglob("*")):
-        relative = file.relative_to(path)
-        hidden = any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
-        of_weights = file.name.endswith(_WEIGHT_FILES) or _OF_OTHER_WEIGHTS.search(relative.as_posix())
-        if not file.is_file() or hidden or of_weights or str(relative) in _REPLACED_FILES:
-            continue
-        if not any(file.resolve().is_relative_to(root) for root in roots):
-            _log.warning("%s is a link that leads out of the model directory: it is not copied", file)
-        elif file.stat().st_size > _MOST_BYTES:
-            _log.warning("%s has over %d bytes: it is not copied", file, _MOST_BYTES)
-        else:
-            yield file, relative.as_posix()
 
 
 def _flags(options: QuantizeOptions) -> str:
