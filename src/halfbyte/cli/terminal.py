@@ -10,13 +10,16 @@ import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from halfbyte.arguments import as_device
 from halfbyte.cli.progress import Bar
 from halfbyte.errors import CheckpointError, UnsupportedError, foreign
+
+if TYPE_CHECKING:
+    from halfbyte.checkpoint import Checkpoint
 
 _Item = TypeVar("_Item")
 _TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json", "tokenization_*.py")
@@ -122,17 +125,16 @@ def load_model(model: str, device: torch.device, activations: Any = "bf16", *, d
         CheckpointError: as `load`; there is no tokenizer, the experts have a defect, or transformers cannot load or run the directory.
         UnsupportedError: as `load`.
     """
-    from halfbyte.checkpoint.json_files import read_json
-    from halfbyte.checkpoint.source import resolve_model
+    from halfbyte.checkpoint import Checkpoint
     from halfbyte.integrations.transformers import load  # before transformers itself: it says what to install
 
     quieten_transformers()
-    path = resolve_model(model)
-    read_json(path / "config.json")  # what is no model at all is told as such
+    checkpoint = Checkpoint.open(model)  # what is no model at all is told as such
+    path = checkpoint.path
     if not any(file for pattern in _TOKENIZER_FILES for file in path.glob(pattern)):
         raise CheckpointError("no tokenizer", where=str(path), needed="tokenizer.json or its like", next_step="copy it from the original model")
     _check_files(path)
-    _check_dense_experts(path)
+    _check_dense_experts(checkpoint)
     with foreign("transformers cannot run this directory", where=str(path), next_step="run `halfbyte inspect` on it, or download it again"):
         with _bar_of_loading(f"loading {model}", shown):
             loaded, tokenizer = load(path, dtype=dtype, device=device, activations=activations)
@@ -149,16 +151,15 @@ def _check_files(path: Path) -> None:
             raise CheckpointError(problem, where=str(file), next_step="download the model again")
 
 
-def _check_dense_experts(path: Path) -> None:
+def _check_dense_experts(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError for the first defect of experts in bf16 or fp8, which stock transformers loads: those in FP4 are checked as they load."""
-    from halfbyte.checkpoint import Checkpoint, find_defects
+    from halfbyte.checkpoint import find_defects
     from halfbyte.checkpoint.families import is_known
 
-    checkpoint = Checkpoint.open(path)
-    if is_known(checkpoint.config, str(path / "config.json")) and not checkpoint.quantization.dialects:
+    if is_known(checkpoint.config, str(checkpoint.path / "config.json")) and not checkpoint.quantization.dialects:
         error = next((defect for defect in find_defects(checkpoint) if defect.severity == "error"), None)
         if error is not None:
-            raise CheckpointError(f"layer {error.layer}: {error.message}", where=str(path))
+            raise CheckpointError(f"layer {error.layer}: {error.message}", where=str(checkpoint.path))
 
 
 @contextlib.contextmanager
