@@ -6,6 +6,7 @@ import functools
 import reprlib
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -63,6 +64,17 @@ def model_dtype(device: torch.device, asked: str = "auto") -> str:
 def _cpu_multiplies_bf16() -> bool:
     """What torch itself asks before it leaves a product of bf16 matrices to oneDNN."""
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that `device` still has, what torch keeps for itself included; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:

@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
+from halfbyte.bench.room import check_room
 from halfbyte.bench.shapes import MoEShape
 from halfbyte.checkpoint.load import load_experts
 from halfbyte.checkpoint.source import Checkpoint
@@ -37,6 +38,7 @@ def random_experts(shape: MoEShape, format: BlockFormat, device: torch.device, s
 
     Raises:
         InputError: hidden or intermediate is not a multiple of the format's block.
+        UnsupportedError: there is no memory for them.
 
     >>> w = random_experts(MoEShape("tiny", 64, 32, 4, 2), halfbyte.NVFP4, torch.device("cpu"), seed=0)
     >>> w.w13.shape, round(w.w13.dequantize().std().item(), 2)
@@ -47,6 +49,7 @@ def random_experts(shape: MoEShape, format: BlockFormat, device: torch.device, s
             raise InputError(
                 f"{dimension} does not divide into {format!r} blocks", where=shape.name, given=size, needed=f"a multiple of {format.block}"
             )
+    check_room(shape.num_experts * shape.expert_bytes(format), device, f"the experts of {shape.name}")
     generator = torch.Generator(device).manual_seed(seed)
     experts, rows13 = shape.num_experts, shape.halves * shape.intermediate
 
@@ -89,7 +92,11 @@ def random_call(shape: MoEShape, num_tokens: int, routing: RoutingKind, device: 
     uniform     every expert is as likely as another
     skewed      popularity falls as 1 / rank (Zipf), the ranks drawn anew for every call
     one-expert  one expert, drawn anew for every call, gets all tokens; their other k - 1 slots are uniform
+
+    Raises:
+        UnsupportedError: there is no memory for them.
     """
+    check_room(4 * num_tokens * max(shape.hidden, shape.num_experts), device, f"{num_tokens} tokens")
     generator = torch.Generator(device).manual_seed(seed)
 
     def uniform(*sizes: int) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import halfbyte
+from halfbyte.bench.room import check_room
 from halfbyte.bench.shapes import MoEShape
 from halfbyte.errors import InputError, UnsupportedError
 from halfbyte.experts import SWIGLU, ExpertWeights
@@ -79,11 +80,7 @@ class TorchLayer:
     graph = True
 
     def __init__(self, weights: ExpertWeights, shape: MoEShape):
-        needed_bytes = 2 * (weights.w13.shape.numel() + weights.w2.shape.numel())
-        free_bytes = torch.cuda.mem_get_info(weights.device)[0] if weights.device.type == "cuda" else needed_bytes
-        if needed_bytes > free_bytes:
-            given = f"{free_bytes / 1e9:.1f} GB free"
-            raise UnsupportedError("the bf16 weights do not fit", given=given, needed=f"{needed_bytes / 1e9:.1f} GB")
+        check_room(2 * (weights.w13.shape.numel() + weights.w2.shape.numel()), weights.device, "the bf16 weights")
         self._w13, self._w2 = _bf16(weights.w13), _bf16(weights.w2)
         self._w13_bias, self._w2_bias = weights.w13_bias, weights.w2_bias
         self._activation = weights.activation

@@ -14,6 +14,7 @@ import torch
 import halfbyte
 from halfbyte.bench.prepare_peers import naive_hopper, torch_hopper
 from halfbyte.bench.records import Column, Status
+from halfbyte.bench.room import check_room
 from halfbyte.checkpoint.typed_json import typed
 from halfbyte.experts import ExpertWeights
 
@@ -107,7 +108,11 @@ def bench_prepare(name: str, weights: ExpertWeights, layout: str, copy_gbps: flo
         copy_gbps: what the device copies, each byte counted twice.
         few_experts: how many experts the naive way packs.
         layers: how many layers `prepare` packs one after another, as when a model is loaded: the host works ahead of the GPU.
+
+    Raises:
+        UnsupportedError: there is no memory for so many layers.
     """
+    check_room(layers * weights.nbytes, weights.device, f"{layers} layers")
     methods = (
         *PEERS[layout],
         _Method("halfbyte", lambda w: halfbyte.prepare(w, layout).storage),

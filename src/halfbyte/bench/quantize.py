@@ -13,6 +13,7 @@ import torch
 import halfbyte
 from halfbyte.bench.ceilings import Ceilings
 from halfbyte.bench.records import Column, Status
+from halfbyte.bench.room import check_room
 from halfbyte.bench.timing import calls_of, time_calls, weight_sets_of
 from halfbyte.checkpoint.typed_json import typed
 from halfbyte.device import Target
@@ -160,6 +161,7 @@ def _differing_bytes(case: QuantizeCase, actual: Quantized, expected: Quantized)
 
 def _inputs(case: QuantizeCase, device: torch.device, seed: int) -> list[torch.Tensor]:
     count = max(calls_of(case.num_rows), weight_sets_of(case.nbytes, Target.of(device).l2))
+    check_room(2 * count * case.num_rows * case.width, device, f"{count} x {case.num_rows} rows of {case.width}")
     generator = torch.Generator(device).manual_seed(seed)
     return [torch.randn(case.num_rows, case.width, device=device, dtype=torch.bfloat16, generator=generator) for _ in range(count)]
 

@@ -9,7 +9,7 @@ from halfbyte.bench.inputs import model_experts, random_experts
 from halfbyte.bench.prepare import PEERS, bench_prepare
 from halfbyte.bench.shapes import NAMED_SHAPES, MoEShape
 from halfbyte.cli import bench_options as shared
-from halfbyte.cli.terminal import positive_int
+from halfbyte.cli.terminal import layer_count, positive_int
 
 EXAMPLE = "halfbyte bench prepare --name qwen3-30b"
 _CPU_SHAPE = "256,128,16"  # that of the embedded demo model
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", type=shared.block_format, metavar="NAME", help="nvfp4 or mxfp4; default: as the model was published")
     parser.add_argument("--layout", choices=PEERS, default="hopper", help="the arrangement")
     parser.add_argument("--naive-experts", type=positive_int, metavar="N", default=4, help="how many experts the naive way packs")
-    parser.add_argument("--layers", type=positive_int, metavar="N", default=1, help="how many layers are packed one after another")
+    parser.add_argument("--layers", type=layer_count, metavar="N", default=1, help="how many layers are packed one after another")
     shared.add_output(parser, seed="of the weights")
 
 

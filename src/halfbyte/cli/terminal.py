@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from halfbyte.arguments import as_device
+from halfbyte.checkpoint.families.description import MAX_LAYERS
 from halfbyte.cli.progress import Bar
 from halfbyte.errors import CheckpointError, UnsupportedError, foreign
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from halfbyte.checkpoint import Checkpoint
 
 _Item = TypeVar("_Item")
+_MAX_EXPERTS = 1 << 16  # far above any model, and few enough to be gone through one by one
+_MAX_THREADS = 1024  # OpenMP ends the process where it cannot make them
 _TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json", "tokenization_*.py")
 
 
@@ -62,6 +65,8 @@ def utf8(text: str) -> str:
 
 positive_int = _integer("an integer of at least 1", 1)
 count = _integer("an integer of at least 0", 0)
+layer_count = _integer(f"a number of layers from 1 to {MAX_LAYERS}", 1, MAX_LAYERS)
+expert_count = _integer(f"a number of experts from 0 to {_MAX_EXPERTS}", 0, _MAX_EXPERTS)
 port = _integer("a port from 0 to 65535", 0, 65535)
 percent = _number("a percentage of at least 0")
 temperature = _number("a temperature of at least 0")
@@ -71,7 +76,8 @@ seconds = _number("a number of seconds of at least 0", math.inf)
 
 def add_threads(parser: argparse.ArgumentParser) -> None:
     """Add `--threads`, for `set_threads`."""
-    parser.add_argument("--threads", type=positive_int, metavar="N", help=f"CPU threads to compute with (default: {torch.get_num_threads()} here)")
+    number = _integer(f"a number of threads from 1 to {_MAX_THREADS}", 1, _MAX_THREADS)
+    parser.add_argument("--threads", type=number, metavar="N", help=f"CPU threads to compute with (default: {torch.get_num_threads()} here)")
 
 
 def set_threads(count: int | None) -> None:
