@@ -42,7 +42,10 @@ MANY = 10**12
         (lambda: random_experts(replace(SHAPE, num_experts=MANY), NVFP4, CPU, seed=0), "the experts of tiny"),
         (lambda: random_call(SHAPE, MANY, "uniform", CPU, seed=0), f"{MANY} tokens"),
         (lambda: next(bench_prepare("tiny", random_experts(SHAPE, NVFP4, CPU, seed=0), "hopper", 1.0, layers=MANY)), f"{MANY} layers"),
-        (lambda: next(bench_quantize([QuantizeCase(MANY, 64, "nvfp4", "linear")], ["halfbyte"], CPU, Ceilings(1.0, 1.0, 1.0, None))), f"1 x {MANY} rows of 64"),
+        (
+            lambda: next(bench_quantize([QuantizeCase(MANY, 64, "nvfp4", "linear")], ["halfbyte"], CPU, Ceilings(1.0, 1.0, 1.0, None))),
+            f"1 x {MANY} rows of 64",
+        ),
     ],
     ids=["experts", "tokens", "layers", "rows"],
 )

@@ -215,7 +215,9 @@ def test_hf_quant_config_is_objects(value: object) -> None:
 @pytest.mark.parametrize("method", ["compressed-tensors", "mxfp4", "quark"])
 def test_two_files_name_one_method(method: str) -> None:
     said = {"quantization_config": {"quant_method": method, "format": "nvfp4-pack-quantized"}}
-    with pytest.raises(CheckpointError, match=rf"^m: config\.json and hf_quant_config\.json name two .*{method}.* ModelOpt.*Remove what does not belong"):
+    with pytest.raises(
+        CheckpointError, match=rf"^m: config\.json and hf_quant_config\.json name two .*{method}.* ModelOpt.*Remove what does not belong"
+    ):
         describe_quantization(said, MODELOPT, where="m")
 
 

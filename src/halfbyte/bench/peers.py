@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import halfbyte
 from halfbyte.bench.room import check_room
 from halfbyte.bench.shapes import MoEShape
-from halfbyte.errors import InputError, UnsupportedError
+from halfbyte.errors import InputError
 from halfbyte.experts import SWIGLU, ExpertWeights
 from halfbyte.formats import QuantTensor
 from halfbyte.kernels.reference.activation import activate

@@ -129,7 +129,7 @@ def describe_quantization(config: Mapping[str, Any], hf_quant_config: Mapping[st
 
     Raises:
         UnsupportedError: a quant_method, algorithm or format that halfbyte does not read, with those it does.
-        CheckpointError: a block size that is not the format's, a value of another type, a pattern that cannot be matched; files that name two methods.
+        CheckpointError: a block size that is not the format's, a value of another type, a pattern that cannot be matched, two methods.
     """
     directory, where = where, str(Path(where, "config.json"))
     outer = Document(config, where)

@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", dest="formats", type=shared.block_formats, metavar="NAME,...", default="nvfp4", help="nvfp4, mxfp4")
     layouts = comma_list(one_of("layout", {name: name for name in LAYOUTS}))
     parser.add_argument("--layout", dest="layouts", type=layouts, metavar="NAME,...", default="128x4", help="linear, 128x4, 8x4")
-    parser.add_argument("--experts", type=comma_list(expert_count), metavar="E,...", default="0", help="0: one matrix; else rows sorted by so many experts")
+    parser.add_argument(
+        "--experts", type=comma_list(expert_count), metavar="E,...", default="0", help="0: one matrix; else rows sorted by so many experts"
+    )
     systems = comma_list(one_of("system", {name: name for name in SYSTEMS}))
     parser.add_argument("--systems", type=systems, metavar="NAME,...", default="halfbyte,naive", help="halfbyte, naive; with experts: scan, search")
     shared.add_output(parser, seed="of inputs and experts")
