@@ -38,6 +38,8 @@ class Target:
         Raises:
             InputError: `device` is neither a CPU nor a CUDA device (meta tensors included), or no device at all.
         """
+        if isinstance(device, torch.device) and device.type == "cuda" and device.index is not None:  # what every call of a kernel asks
+            return _cuda_target(device.index)
         try:
             device = torch.device(device)
         except (RuntimeError, TypeError, ValueError) as error:

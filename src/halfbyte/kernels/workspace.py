@@ -50,16 +50,17 @@ class Workspace:
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """The next free bytes as a tensor, uninitialised."""
-        start, nbytes = self._used, math.prod(shape) * dtype.itemsize
-        if start + nbytes > self.nbytes:
-            return torch.empty(shape, dtype=dtype, device=self.buffer.device)
-        self._used += aligned(nbytes)
-        key = (start, shape, dtype)
-        if key not in self._views:  # making a view takes the host longer than finding it, and all layers of a model ask for the same
+        key = (self._used, shape, dtype)
+        view = self._views.get(key)  # making one takes the host longer than finding it, and all layers of a model ask for the same
+        if view is None:
+            nbytes = math.prod(shape) * dtype.itemsize
+            if self._used + nbytes > self.nbytes:
+                return torch.empty(shape, dtype=dtype, device=self.buffer.device)
             if len(self._views) >= _MAX_VIEWS:
                 self._views.clear()
-            self._views[key] = self.buffer[start : start + nbytes].view(dtype).view(shape)
-        return self._views[key]
+            view = self._views[key] = self.buffer[self._used : self._used + nbytes].view(dtype).view(shape)
+        self._used += aligned(view.nbytes)
+        return view
 
     def start(self) -> None:
         """Everything that was taken is free again."""

@@ -190,7 +190,7 @@ def _place(
 def workspace_nbytes(num_slots: int, num_experts: int, max_rows: int) -> int:
     """What `run` takes of a workspace."""
     _, single, block = variant(num_slots, num_experts, max_rows)
-    sizes = [4 * (2 * -(-num_slots // 4) * 4 + 4), 16 * max_entries(num_slots, num_experts, max_rows)]
+    sizes = [4 * num_slots, 4 * num_slots, 4, 16 * max_entries(num_slots, num_experts, max_rows)]
     if not single:
         sizes.append(4 * (ceil_div(num_slots, block) + 1) * max(32, next_power_of_2(num_experts)))
     return sum(map(aligned, sizes))
@@ -214,10 +214,8 @@ def run(
     """
     num_slots, device = topk_ids.numel(), topk_ids.device
     ordered, single, block = variant(num_slots, num_experts, max_rows)
-    aligned_slots = -(-num_slots // 4) * 4  # 16 bytes: Triton compiles anew for other pointers
-    memory = scratch((2 * aligned_slots + 4,), torch.int32, device)
-    token_of_row, row_of_slot = memory[:num_slots], memory[aligned_slots : aligned_slots + num_slots]
-    num_entries = memory[2 * aligned_slots : 2 * aligned_slots + 1]
+    token_of_row, row_of_slot = scratch((num_slots,), torch.int32, device), scratch((num_slots,), torch.int32, device)
+    num_entries = scratch((1,), torch.int32, device)
     entries = scratch((max_entries(num_slots, num_experts, max_rows), 4), torch.int32, device)
     starts = torch.empty(num_experts + 1, dtype=torch.int32, device=device) if row_start else None
     padded = max(32, next_power_of_2(num_experts))

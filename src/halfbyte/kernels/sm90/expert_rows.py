@@ -20,8 +20,9 @@ that prefill's GEMM1 reads lie where those of GEMM2 will.
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Hashable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -72,6 +73,8 @@ PTXAS_OPTIONS = "--regAllocOptLevel=4"
 # scheduler issues an instruction every five to six cycles only. A constant, so that what is compiled does not depend on the GPU. One token takes 9 %
 # less of DeepSeek-R1, 16 % of Qwen3-235B, 14 % of Qwen3-30B, 11 % of gpt-oss (H200, 2026-11-30).
 MAX_WARPS_WITH_SLICES = 132 * 32
+
+_kept: WeakKeyDictionary[HopperExperts, dict[Hashable, dict[str, Any]]] = WeakKeyDictionary()
 
 
 def supports(problem: Problem) -> Support:
@@ -167,10 +170,12 @@ def workspace_nbytes(problem: Problem, size: Size, config: Config) -> int:
 
 def _in_memory_of(rows: torch.Tensor, columns: int, dtype: torch.dtype) -> torch.Tensor:
     """The input of GEMM1, in memory that GEMM2 will write to, if there is enough of it."""
-    nbytes = rows.shape[0] * columns * dtype.itemsize
-    if nbytes > rows.nbytes:
-        return scratch((rows.shape[0], columns), dtype, rows.device)
-    return rows.view(torch.uint8).flatten()[:nbytes].view(dtype).view(-1, columns)
+    num_rows, has = rows.shape
+    if dtype == rows.dtype and columns == has:
+        return rows
+    if columns * dtype.itemsize > has * rows.dtype.itemsize:
+        return scratch((num_rows, columns), dtype, rows.device)
+    return rows.view(dtype).view(-1)[: num_rows * columns].view(num_rows, columns)
 
 
 def _encoded(hidden: Hidden, activations: ActivationFormat, experts: HopperExperts) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -194,7 +199,7 @@ def _decode_gemm(
     is_wide = is_direct and slices == 1 and (x_scale is not None or not is_w13)
     shift, multiplier, bias = _optional(matrix)
     spec = DecodeSpec(
-        **_product(x_scale, matrix, y, experts, is_w13),
+        **_product(x_scale is not None, matrix, y.shape[1], experts, is_w13),
         columns=experts.hidden if is_w13 else experts.intermediate,
         x_stride=x.stride(0),
         direct=is_direct,
@@ -246,44 +251,51 @@ def _prefill_gemm(
     config: PrefillConfig, *, is_w13: bool,
 ) -> None:  # fmt: skip
     """Multiply x, bf16 or (with a `config` for it) e4m3; rows times `x_scale` where there is one."""
-    whole_runs = matrix.column_tiles % 4 == 0
-    shift, multiplier, bias = _optional(matrix)
     launch(
         grouped_gemm_prefill,
         (Target.of(x.device).num_sms,),
         x_desc=tma_descriptor(x, config.box, config.step_k),
-        words_desc=tma_descriptor(matrix.words.view(-1, 32), 64 if whole_runs else 16, 32),
-        scales_desc=tma_descriptor(matrix.scales.view(torch.int32).view(-1, matrix.scales.shape[-1] // 4), 8, matrix.scales.shape[-1] // 4),
-        shift_ptr=shift,
-        multiplier_ptr=multiplier,
-        exponents_ptr=matrix.row_exponent,
-        x_scale_ptr=multiplier if x_scale is None else x_scale,
-        bias_ptr=bias,
+        x_scale_ptr=matrix.multiplier if x_scale is None else x_scale,
         y_ptr=y,
         items_ptr=work.entries,
         num_items_ptr=work.num_entries,
-        SPEC=_prefill_spec(config, matrix.column_tiles, **_product(x_scale, matrix, y, experts, is_w13)),
-        num_warps=4,
-        maxnreg=config.launch_registers,
-        ptx_options=PTXAS_OPTIONS,
+        **_kept_arguments(matrix, y.shape[1], experts, config, is_scaled=x_scale is not None, is_w13=is_w13),
     )
 
 
-@functools.cache
-def _prefill_spec(config: PrefillConfig, column_tiles: int, **product: Any) -> PrefillSpec:
-    """The same object for all calls alike: `launch` compares it faster than an equal one, which would take longer to make than to find."""
-    return PrefillSpec(**product, column_tiles=column_tiles, **derived(config, product["row_tiles"], column_tiles))
+def _kept_arguments(
+    matrix: HopperMatrix, y_columns: int, experts: HopperExperts, config: PrefillConfig, *, is_scaled: bool, is_w13: bool
+) -> dict[str, Any]:
+    """What a prefill GEMM is launched with at every call of the layer: to make it anew would take the host longer than the launch."""
+    kept = _kept.setdefault(experts, {})
+    key = (is_w13, config, is_scaled, y_columns)
+    if key not in kept:
+        shift, multiplier, bias = _optional(matrix)
+        product = _product(is_scaled, matrix, y_columns, experts, is_w13)
+        kept[key] = {
+            "words_desc": tma_descriptor(matrix.words.view(-1, 32), 64 if matrix.column_tiles % 4 == 0 else 16, 32),
+            "scales_desc": tma_descriptor(matrix.scales.view(torch.int32).view(-1, matrix.scales.shape[-1] // 4), 8, matrix.scales.shape[-1] // 4),
+            "shift_ptr": shift,
+            "multiplier_ptr": multiplier,
+            "exponents_ptr": matrix.row_exponent,
+            "bias_ptr": bias,
+            "SPEC": PrefillSpec(**product, column_tiles=matrix.column_tiles, **derived(config, matrix.row_tiles, matrix.column_tiles)),
+            "num_warps": 4,
+            "maxnreg": config.launch_registers,
+            "ptx_options": PTXAS_OPTIONS,
+        }
+    return kept[key]
 
 
-def _product(x_scale: torch.Tensor | None, matrix: HopperMatrix, y: torch.Tensor, experts: HopperExperts, is_w13: bool) -> dict[str, Any]:
+def _product(is_scaled: bool, matrix: HopperMatrix, y_columns: int, experts: HopperExperts, is_w13: bool) -> dict[str, Any]:
     """The fields that both kinds of GEMM are compiled for."""
     kind, alpha, beta, limit = _activation(experts)
     return {
         "row_tiles": matrix.row_tiles,
-        "y_columns": y.shape[1],
+        "y_columns": y_columns,
         "nvfp4": experts.format == NVFP4,
         "words_for": experts.words_for,
-        "scaled": x_scale is not None,
+        "scaled": is_scaled,
         "is_w13": is_w13,
         "gated": is_w13 and experts.activation.gated,
         "kind": kind,

@@ -107,7 +107,7 @@ class HopperMatrix:
         return self.words.shape[2]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HopperExperts:
     """The experts of one layer in tiles; `hidden` and `intermediate` are the sizes before padding, input scales as in `ExpertWeights`.
 
