@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import reprlib
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,6 +85,19 @@ def current(device: torch.device) -> AbstractContextManager[object]:
     if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
         return nullcontext()
     return torch.cuda.device(device)
+
+
+@contextmanager
+def on_default_stream(device: torch.device) -> Iterator[None]:
+    """Within, the default stream of a CUDA device is the current one; behind, the one that was waits for it. Does nothing on a CPU."""
+    if device.type != "cuda":
+        yield
+        return
+    before, default = torch.cuda.current_stream(device), torch.cuda.default_stream(device)
+    default.wait_stream(before)
+    with torch.cuda.stream(default):
+        yield
+    before.wait_stream(default)
 
 
 # Read bandwidth in GB/s: measured for the H200 (docs/lab-notes/2026-11-26.md), otherwise the vendor's data sheet.

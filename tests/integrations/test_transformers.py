@@ -8,6 +8,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,6 +30,7 @@ from halfbyte.errors import CheckpointError, InputError, UnsupportedError
 from halfbyte.experts import DEEPSEEK_V4_SWIGLU, GEGLU, GEGLU_TANH, GPT_OSS_SWIGLU, RELU2, SWIGLU
 from halfbyte.integrations import packing
 from halfbyte.integrations.transformers import undecorated
+from halfbyte.integrations.transformers.conversion import for_current_stream
 from halfbyte.integrations.transformers.modules import QuantLinear, find_activation
 
 DEMO = Path(halfbyte.__file__).parent / "demo_model"
@@ -294,6 +296,32 @@ def test_models_on_hopper_run_its_layout(checkpoint, family: str, output: str) -
     model.cpu()
     assert relative_errors(logits(model), expected)[1] < limit
     assert all(module.halfbyte.prepared.layout == "canonical" for module in packed_experts(model))
+
+
+@on_hopper
+def test_loading_while_another_stream_is_current(checkpoint) -> None:
+    fp4, dense = checkpoint("qwen3_moe", "modelopt", all_linear=True)
+    for path in (fp4, dense):
+        expected = load(path).state_dict()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            torch.cuda._sleep(10**8)
+            found = hbt.load(path, dtype=torch.float32, device="cuda")[0].state_dict()
+            for name, tensor in found.items():
+                assert_equal_bits(torch.atleast_1d(tensor.cpu()), torch.atleast_1d(expected[name]))
+
+
+@on_hopper
+def test_memory_of_a_loader_thread_is_not_given_away_too_early() -> None:
+    def made_in_a_thread(value: int) -> torch.Tensor:
+        return thread.submit(torch.full, (1 << 20,), value, dtype=torch.uint8, device="cuda").result()
+
+    with ThreadPoolExecutor(1) as thread, torch.cuda.stream(torch.cuda.Stream()):
+        arrived = for_current_stream(made_in_a_thread(7))
+        torch.cuda._sleep(10**8)
+        used = arrived.clone()
+        del arrived
+        made_in_a_thread(9)
+        assert (used == 7).all()
 
 
 def test_a_gradient_is_refused(checkpoint) -> None:

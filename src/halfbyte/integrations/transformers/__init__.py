@@ -32,7 +32,7 @@ import torch
 from halfbyte.arguments import as_device, check_name, check_type
 from halfbyte.checkpoint.json_files import read_json
 from halfbyte.checkpoint.source import resolve_model
-from halfbyte.device import Target
+from halfbyte.device import Target, on_default_stream
 from halfbyte.errors import InputError, UnsupportedError
 
 try:
@@ -176,7 +176,8 @@ def load(
     read_json(path / "config.json")
     is_causal = type(AutoConfig.from_pretrained(path)) in MODEL_FOR_CAUSAL_LM_MAPPING
     auto = AutoModelForCausalLM if is_causal else AutoModelForImageTextToText
-    loaded = auto.from_pretrained(path, dtype=asked, device_map={"": place})
+    with on_default_stream(place):  # as transformers' threads are, which copy weights while others are converted
+        loaded = auto.from_pretrained(path, dtype=asked, device_map={"": place})
     if isinstance(asked, torch.dtype) and getattr(loaded, "hf_quantizer", None) is None:
         _hold_in(loaded, asked)
     set_activations(loaded, activations)

@@ -126,7 +126,7 @@ class _Arriving:
         """One tensor, checked; scalars as fp32 decode multipliers [] or [E]."""
         name = stored.tensors[role]
         source = self._sources.pop(name)
-        tensor = source.result() if isinstance(source, Future) else source()
+        tensor = for_current_stream(source.result()) if isinstance(source, Future) else source()
         codes = stored.tensors[CODES]
         format = stored.dialect.format
         if format is None:
@@ -148,6 +148,20 @@ class _Arriving:
         if tensor.ndim == len(scales) and tensor.shape[-2:] != (scales[-2], tensor.shape[-1]):
             return tensor.unflatten(-2, (scales[-2], -1)).transpose(-1, -2)
         return tensor
+
+
+def for_current_stream(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, which one of transformers' threads made on the default stream of its device, safe to use on the current one.
+
+    Else its memory would go to the next tensor as soon as nobody holds it, while what reads it still waits on the current stream. An engine may have
+    chosen another stream than the default one: vLLM does.
+    """
+    if tensor.is_cuda:
+        current, default = torch.cuda.current_stream(tensor.device), torch.cuda.default_stream(tensor.device)
+        if current != default:
+            current.wait_stream(default)
+            tensor.record_stream(current)
+    return tensor
 
 
 def _stack(recipe: Recipe, tensors: _Arriving) -> torch.Tensor:
