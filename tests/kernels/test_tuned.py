@@ -22,6 +22,7 @@ from halfbyte.kernels.problem import Size
 from halfbyte.kernels.sm90.configs import DECODE, DIRECT, HUGE, MEDIUM, SMALL, TINY
 from halfbyte.kernels.table import KernelChoice, choose, choose_untuned
 from halfbyte.kernels.tuned import LayerKey, Race, Table, buckets, fields_of
+from halfbyte.moe.functional import _most_nbytes
 from halfbyte.tuning.run import record_of
 from halfbyte.tuning.store import write_table
 
@@ -98,6 +99,15 @@ def test_other_buckets_and_other_ops_keep_to_the_rule() -> None:
     rows = problem._replace(op="expert_rows")
     assert choose(rows).choose_config(rows, SIZE) == SMALL  # the same kernels
     assert choose(problem._replace(activations="fp8", layout="hopper_fp8")).tables == rule.tables == ""
+
+
+def test_the_workspace_of_a_layer_follows_the_tables() -> None:
+    def most() -> int:
+        return _most_nbytes(found(), layer().problem, 8, SHAPE.top_k)
+
+    by_rule = most()
+    user(DECODE, bucket="1 row per expert")  # of 5 to 8 tokens; it takes less than DIRECT
+    assert most() < by_rule
 
 
 def test_a_configuration_that_cannot_run_so_many_tokens_is_not_taken() -> None:

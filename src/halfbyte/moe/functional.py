@@ -5,6 +5,7 @@ Under torch.compile it is one op, `halfbyte::fused_moe` of `moe.ops`, which the 
 
 from __future__ import annotations
 
+import functools
 import reprlib
 from collections.abc import Hashable
 from typing import Any, NamedTuple, cast
@@ -18,8 +19,8 @@ from halfbyte.experts import ExpertMap
 from halfbyte.formats import Fp8Tensor, QuantTensor
 from halfbyte.formats.activation_formats import ActivationFormat, check_activations
 from halfbyte.kernels import tuned
-from halfbyte.kernels.problem import Hidden, Size, layer_problem, quantized_format
-from halfbyte.kernels.table import choose
+from halfbyte.kernels.problem import Hidden, Problem, Size, layer_problem, quantized_format
+from halfbyte.kernels.table import KernelChoice, choose
 from halfbyte.kernels.workspace import Workspace, lend
 from halfbyte.weights import PreparedExperts
 from halfbyte.weights.layouts import Storage
@@ -161,7 +162,11 @@ def workspace_nbytes(
     activations = experts.activations if activations is None else activations
     check_activations(activations, "workspace_nbytes")
     problem = layer_problem("fused_moe", experts.storage, experts.target, experts.layout, activations, batch_invariant=bool(batch_invariant))
-    kernel = choose(problem)
+    return _most_nbytes(choose(problem), problem, max_tokens, top_k)
+
+
+@functools.cache  # it looks at every number of tokens, and most layers of a model are alike
+def _most_nbytes(kernel: KernelChoice, problem: Problem, max_tokens: int, top_k: int) -> int:
     most = {kernel.choose_config(problem, Size(num_tokens, top_k)): Size(num_tokens, top_k) for num_tokens in range(1, max_tokens + 1)}
     return max((kernel.workspace_nbytes(problem, size, config) for config, size in most.items()), default=0)
 
