@@ -23,12 +23,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import IO
 
 import torch
 
 from halfbyte.device import model_dtype
+from halfbyte.env import expanded
 from halfbyte.errors import HalfbyteError, InputError, UnsupportedError
 from halfbyte.formats.activation_formats import ActivationFormat
 
@@ -290,5 +290,5 @@ def model_argument(model: str) -> str:
     """
     from halfbyte.checkpoint.source import DEMO_MODEL, resolve_model
 
-    is_hub_name = model != DEMO_MODEL and not Path(model).expanduser().exists() and model.count("/") == 1 and not model.startswith((".", "/", "~"))
+    is_hub_name = model != DEMO_MODEL and not expanded(model).exists() and model.count("/") == 1 and not model.startswith((".", "/", "~"))
     return model if is_hub_name else str(resolve_model(model).absolute())

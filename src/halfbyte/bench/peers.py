@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import halfbyte
 from halfbyte.bench.room import check_room
 from halfbyte.bench.shapes import MoEShape
+from halfbyte.env import expanded
 from halfbyte.errors import InputError
 from halfbyte.experts import SWIGLU, ExpertWeights
 from halfbyte.formats import QuantTensor
@@ -42,7 +43,7 @@ def find_peer(spec: str) -> Peer:
     if spec in BUILT_IN:
         return Peer(spec, lambda: BUILT_IN[spec])
     file_name, _, function = spec.rpartition(":") if not spec.endswith(".py") else (spec, "", "")
-    file = Path(file_name)
+    file = expanded(file_name)
     if file.suffix != ".py":
         raise InputError("unknown peer", given=repr(spec), needed=f"{' or '.join(BUILT_IN)} or FILE.py:FUNCTION")
     if not file.is_file():

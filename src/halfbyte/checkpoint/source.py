@@ -21,6 +21,7 @@ from halfbyte.checkpoint.families.unknown import describe_unknown
 from halfbyte.checkpoint.fingerprint import fingerprint
 from halfbyte.checkpoint.json_files import AGAIN, damaged_header, read_header_of, read_json, wrong_length
 from halfbyte.checkpoint.quantization import Quantization, describe_quantization
+from halfbyte.env import expanded
 from halfbyte.errors import CheckpointError, UnsupportedError, reason_of
 
 _SHARD = re.compile(r"-0*[1-9]\d*-of-(?!0*1\.)\d+\.safetensors$")  # a part of several, not the only one
@@ -67,12 +68,12 @@ def resolve_model(model: str | Path) -> Path:
     Honours HF_HOME and HF_HUB_OFFLINE.
 
     Raises:
-        InputError: `model` is no path.
+        InputError: `model` is no path, or that of a user who has no home.
         CheckpointError: no such directory, or the download failed.
         UnsupportedError: a Hub name, but huggingface_hub is not installed.
     """
     check_type("model", (str, os.PathLike), model=model)
-    path = Path(model).expanduser()
+    path = expanded(model)
     try:
         if path.is_dir():
             return path

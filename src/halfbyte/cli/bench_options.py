@@ -15,6 +15,7 @@ import torch
 from halfbyte.bench.records import Record, Row, append, environment, render, tables
 from halfbyte.bench.shapes import NAMED_SHAPES, MoEShape
 from halfbyte.cli.documents import print_document
+from halfbyte.cli.parser import path
 from halfbyte.cli.terminal import comma_list, count, one_of, usable_device
 from halfbyte.errors import InputError
 from halfbyte.formats import FORMATS
@@ -41,7 +42,7 @@ def shape_of(text: str, needed: str, *rest: int) -> MoEShape:
 
 def file_to_write(text: str) -> Path:
     """An argparse type: a file that can be written, there or not, as far as can be told before."""
-    file = Path(text)
+    file = path(text)
     try:
         folder = file.absolute().parent
         if not folder.is_dir():

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from halfbyte.bench.records import ROW_MODULES, Record, latest, read, render, tables
 from halfbyte.cli.bench_options import picture_to_write
 from halfbyte.cli.documents import print_document
+from halfbyte.cli.parser import path
 from halfbyte.errors import InputError
 
 EXAMPLE = "halfbyte bench report results.jsonl --plot results.png"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE.jsonl", help="results of any benchmarks, the oldest first")
+    parser.add_argument("files", nargs="+", type=path, metavar="FILE.jsonl", help="results of any benchmarks, the oldest first")
     parser.add_argument("--all", action="store_true", help="every run; otherwise the last one of each benchmark, device and subject")
     parser.add_argument("--only", metavar="TEXT", help="only tables whose heading has this text: 'NVFP4, bf16'")
     parser.add_argument(

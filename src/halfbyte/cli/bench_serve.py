@@ -7,7 +7,6 @@ import multiprocessing
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from halfbyte.bench.serve_rows import Workload
 from halfbyte.bench.serve_weights import GEOMETRIES
 from halfbyte.cli import bench_options as shared
 from halfbyte.cli.engine_options import add_engine_options
+from halfbyte.cli.parser import path
 from halfbyte.cli.terminal import comma_list, one_of, positive_int, seconds
 from halfbyte.formats.activation_formats import ACTIVATION_FORMATS
 
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--repeats", type=positive_int, default=2, metavar="N", help="how often each is timed, short ones up to 10 times; the best counts"
     )
     parser.add_argument("--limit-s", type=seconds, metavar="S", help="end a system after this many seconds; what it has measured stays")
-    parser.add_argument("--logs", type=Path, metavar="DIR", help="keep what the engines print in this directory")
+    parser.add_argument("--logs", type=path, metavar="DIR", help="keep what the engines print in this directory")
     shared.add_output(parser, seed="of weights and prompts", chooses_device=False)
 
 

@@ -8,6 +8,7 @@ import importlib.util
 import time
 from pathlib import Path
 
+from halfbyte.cli.parser import path
 from halfbyte.errors import UnsupportedError
 
 EXAMPLE = "halfbyte demo --output my-demo"
@@ -17,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from halfbyte.cli.terminal import add_dtype, add_threads
 
     parser.add_argument("--full", action="store_true", help="measure on all 1,200 questions and all of the text")
-    parser.add_argument("--output", type=Path, metavar="DIR", default=Path("demo-output"), help="where the models, plot and result go")
+    parser.add_argument("--output", type=path, metavar="DIR", default=Path("demo-output"), help="where the models, plot and result go")
     add_dtype(parser)
     add_threads(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of the story")

@@ -87,6 +87,7 @@ def _run(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> int:
     from halfbyte.cli.progress import Bar
     from halfbyte.cli.terminal import set_threads
     from halfbyte.device import model_dtype
+    from halfbyte.env import expanded
     from halfbyte.eval.activations import FASTEST_FIRST, choose_activations
     from halfbyte.eval.data import load_documents, load_questions
     from halfbyte.eval.evaluate import evaluate
@@ -104,7 +105,7 @@ def _run(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> int:
         raise argparse.ArgumentError(None, "--activations auto chooses by the perplexity of a text: give --text FILE")
 
     def file(given: str, embedded: str) -> Path:
-        return demo_model_dir() / embedded if given == DEMO_MODEL else Path(given)
+        return demo_model_dir() / embedded if given == DEMO_MODEL else expanded(given)
 
     # Files first: a wrong name should not cost the loading of a model.
     questions = load_questions(file(args.questions, "eval.jsonl"), limit=args.limit) if args.questions else []

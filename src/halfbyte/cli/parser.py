@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
+
+from halfbyte.env import expanded
+from halfbyte.errors import InputError
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -21,3 +25,11 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *, example: str, **options: Any):
         lines = "\n".join(f"  {line}" for line in example.splitlines())
         super().__init__(epilog=f"example:\n{lines}", formatter_class=_Formatter, **options)
+
+
+def path(text: str) -> Path:
+    """An argparse type: a path, ~ expanded."""
+    try:
+        return expanded(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error

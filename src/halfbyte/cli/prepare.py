@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from halfbyte.cli.parser import path
+
 if TYPE_CHECKING:
     from halfbyte.checkpoint import Checkpoint
     from halfbyte.loading.prepared import Wanted
@@ -29,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=parse_layers, metavar="N,N-N,...", help="only these decoder layers (default: all with experts)")
     parser.add_argument("--experts", type=parse_experts, metavar="A:B", help="only experts A to B - 1, those of one rank (default: all)")
     parser.add_argument(
-        "--cache-dir", type=Path, metavar="DIR", help="default: $HALFBYTE_CACHE_DIR, or $XDG_CACHE_HOME/halfbyte, or ~/.cache/halfbyte"
+        "--cache-dir", type=path, metavar="DIR", help="default: $HALFBYTE_CACHE_DIR, or $XDG_CACHE_HOME/halfbyte, or ~/.cache/halfbyte"
     )
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--force", action="store_true", help="write files that are there already again")

@@ -6,8 +6,8 @@ import argparse
 import contextlib
 import re
 import sys
-from pathlib import Path
 
+from halfbyte.cli.parser import path
 from halfbyte.errors import InputError
 
 EXAMPLE = "halfbyte quantize Qwen/Qwen3-30B-A3B Qwen3-30B-A3B-NVFP4 --format nvfp4 --device cuda"
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from halfbyte.cli.terminal import add_threads
 
     parser.add_argument("source", metavar="SRC", help="model directory or Hub name org/name: bf16, fp16, fp32 or fp8-block weights")
-    parser.add_argument("destination", metavar="DST", type=Path, help="new directory; repeat a command that was interrupted to continue it")
+    parser.add_argument("destination", metavar="DST", type=path, help="new directory; repeat a command that was interrupted to continue it")
     parser.add_argument("--format", choices=("nvfp4", "mxfp4"), default="nvfp4", help="of the quantised weights")
     parser.add_argument(
         "--output",
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--skip", action="append", default=[], metavar="GLOB", help="leave these modules alone: 'model.layers.0.*'; repeatable")
     parser.add_argument(
         "--calibrate",
-        type=Path,
+        type=path,
         metavar="FILE",
         help="run the model on this text or JSONL and write input scales, for engines that quantise activations",
     )

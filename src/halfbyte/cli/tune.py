@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from pathlib import Path
 
 from halfbyte.bench.shapes import MoEShape
 from halfbyte.cli import bench_options as shared
 from halfbyte.cli.bench_moe import parse_shape
 from halfbyte.cli.documents import print_document
+from halfbyte.cli.parser import path
 from halfbyte.cli.terminal import comma_list, one_of, seconds, usable_device
 from halfbyte.device import Target
 from halfbyte.errors import InputError
@@ -30,14 +30,14 @@ _activations = one_of("activations", {name: name for name in ACTIVATION_FORMATS}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     layer = parser.add_mutually_exclusive_group()
-    layer.add_argument("model", nargs="?", type=Path, metavar="MODEL", help="a directory, of which config.json is read")
+    layer.add_argument("model", nargs="?", type=path, metavar="MODEL", help="a directory, of which config.json is read")
     names = ", ".join(MODELS)
     layer.add_argument("--name", dest="shapes", type=comma_list(one_of("layer", MODELS, ", or give --shape")), metavar="NAME,...", help=f"of {names}")
     layer.add_argument(
         "--shape", dest="shapes", type=parse_shape, metavar="H,I,E,k", help="hidden, intermediate, experts held here, experts per token"
     )
     layer.add_argument(
-        "--report", nargs="*", type=Path, metavar="FILE.json", help="race nothing, show these tables; by default the user's and the package's"
+        "--report", nargs="*", type=path, metavar="FILE.json", help="race nothing, show these tables; by default the user's and the package's"
     )
     parser.add_argument("--format", dest="formats", type=shared.block_formats, metavar="NAME,...", help="nvfp4, mxfp4; default: as it was published")
     activations, of = comma_list(_activations), ", ".join(ACTIVATION_FORMATS)

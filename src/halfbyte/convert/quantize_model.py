@@ -43,6 +43,7 @@ from halfbyte.convert.other_files import other_files
 from halfbyte.convert.plan import Copied, Matrix, Plan, plan_conversion
 from halfbyte.convert.report import QuantizeReport, Sqnr, sqnr_db
 from halfbyte.device import Target
+from halfbyte.env import expanded
 from halfbyte.errors import CheckpointError, InputError
 from halfbyte.formats import FORMATS, BlockFormat, QuantTensor, count_nonfinite, matrix_amax, nvfp4_decode_scale, quantize
 from halfbyte.formats.e8m0 import ScaleRule
@@ -79,7 +80,7 @@ class QuantizeOptions:
             check_type(where, str, pattern=pattern)
         if self.calibrate is not None:
             check_type(where, (str, os.PathLike), calibrate=self.calibrate)
-            object.__setattr__(self, "calibrate", Path(self.calibrate))
+            object.__setattr__(self, "calibrate", expanded(self.calibrate))
         check_type(where, int, max_shard_bytes=self.max_shard_bytes)
         if self.output is None:
             object.__setattr__(self, "output", "modelopt" if self.format == "nvfp4" else "compressed-tensors")
@@ -139,7 +140,7 @@ def quantize_model(
     check_type("quantize_model", (str, os.PathLike), destination=destination)
     Target.of(as_device(options.device, "quantize_model"))  # before anything is made: raises where nothing can be computed
     checkpoint = Checkpoint.open(source)
-    destination = Path(destination)
+    destination = expanded(destination)
     if destination.resolve().is_relative_to(checkpoint.path.resolve()):
         raise InputError("the destination lies in the source", given=str(destination), needed="another directory")
     if restart and not dry_run:

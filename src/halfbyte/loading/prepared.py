@@ -19,6 +19,7 @@ from halfbyte.arguments import as_device, check_callable, check_name, check_type
 from halfbyte.checkpoint.load import ExpertReader
 from halfbyte.checkpoint.source import Checkpoint
 from halfbyte.device import Target
+from halfbyte.env import expanded
 from halfbyte.errors import CheckpointError, InputError
 from halfbyte.experts import ExpertWeights
 from halfbyte.formats.activation_formats import ActivationFormat, check_activations
@@ -160,7 +161,7 @@ def load_prepared(
     check_type("load_prepared", (str, os.PathLike, NoneType), cache_dir=cache_dir)
     check_callable("load_prepared", progress=progress)
     checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.open(model)
-    plan = _Plan.of(checkpoint, layer, Wanted(device, layout, policy, activations, experts, None if cache_dir is None else Path(cache_dir)))
+    plan = _Plan.of(checkpoint, layer, Wanted(device, layout, policy, activations, experts, None if cache_dir is None else expanded(cache_dir)))
     storage = plan.allocate(device)
     if cache != "off":
         try:
