@@ -36,6 +36,15 @@ def test_the_list_does_not_wait_for_torch():
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, timeout=1800).returncode == 0
 
 
+def test_an_interrupt_that_an_import_swallows_ends_the_command(tmp_path):
+    swallowing = "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept KeyboardInterrupt:\n    raise ImportError from None\n"
+    (tmp_path / "numpy.py").write_text(swallowing)
+    code = f"import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); sys.path.insert(0, {str(tmp_path)!r})"
+    code += "; from halfbyte.cli.main import main; sys.exit(main(['doctor']))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=1800)
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "\nhalfbyte: interrupted\n")
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_of_a_command(name, capsys):
     with pytest.raises(SystemExit, match=r"^0$"):

@@ -7,7 +7,9 @@ import difflib
 import importlib
 import io
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -101,6 +103,7 @@ def _run(parser: argparse.ArgumentParser, name: str, arguments: list[str]) -> in
         meant = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(COMMANDS)}"
         parser.error(f"unknown command {name!r}; {meant}")
     _let_threads_sleep()
+    _import_what_swallows_interrupts()
     module = importlib.import_module(f"halfbyte.cli.{name}")
     command_parser = Parser(prog=f"halfbyte {name}", description=COMMANDS[name], example=module.EXAMPLE)
     module.add_arguments(command_parser)
@@ -123,6 +126,26 @@ def _let_any_letter_be_printed() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="backslashreplace")
+
+
+def _import_what_swallows_interrupts() -> None:
+    """Import numpy and torch, which commands compute with. Meanwhile Ctrl-C ends the process at once.
+
+    What an interrupted import of numpy raises is caught by torch. The command then went on, or failed at the next import.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        return  # ignored, or another program's
+
+    def end(*_: object) -> None:
+        os.write(sys.stderr.fileno(), b"\nhalfbyte: interrupted\n")
+        os._exit(INTERRUPTED)
+
+    signal.signal(signal.SIGINT, end)
+    try:
+        for name in ("numpy", "torch"):
+            importlib.import_module(name)
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _let_threads_sleep() -> None:
