@@ -14,6 +14,7 @@ from ranks import run_ranks
 
 import halfbyte as hb
 from halfbyte.distributed import tell_others
+from halfbyte.distributed.costs import Costs, Line
 from halfbyte.distributed.failures import PeerError
 from halfbyte.distributed.placement import balanced, contiguous, round_robin
 from halfbyte.errors import InputError, UnsupportedError
@@ -126,13 +127,20 @@ def check_payloads(rank: int, world: int) -> None:
             fp8 = ExpertParallel(None, EXPERTS, payload=payload, combine_dtype="fp8").forward(hidden, experts, ids, weights, activations=activations)
             assert_close_rel(fp8, whole[mine], token=6.25e-2, overall=4e-2)  # e4m3: half a step is 1 / 16
             assert sizes[rank] == 0 or not torch.equal(fp8, result)
-        if scaled:  # "auto" travels quantised only where the layer would round so anyway, and gives the same bits
-            costly = ExpertParallel(None, EXPERTS, payload="auto")
-            plain = ExpertParallel(None, EXPERTS, payload="bf16")
-            experts = held_by(w, plain.local_experts)
-            for activations in ("nvfp4", "fp8", "mxfp8", "bf16"):
-                results = [ep.forward(hidden, experts, ids, weights, activations=activations) for ep in (costly, plain)]
-                assert_equal_bits(*results)
+        check_auto(rank, w, sizes)
+
+
+def check_auto(rank: int, w: ExpertWeights, sizes: list[int]) -> None:
+    """It travels quantised only where the layer would round so anyway, and gives the same bits."""
+    free = replace(Costs(), encode={"gloo": Line(0.0, 1e9)})
+    auto, plain = ExpertParallel(None, EXPERTS, costs=free), ExpertParallel(None, EXPERTS, payload="bf16")
+    experts = held_by(w, plain.local_experts)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        hidden, *routing = make_tokens(sizes, dtype)[rank]
+        for activations, payload in (("nvfp4", "fp4"), ("fp8", "fp8"), ("mxfp8", "fp8"), ("bf16", "bf16")):
+            sent = auto.dispatch(hidden, *routing, activations=activations)
+            assert sent.payload == (payload if dtype == torch.bfloat16 else "bf16")
+            assert_equal_bits(*(ep.forward(hidden, experts, *routing, activations=activations) for ep in (auto, plain)))
 
 
 def check_capacity(rank: int, world: int) -> None:

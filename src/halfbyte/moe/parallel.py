@@ -83,7 +83,7 @@ class ExpertParallel:
             placement: the experts of each rank (`distributed.placement`), in the order in which it holds them; by default neighbours together. An
                 expert on several ranks takes its tokens in turn.
             payload: how hidden states travel: "bf16" (as they are), "fp8" (e4m3, one scale per token), "fp4" (NVFP4). "auto" takes the cheapest that
-                changes nothing: as they are, or in the format into which the layer's `activations` would round them anyway.
+                changes nothing: as they are, or, of bf16, in the format into which the layer's `activations` would round them anyway.
             combine_dtype: how partial sums travel: as they are, or "fp8": e4m3 with one scale per row.
             transport: "auto", or the only one allowed: the group's backend ("nccl", "gloo"), or "symmetric": kernels that reach the memory of the
                 other GPUs of the host.
@@ -308,7 +308,10 @@ class ExpertParallel:
         if isinstance(hidden, torch.Tensor) and self.payload != "bf16":
             scaling: Literal["token", "mx"] = "mx" if activations == "mxfp8" else "token"
             equal: dict[str, Payload] = {"fp8": "fp8", "mxfp8": "fp8", "nvfp4": "fp4"}  # the format in which the first product sees them anyway
-            payload = equal.get(activations) if self.payload == "auto" else self.payload
+            if self.payload != "auto":
+                payload: Payload | None = self.payload
+            else:  # of rows that arrive quantised, h and the partial sums are in bf16
+                payload = equal.get(activations) if hidden.dtype == torch.bfloat16 else None
             if payload is not None:
                 quantised = Wire(payload, own.hidden, own.dtype, scaling, global_scale if payload == "fp4" else None)
                 wires = [own, quantised] if self.payload == "auto" else [quantised]
