@@ -49,9 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     _open_what_is_closed()
     _let_any_letter_be_printed()
-    parser = _top_parser()
-    args = parser.parse_args(argv)
     try:
+        parser = _top_parser()
+        args = parser.parse_args(argv)
         if args.command is None:
             print(parser.format_help(), end="")  # print_help would swallow a broken pipe
             code = 0
