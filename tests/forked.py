@@ -5,16 +5,19 @@ Triton decides when it is imported whether kernels are interpreted, so interpret
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import multiprocessing
 import os
 import runpy
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import torch
@@ -156,3 +159,40 @@ def cache_keys(kernels: list[str]) -> dict[str, str]:
     assert "triton" not in sys.modules, "what is imported before them has a part in the keys"
     places = [name.rpartition(".") for name in kernels]
     return {name: getattr(importlib.import_module(f"halfbyte.{module}"), name).cache_key for module, _, name in places}
+
+
+class Module:
+    """What `subprocess.Popen([sys.executable, "-m", module, *arguments], ...)` gives, without the seconds that importing torch takes."""
+
+    def __init__(self, command: list[str], *, stdout: int, stderr: IO[bytes], text: bool, env: dict[str, str], start_new_session: bool):
+        assert command[:2] == [sys.executable, "-m"] and stdout == subprocess.PIPE and text and start_new_session
+        receiver, sender = context.Pipe(duplex=False)
+        self._process = context.Process(target=_run_module, args=(command[2:], env, sender, stderr.name))
+        self._process.start()
+        sender.close()
+        self.pid = self._process.pid
+        self.stdout = os.fdopen(os.dup(receiver.fileno()))
+        receiver.close()
+        self.stdout.readline()  # now it has a session of its own
+
+    def wait(self) -> None:
+        self._process.join()
+        self.stdout.close()
+
+
+def _run_module(command: list[str], environment: dict[str, str], output: Connection, errors: str) -> None:
+    os.setsid()
+    os.write(output.fileno(), b"\n")
+    with Path(errors).open("ab") as stream:
+        for descriptor, target in ((1, output), (2, stream)):
+            os.dup2(target.fileno(), descriptor)
+    output.close()
+    begin(interpreted=False)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.path[:0] = environment["PYTHONPATH"].split(os.pathsep)
+    sys.argv, sys.orig_argv = command, [sys.executable, "-m", *command]
+    sys.modules.pop("sitecustomize", None)
+    with contextlib.suppress(ImportError):  # which a new Python imports
+        importlib.import_module("sitecustomize")
+    runpy.run_module(command[0], run_name="__main__", alter_sys=True)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from engine_stand_ins import TINY, write_stand_in
+from forked import Module
 
 from halfbyte.bench import serve, serve_worker
 from halfbyte.bench.serve import Options, System, bench_serve, keyword_arguments
@@ -44,11 +47,17 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., lis
     return install
 
 
+@pytest.fixture
+def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes of systems start in no time. Other tests start them as users do."""
+    monkeypatch.setattr(serve, "subprocess", SimpleNamespace(Popen=Module, PIPE=subprocess.PIPE))
+
+
 def options(name: str, **more: Any) -> Options:
     return Options(**{"engine": name, "version": "1.0", "model": "", "geometry": "tiny", "workloads": WORKLOADS, **more})
 
 
-def test_each_system_runs_alone_on_the_same_weights(engine) -> None:
+def test_each_system_runs_alone_on_the_same_weights(engine, forked_workers) -> None:
     started = engine("vllm")
     rows = list(bench_serve(options("vllm"), SYSTEMS))
     stock, *ours = started()
@@ -80,14 +89,14 @@ def test_sglangs_own_process_is_watched(engine) -> None:
     assert serve._environment("sglang", System("marlin"))["SGLANG_PLUGINS"] == "none"
 
 
-def test_a_wrong_layer_gets_no_time(engine) -> None:
+def test_a_wrong_layer_gets_no_time(engine, forked_workers) -> None:
     engine("vllm")
     start, *timed = bench_serve(options("vllm", engine_options=("--stand-in", "wrong")), SYSTEMS[1:2])
     assert len(timed) == 2 and all(row.status == "refused" and "from fp32 (limit 5e-03)" in row.reason for row in (start, *timed))
     assert start.layer_error == pytest.approx(0.1, rel=0.01) and all(row.seconds is None for row in timed)
 
 
-def test_an_engine_that_ends_is_skipped_and_nothing_is_compared_with_it(engine) -> None:
+def test_an_engine_that_ends_is_skipped_and_nothing_is_compared_with_it(engine, forked_workers) -> None:
     engine("vllm")
     given = options("vllm", engine_options=("--stand-in", "broken"), workloads=WORKLOADS[:1])
     *ours, start, timed = bench_serve(given, [System("halfbyte"), System("stock")])
@@ -182,7 +191,7 @@ def test_prompts_are_the_same_in_every_process_and_differ_by_seed() -> None:
     assert all(1000 <= token < 5000 for prompt in first for token in prompt)
 
 
-def test_command_writes_rows_that_report_reads(engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_writes_rows_that_report_reads(engine, forked_workers, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     engine("vllm")
     out = tmp_path / "rows.jsonl"
     command = ["bench", "serve", "--geometry", "tiny", "--engine", "vllm", "--prefill", "2x8", "--decode", "none", "--json"]

@@ -374,7 +374,6 @@ def test_config():
     [
         (hb.NVFP4, 80, torch.float16, ()),
         (hb.NVFP4, 90, torch.bfloat16, ("scan", "search", "row")),
-        (hb.NVFP4, 90, torch.float16, ()),
         (hb.NVFP4, 100, torch.bfloat16, ()),
         (hb.MXFP4, 80, torch.bfloat16, ("scan", "row")),
         (hb.MXFP4, 90, torch.float16, ()),
