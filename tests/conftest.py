@@ -8,15 +8,21 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-# The longest files, so that none of them runs alone at the end.
+# The longest files, the longest first, so that none of them runs alone at the end.
 FIRST = [
     "kernels/sm90/test_compile.py",
-    "kernels/quantizers/test_fp4.py",
     "kernels/portable/test_gemm.py",
+    "kernels/quantizers/test_fp4.py",
+    "distributed/test_symmetric.py",
+    "weights/hopper/test_pack_kernels.py",
     "cli/test_serve.py",
-    "eval/test_evaluate.py",
-    "moe/test_compile.py",
     "fuzz/test_fuzz.py",
+    "moe/test_compile.py",
+    "integrations/test_transformers_compile.py",
+    "eval/test_evaluate.py",
+    "checkpoint/families/test_support_table.py",
+    "test_documents.py",
+    "kernels/shared/test_encode_rows.py",
 ]
 
 
@@ -25,7 +31,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.option.markexpr == "gpu":  # neighbours need the same kernels: shuffled, processes do not compile them all at the same time
         items.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
     else:
-        items.sort(key=lambda item: not item.nodeid.startswith(tuple(f"tests/{file}" for file in FIRST)))
+        place = {f"tests/{file}": number for number, file in enumerate(FIRST)}
+        items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(FIRST)))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -126,7 +126,7 @@ def test_interpreted():
 @not_interpreted
 @pytest.mark.parametrize(
     ("activations", "static", "capability"),
-    [("fp8", False, 80), ("fp8", False, 90), ("mxfp8", False, 90), ("nvfp4", False, 80), ("nvfp4", False, 90), ("nvfp4", True, 90)],
+    [("fp8", False, 80), ("fp8", False, 90), ("mxfp8", False, 90), ("nvfp4", False, 80), ("nvfp4", True, 90)],
 )
 def test_compiles_without_spills(activations, static, capability):
     x, scale = torch.empty((4, 7168), dtype=torch.bfloat16), torch.empty((256, 2)) if static else None
