@@ -80,17 +80,27 @@ def test_its_state_is_its_tensors(layer, tmp_path):
     hidden = torch.randn(3, 256)
     assert not torch.equal(other(hidden), layer(hidden))
     state = torch.load(tmp_path / "layer.pt")
-    assert set(state) == {"router.weight", "experts.w13", "experts.w2"}
+    assert set(state) == {"router.weight", "experts.canonical.w13", "experts.canonical.w2"}
     torch.nn.Sequential(other).load_state_dict({f"0.{name}": tensor for name, tensor in state.items()})
     assert torch.equal(other(hidden), layer(hidden))
     assert {name: tensor.data_ptr() for name, tensor in other.state_dict().items()} == addresses
     for wrong, message in (
-        ({"experts.w2": state["experts.w2"][1:]}, "needed"),
+        ({"experts.canonical.w2": state["experts.canonical.w2"][1:]}, "needed"),
         ({"more": hidden}, "Unexpected key"),
         ({"router.weight": None}, "Missing key"),
     ):
         with pytest.raises(RuntimeError, match=message):
             other.load_state_dict({name: tensor for name, tensor in (state | wrong).items() if tensor is not None})
+
+
+def test_the_state_of_another_layout_is_refused(layer):
+    """Tensors of "hopper" and "hopper_fp8" have the same names and shapes, and other bytes."""
+    w13, w2 = (hb.quantize(torch.randn(16, *shape), hb.NVFP4) for shape in ((256, 256), (256, 128)))
+    hopper, hopper_fp8 = (hb.MoE(layer.router, hb.prepare(hb.ExpertWeights(w13, w2), layout)) for layout in ("hopper", "hopper_fp8"))
+    shapes = [[tensor.shape for tensor in layer.state_dict().values()] for layer in (hopper, hopper_fp8)]
+    assert shapes[0] == shapes[1]
+    with pytest.raises(RuntimeError, match=r"Missing key.*experts\.hopper_fp8\.w13\.words[^U]*Unexpected key.*experts\.hopper\.w13\.words"):
+        hopper_fp8.load_state_dict(hopper.state_dict())
 
 
 def test_hidden_states_of_another_width(layer):

@@ -26,8 +26,8 @@ from halfbyte.weights.prepared import keep_address
 class MoE(torch.nn.Module):
     """y = sum over the chosen experts of weight * expert(hidden).
 
-    Inference only: no parameters. The state_dict has every tensor as it lies in memory, and loads into a layer of the same layout. `.to(device)`
-    moves the weights; `.to(dtype)` leaves them as they are, because their bits are a format.
+    Inference only: no parameters. The state_dict has every tensor as it lies in memory, named after its layout, and loads into a layer of the same
+    layout. `.to(device)` moves the weights; `.to(dtype)` leaves them as they are, because their bits are a format.
 
     *Not* part of it: shared experts, the residual, the norm before the layer.
     """
@@ -149,10 +149,11 @@ class MoE(torch.nn.Module):
         return {f"router.{name}": tensor for name, tensor in tensors.items() if tensor is not None}
 
     def _all_tensors(self) -> dict[str, torch.Tensor]:
-        return self._router_tensors() | {f"experts.{name}": tensor for name, tensor in self.experts.storage.tensors.items()}
+        experts = self.experts  # tensors of two layouts may have the same names and shapes, as those of "hopper" and "hopper_fp8" have
+        return self._router_tensors() | {f"experts.{experts.layout}.{name}": tensor for name, tensor in experts.storage.tensors.items()}
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """Tensors are the module's state, though none is a parameter: `experts.*` in the layout in which they are held."""
+        """Tensors are the module's state, though none is a parameter: `experts.LAYOUT.*` as they are held."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.update({prefix + name: tensor for name, tensor in self._all_tensors().items()})
 
