@@ -14,7 +14,7 @@ from halfbyte.bench.quantize import QuantizeCase, QuantizeRow
 from halfbyte.bench.records import ROW_MODULES, Record, append, environment, latest, read, render, tables
 from halfbyte.cli.bench import BENCHMARKS
 from halfbyte.cli.main import main
-from halfbyte.errors import InputError
+from halfbyte.errors import CheckpointError, InputError
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 CEILINGS = {"read_gbps": 4600.0, "copy_gbps": 4000.0, "bf16_tflops": 787.0, "fp8_tflops": 1425.0}
@@ -245,3 +245,9 @@ def test_report_refuses_what_it_cannot_show(tmp_path, capsys):
     (tmp_path / "empty.jsonl").touch()
     assert main(["bench", "report", str(tmp_path / "empty.jsonl")]) == 1
     assert "empty.jsonl: no results" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("write", [lambda file, record: append(file, record), lambda file, record: plot_fractions(tables([record]), file)])
+def test_a_file_that_cannot_be_written_is_named(tmp_path, of_each, write):
+    with pytest.raises(CheckpointError, match=r"gone/out\.png: cannot write the file"):
+        write(tmp_path / "gone" / "out.png", of_each[0])

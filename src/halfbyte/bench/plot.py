@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from halfbyte.bench.moe import MoERow
 from halfbyte.bench.records import MOST_PANELS, Record
+from halfbyte.checkpoint.writer import replacing
 from halfbyte.errors import InputError, UnsupportedError
 
 try:
@@ -33,6 +34,7 @@ def plot_fractions(groups: Sequence[list[Record]], file: Path) -> None:
 
     Raises:
         InputError: there is no row of the MoE layer, or there are more than six tables.
+        CheckpointError: the file cannot be written.
     """
     tables = [_Table(group[0].environment["device"], _moe_rows(group)) for group in groups if _moe_rows(group)]
     if not tables:
@@ -53,7 +55,8 @@ def plot_fractions(groups: Sequence[list[Record]], file: Path) -> None:
     lines_of = {line.get_label(): line for axes in panels for line in axes.lines if not line.get_label().startswith("_")}
     if lines_of:
         figure.legend(handles=list(lines_of.values()), loc="outside lower center", ncols=len(lines_of), frameon=False)
-    figure.savefig(file, dpi=100)
+    with replacing(file) as partial:
+        figure.savefig(partial, format="png", dpi=100)
 
 
 def _moe_rows(group: list[Record]) -> list[MoERow]:

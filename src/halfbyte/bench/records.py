@@ -22,6 +22,7 @@ import torch
 import halfbyte
 from halfbyte.checkpoint.json_files import parse_object, read_text
 from halfbyte.checkpoint.typed_json import typed
+from halfbyte.checkpoint.writer import write_error
 from halfbyte.errors import InputError, printable, reason_of
 
 Status = Literal["ok", "refused", "skipped"]
@@ -131,9 +132,17 @@ def environment(device: torch.device, command: Sequence[str]) -> dict[str, Any]:
 
 
 def append(file: Path, record: Record) -> None:
-    """Add one line to a results file; what is there stays."""
-    with file.open("a") as stream:
-        stream.write(json.dumps(asdict(record), allow_nan=False) + "\n")
+    """Add one line to a results file; what is there stays.
+
+    Raises:
+        CheckpointError: the disk is full or the file cannot be written.
+    """
+    line = json.dumps(asdict(record), allow_nan=False)
+    try:
+        with file.open("a") as stream:
+            stream.write(line + "\n")
+    except OSError as error:
+        raise write_error(file, error) from error
 
 
 def read(file: Path) -> list[Record]:

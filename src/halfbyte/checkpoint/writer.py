@@ -162,7 +162,7 @@ def check_destination(path: Path, job: Mapping[str, Any]) -> dict[str, Any] | No
     try:
         exists = path.exists()
     except OSError as error:  # a name that is too long
-        raise _write_error(path, error) from error
+        raise write_error(path, error) from error
     if not exists:
         return None
     if not path.is_dir():
@@ -199,7 +199,7 @@ def discard_unfinished(path: Path) -> None:
             else:
                 entry.unlink()
     except OSError as error:
-        raise _write_error(path, error) from error
+        raise write_error(path, error) from error
     finally:
         os.close(lock)
 
@@ -288,12 +288,13 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.replace(path)
         _sync_directory(path.parent)
     except (OSError, SafetensorError) as error:
-        raise _write_error(path, error) from error
+        raise write_error(path, error) from error
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _write_error(path: Path, error: OSError | SafetensorError) -> CheckpointError:
+def write_error(path: Path, error: OSError | SafetensorError) -> CheckpointError:
+    """The error for a file that could not be written."""
     # safetensors reports the operating system's error as text only
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error) or "No space left" in str(error)
     return CheckpointError(
@@ -309,7 +310,7 @@ def make_directory(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _write_error(path, error) from error
+        raise write_error(path, error) from error
 
 
 def _sync_directory(path: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from halfbyte.checkpoint.writer import replacing
 from halfbyte.errors import UnsupportedError
 from halfbyte.eval.evaluate import EvalReport
 
@@ -42,7 +43,8 @@ def plot_quality(rows: Sequence[tuple[str, int, EvalReport]], file: Path) -> Non
     figure.suptitle("FP4 experts in the halfbyte demo model", size="large")
     note = f"± is one standard error with {questions} questions. They come from 11 story families: no measure of GSM8K ability."
     figure.supxlabel(note, size="small", color="0.35")
-    figure.savefig(file, dpi=150)
+    with replacing(file) as partial:
+        figure.savefig(partial, format="png", dpi=150)
 
 
 def _bars(axes: Any, names: list[str], values: list[float], labels: list[str], title: str, errors: list[float] | None = None) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from halfbyte.bench.ceilings import Ceilings
 from halfbyte.bench.shapes import MoEShape, floor_of
 from halfbyte.checkpoint.typed_json import typed
+from halfbyte.checkpoint.writer import replacing
 from halfbyte.errors import InputError, UnsupportedError, printable
 from halfbyte.formats import FORMATS
 from halfbyte.kernels.tuned import Layer, Race, Table
@@ -49,6 +50,7 @@ def plot(tables: Sequence[Table], file: Path) -> None:
 
     Raises:
         InputError: there are no races.
+        CheckpointError: the file cannot be written.
         UnsupportedError: matplotlib is not installed.
     """
     try:
@@ -79,7 +81,8 @@ def plot(tables: Sequence[Table], file: Path) -> None:
         axes.legend(fontsize="xx-small", ncols=2)
     for axes in panels[len(layers) :]:
         axes.set_axis_off()
-    figure.savefig(file, dpi=100)
+    with replacing(file) as partial:
+        figure.savefig(partial, format="png", dpi=100)
 
 
 def _regrets(race: Race) -> list[float]:
