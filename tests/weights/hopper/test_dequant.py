@@ -19,9 +19,12 @@ from halfbyte.weights.hopper.dequant_bf16 import _assembly
 
 
 def kernel_weights(
-    matrix: layout.HopperMatrix, format: hb.BlockFormat, words_for: layout.WordsFor, expert: int, spoil: tuple[str, str] = ("", "")
+    matrix: layout.HopperMatrix, format: hb.BlockFormat, words_for: layout.WordsFor, expert: int, spoil: tuple[str, str] = ("", ""), exchanged: bool = False
 ) -> torch.Tensor:
-    """Decode an expert as the kernel does: fp64 [N, K] in tile row order, columns in natural order, times the multipliers."""
+    """Decode an expert as the kernel does: fp64 [N, K] in tile row order, columns in natural order, times the multipliers.
+
+    `exchanged`: the kernel decodes for an x whose pairs of odd steps are exchanged.
+    """
     thread = torch.arange(128)
     row, column = thread // 32 * 16 + thread % 32 // 4, 16 * (thread % 4)
     result = torch.empty(matrix.row_tiles * 64, matrix.column_tiles * 64, dtype=torch.float64)
@@ -33,20 +36,23 @@ def kernel_weights(
             inputs = [*words.T.numpy(), *[scale_word.numpy()] * 4]
             if matrix.shift is not None:
                 inputs += [np.array([int(matrix.shift[expert]) * 0x00800080 & 0xFFFFFFFF], np.uint32)] * 4
-            registers = run(_assembly(2 * (k % 2), format is hb.NVFP4, words_for).replace(*spoil), ["r"] * 16, inputs)
+            registers = run(_assembly(2 * (k % 2), format is hb.NVFP4, words_for, exchanged).replace(*spoil), ["r"] * 16, inputs)
             for s in range(4):
                 for p in range(2):
                     for h in range(2):
                         pair = torch.from_numpy(registers[4 * s + 2 * p + h].view(np.int16)).view(128, 2).view(torch.bfloat16).double()
                         for e in range(2):
-                            result[64 * tile + row + 8 * h, 64 * k + column + 4 * s + 2 * p + e] = pair[:, e] * matrix.multiplier[expert, h].double()
+                            place = 64 * k + column + 4 * s + 2 * p + (e ^ (exchanged and s % 2))
+                            result[64 * tile + row + 8 * h, place] = pair[:, e] * matrix.multiplier[expert, h].double()
     return result
 
 
-@pytest.mark.parametrize("words_for", ["bf16", "fp8"])
+@pytest.mark.parametrize(("words_for", "exchanged"), [("bf16", False), ("fp8", False), ("fp8", True)])
 @pytest.mark.parametrize("activation", [SWIGLU, RELU2], ids=["gated", "plain"])
 @pytest.mark.parametrize("format", [hb.NVFP4, hb.MXFP4], ids=repr)
-def test_the_kernels_assembly_decodes_what_the_codec_does(format: hb.BlockFormat, activation: Activation, words_for: layout.WordsFor) -> None:
+def test_the_kernels_assembly_decodes_what_the_codec_does(
+    format: hb.BlockFormat, activation: Activation, words_for: layout.WordsFor, exchanged: bool
+) -> None:
     w = make_experts(2, 160, 96, format, activation)
     w.w13.scales.view(torch.uint8)[:, ::5, 1] = 0
     packed = layout.allocate(w, "cpu", words_for)
@@ -54,7 +60,7 @@ def test_the_kernels_assembly_decodes_what_the_codec_does(format: hb.BlockFormat
     for matrix, q, order in ((packed.w13, w.w13, layout.w13_order(activation)), (packed.w2, w.w2, "straight")):
         rows = layout.source_rows(order, q.shape[1])
         for expert in range(2):
-            decoded, exact = kernel_weights(matrix, format, words_for, expert), q[expert].dequantize()
+            decoded, exact = kernel_weights(matrix, format, words_for, expert, exchanged=exchanged), q[expert].dequantize()
             kept = rows >= 0
             assert torch.equal(decoded[kept][:, : q.shape[2]].float(), exact[rows[kept]])  # -0 equals 0
             assert not decoded[~kept].any() and not decoded[:, q.shape[2] :].any()

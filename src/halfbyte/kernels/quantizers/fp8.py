@@ -40,7 +40,7 @@ def e4m3_bytes(x, NATIVE: tl.constexpr):
 @triton.jit
 def fp32_scale(amax):
     """amax / 448, at least the smallest normal number."""
-    scale = tl.div_rn(amax, tl.full(amax.shape, 448.0, tl.float32))
+    scale = tl.div_rn(amax, 448.0)
     scale = tl.where(scale < _SMALLEST_NORMAL, _SMALLEST_NORMAL, scale)
     return tl.where(scale != scale, float("nan"), scale)  # one NaN for all devices
 

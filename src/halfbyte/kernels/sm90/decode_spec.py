@@ -55,6 +55,8 @@ class DecodeSpec(NamedTuple):
     nvfp4: bool
     words_for: WordsFor
     scaled: bool
+    rows_in_shared: int
+    is_rounded: bool
     is_w13: bool
     gated: bool
     kind: int

@@ -31,7 +31,7 @@ from halfbyte.formats import NVFP4
 from halfbyte.formats.activation_formats import ActivationFormat
 from halfbyte.formats.fp8_tensor import Fp8Tensor
 from halfbyte.gluon_compat import fix_cache_keys, tma_descriptor
-from halfbyte.kernels.arithmetic import ceil_div
+from halfbyte.kernels.arithmetic import ceil_div, next_power_of_2
 from halfbyte.kernels.launch import launch
 from halfbyte.kernels.problem import Hidden, Problem, Size, Support, layer_problem
 from halfbyte.kernels.shared.decode_rows import decode_rows
@@ -44,6 +44,7 @@ from halfbyte.kernels.sm90.gemm_decode import NUM_WARPS, grouped_gemm_w4a16_deco
 from halfbyte.kernels.sm90.gemm_prefill import grouped_gemm_prefill
 from halfbyte.kernels.sm90.prefill_spec import PrefillSpec, derived
 from halfbyte.kernels.sm90.quantize_rows import gather_codes, quantize_rows, quantize_tokens
+from halfbyte.kernels.sm90.rows_in_shared import STEPS_AT_ONCE
 from halfbyte.kernels.work_list import WorkList
 from halfbyte.kernels.workspace import aligned, scratch
 from halfbyte.weights.hopper.bits import TILE
@@ -69,12 +70,18 @@ WIDE_REGISTERS = 72  # without slices, of the direct w2, and of the direct w13 w
 # to 376 bytes per thread of the prefill kernels. The last of two levels counts, and 4 is what ptxas does unasked. Older ones (12.8, 12.9) ignore it.
 PTXAS_OPTIONS = "--regAllocOptLevel=4"
 
+# Of x, that a program of the direct kernel keeps in shared memory, of 64 columns of a row each: 24 KiB leave room for eight programs.
+MAX_TILES_IN_SHARED = 192
+
 # As long as all warps of the direct kernel fit into a GPU of 132 multiprocessors at once, it has two slices of the columns: a warp alone on its
 # scheduler issues an instruction every five to six cycles only. A constant, so that what is compiled does not depend on the GPU. One token takes 9 %
 # less of DeepSeek-R1, 16 % of Qwen3-235B, 14 % of Qwen3-30B, 11 % of gpt-oss (H200, 2026-11-30).
 MAX_WARPS_WITH_SLICES = 132 * 32
 
 _kept: WeakKeyDictionary[HopperExperts, dict[Hashable, dict[str, Any]]] = WeakKeyDictionary()
+
+
+MODE = __import__("os").environ.get("MODE", "all")  # RACE ONLY
 
 
 def supports(problem: Problem) -> Support:
@@ -119,10 +126,9 @@ def run(
     if not isinstance(config, PrefillConfig):
         parts = _parts_of_w2(experts.intermediate) if config.direct else 1
         rows = scratch((parts * num_rows, experts.hidden), torch.float32 if config.direct else torch.bfloat16, device)
-        x, x_scale = _encoded(hidden, activations, experts)
-        _decode_gemm(x, x_scale, experts.w13, h, experts, work, expert_offset, is_w13=True)
-        _, h_scale = encode_rows(h, activations, experts.w2_input_scale, out=h, launch_early=True)
-        _decode_gemm(h, h_scale, experts.w2, rows, experts, work, expert_offset, is_w13=False)
+        x, x_scale, rounding = (hidden, None, activations) if isinstance(hidden, torch.Tensor) else (*decode_rows(hidden), "bf16")
+        _decode_gemm(x, x_scale, rounding, experts.w13, h, experts, work, expert_offset, is_w13=True)
+        _decode_gemm(h, None, activations, experts.w2, rows, experts, work, expert_offset, is_w13=False)
         return rows
     assert not isinstance(work, torch.Tensor), "only the direct kernel finds its rows in the ids"
     rows = scratch((num_rows, experts.hidden), torch.bfloat16, device)
@@ -149,6 +155,13 @@ def _parts_of_w2(intermediate: int) -> int:
 def _slices(num_programs: int, column_tiles: int) -> int:
     """Of so many tiles of columns a program; a slice has a run of four at least."""
     return 2 if 2 * NUM_WARPS * num_programs <= MAX_WARPS_WITH_SLICES and column_tiles >= 8 else 1
+
+
+def _rows_in_shared(num_tokens: int, column_tiles: int, parts: int, slices: int) -> int:
+    """How many rows of x a program of the direct kernel keeps in shared memory: one a token, or none where they have too many columns."""
+    rows = next_power_of_2(num_tokens)
+    tiles = STEPS_AT_ONCE * slices * ceil_div(ceil_div(column_tiles, 4 * parts * slices) * 4, STEPS_AT_ONCE)  # those of a program, in whole chunks
+    return rows if rows * tiles <= MAX_TILES_IN_SHARED else 0
 
 
 def workspace_nbytes(problem: Problem, size: Size, config: Config) -> int:
@@ -186,9 +199,10 @@ def _encoded(hidden: Hidden, activations: ActivationFormat, experts: HopperExper
 
 
 def _decode_gemm(
-    x: torch.Tensor, x_scale: torch.Tensor | None, matrix: HopperMatrix, y: torch.Tensor, experts: HopperExperts, work: WorkList | torch.Tensor,
-    expert_offset: int, *, is_w13: bool,
+    x: torch.Tensor, x_scale: torch.Tensor | None, activations: ActivationFormat, matrix: HopperMatrix, y: torch.Tensor, experts: HopperExperts,
+    work: WorkList | torch.Tensor, expert_offset: int, *, is_w13: bool,
 ) -> None:  # fmt: skip
+    """Multiply x, rows times `x_scale` where there is one, after rounding it to `activations`."""
     is_direct = isinstance(work, torch.Tensor)
     num_rows = work.numel() if is_direct else work.row_of_slot.shape[0]
     num_items = num_rows if is_direct else work.entries.shape[0]
@@ -196,6 +210,13 @@ def _decode_gemm(
     num_tokens, top_k = work.shape if is_direct else (1, 1)
     parts = y.shape[0] // num_rows
     slices = _slices(num_items * matrix.row_tiles * parts, matrix.column_tiles // parts) if is_direct else 1
+    rows_in_shared = _rows_in_shared(num_tokens, matrix.column_tiles, parts, slices) if is_direct else 0
+    if MODE == "old" or (MODE == "fp8" and activations != "fp8"):
+        rows_in_shared = 0
+    is_rounded = activations == "fp8" and rows_in_shared > 0
+    if not is_rounded and activations != "bf16":
+        input_scale = experts.w13_input_scale if is_w13 else experts.w2_input_scale
+        x, x_scale = encode_rows(x, activations, input_scale, out=None if is_w13 else x, launch_early=True)
     is_wide = is_direct and slices == 1 and (x_scale is not None or not is_w13)
     shift, multiplier, bias = _optional(matrix)
     spec = DecodeSpec(
@@ -206,6 +227,8 @@ def _decode_gemm(
         top_k=top_k,
         parts=parts,
         slices=slices,
+        rows_in_shared=rows_in_shared,
+        is_rounded=is_rounded,
     )
     launch(
         grouped_gemm_w4a16_decode,

@@ -26,6 +26,7 @@ from triton.language.extra.cuda import gdc
 from halfbyte.gluon_compat import aggregate
 from halfbyte.kernels.sm90.configs import DECODE_ROWS
 from halfbyte.kernels.sm90.epilogue import activate, split_halves
+from halfbyte.kernels.sm90.rows_in_shared import allocate_rows, load_block, put_row
 from halfbyte.weights.hopper.dequant_bf16 import (
     dequantize,
     exponent_bias,
@@ -40,7 +41,6 @@ from halfbyte.weights.hopper.fragment_order import column_at
 
 NUM_WARPS = 4  # of a slice
 ROWS = gl.constexpr(DECODE_ROWS)  # of x per program
-X_AHEAD = gl.constexpr(2)  # blocks of 64 columns of x on their way
 
 
 @aggregate
@@ -83,7 +83,12 @@ def _load_x(pointers, mask, column, MMA: gl.constexpr, K: gl.constexpr, K_MASK: 
     WARPS: gl.constexpr = pointers.shape[0]
     if K_MASK:
         mask = mask & (column < K)
-    x = gl.load(pointers, mask=mask, other=0.0)
+    return _as_operand(gl.load(pointers, mask=mask, other=0.0), MMA)
+
+
+@gluon.jit
+def _as_operand(x, MMA: gl.constexpr):
+    WARPS: gl.constexpr = x.shape[0]
     x = gl.permute(gl.reshape(x, (WARPS, ROWS, 4, 4, 2, 2)), (0, 3, 4, 2, 5, 1))  # token, t, s, p, e to s, p, t, e, token
     return gl.convert_layout(gl.reshape(x, (WARPS, 64, ROWS)), gl.DotOperandLayout(1, MMA, 2), assert_trivial=True)
 
@@ -132,6 +137,22 @@ def _load_run(pointers, run, RUNS: gl.constexpr, SCALES: gl.constexpr, CLAMP: gl
     return gl.load(pointers + run * SCALES, eviction_policy="evict_first")
 
 
+@gluon.jit
+def _put_rows(x, x_row, is_row, token, first_column, STEPS: gl.constexpr, SPEC: gl.constexpr):
+    """The rows of x that are there, in shared memory, and their scales [ROWS]."""
+    TOKENS: gl.constexpr = SPEC.rows_in_shared
+    rows = allocate_rows(STEPS, SPEC.slices, TOKENS)
+    scales = gl.zeros_like(x_row).to(gl.float32)
+    for t in gl.static_range(TOKENS):
+        row = gl.max(gl.where((token == t) & is_row, x_row, -1), 0)
+        if row >= 0:
+            scale = put_row(
+                x + row.to(gl.int64) * SPEC.x_stride, rows, t, first_column, STEPS, SPEC.columns, SPEC.is_rounded, SPEC.words_for == "fp8"
+            )
+            scales = gl.where(token == t, scale, scales)
+    return rows, scales
+
+
 @gluon.jit(do_not_specialize=["num_tokens", "expert_offset", "num_experts"])
 def grouped_gemm_w4a16_decode(tensors, num_tokens, expert_offset, num_experts, SPEC: gl.constexpr):
     """tensors: `DecodeTensors`. SPEC: a `DecodeSpec`."""
@@ -172,6 +193,7 @@ def _tile(tensors, item, row_tile, num_tokens, SPEC: gl.constexpr):
     K: gl.constexpr = SPEC.columns
     NVFP4: gl.constexpr = SPEC.nvfp4
     WORDS_FOR: gl.constexpr = SPEC.words_for
+    EXCHANGED: gl.constexpr = SPEC.rows_in_shared > 0 and WORDS_FOR == "fp8"
     WARPS: gl.constexpr = 4 * SLICES
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])  # a product a warp
     TOTAL: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [4, 1], [16, 8]) if SLICES == 1 else gl.SliceLayout(0, _sum_layout(SLICES))
@@ -224,14 +246,21 @@ def _tile(tensors, item, row_tile, num_tokens, SPEC: gl.constexpr):
         gdc.gdc_launch_dependents()
     if SPEC.scaled:
         row_scale = gl.load(tensors.x_scale + x_row, mask=is_row, other=0.0)
-    warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, X_LAYOUT)))[:, None, None]
-    column = gl.arange(0, 64, layout=gl.SliceLayout(0, gl.SliceLayout(1, X_LAYOUT)))[None, None, :]
-    column += (part * SLICES + warp // 4) * (SLICE_RUNS * 256)
-    x_pointers = tensors.x + gl.where(is_row, x_row, 0).to(gl.int64)[None, :, None] * SPEC.x_stride + column
-    x_mask = is_row[None, :, None] & (column >= 0)
+    X_AHEAD: gl.constexpr = 1 if SPEC.rows_in_shared else 2  # blocks of x on their way
     x_queue = ()
-    for c in gl.static_range(X_AHEAD):
-        x_queue = x_queue + (_load_x(x_pointers + c * 64, x_mask, column + c * 64, MMA, K, K_MASK),)
+    if SPEC.rows_in_shared:
+        rows, scales = _put_rows(tensors.x, x_row, is_row, row, part * (SLICES * SLICE_RUNS * 256), SLICE_RUNS * 4, SPEC)
+        if SPEC.is_rounded:
+            row_scale = scales
+        x_queue = x_queue + (_as_operand(load_block(rows, 0), MMA),)
+    else:
+        warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, X_LAYOUT)))[:, None, None]
+        column = gl.arange(0, 64, layout=gl.SliceLayout(0, gl.SliceLayout(1, X_LAYOUT)))[None, None, :]
+        column += (part * SLICES + warp // 4) * (SLICE_RUNS * 256)
+        x_pointers = tensors.x + gl.where(is_row, x_row, 0).to(gl.int64)[None, :, None] * SPEC.x_stride + column
+        x_mask = is_row[None, :, None] & (column >= 0)
+        for c in gl.static_range(X_AHEAD):
+            x_queue = x_queue + (_load_x(x_pointers + c * 64, x_mask, column + c * 64, MMA, K, K_MASK),)
 
     accumulator = gl.zeros((WARPS, 16, ROWS), gl.float32, layout=MMA)
     # 0, which the compiler cannot always know: it would unroll two runs, and keep some of their values in memory.
@@ -243,15 +272,19 @@ def _tile(tensors, item, row_tile, num_tokens, SPEC: gl.constexpr):
         for c in gl.static_range(4):
             x = x_queue[0]
             step = run * 4 + c + X_AHEAD
-            if not K_MASK:
+            if SPEC.rows_in_shared or not K_MASK:
                 step = gl.minimum(step, SLICE_RUNS * 4 - 1)
-            x_queue = x_queue[1:] + (_load_x(x_pointers + step * 64, x_mask, column + step * 64, MMA, K, K_MASK),)
-            w = dequantize(queue[0], scales_low if c < 2 else scales_high, bias, gl.DotOperandLayout(0, MMA, 2), c % 2 == 1, NVFP4, WORDS_FOR)
+            if SPEC.rows_in_shared:
+                next_x = _as_operand(load_block(rows, step), MMA)
+            else:
+                next_x = _load_x(x_pointers + step * 64, x_mask, column + step * 64, MMA, K, K_MASK)
+            x_queue = x_queue[1:] + (next_x,)
+            w = dequantize(queue[0], scales_low if c < 2 else scales_high, bias, gl.DotOperandLayout(0, MMA, 2), c % 2 == 1, NVFP4, WORDS_FOR, EXCHANGED)
             queue = queue[1:] + (_load_tile(word_pointers, (word_run + upcoming) * 4 + c, COLUMN_TILES, CLAMP),)
             accumulator = mma_v2(w, x, accumulator)
 
     value = _sum_of_slices(accumulator, SLICES)
-    if SPEC.scaled:
+    if SPEC.scaled or SPEC.is_rounded:
         value = value * gl.convert_layout(row_scale, gl.SliceLayout(0, TOTAL))[None, :]
     value = value * multiplier[:, None]
     if SPEC.has_bias:

@@ -13,7 +13,7 @@ from triton.experimental.gluon import language as gl
 
 
 @gluon.constexpr_function
-def _assembly(scale_byte: int, nvfp4: bool, words_for: str) -> str:
+def _assembly(scale_byte: int, nvfp4: bool, words_for: str, exchanged: bool) -> str:
     """PTX for the four words of a thread.
 
     Operands: $0-$15 results (step s, half p, row half h at 4 s + 2 p + h), $16-$19 words, $20 the scale word (repeated in $21-$23), and for MXFP4 $24
@@ -30,12 +30,13 @@ def _assembly(scale_byte: int, nvfp4: bool, words_for: str) -> str:
             r0, r1, r2, r3 = (f"${4 * (2 * q + i // 2) + 2 * (i % 2) + h}" for i in range(4))
             if words_for == "fp8":
                 lines += [
-                    # Two magnitudes to the bottom of each half, the signs of the lower ones to their tops.
-                    f"mul.lo.u32 v, {word}, 16; prmt.b32 u, {word}, v, 0x6140;",
-                    f"mul.lo.u32 t, u, 4; and.b32 t, t, 0x01C001C0; lop3.b32 {r1}, v, 0x80008000, t, 0xEA;",
-                    f"mul.lo.u32 t, u, 64; and.b32 t, t, 0x01C001C0; lop3.b32 {r0}, u, 0x80008000, t, 0xEA;",
-                    f"prmt.b32 u, {word}, {word}, 0x0223; mul.lo.u32 t, u, 64; and.b32 t, t, 0x01C001C0; lop3.b32 {r2}, u, 0x80008000, t, 0xEA;",
-                    f"mul.lo.u32 t, u, 4; and.b32 t, t, 0x01C001C0; shf.r.wrap.b32 v, {word}, {word}, 16; lop3.b32 {r3}, v, 0x80008000, t, 0xEA;",
+                    # Two magnitudes to the bottom of each half; the signs of i = 0 and 1 nine bits above theirs, of i = 2 to the tops.
+                    f"and.b32 v, {word}, 0x08080808; mul.lo.u32 v, v, 0x44; prmt.b32 u, {word}, v, 0x7150;",
+                    f"and.b32 t, u, 0x02070207; mul.lo.u32 {r0}, t, 64; and.b32 t, u, 0x20702070; mul.lo.u32 {r1}, t, 4;",
+                    f"prmt.b32 u, {word}, {word}, {'0x2302' if exchanged else '0x0223'};",
+                    f"mul.lo.u32 t, u, 64; and.b32 t, t, 0x01C001C0; lop3.b32 {r2}, u, 0x80008000, t, 0xEA;",
+                    f"mul.lo.u32 t, u, 4; and.b32 t, t, 0x01C001C0; {'' if exchanged else f'shf.r.wrap.b32 v, {word}, {word}, 16; '}"
+                    f"lop3.b32 {r3}, {word if exchanged else 'v'}, 0x80008000, t, 0xEA;",
                 ]
             else:
                 lines += [
@@ -137,14 +138,14 @@ def load_scales(stage, NVFP4: gl.constexpr):
 
 
 @gluon.jit
-def dequantize(words, scales, bias, OPERAND: gl.constexpr, ODD: gl.constexpr, NVFP4: gl.constexpr, WORDS_FOR: gl.constexpr):
+def dequantize(words, scales, bias, OPERAND: gl.constexpr, ODD: gl.constexpr, NVFP4: gl.constexpr, WORDS_FOR: gl.constexpr, EXCHANGED: gl.constexpr = False):
     """words, scales int32 [4 w, 32] of w warps to bf16 [16 w, 64], or [w, 16, 64] where `OPERAND` has three dimensions; columns in fragment order.
 
     ODD: whether the tile is the second one that `scales` serves. bias: int32 [4 w, 32], MXFP4 only (`exponent_bias`).
     """
     WARPS: gl.constexpr = words.shape[0] // 4
     SHAPE: gl.constexpr = (16 * WARPS, 64) if len(OPERAND.parent.warps_per_cta) == 2 else (WARPS, 16, 64)
-    asm: gl.constexpr = _assembly(2 if ODD else 0, NVFP4, WORDS_FOR)
+    asm: gl.constexpr = _assembly(2 if ODD else 0, NVFP4, WORDS_FOR, EXCHANGED)
     if NVFP4:
         r0, r1, r2, r3, r4, r5, r6, r7 = gl.inline_asm_elementwise(asm, _TWO_INPUTS, [words, scales], dtype=_EIGHT_BF16, is_pure=True, pack=4)
     else:
