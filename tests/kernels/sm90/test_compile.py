@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from compile_only import compiling
+from compile_only import Compiled, compiling
 
 import halfbyte as hb
 from halfbyte.errors import UnsupportedError
@@ -52,60 +52,66 @@ def empty_experts(*, nvfp4: bool, words_for: WordsFor = "bf16") -> HopperExperts
 WORK = WorkList(*(torch.empty(size, dtype=torch.int32) for size in ((32,), (32,), (4, 4), (1,))))
 
 
+def decode_kernels(experts: HopperExperts, work: WorkList | torch.Tensor, activations: str, *, scaled: bool = False) -> list[Compiled]:
+    """The decode kernels of both products; `scaled`: hidden states bring a scale per row."""
+    direct = isinstance(work, torch.Tensor)
+    num_tokens, rows = work.shape[0] if direct else 4, work.numel() if direct else 32
+    parts = expert_rows._parts_of_w2(experts.intermediate) if direct else 1
+    h = torch.empty((rows, experts.intermediate), dtype=torch.bfloat16)
+    y = torch.empty((parts * rows, experts.hidden), dtype=torch.float32 if direct else torch.bfloat16)
+    with compiling(90) as compiled:
+        x, scales = torch.empty((num_tokens, experts.hidden), dtype=torch.bfloat16), torch.empty(num_tokens) if scaled else None
+        expert_rows._decode_gemm(x, scales, "bf16" if scaled else activations, experts.w13, h, experts, work, 0, is_w13=True)
+        expert_rows._decode_gemm(h, None, activations, experts.w2, y, experts, work, 0, is_w13=False)
+    kernels = [kernel for kernel in compiled if kernel.name == "grouped_gemm_w4a16_decode"]
+    assert len(kernels) == 2
+    for kernel in kernels:
+        assert "mma.sync.aligned.m16n8k16" in kernel.ptx
+        assert kernel.registers <= 72
+        assert kernel.spill_bytes <= 16  # values that are needed again after the loop
+    return kernels
+
+
+@pytest.mark.parametrize(("nvfp4", "scaled", "words_for"), [(True, False, "bf16"), (False, True, "bf16"), (True, True, "fp8")])
+def test_decode_kernels_of_a_work_list(nvfp4: bool, scaled: bool, words_for: WordsFor) -> None:
+    for kernel in decode_kernels(empty_experts(nvfp4=nvfp4, words_for=words_for), WORK, "bf16", scaled=scaled):
+        assert kernel.num_warps == 4 and kernel.shared_bytes == 0
+
+
 @pytest.mark.parametrize(
-    ("direct", "parts", "nvfp4", "scaled", "words_for"),
+    ("num_tokens", "nvfp4", "activations", "words_for", "shapes"),
     [
-        (False, 1, True, False, "bf16"),
-        (False, 1, False, True, "bf16"),
-        (False, 1, True, True, "fp8"),
-        (True, 1, False, False, "bf16"),
-        (True, 1, True, True, "bf16"),
-        (True, 1, False, True, "fp8"),
-        (True, 4, True, True, "bf16"),
-        (True, 4, False, True, "fp8"),
+        (1, True, "bf16", "bf16", ((2, 1), (1, 1))),
+        (1, True, "fp8", "fp8", ((2, 1), (1, 1))),
+        (1, False, "fp8", "fp8", ((2, 1), (1, 1))),
+        (3, False, "bf16", "fp8", ((1, 4), (1, 4))),
+        (4, False, "fp8", "fp8", ((1, 4), (1, 4))),
+        (4, True, "fp8", "bf16", ((1, 0), (1, 4))),  # four rows of 7,168 columns are too many
+        (8, True, "mxfp8", "bf16", ((1, 0), (1, 0))),
     ],
 )
-def test_decode_kernels_use_mma_without_spills(direct: bool, parts: int, nvfp4: bool, scaled: bool, words_for: WordsFor) -> None:
-    experts = empty_experts(nvfp4=nvfp4, words_for=words_for)
-    work = torch.zeros((4, 8), dtype=torch.int32) if direct else WORK
-    h = torch.empty((32, experts.intermediate), dtype=torch.bfloat16)
-    y = torch.empty((parts * 32, experts.hidden), dtype=torch.float32 if direct else torch.bfloat16)
-    with compiling(90) as compiled:
-        x, scales = torch.empty((4, experts.hidden), dtype=torch.bfloat16), torch.empty(4) if scaled else None
-        expert_rows._decode_gemm(x, scales, experts.w13, h, experts, work, 0, is_w13=True)
-        expert_rows._decode_gemm(h, scales, experts.w2, y, experts, work, 0, is_w13=False)
-    assert len(compiled) == 2
-    for kernel in compiled:
-        assert "mma.sync.aligned.m16n8k16" in kernel.ptx
-        assert kernel.spill_bytes <= (8 if words_for == "fp8" else 0)  # two values that are needed again after the loop
-        assert kernel.registers <= 72
-        assert kernel.shared_bytes <= 256  # the one reduction of the direct variant
+def test_direct_kernels(num_tokens: int, nvfp4: bool, activations: str, words_for: WordsFor, shapes: tuple[tuple[int, int], ...]) -> None:
+    """DeepSeek-R1 in NVFP4, gpt-oss in MXFP4, whose w2 is in parts."""
+    work = torch.zeros((num_tokens, 8 if nvfp4 else 4), dtype=torch.int32)
+    kernels = decode_kernels(empty_experts(nvfp4=nvfp4, words_for=words_for), work, activations)
+    for kernel, (slices, rows) in zip(kernels, shapes, strict=True):
+        assert kernel.num_warps == 4 * slices
+        assert ("cvt.rn.satfinite.e4m3x2.f32" in kernel.ptx) == (activations == "fp8" and rows > 0)
+        # Eight programs of four warps, or four of eight, have room in the 227 KiB of a multiprocessor, with the 1 KiB of each that CUDA takes.
+        assert kernel.shared_bytes <= (227 // (8 // slices) - 1) * 1024
+        assert (kernel.shared_bytes > 1024) == (rows > 0 or slices > 1)
 
 
-@pytest.mark.parametrize(("nvfp4", "words_for"), [(True, "bf16"), (False, "fp8")])
-def test_direct_kernels_with_two_slices(nvfp4: bool, words_for: WordsFor) -> None:
-    """One token of DeepSeek-R1 has 512 programs for w13, of gpt-oss 360."""
-    experts = empty_experts(nvfp4=nvfp4, words_for=words_for)
-    work = torch.zeros((1, 8 if nvfp4 else 4), dtype=torch.int32)
-    h = torch.empty((work.numel(), experts.intermediate), dtype=torch.bfloat16)
-    with compiling(90) as kernels:
-        x = torch.empty((1, experts.hidden), dtype=torch.bfloat16)
-        expert_rows._decode_gemm(x, None, experts.w13, h, experts, work, 0, is_w13=True)
-    (kernel,) = kernels
-    assert kernel.num_warps == 8 and kernel.registers <= 64
-    assert kernel.spill_bytes <= 16  # values that are needed again after the loop
-    assert kernel.shared_bytes <= 2 * 2048  # the sums of the slices
+def test_shapes_of_the_direct_kernel() -> None:
+    """One token of Qwen3-30B, Qwen3-235B, DeepSeek-R1 and gpt-oss, and more of Qwen3-30B: slices and rows in shared memory, of w13 and w2."""
 
-
-def test_slices_of_the_direct_kernel() -> None:
-    """One token of Qwen3-30B, Qwen3-235B, DeepSeek-R1 and gpt-oss, and more of Qwen3-30B."""
-
-    def slices(hidden: int, intermediate: int, num_tokens: int, top_k: int = 8) -> tuple[int, int]:
+    def shapes(hidden: int, intermediate: int, num_tokens: int, top_k: int = 8) -> tuple[tuple[int, int], tuple[int, int]]:
         problem = Problem("fused_moe", hb.Target.of("cpu"), hb.NVFP4, "hopper", num_experts=128, hidden=hidden, intermediate=intermediate)
-        return expert_rows.direct_slices(problem, Size(num_tokens, top_k))
+        return expert_rows.direct_shapes(problem, Size(num_tokens, top_k))
 
-    assert [slices(2048, 768, 1), slices(4096, 1536, 1), slices(7168, 2048, 1), slices(2880, 2880, 1, 4)] == [(2, 2), (2, 2), (2, 1), (2, 1)]
-    assert [slices(2048, 768, tokens) for tokens in (2, 3, 4, 8)] == [(2, 2), (1, 1), (1, 1), (1, 1)]
+    assert shapes(2048, 768, 1) == shapes(4096, 1536, 1) == ((2, 1), (2, 1))
+    assert shapes(7168, 2048, 1) == shapes(2880, 2880, 1, 4) == ((2, 1), (1, 1))
+    assert [shapes(2048, 768, tokens) for tokens in (2, 3, 4, 8)] == [((2, 2), (2, 2)), ((1, 4), (1, 4)), ((1, 4), (1, 4)), ((1, 0), (1, 8))]
 
 
 # Register budgets of 240, 160 and 112 for two to four consumers leave a few values in local memory, which the loop over K does not touch. A wider

@@ -14,6 +14,7 @@ sources = tuple(
     for module in (
         "kernels.sm90.gemm_decode",
         "kernels.sm90.decode_spec",
+        "kernels.sm90.rows_in_shared",
         "kernels.sm90.gemm_prefill",
         "kernels.sm90.prefill_spec",
         "kernels.sm90.operands",

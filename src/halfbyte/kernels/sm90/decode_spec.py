@@ -41,6 +41,8 @@ class DecodeSpec(NamedTuple):
         x_stride, y_columns: elements of a row of x, of a row of the result.
         nvfp4, words_for: how the weights are coded.
         scaled: rows of x have a scale each.
+        rows_in_shared: of x, in the shared memory of a program (direct): one for each token, up to a power of two; 0 where x is read as it comes.
+        is_rounded: to fp8, when they are put there.
         is_w13: the result goes through the activation; gated: and has a half that gates the other.
         kind, alpha, beta, limit: which activation (`epilogue.activate`).
         has_bias: the matrix has biases.

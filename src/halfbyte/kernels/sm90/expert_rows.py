@@ -6,9 +6,10 @@
 
 Activations "mxfp8" and "nvfp4", and "fp8" where memory limits and fp8 tensor cores gain nothing (`configs.MIN_FP8_ROWS`): the W4A16 kernels on
 quantised activations, which bf16 holds exactly, and exact weights. Two more launches, `encode_rows` before each GEMM, which move 4 T H and 4 R I
-bytes. That is never faster than "bf16": it is for the numbers that a Blackwell GPU would give. On fp8 tensor cores weights are rounded to e4m3 too
-(`weights.hopper.rounding_fp8`): `rounds_weights`. Hidden states that arrive quantised are decoded into bf16, which holds them exactly but for one
-scale per row, by `gather` or (few tokens) by a launch of its own; one-scale fp8 goes to fp8 tensor cores as it is.
+bytes; none where the direct kernel rounds to fp8 itself (`rows_in_shared`). That is never faster than "bf16": it is for the numbers that a Blackwell
+GPU would give. On fp8 tensor cores weights are rounded to e4m3 too (`weights.hopper.rounding_fp8`): `rounds_weights`. Hidden states that arrive
+quantised are decoded into bf16, which holds them exactly but for one scale per row, by `gather` or (few tokens) by a launch of its own; one-scale fp8
+goes to fp8 tensor cores as it is.
 
 h gets one scale per row, which needs the largest value of the whole row and so a pass of its own. It moves 3 R I bytes where GEMM2 computes 2 R H I
 operations: at 3 TB/s and 1.3 Pflop/s 650 / H of GEMM2's time, 3 % of a DeepSeek-R1 layer and 10 % of a Qwen3-30B one. A scale for every 64 columns
@@ -21,7 +22,7 @@ that prefill's GEMM1 reads lie where those of GEMM2 will.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -44,7 +45,7 @@ from halfbyte.kernels.sm90.gemm_decode import NUM_WARPS, grouped_gemm_w4a16_deco
 from halfbyte.kernels.sm90.gemm_prefill import grouped_gemm_prefill
 from halfbyte.kernels.sm90.prefill_spec import PrefillSpec, derived
 from halfbyte.kernels.sm90.quantize_rows import gather_codes, quantize_rows, quantize_tokens
-from halfbyte.kernels.sm90.rows_in_shared import STEPS_AT_ONCE
+from halfbyte.kernels.sm90.rows_in_shared import tiles_in_shared
 from halfbyte.kernels.work_list import WorkList
 from halfbyte.kernels.workspace import aligned, scratch
 from halfbyte.weights.hopper.bits import TILE
@@ -64,13 +65,14 @@ MIN_COLUMNS_OF_PARTS = 2816
 # Per thread. With 64 a multiprocessor holds eight programs: two tokens of DeepSeek-R1, whose w13 has 7.8 for each, take 101 us, with 66 (seven
 # programs) 116. Those of the direct w2 start while w13 is at work: with 64 one token takes 61.8 us, with 72 (seven) 60.0 (H200, 2026-11-27).
 DECODE_REGISTERS = 64
-WIDE_REGISTERS = 72  # without slices, of the direct w2, and of the direct w13 with quantised activations, which would keep some in memory
+WIDE_REGISTERS = 72  # without slices, of the direct w2, and of the direct w13 with a scale per row, which would keep some in memory
 
 # Triton 3.7 and newer ask ptxas for level 2 of the register allocation, with which the ptxas 13.4 of Triton 3.9 spills up
 # to 376 bytes per thread of the prefill kernels. The last of two levels counts, and 4 is what ptxas does unasked. Older ones (12.8, 12.9) ignore it.
 PTXAS_OPTIONS = "--regAllocOptLevel=4"
 
-# Of x, that a program of the direct kernel keeps in shared memory, of 64 columns of a row each: 24 KiB leave room for eight programs.
+# 64 columns of a row of x each, that a program of the direct kernel keeps in shared memory: 24 KiB leave room for eight programs. With 28 KiB two
+# tokens of DeepSeek-R1 take 17 % more (bf16) or 4 % less (fp8), with 32 four of Qwen3-235B 1 % more or 1.5 % less (H200, 2026-11-30).
 MAX_TILES_IN_SHARED = 192
 
 # As long as all warps of the direct kernel fit into a GPU of 132 multiprocessors at once, it has two slices of the columns: a warp alone on its
@@ -79,9 +81,6 @@ MAX_TILES_IN_SHARED = 192
 MAX_WARPS_WITH_SLICES = 132 * 32
 
 _kept: WeakKeyDictionary[HopperExperts, dict[Hashable, dict[str, Any]]] = WeakKeyDictionary()
-
-
-MODE = __import__("os").environ.get("MODE", "all")  # RACE ONLY
 
 
 def supports(problem: Problem) -> Support:
@@ -126,8 +125,10 @@ def run(
     if not isinstance(config, PrefillConfig):
         parts = _parts_of_w2(experts.intermediate) if config.direct else 1
         rows = scratch((parts * num_rows, experts.hidden), torch.float32 if config.direct else torch.bfloat16, device)
-        x, x_scale, rounding = (hidden, None, activations) if isinstance(hidden, torch.Tensor) else (*decode_rows(hidden), "bf16")
-        _decode_gemm(x, x_scale, rounding, experts.w13, h, experts, work, expert_offset, is_w13=True)
+        if isinstance(hidden, torch.Tensor):
+            _decode_gemm(hidden, None, activations, experts.w13, h, experts, work, expert_offset, is_w13=True)
+        else:
+            _decode_gemm(*decode_rows(hidden), "bf16", experts.w13, h, experts, work, expert_offset, is_w13=True)
         _decode_gemm(h, None, activations, experts.w2, rows, experts, work, expert_offset, is_w13=False)
         return rows
     assert not isinstance(work, torch.Tensor), "only the direct kernel finds its rows in the ids"
@@ -139,12 +140,19 @@ def run(
     return rows
 
 
-def direct_slices(problem: Problem, size: Size) -> tuple[int, int]:
-    """Slices of the columns of w13 and of w2 in the direct kernel."""
+class DirectShape(NamedTuple):
+    """What the direct kernel is compiled for beside the layer: slices of the columns, and `DecodeSpec.rows_in_shared`."""
+
+    slices: int
+    rows_in_shared: int
+
+
+def direct_shapes(problem: Problem, size: Size) -> tuple[DirectShape, DirectShape]:
+    """Of w13 and of w2."""
     halves = 2 if problem.gated else 1
     inner, hidden = ceil_div(problem.intermediate, TILE), ceil_div(problem.hidden, TILE)
     parts = _parts_of_w2(problem.intermediate)
-    return _slices(size.num_rows * halves * inner, hidden), _slices(size.num_rows * hidden * parts, inner // parts)
+    return _direct_shape(size, halves * inner, hidden, 1), _direct_shape(size, hidden, inner, parts)
 
 
 def _parts_of_w2(intermediate: int) -> int:
@@ -152,16 +160,12 @@ def _parts_of_w2(intermediate: int) -> int:
     return W2_PARTS if intermediate >= MIN_COLUMNS_OF_PARTS else 1
 
 
-def _slices(num_programs: int, column_tiles: int) -> int:
-    """Of so many tiles of columns a program; a slice has a run of four at least."""
-    return 2 if 2 * NUM_WARPS * num_programs <= MAX_WARPS_WITH_SLICES and column_tiles >= 8 else 1
-
-
-def _rows_in_shared(num_tokens: int, column_tiles: int, parts: int, slices: int) -> int:
-    """How many rows of x a program of the direct kernel keeps in shared memory: one a token, or none where they have too many columns."""
-    rows = next_power_of_2(num_tokens)
-    tiles = STEPS_AT_ONCE * slices * ceil_div(ceil_div(column_tiles, 4 * parts * slices) * 4, STEPS_AT_ONCE)  # those of a program, in whole chunks
-    return rows if rows * tiles <= MAX_TILES_IN_SHARED else 0
+def _direct_shape(size: Size, row_tiles: int, column_tiles: int, parts: int) -> DirectShape:
+    """Of a matrix of so many tiles; a slice has a run of four at least."""
+    num_warps = NUM_WARPS * size.num_rows * row_tiles * parts
+    slices = 2 if 2 * num_warps <= MAX_WARPS_WITH_SLICES and column_tiles // parts >= 8 else 1
+    rows = next_power_of_2(size.num_tokens)
+    return DirectShape(slices, rows if rows * tiles_in_shared(column_tiles, parts, slices) <= MAX_TILES_IN_SHARED else 0)
 
 
 def workspace_nbytes(problem: Problem, size: Size, config: Config) -> int:
@@ -173,6 +177,8 @@ def workspace_nbytes(problem: Problem, size: Size, config: Config) -> int:
     if isinstance(config, PrefillConfig) and config.fp8:
         return sum(map(aligned, (*sizes, rows * intermediate, 4 * rows, 4 * rows)))
     is_encoded = problem.activations != "bf16" if problem.quantized is None else not isinstance(config, PrefillConfig)
+    if config == DIRECT and problem.quantized is None and problem.activations == "fp8":
+        is_encoded = direct_shapes(problem, size)[0].rows_in_shared == 0
     if is_encoded:  # or decoded, where no gather does it
         sizes.append(2 * tokens * hidden)
     if isinstance(config, PrefillConfig) and padded_size(hidden) > hidden:
@@ -191,13 +197,6 @@ def _in_memory_of(rows: torch.Tensor, columns: int, dtype: torch.dtype) -> torch
     return rows.view(dtype).view(-1)[: num_rows * columns].view(num_rows, columns)
 
 
-def _encoded(hidden: Hidden, activations: ActivationFormat, experts: HopperExperts) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Hidden states as the W4A16 kernels take them: bf16, and a scale per row or none."""
-    if isinstance(hidden, torch.Tensor):
-        return encode_rows(hidden, activations, experts.w13_input_scale, launch_early=True)
-    return decode_rows(hidden)
-
-
 def _decode_gemm(
     x: torch.Tensor, x_scale: torch.Tensor | None, activations: ActivationFormat, matrix: HopperMatrix, y: torch.Tensor, experts: HopperExperts,
     work: WorkList | torch.Tensor, expert_offset: int, *, is_w13: bool,
@@ -209,15 +208,12 @@ def _decode_gemm(
     rows, num_entries, token_of_row = (work,) * 3 if is_direct else (work.entries, work.num_entries, work.token_of_row)
     num_tokens, top_k = work.shape if is_direct else (1, 1)
     parts = y.shape[0] // num_rows
-    slices = _slices(num_items * matrix.row_tiles * parts, matrix.column_tiles // parts) if is_direct else 1
-    rows_in_shared = _rows_in_shared(num_tokens, matrix.column_tiles, parts, slices) if is_direct else 0
-    if MODE == "old" or (MODE == "fp8" and activations != "fp8"):
-        rows_in_shared = 0
-    is_rounded = activations == "fp8" and rows_in_shared > 0
+    shape = _direct_shape(Size(*work.shape), matrix.row_tiles, matrix.column_tiles, parts) if is_direct else DirectShape(1, 0)
+    is_rounded = activations == "fp8" and shape.rows_in_shared > 0
     if not is_rounded and activations != "bf16":
         input_scale = experts.w13_input_scale if is_w13 else experts.w2_input_scale
         x, x_scale = encode_rows(x, activations, input_scale, out=None if is_w13 else x, launch_early=True)
-    is_wide = is_direct and slices == 1 and (x_scale is not None or not is_w13)
+    is_wide = is_direct and shape.slices == 1 and (x_scale is not None or not is_w13)
     shift, multiplier, bias = _optional(matrix)
     spec = DecodeSpec(
         **_product(x_scale is not None, matrix, y.shape[1], experts, is_w13),
@@ -226,8 +222,7 @@ def _decode_gemm(
         direct=is_direct,
         top_k=top_k,
         parts=parts,
-        slices=slices,
-        rows_in_shared=rows_in_shared,
+        **shape._asdict(),
         is_rounded=is_rounded,
     )
     launch(
@@ -240,7 +235,7 @@ def _decode_gemm(
         expert_offset=expert_offset,
         num_experts=experts.num_experts,
         SPEC=spec,
-        num_warps=NUM_WARPS * slices,
+        num_warps=NUM_WARPS * shape.slices,
         launch_pdl=True,
         maxnreg=WIDE_REGISTERS if is_wide else DECODE_REGISTERS,
     )
@@ -249,7 +244,9 @@ def _decode_gemm(
 def _prefill(
     hidden: Hidden, experts: HopperExperts, work: WorkList, h: torch.Tensor, rows: torch.Tensor, activations: ActivationFormat, config: PrefillConfig
 ) -> None:
-    codes, scales = _encoded(hidden, activations, experts) if isinstance(hidden, torch.Tensor) else (hidden, None)
+    codes, scales = hidden, None
+    if isinstance(hidden, torch.Tensor):
+        codes, scales = encode_rows(hidden, activations, experts.w13_input_scale, launch_early=True)
     x = _in_memory_of(rows, padded_size(experts.hidden), torch.bfloat16)
     x, x_scale = gather(codes, work, x.shape[1], scales, out=x, launch_early=True)
     _prefill_gemm(x, x_scale, experts.w13, h, experts, work, config, is_w13=True)

@@ -25,7 +25,7 @@ from halfbyte.kernels.shared.sort import run as sort
 from halfbyte.kernels.shared.sort import variant
 from halfbyte.kernels.shared.sort import workspace_nbytes as sort_nbytes
 from halfbyte.kernels.sm90.configs import DIRECT, Config, choose_config, configs, rivals, rounds_weights, sources, takes
-from halfbyte.kernels.sm90.expert_rows import direct_slices, layout, problem_of, supports
+from halfbyte.kernels.sm90.expert_rows import direct_shapes, layout, problem_of, supports
 from halfbyte.kernels.sm90.expert_rows import run as expert_rows
 from halfbyte.kernels.sm90.expert_rows import workspace_nbytes as expert_rows_nbytes
 from halfbyte.weights.hopper.layout import HopperExperts
@@ -39,7 +39,7 @@ def variants(problem: Problem, size: Size, config: Config) -> frozenset[Hashable
     """What kernels are compiled for beside the configuration, where that depends on the number of tokens."""
     combined = (config == DIRECT, block_size(size.num_tokens, problem.hidden))
     if config == DIRECT:
-        return frozenset((combined, direct_slices(problem, size)))
+        return frozenset((combined, direct_shapes(problem, size)))
     return frozenset((combined, (config.max_rows, *variant(size.num_rows, problem.num_experts, config.max_rows))))
 
 

@@ -1,12 +1,17 @@
 """Grouped GEMM for few tokens per expert: y[row] = x[row] @ w[expert of row]^T, FP4 weights, bf16 activations, fp32 accumulation.
 
-    x        [rows, K] bf16, columns in natural order; SCALED: multiplied by one fp32 a row, `x_scale` (fp8 codes, which are exact in bf16)
+    x        [rows, K] bf16, columns in natural order; SCALED: multiplied by one fp32 a row, `x_scale` (fp8 codes, which are exact in bf16);
+             IS_ROUNDED: rounded to fp8 here
     w        `HopperMatrix` [E, N, K]
     y        [rows, I] bf16 = activation(x @ w^T * multiplier + bias) where the matrix is w13, or [rows, N] bf16 or fp32
 
 One program owns 64 weight rows and up to 8 rows of x of one expert, and streams the weights once: 16 bytes a thread straight from global memory
-into registers, four tiles ahead, dequantised there and multiplied by mma.sync m16n8k16. x comes from L1 and L2 as B fragments, 32 bytes a thread. No
-shared memory and no barriers: the warps of a program run freely, and what limits the kernel is the memory or the instruction issue.
+into registers, four tiles ahead, dequantised there and multiplied by mma.sync m16n8k16. No barriers in the loop: the warps of a program run freely,
+and what limits the kernel is the memory or the instruction issue.
+
+x comes as B fragments, 32 bytes a thread, from L1 and L2; or (direct) from shared memory, where a program first puts the rows it needs, rounded to
+fp8 on the way if activations are (`rows_in_shared`). Loads from there need neither masks nor 64-bit addresses: 280 to 300 instructions a warp for
+four tiles instead of 330 to 360, and with fp8 no launches that round. The same bits either way.
 
 Where programs are so few that a warp is alone on its scheduler, its latency limits: a program has SLICES times four warps then, each four with a
 slice of the columns, whose sums meet in shared memory at the end.
@@ -78,17 +83,21 @@ def _sum_layout(slices: int) -> gl.DistributedLinearLayout:
 
 
 @gluon.jit
-def _load_x(pointers, mask, column, MMA: gl.constexpr, K: gl.constexpr, K_MASK: gl.constexpr):
-    """One [8, 64] block of x a warp as B operands [warps, 64, 8], columns in fragment order like the weights': no data moves between threads."""
-    WARPS: gl.constexpr = pointers.shape[0]
-    if K_MASK:
-        mask = mask & (column < K)
-    return _as_operand(gl.load(pointers, mask=mask, other=0.0), MMA)
+def _load_x(source, step, STEPS: gl.constexpr, K_MASK: gl.constexpr, MMA: gl.constexpr, SPEC: gl.constexpr):
+    """Block `step` of 64 columns of each slice as B operands [warps, 64, 8], columns in fragment order like the weights': no data moves between threads.
 
-
-@gluon.jit
-def _as_operand(x, MMA: gl.constexpr):
-    WARPS: gl.constexpr = x.shape[0]
+    source: the rows in shared memory; or [warps, ROWS, 64] pointers of block 0, masks and columns.
+    """
+    WARPS: gl.constexpr = 4 * SPEC.slices
+    if SPEC.rows_in_shared or not K_MASK:
+        step = gl.minimum(step, STEPS - 1)
+    if SPEC.rows_in_shared:
+        x = load_block(source, step)
+    else:
+        pointers, mask, column = source
+        if K_MASK:
+            mask = mask & (column + step * 64 < SPEC.columns)
+        x = gl.load(pointers + step * 64, mask=mask, other=0.0)
     x = gl.permute(gl.reshape(x, (WARPS, ROWS, 4, 4, 2, 2)), (0, 3, 4, 2, 5, 1))  # token, t, s, p, e to s, p, t, e, token
     return gl.convert_layout(gl.reshape(x, (WARPS, 64, ROWS)), gl.DotOperandLayout(1, MMA, 2), assert_trivial=True)
 
@@ -201,6 +210,7 @@ def _tile(tensors, item, row_tile, num_tokens, SPEC: gl.constexpr):
     COLUMN_TILES: gl.constexpr = (K + 63) // 64
     RUNS: gl.constexpr = (COLUMN_TILES + 3) // 4
     SLICE_RUNS: gl.constexpr = (RUNS + PARTS * SLICES - 1) // (PARTS * SLICES)
+    STEPS: gl.constexpr = SLICE_RUNS * 4
     K_MASK: gl.constexpr = SLICE_RUNS * SLICES * PARTS * 256 != K
     CLAMP: gl.constexpr = SLICE_RUNS * SLICES * PARTS * 4 != COLUMN_TILES  # a slice may end before its last tile: then x is masked to zero
     SCALES: gl.constexpr = 128 if NVFP4 else 64
@@ -246,21 +256,19 @@ def _tile(tensors, item, row_tile, num_tokens, SPEC: gl.constexpr):
         gdc.gdc_launch_dependents()
     if SPEC.scaled:
         row_scale = gl.load(tensors.x_scale + x_row, mask=is_row, other=0.0)
-    X_AHEAD: gl.constexpr = 1 if SPEC.rows_in_shared else 2  # blocks of x on their way
-    x_queue = ()
     if SPEC.rows_in_shared:
-        rows, scales = _put_rows(tensors.x, x_row, is_row, row, part * (SLICES * SLICE_RUNS * 256), SLICE_RUNS * 4, SPEC)
+        x, x_scales = _put_rows(tensors.x, x_row, is_row, row, part * (SLICES * STEPS * 64), STEPS, SPEC)
         if SPEC.is_rounded:
-            row_scale = scales
-        x_queue = x_queue + (_as_operand(load_block(rows, 0), MMA),)
+            row_scale = x_scales
     else:
         warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, X_LAYOUT)))[:, None, None]
         column = gl.arange(0, 64, layout=gl.SliceLayout(0, gl.SliceLayout(1, X_LAYOUT)))[None, None, :]
-        column += (part * SLICES + warp // 4) * (SLICE_RUNS * 256)
-        x_pointers = tensors.x + gl.where(is_row, x_row, 0).to(gl.int64)[None, :, None] * SPEC.x_stride + column
-        x_mask = is_row[None, :, None] & (column >= 0)
-        for c in gl.static_range(X_AHEAD):
-            x_queue = x_queue + (_load_x(x_pointers + c * 64, x_mask, column + c * 64, MMA, K, K_MASK),)
+        column += (part * SLICES + warp // 4) * (STEPS * 64)
+        x = tensors.x + gl.where(is_row, x_row, 0).to(gl.int64)[None, :, None] * SPEC.x_stride + column, is_row[None, :, None] & (column >= 0), column
+    X_AHEAD: gl.constexpr = 1 if SPEC.rows_in_shared else 2  # blocks of x on their way
+    x_queue = ()
+    for c in gl.static_range(X_AHEAD):
+        x_queue = x_queue + (_load_x(x, c, STEPS, K_MASK, MMA, SPEC),)
 
     accumulator = gl.zeros((WARPS, 16, ROWS), gl.float32, layout=MMA)
     # 0, which the compiler cannot always know: it would unroll two runs, and keep some of their values in memory.
@@ -270,18 +278,12 @@ def _tile(tensors, item, row_tile, num_tokens, SPEC: gl.constexpr):
         scales_low, scales_high = split_scales(next_scales)
         next_scales = _load_run(scale_pointers, scale_run + upcoming, RUNS, SCALES, CLAMP)
         for c in gl.static_range(4):
-            x = x_queue[0]
-            step = run * 4 + c + X_AHEAD
-            if SPEC.rows_in_shared or not K_MASK:
-                step = gl.minimum(step, SLICE_RUNS * 4 - 1)
-            if SPEC.rows_in_shared:
-                next_x = _as_operand(load_block(rows, step), MMA)
-            else:
-                next_x = _load_x(x_pointers + step * 64, x_mask, column + step * 64, MMA, K, K_MASK)
-            x_queue = x_queue[1:] + (next_x,)
-            w = dequantize(queue[0], scales_low if c < 2 else scales_high, bias, gl.DotOperandLayout(0, MMA, 2), c % 2 == 1, NVFP4, WORDS_FOR, EXCHANGED)
+            operand = x_queue[0]
+            x_queue = x_queue[1:] + (_load_x(x, run * 4 + c + X_AHEAD, STEPS, K_MASK, MMA, SPEC),)
+            scales = scales_low if c < 2 else scales_high
+            w = dequantize(queue[0], scales, bias, gl.DotOperandLayout(0, MMA, 2), c % 2 == 1, NVFP4, WORDS_FOR, EXCHANGED)
             queue = queue[1:] + (_load_tile(word_pointers, (word_run + upcoming) * 4 + c, COLUMN_TILES, CLAMP),)
-            accumulator = mma_v2(w, x, accumulator)
+            accumulator = mma_v2(w, operand, accumulator)
 
     value = _sum_of_slices(accumulator, SLICES)
     if SPEC.scaled or SPEC.is_rounded:

@@ -1,7 +1,8 @@
 """The in-kernel inverse of `pack`: 16 bytes per thread become a [64, 64] bf16 operand in registers (Gluon).
 
-For 32 codes of a thread: 9 integer instructions and 4 bf16x2 multiplies a word of 8, and one PRMT and one IMAD a scale; 11 integer instructions and
-5 multiplications more (IMAD, a pipe of its own) where words are coded for fp8. A code's three magnitude
+For 32 codes of a thread: 9 integer instructions and 4 bf16x2 multiplies a word of 8, and one PRMT and one IMAD a scale. Where words are coded for
+fp8, 10 and 5 multiplications more (IMAD, a pipe of its own), or 9 and 5 where x has the two columns of pairs of odd steps exchanged: their signs lie
+so. A code's three magnitude
 bits at the bottom of bf16's exponent are worth e2m1 * 2^-126, subnormals included, so multiplying by the scale finishes the conversion. e2m1 times an
 e4m3 or e8m0 scale is exact in bf16: nothing is rounded here.
 
@@ -17,7 +18,7 @@ def _assembly(scale_byte: int, nvfp4: bool, words_for: str, exchanged: bool) -> 
     """PTX for the four words of a thread.
 
     Operands: $0-$15 results (step s, half p, row half h at 4 s + 2 p + h), $16-$19 words, $20 the scale word (repeated in $21-$23), and for MXFP4 $24
-    the bias to add (repeated in $25-$27). `scale_byte` is 0 or 2: where this tile's two bytes are in the scale word.
+    the bias to add (repeated in $25-$27). `scale_byte` is 0 or 2: where this tile's two bytes are in the scale word. `exchanged`: see `dequantize`.
     """
     lines = ["{", ".reg .b32 t, u, v, d0, d1, zero, bias;", "mov.b32 zero, 0;"]
     lines.append("mov.b32 bias, 0x70007000;" if nvfp4 else "mov.b32 bias, $24;")
@@ -141,7 +142,8 @@ def load_scales(stage, NVFP4: gl.constexpr):
 def dequantize(words, scales, bias, OPERAND: gl.constexpr, ODD: gl.constexpr, NVFP4: gl.constexpr, WORDS_FOR: gl.constexpr, EXCHANGED: gl.constexpr = False):
     """words, scales int32 [4 w, 32] of w warps to bf16 [16 w, 64], or [w, 16, 64] where `OPERAND` has three dimensions; columns in fragment order.
 
-    ODD: whether the tile is the second one that `scales` serves. bias: int32 [4 w, 32], MXFP4 only (`exponent_bias`).
+    ODD: whether the tile is the second one that `scales` serves. bias: int32 [4 w, 32], MXFP4 only (`exponent_bias`). EXCHANGED: of words for fp8,
+    the two columns of a pair of an odd step are exchanged, as in x then.
     """
     WARPS: gl.constexpr = words.shape[0] // 4
     SHAPE: gl.constexpr = (16 * WARPS, 64) if len(OPERAND.parent.warps_per_cta) == 2 else (WARPS, 16, 64)
