@@ -19,8 +19,9 @@ from halfbyte.weights.hopper.dequant_bf16 import _assembly
 
 
 def kernel_weights(
-    matrix: layout.HopperMatrix, format: hb.BlockFormat, words_for: layout.WordsFor, expert: int, spoil: tuple[str, str] = ("", ""), exchanged: bool = False
-) -> torch.Tensor:
+    matrix: layout.HopperMatrix, format: hb.BlockFormat, words_for: layout.WordsFor, expert: int, spoil: tuple[str, str] = ("", ""), *,
+    exchanged: bool = False,
+) -> torch.Tensor:  # fmt: skip
     """Decode an expert as the kernel does: fp64 [N, K] in tile row order, columns in natural order, times the multipliers.
 
     `exchanged`: the kernel decodes for an x whose pairs of odd steps are exchanged.

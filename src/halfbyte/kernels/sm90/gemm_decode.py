@@ -84,7 +84,7 @@ def _sum_layout(slices: int) -> gl.DistributedLinearLayout:
 
 @gluon.jit
 def _load_x(source, step, STEPS: gl.constexpr, K_MASK: gl.constexpr, MMA: gl.constexpr, SPEC: gl.constexpr):
-    """Block `step` of 64 columns of each slice as B operands [warps, 64, 8], columns in fragment order like the weights': no data moves between threads.
+    """Block `step` of 64 columns of each slice as B operands [warps, 64, 8], in fragment order like the weights: no data moves between threads.
 
     source: the rows in shared memory; or [warps, ROWS, 64] pointers of block 0, masks and columns.
     """

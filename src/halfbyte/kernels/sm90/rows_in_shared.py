@@ -40,9 +40,7 @@ def _read_layout(slices: int, rows: int) -> gl.DistributedLinearLayout:
     bits += [[0, 0, 1 << bit, 0, 0, 0] for bit in range((8 // rows).bit_length() - 1)]
     warps = [[0, 1, 0, 0, 0, 0], [0, 2, 0, 0, 0, 0]] + [[1 << bit, 0, 0, 0, 0, 0] for bit in range(slices.bit_length() - 1)]
     registers = [[0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 2], [0, 0, 0, 0, 0, 4], [0, 0, 0, 1, 0, 0]]
-    return gl.DistributedLinearLayout(
-        registers, [[0, 0, 0, 0, 0, 8], [0, 0, 0, 0, 0, 16], *bits], warps, [], [slices, 4, 8 // rows, 2, rows, 32]
-    )
+    return gl.DistributedLinearLayout(registers, [[0, 0, 0, 0, 0, 8], [0, 0, 0, 0, 0, 16], *bits], warps, [], [slices, 4, 8 // rows, 2, rows, 32])
 
 
 @gluon.jit

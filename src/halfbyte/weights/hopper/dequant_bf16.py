@@ -139,7 +139,9 @@ def load_scales(stage, NVFP4: gl.constexpr):
 
 
 @gluon.jit
-def dequantize(words, scales, bias, OPERAND: gl.constexpr, ODD: gl.constexpr, NVFP4: gl.constexpr, WORDS_FOR: gl.constexpr, EXCHANGED: gl.constexpr = False):
+def dequantize(
+    words, scales, bias, OPERAND: gl.constexpr, ODD: gl.constexpr, NVFP4: gl.constexpr, WORDS_FOR: gl.constexpr, EXCHANGED: gl.constexpr = False
+):
     """words, scales int32 [4 w, 32] of w warps to bf16 [16 w, 64], or [w, 16, 64] where `OPERAND` has three dimensions; columns in fragment order.
 
     ODD: whether the tile is the second one that `scales` serves. bias: int32 [4 w, 32], MXFP4 only (`exponent_bias`). EXCHANGED: of words for fp8,
