@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 import sys
 from pathlib import Path
 
@@ -99,9 +100,11 @@ def test_linear_layers_and_resuming(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_read_texts(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
-    records = [{"text": "one", "id": 3}, {"prompt": "a", "completion": "b"}, {"messages": [{"role": "user", "content": "hello"}]}]
-    file.write_text("\n".join(map(json.dumps, records)) + "\n\n")
-    assert read_texts(file) == ["one", "a\nb", "hello"]
+    records = [{"text": "one", "id": 3}, {"prompt": "a", "completion": "b"}, {"messages": [{"role": "user", "content": "hel\u2028lo"}]}]
+    file.write_text("\n".join(json.dumps(record, ensure_ascii=False) for record in records) + "\n\n")
+    assert read_texts(file) == ["one", "a\nb", "hel\u2028lo"]
+    (tmp_path / "a.jsonl.xz").write_bytes(lzma.compress(file.read_bytes()))
+    assert read_texts(tmp_path / "a.jsonl.xz") == read_texts(file)
     for content, message in (
         ("", "has no text"),
         ('{"text": "a"}\n{', r"a.jsonl:2: not a JSON line"),

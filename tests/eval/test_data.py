@@ -58,6 +58,20 @@ def test_answers_in_the_layout_of_gsm8k(tmp_path):
     assert first.solution.startswith("6*7=")
 
 
+@pytest.mark.parametrize(("answer", "meant"), [(1e-7, "0.0000001"), (-2.5e20, "-250000000000000000000"), (0.1, "0.1"), (-3, "-3")])
+def test_a_number_is_itself_however_it_is_written(tmp_path, answer, meant):
+    file = tmp_path / "questions.jsonl"
+    file.write_text(json.dumps({"question": "?", "answer": answer}))
+    assert load_questions(file)[0].answer == extract_answer(f"#### {meant}")
+
+
+def test_a_line_ends_where_json_says(tmp_path):
+    file = tmp_path / "questions.jsonl"
+    texts = [f"1{end}2?" for end in ("\u2028", "\u0085", "\x7f")]
+    file.write_bytes("\r\n".join(json.dumps({"question": text, "answer": 3}, ensure_ascii=False) for text in texts).encode())
+    assert [question.text for question in load_questions(file)] == texts
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 
 import halfbyte
-from halfbyte.checkpoint.json_files import parse_object, read_text
+from halfbyte.checkpoint.json_files import json_lines, parse_object, read_text
 from halfbyte.checkpoint.typed_json import typed
 from halfbyte.checkpoint.writer import write_error
 from halfbyte.errors import InputError, printable, reason_of
@@ -152,7 +152,7 @@ def read(file: Path) -> list[Record]:
         InputError: no such file, no text, or a line that no benchmark wrote.
     """
     try:
-        lines = read_text(file).split("\n")
+        lines = json_lines(read_text(file))
     except FileNotFoundError as error:
         raise InputError("no such results file", given=file) from error
     except (OSError, ValueError) as error:

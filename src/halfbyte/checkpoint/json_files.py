@@ -101,6 +101,11 @@ def parse_object(raw: bytes) -> dict[str, Any]:
     return content
 
 
+def json_lines(text: str) -> list[str]:
+    """The lines of a JSONL file. Within strings JSON allows what else Python takes for the end of a line, U+2028 for instance."""
+    return text.split("\n")
+
+
 def text_of(file: Path) -> str:
     """What a text file says; "" where there is none that can be read."""
     try:

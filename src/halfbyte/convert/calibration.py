@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from halfbyte.checkpoint.json_files import parse_object, read_json, read_text
+from halfbyte.checkpoint.json_files import json_lines, parse_object, read_json, read_text
 from halfbyte.convert.plan import Matrix
 from halfbyte.device import model_dtype
 from halfbyte.errors import CheckpointError, UnsupportedError, foreign
@@ -96,7 +96,7 @@ def calibrate(
 
 
 def read_texts(file: Path) -> list[str]:
-    """The texts of a JSONL file (one a line), or a text file as one.
+    """The texts of a JSONL file (one a line), or a text file as one; either may be compressed (.xz).
 
     Raises:
         CheckpointError: unreadable, empty, or a line without text.
@@ -105,10 +105,10 @@ def read_texts(file: Path) -> list[str]:
         content = read_text(file)
     except (OSError, ValueError) as error:
         raise CheckpointError("cannot read the calibration file", where=str(file), given=error) from error
-    if file.suffix != ".jsonl":
+    if not file.name.removesuffix(".xz").endswith(".jsonl"):
         texts = [content]
     else:
-        texts = [_text_of(line, f"{file}:{number}") for number, line in enumerate(content.splitlines(), 1) if line.strip()]
+        texts = [_text_of(line, f"{file}:{number}") for number, line in enumerate(json_lines(content), 1) if line.strip()]
     if not any(text.strip() for text in texts):
         raise CheckpointError("the calibration file has no text", where=str(file))
     return texts

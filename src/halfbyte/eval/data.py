@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 
-from halfbyte.checkpoint.json_files import parse_object, read_text
+from halfbyte.checkpoint.json_files import json_lines, parse_object, read_text
 from halfbyte.errors import InputError
 
 DOCUMENT_SEPARATOR = "\n\x1e\n"
@@ -64,7 +65,7 @@ def load_questions(file: Path, *, limit: int | None = None) -> list[Question]:
     """
     questions: list[Question] = []
     taken: Counter[str] = Counter()
-    for number, line in enumerate(_read(file).splitlines(), start=1):
+    for number, line in enumerate(json_lines(_read(file)), start=1):
         if not line.strip():
             continue
         question = _parse_question(line, where=f"{file}:{number}")
@@ -100,6 +101,10 @@ def _read(file: Path) -> str:
         raise InputError(f"cannot read the file: {error}", where=str(file), needed="UTF-8 text, or the same compressed as .xz") from error
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _parse_question(line: str, where: str) -> Question:
     try:
         record = parse_object(line.encode())
@@ -108,7 +113,7 @@ def _parse_question(line: str, where: str) -> Question:
     if not {"question", "answer"} <= record.keys():
         raise InputError("not a question", where=where, needed="an object with `question` and `answer`")
     answer_text = str(record["answer"])
-    answer = extract_answer(answer_text)
+    answer = Decimal(answer_text) if _is_number(record["answer"]) else extract_answer(answer_text)
     if answer is None:
         raise InputError("the answer holds no number", where=where, given=repr(answer_text[:80]))
     solution = str(record.get("solution", answer_text))
