@@ -29,6 +29,19 @@ def test_report_as_json_and_as_text(source: str, tmp_path: Path, capsys: pytest.
     assert len(list((tmp_path / "b").glob("model-*.safetensors"))) > 2
 
 
+def test_what_files_call_things_drives_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
+    files = cf.dense()
+    files.tensors = {name.replace("model.", "mo\x1b[2Jdel."): tensor for name, tensor in files.tensors.items()}
+    source = files.write(tmp_path / "in\x1b[2J")
+    (source / "no\x1b[2Jtes").symlink_to(tmp_path)
+    (source / "out\x1b[2J.json").symlink_to(Path(hb.__file__))
+    for command in ("quantize", "inspect", "prepare"):
+        assert main([command, str(source), *([str(tmp_path / "a")] if command == "quantize" else [])]) == 0
+    printed = capsys.readouterr()
+    assert "mo\\x1b[2Jdel.layers.1.mlp.experts." in printed.out and "\x1b" not in printed.out + printed.err
+    assert "out\\x1b[2J.json is a link" in caplog.text and "\x1b" not in caplog.text
+
+
 def test_dry_run(source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["quantize", source, str(tmp_path / "a"), "--dry-run"]) == 0
     assert "would become" in capsys.readouterr().out and not (tmp_path / "a").exists()

@@ -14,7 +14,7 @@ from halfbyte.checkpoint.defects import describe_missing, describe_scatter
 from halfbyte.checkpoint.layer_tensors import LayerTensors
 from halfbyte.checkpoint.projections import DOWN, GATE, UP, Projection
 from halfbyte.checkpoint.source import Checkpoint
-from halfbyte.errors import InputError
+from halfbyte.errors import InputError, printable
 from halfbyte.experts import ExpertWeights
 from halfbyte.formats import QuantTensor
 
@@ -153,5 +153,5 @@ class ExpertReader:
         scales = self._tensors.input_scales()
         assert scales is not None
         for message in (*describe_missing(self._tensors.missing_input_scales()), *describe_scatter(scales, self._tensors.projections)):
-            _log.warning("%s, layer %d: %s", self._tensors.checkpoint.path, self._layer, message)
+            _log.warning("%s, layer %d: %s", self._tensors.checkpoint.path, self._layer, printable(message))
         return scales

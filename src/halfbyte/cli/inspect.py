@@ -116,7 +116,7 @@ def _render(report: dict[str, Any]) -> str:
     behind = f" (and {format_range(moe['predicting_layers'])}, which predict further tokens)" if moe["predicting_layers"] else ""
     stored = printable(quantization["kind"]) + (f" {quantization['format'].upper()}" if quantization["format"] else "")
     lines = [
-        report["model"],
+        printable(report["model"]),
         f"  {printable(moe['family'])}, {stored}",
         f"  {moe['num_layers']} layers, MoE in {format_range(moe['moe_layers'])}{behind}; {moe['num_experts']} experts, {routed}; "
         f"hidden {moe['hidden']}, expert intermediate {moe['intermediate']}, {computed}",

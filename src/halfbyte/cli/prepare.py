@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.cli.parser import path
+from halfbyte.errors import printable
 
 if TYPE_CHECKING:
     from halfbyte.checkpoint import Checkpoint
@@ -175,4 +176,6 @@ def _render(report: dict[str, Any]) -> str:
     if "compiled" in report:
         lines.append(f"  compiled for {', '.join(report['compiled']['activations'])} activations in {report['compiled']['seconds']:.1f} s")
     written = sum(row["written"] for row in rows)
-    return "\n".join([*lines, f"{written} written, {len(rows) - written} kept, {report['bytes'] / 1e9:.2f} GB, {report['seconds']:.1f} s"])
+    return "\n".join(
+        [*map(printable, lines), f"{written} written, {len(rows) - written} kept, {report['bytes'] / 1e9:.2f} GB, {report['seconds']:.1f} s"]
+    )

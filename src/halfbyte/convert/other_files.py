@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from halfbyte.checkpoint.json_files import READABLE
-from halfbyte.errors import CheckpointError
+from halfbyte.errors import CheckpointError, printable
 
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
 _REPLACED_FILES = ("config.json", "hf_quant_config.json", "README.md")
@@ -33,9 +33,9 @@ def other_files(path: Path) -> Iterator[tuple[Path, str]]:
         if not file.is_file() or file.name.endswith(_WEIGHT_FILES) or _OF_OTHER_WEIGHTS.search(relative) or relative in _REPLACED_FILES:
             continue
         if not any(file.resolve().is_relative_to(root) for root in roots):
-            _log.warning("%s is a link that leads out of the model directory: it is not copied", file)
+            _log.warning("%s is a link that leads out of the model directory: it is not copied", printable(str(file)))
         elif file.stat().st_size > _MOST_BYTES:
-            _log.warning("%s has over %d bytes: it is not copied", file, _MOST_BYTES)
+            _log.warning("%s has over %d bytes: it is not copied", printable(str(file)), _MOST_BYTES)
         else:
             yield file, relative
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from halfbyte.errors import printable
 from halfbyte.formats import QuantTensor
 
 _ROWS_AT_A_TIME = 1 << 20  # elements, so that the difference below never exists whole
@@ -120,7 +121,7 @@ class QuantizeReport:
         if self.calibration_tokens is not None:
             lines.append(f"input scales from {self.calibration_tokens} tokens")
         lines += [f"never routed to in {experts}: experts {', '.join(map(str, ids))}" for experts, ids in self.never_routed.items()]
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
 
 def decibels(value: float | None) -> str:

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from halfbyte.arguments import dtype_name
-from halfbyte.errors import CheckpointError
+from halfbyte.errors import CheckpointError, printable
 from halfbyte.eval.data import Question, is_correct, kinds_of
 from halfbyte.eval.generation import generate_answers
 from halfbyte.eval.metrics import Passage, answer_passage, score_passages
@@ -64,7 +64,7 @@ class EvalReport:
         if self.kl is not None:
             lines.append(f"KL(reference || model) {self.kl:.5f} nats per token")
         lines.append(f"computed in {self.dtype}")
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
 
 def evaluate(
