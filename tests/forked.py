@@ -108,11 +108,16 @@ def _hasten_interpreter() -> None:
             constants[key] = constant
         return promoted, constant
 
-    unwrap_any = core._unwrap_if_constexpr
+    unwrap_any, patch_any = core._unwrap_if_constexpr, interpreter._patch_attr
+    unwrapped = {core.tensor, core.dtype, core.block_type, core.pointer_type, int, float, bool, str, type(None)}
 
     def unwrap(value: Any) -> Any:
-        return value if isinstance(value, core.tensor) else value.value if isinstance(value, core.constexpr) else unwrap_any(value)
+        return value if type(value) in unwrapped else value.value if type(value) is core.constexpr else unwrap_any(value)
 
+    def patch(owner: Any, name: str, member: Any, *scope: Any) -> None:
+        patch_any(owner, name, getattr(member, "__wrapped__", member), *scope)  # around some is a check that there is an interpreter
+
+    interpreter._patch_attr = patch
     core._unwrap_if_constexpr = unwrap
     interpreter.TensorHandle.__post_init__ = lambda handle: None
 
