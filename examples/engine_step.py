@@ -17,23 +17,21 @@ BATCH_SIZES = (1, 4)
 
 def main(model: str = "demo-NVFP4") -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    layers = dict(hb.iter_prepared(model, device=device))
-    routers = {layer: hb.load_router(model, layer, device) for layer in layers}
-    rule = routers[min(layers)].rule
-    hb.warm_up(layers.values(), top_k=rule.top_k, max_tokens=max(BATCH_SIZES))  # before graphs are captured: nothing compiles later
+    layers = [hb.MoE(hb.load_router(model, number, device), experts) for number, experts in hb.iter_prepared(model, device=device)]
+    for layer in layers:
+        layer.warm_up(max_tokens=max(BATCH_SIZES))  # before graphs are captured: nothing compiles later, and nothing twice
 
     # The layers run one after another, so one buffer serves them all.
-    nbytes = max(hb.workspace_nbytes(experts, max(BATCH_SIZES), rule.top_k) for experts in layers.values())
+    nbytes = max(hb.workspace_nbytes(layer.experts, max(BATCH_SIZES), layer.top_k) for layer in layers)
     workspace = hb.Workspace(torch.empty(nbytes, dtype=torch.uint8, device=device))
 
     def step(hidden: torch.Tensor) -> torch.Tensor:
-        for layer, experts in layers.items():
-            logits = hidden.float() @ routers[layer].weight.float().T
-            ids, weights = hb.route(logits, rule.top_k, method=rule.method)
-            hidden = hidden + hb.fused_moe(hidden, experts, ids, weights, workspace=workspace)
+        for layer in layers:
+            ids, weights = layer.route(hidden)  # as the model's family does it
+            hidden = hidden + hb.fused_moe(hidden, layer.experts, ids, weights, workspace=workspace)
         return hidden
 
-    width = layers[min(layers)].hidden
+    width = layers[0].experts.hidden
     for batch in BATCH_SIZES:
         tokens = torch.randn(batch, width, device=device, dtype=torch.bfloat16)
         run = captured(step, tokens) if device == "cuda" else step

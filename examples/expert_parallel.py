@@ -22,16 +22,16 @@ def main(model: str = "demo", layer: int = 0) -> None:
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpus else torch.device("cpu")
 
     router = hb.load_router(model, layer, device)
-    ep = hb.ExpertParallel(None, num_experts=router.weight.shape[0])  # one object for all layers of a kind
+    ep = hb.ExpertParallel(None, num_experts=len(router.weight))  # one object for all layers of a kind
     experts = hb.load_prepared(model, layer, device=device, experts=ep.local_range)  # only those of this rank are read
+    moe = hb.MoE(router, experts, parallel=ep)
 
     torch.manual_seed(ep.rank)
     num_tokens = 5 + 3 * ep.rank  # every rank may have another number
     hidden = torch.randn(num_tokens, experts.hidden, dtype=torch.bfloat16).to(device)
-    ids, weights = hb.route(hidden.float() @ router.weight.float().T, router.rule.top_k, method=router.rule.method)
-    result = ep.forward(hidden, experts, ids, weights)
+    result = moe(hidden)
 
-    whole = hb.fused_moe(hidden, hb.load_prepared(model, layer, device=device), ids, weights)
+    whole = hb.fused_moe(hidden, hb.load_prepared(model, layer, device=device), *moe.route(hidden))
     error = (result.float() - whole.float()).norm() / whole.float().norm()
     print(f"rank {ep.rank} of {ep.num_ranks}: {experts.num_experts} experts, {num_tokens} tokens, {error:.1e} from the whole layer")
     assert error < 5e-3
