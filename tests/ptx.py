@@ -84,14 +84,22 @@ def _compute(operation: str, v: list[np.ndarray]) -> np.ndarray:
     if kind in ("bf16x2", "f16x2"):
         low = _float(operation, kind[:-2], [x & np.uint32(0xFFFF) for x in v])
         return low | _float(operation, kind[:-2], [x >> np.uint32(16) for x in v]) << np.uint32(16)
-    if operation == "max.s16x2":
-        return np.maximum(*(x.copy().view(np.int16) for x in np.broadcast_arrays(*map(np.atleast_1d, v)))).view(np.uint32)
+    if operation in ("max.s16x2", "max.u16x2"):
+        halves = np.int16 if operation == "max.s16x2" else np.uint16
+        return np.maximum(*(x.copy().view(halves) for x in np.broadcast_arrays(*map(np.atleast_1d, v)))).view(np.uint32)
     if operation == "cvt.f32.f16":
         return _bits(_to_double(v[0], "f16"), "f32")
     if operation == "rcp.approx.ftz.f32":
         return _bits(1.0 / _to_double(v[0], "f32"), "f32")
     if operation == "cvt.rz.bf16x2.f32":  # the first operand is the upper half
         return (v[0] & np.uint32(0xFFFF0000)) | v[1] >> np.uint32(16)
+    if operation == "cvt.rn.bf16x2.f32":
+        high, low = (_bits(_to_double(x, "f32"), "bf16") for x in v)
+        return high << np.uint32(16) | low
+    if operation == "cvt.rn.satfinite.e4m3x2.f32":
+        return _e4m3(v[0]) << np.uint32(8) | _e4m3(v[1])
+    if operation == "cvt.rn.f16x2.e4m3x2":
+        return _f16_of_e4m3(v[0] >> np.uint32(8)) << np.uint32(16) | _f16_of_e4m3(v[0])
     if kind == "f32" and name != "mov":
         return _float(operation, "f32", v)
     integer = {
@@ -165,6 +173,21 @@ def _add_to_odd(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     inexact = np.isfinite(total) & (error != 0)
     even = total.view(np.int64) & 1 == 0
     return np.where(inexact & even, np.nextafter(total, np.where(error > 0, np.inf, -np.inf)), total)
+
+
+def _e4m3(bits: np.ndarray) -> np.ndarray:
+    """The code of an fp32, to nearest even and at most 448; NaN is positive."""
+    x = _to_double(bits, "f32")
+    magnitude = np.minimum(np.abs(np.where(np.isnan(x), 0, x)), 448)
+    exponent = np.where(magnitude < 2.0**-6, -6, np.frexp(magnitude)[1] - 1)
+    code = (exponent + 6) * 8 + np.rint(magnitude * 2.0 ** (3 - exponent)).astype(np.int64)  # rounded up to a power of two, it carries
+    return np.where(np.isnan(x), 0x7F, code | np.signbit(x) * 0x80).astype(np.uint32)
+
+
+def _f16_of_e4m3(byte: np.ndarray) -> np.ndarray:
+    magnitude = ((byte & np.uint32(0x7F)) << np.uint32(7)).astype(np.uint16).view(np.float16).astype(np.float64) * 2.0**8
+    magnitude = np.where(byte & np.uint32(0x7F) == 0x7F, np.nan, magnitude)
+    return np.where(np.isnan(magnitude), np.uint32(0x7FFF), _bits(magnitude, "f16") | (byte & np.uint32(0x80)) << np.uint32(8))
 
 
 def _to_double(bits: np.ndarray, kind: str) -> np.ndarray:

@@ -25,6 +25,11 @@ def compute(asm: str, *inputs: int) -> int:
         ("max.s32 $0, $1, 0;", (0xFFFFFFFF,), 0),
         ("max.s32 $0, $1, $2;", (0x7FFFFFFF, 0x80000000), 0x7FFFFFFF),
         ("max.s16x2 $0, $1, $2;", (0xFFFF0003, 0x00020004), 0x00020004),
+        ("max.u16x2 $0, $1, $2;", (0xFFFF0003, 0x00020004), 0xFFFF0004),
+        ("cvt.rn.bf16x2.f32 $0, $1, $2;", (0x3F808000, 0x3F818000), 0x3F803F82),  # two ties: to even
+        ("cvt.rn.satfinite.e4m3x2.f32 $0, $1, $2;", (0x44000000, 0xBF880000), 0x7EB8),  # 512 saturates; -1.0625 is a tie: to even
+        ("cvt.rn.satfinite.e4m3x2.f32 $0, $1, $2;", (0x3A800001, 0xFFC00000), 0x017F),  # just above half the smallest subnormal, and NaN
+        ("cvt.rn.f16x2.e4m3x2 $0, $1;", (0xFE01,), 0xDF001800),  # -448 and 2^-9
         ("sub.s32 $0, $1, $2;", (1, 3), 0xFFFFFFFE),
         ("mul.lo.u32 $0, $1, 0x00800080;", (0x0101,), 0x80808080),
         ("shf.r.wrap.b32 $0, $1, $2, 8;", (0x33221100, 0x77665544), 0x44332211),

@@ -1,18 +1,18 @@
-"""Rows of x in the shared memory of the direct kernel's programs, on a GPU: the bits of the same kernel without them, and what they are worth."""
+"""Rows of x in the shared memory of the direct kernel's programs: their rounding; on a GPU the bits of the same kernel without them, and the layer."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
-from devices import hopper
+from devices import on_hopper
 from helpers import assert_close_rel, assert_equal_bits
 from hopper_layers import ACTIVATIONS, make_experts, make_tokens
+from ptx import run
 
 import halfbyte as hb
 from halfbyte.formats.activation_formats import ActivationFormat
 from halfbyte.kernels.reference.fused_moe import run as reference
-
-pytestmark = hopper
 
 # A code of h moves by a whole step where fp32 sums in another order fall on the other side of a rounding boundary.
 LIMITS = {"bf16": {}, "fp8": {"token": 3e-2, "overall": 1e-2}}
@@ -38,6 +38,31 @@ def both(
     return results[0]
 
 
+def test_the_assembly_rounds_through_e4m3() -> None:
+    pytest.importorskip("triton")
+    from halfbyte.kernels.sm90.rows_in_shared import _ROUND
+
+    bf16 = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    x = torch.cat([bf16.float(), torch.randn(1 << 12) * 100]).clamp(-448, 448)  # clamp leaves NaN
+    low, high = x.numpy(), x.roll(1).numpy()
+    found = torch.from_numpy(run(_ROUND.value, ["r"], [low, high])[0]).view(torch.bfloat16).view(-1, 2)
+    rounded = x.to(torch.float8_e4m3fn).bfloat16()
+    assert torch.equal(found[:, 0].nan_to_num(1e9), rounded.nan_to_num(1e9))
+    assert torch.equal(found[:, 1].nan_to_num(1e9), rounded.roll(1).nan_to_num(1e9))
+
+
+def test_the_assembly_keeps_the_larger_magnitudes_and_nan() -> None:
+    pytest.importorskip("triton")
+    from halfbyte.kernels.sm90.rows_in_shared import _LARGER_MAGNITUDE
+
+    x, so_far = torch.randn(4096).bfloat16(), torch.randn(4096).bfloat16().abs()
+    x[7], x[8] = torch.nan, -torch.inf
+    found = run(_LARGER_MAGNITUDE.value, ["r"], [x.view(torch.int32).numpy(), so_far.view(torch.int32).numpy()])[0]
+    expected = np.maximum(x.abs().view(torch.int16).numpy(), so_far.view(torch.int16).numpy())
+    assert np.array_equal(found.view(np.int16), expected) and np.isnan(torch.from_numpy(found).view(torch.bfloat16).float().numpy()[7])
+
+
+@on_hopper
 @pytest.mark.parametrize(("activations", "layout"), [("fp8", "hopper_fp8"), ("fp8", "hopper"), ("bf16", "hopper"), ("bf16", "hopper_fp8")])
 @pytest.mark.parametrize(
     ("format", "hidden", "intermediate"), [(hb.NVFP4, 320, 2688), (hb.MXFP4, 2880, 2880), (hb.NVFP4, 1088, 1152), (hb.MXFP4, 256, 96)], ids=str
@@ -52,6 +77,7 @@ def test_bits_are_those_of_rows_that_an_earlier_launch_rounds(
         assert_close_rel(out, reference(x, w, ids, weights, activations=activations), **LIMITS[activations])
 
 
+@on_hopper
 @pytest.mark.parametrize("activations", ["fp8", "bf16"])
 def test_odd_routings(activations: ActivationFormat) -> None:
     w = make_experts(9, 256, 128, hb.NVFP4)
@@ -63,6 +89,7 @@ def test_odd_routings(activations: ActivationFormat) -> None:
         assert_close_rel(out, reference(x, w, routing, weights, activations=activations, expert_offset=offset), **LIMITS[activations])
 
 
+@on_hopper
 def test_rows_of_any_magnitude_and_rows_that_are_not_finite() -> None:
     w = make_experts(5, 320, 128, hb.MXFP4)
     x, ids, weights = make_tokens(8, 320, 5, 2)
