@@ -1,4 +1,4 @@
-"""Rows of x in the shared memory of the direct kernel's programs: their rounding; on a GPU the bits of the same kernel without them, and the layer."""
+"""Rows of x in the shared memory of the direct kernel: their rounding; on a GPU the bits of the same kernel without them, and the layer."""
 
 from __future__ import annotations
 
