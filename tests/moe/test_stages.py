@@ -12,6 +12,7 @@ from helpers import assert_close_rel, assert_equal_bits
 import halfbyte as hb
 from halfbyte.errors import InputError, UnsupportedError
 from halfbyte.experts import ExpertMap, ExpertWeights
+from halfbyte.formats.activation_formats import ActivationFormat, round_trip
 from halfbyte.kernels.reference.activation import activate
 from halfbyte.moe import combine, expert_rows, sort
 
@@ -40,16 +41,17 @@ def arrived(hidden: torch.Tensor, format: str) -> hb.QuantTensor | hb.Fp8Tensor:
     return hb.quantize(hidden, hb.NVFP4 if format == "nvfp4" else hb.MXFP4)
 
 
-def row_of(w: ExpertWeights, x: torch.Tensor, expert: int) -> torch.Tensor:
-    """One token through one expert, float64; h rounded to bf16 as the layer does."""
+def row_of(w: ExpertWeights, x: torch.Tensor, expert: int, activations: ActivationFormat = "bf16") -> torch.Tensor:
+    """One token through one expert, float64; h rounded to bf16 and then to `activations`, as the layer does."""
     gate_up = w.w13.dequantize()[expert].double() @ x.double()
-    return w.w2.dequantize()[expert].double() @ activate(gate_up, w.activation).bfloat16().double()
+    h = round_trip(activate(gate_up, w.activation).bfloat16()[None], activations)[0]
+    return w.w2.dequantize()[expert].double() @ h.double()
 
 
-def naive(w: ExpertWeights, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def naive(w: ExpertWeights, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, activations: ActivationFormat = "bf16") -> torch.Tensor:
     out = torch.zeros(hidden.shape, dtype=torch.float64)
     for t, j in ((ids >= 0) & (ids < w.num_experts)).nonzero().tolist():
-        out[t] += weights[t, j].double() * row_of(w, hidden[t], int(ids[t, j]))
+        out[t] += weights[t, j].double() * row_of(w, hidden[t], int(ids[t, j]), activations)
     return out.float()
 
 
@@ -95,6 +97,17 @@ def test_hidden_states_that_arrive_quantised_are_taken_as_they_are(format: str, 
     assert_equal_bits(combine(expert_rows(x, slots, prepared), slots, weights), out)
     invariant = hb.fused_moe(x, prepared, ids, weights, batch_invariant=True)
     assert_close_rel(invariant, expected)
+
+
+@pytest.mark.parametrize("activations", ["fp8", "mxfp8", "nvfp4"])
+def test_hidden_states_that_arrive_quantised_are_not_rounded_again(activations: ActivationFormat) -> None:
+    """`activations` says what becomes of h alone."""
+    w, (hidden, ids, weights) = make_layer(), make_call()
+    prepared = hb.prepare(w)
+    for format in ARRIVALS:
+        x = arrived(hidden, format)
+        expected = naive(w, x.dequantize(torch.float32), ids, weights, activations)
+        assert_close_rel(hb.fused_moe(x, prepared, ids, weights, activations=activations), expected)
 
 
 def test_quantised_before_or_inside_the_layer_is_the_same_first_product() -> None:
