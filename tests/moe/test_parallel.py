@@ -143,6 +143,20 @@ def check_auto(rank: int, w: ExpertWeights, sizes: list[int]) -> None:
             assert_equal_bits(*(ep.forward(hidden, experts, *routing, activations=activations) for ep in (auto, plain)))
 
 
+def check_sums_in_fp8(rank: int, world: int) -> None:
+    """Other ranks' rows are what `quantize_fp8` makes of them, bit by bit; a rank's own are not rounded."""
+    ep = ExpertParallel(None, EXPERTS, combine_dtype="fp8")
+    for sizes in TOKENS[world]:
+        sent = ep.dispatch(*make_tokens(sizes, torch.bfloat16)[rank])
+        random = torch.Generator().manual_seed(sum(sizes))
+        partials = [torch.randn(sum(sizes), HIDDEN, generator=random).bfloat16() for _ in range(world)]
+        expected = torch.zeros(sizes[rank], HIDDEN)
+        for other, partial in enumerate(partials):
+            own = partial[sum(sizes[:rank]) : sum(sizes[: rank + 1])]
+            expected += own.float() if other == rank else hb.quantize_fp8(own).dequantize()
+        assert_equal_bits(ep.combine(partials[rank], sent), expected.bfloat16())
+
+
 def check_capacity(rank: int, world: int) -> None:
     """Rows beyond num_tokens hold no token: whatever is in them, the others are as without them."""
     w, rows = make_layer(), 6
@@ -237,6 +251,7 @@ def check_module(rank: int, world: int) -> None:
 def check_layer(rank: int, world: int) -> None:
     check_splits(rank, world)
     check_payloads(rank, world)
+    check_sums_in_fp8(rank, world)
     check_capacity(rank, world)
     check_arrivals(rank, world)
     check_errors(rank, world)
