@@ -75,7 +75,7 @@ def test_nothing_timed_is_exit_3(quick, capsys):
         (["--layout", "4x4"], "unknown layout '4x4'; choose from linear, 128x4, 8x4"),
         (["--systems", "cutlass"], "unknown system 'cutlass'; choose from halfbyte, naive, scan, search"),
         (["--rows", "0"], "'0' is not an integer of at least 1"),
-        (["--experts", "-1"], "'-1' is not an integer of at least 0"),
+        (["--experts", "-1"], "'-1' is not a number of experts from 0 to 65536"),
         (["--format", "int4"], "unknown format"),
         (["--width", "72", "--device", "cpu"], "72 does not divide into NVFP4 blocks of 16"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import importlib
 import io
@@ -143,7 +144,8 @@ def _import_what_swallows_interrupts() -> None:
     signal.signal(signal.SIGINT, end)
     try:
         for name in ("numpy", "torch"):
-            importlib.import_module(name)
+            with contextlib.suppress(ImportError, OSError):  # a command that needs it will say so, and `doctor` what else there is
+                importlib.import_module(name)
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
