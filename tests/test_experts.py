@@ -83,6 +83,13 @@ def test_numbers_that_are_none_are_refused_when_asked(value: float) -> None:
         hb.quantize(x, hb.NVFP4, check=True)
 
 
+def test_a_slice_of_a_slice_knows_its_place_in_the_layer() -> None:
+    w = make_experts(6, 64, 32, hb.NVFP4)
+    inner = w[1:5][2:4]
+    assert (inner.first_expert, inner.num_experts, inner.num_global_experts) == (3, 2, 6)
+    assert inner == w[3:5] and inner.w2.codes.data_ptr() == w.w2.codes[3].data_ptr()
+
+
 def test_a_slice_counts_from_its_first_expert() -> None:
     assert ExpertMap(4).is_slice and ExpertMap(4).local(torch.tensor([[3, 4, 6, -1]])).tolist() == [[-1, 0, 2, -5]]
 

@@ -88,6 +88,13 @@ def test_the_order_of_the_tables() -> None:
     assert chosen() == HUGE and "from this process" in found().tables
 
 
+def test_races_of_another_gpu_are_those_of_the_package_alone() -> None:
+    """What a user or this process has raced on a second GPU says nothing of the first."""
+    user(HUGE, H100)
+    tuned.take([table(MEDIUM, H100)])
+    assert chosen() == TINY and chosen(H100) == MEDIUM
+
+
 def test_other_buckets_and_other_ops_keep_to_the_rule() -> None:
     user(SMALL)
     problem, choice = layer().problem, found()
