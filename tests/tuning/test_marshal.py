@@ -4,23 +4,13 @@ from __future__ import annotations
 
 from contextlib import closing
 from functools import partial
-from types import SimpleNamespace
 
-import pytest
-from forked import context
 from tracks import Track
 
-from halfbyte.tuning import marshal
 from halfbyte.tuning.marshal import Marshal
 
 
-@pytest.fixture
-def forked_races(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes start in no time; the last test starts one as users do."""
-    monkeypatch.setattr(marshal, "multiprocessing", SimpleNamespace(get_context=lambda method: context))
-
-
-def test_what_hangs_dies_or_is_wrong_is_excluded_and_named(forked_races) -> None:
+def test_what_hangs_dies_or_is_wrong_is_excluded_and_named() -> None:
     with closing(Marshal(patience_s=20.0).open(Track)) as measure:
         first = measure.ceilings()["process"]
         times = measure(8, "uniform", ["good", "dies", "wrong", "fine"])
@@ -34,7 +24,7 @@ def test_what_hangs_dies_or_is_wrong_is_excluded_and_named(forked_races) -> None
         assert measure(8, "uniform", ["good", "hangs"])["hangs"].reason == "hung: nothing was heard for 1 s"
 
 
-def test_layers_share_a_process_and_no_failures(forked_races) -> None:
+def test_layers_share_a_process_and_no_failures() -> None:
     with closing(Marshal(patience_s=20.0).open(Track)) as measure:
         process = measure.ceilings()["process"]
         assert measure(8, "uniform", ["good", "wrong"])["wrong"].reason
