@@ -241,6 +241,8 @@ def test_the_choice_follows_the_rows_an_expert_has() -> None:
     assert few == [configs.FP8_TINY, configs.FP8_SMALL]  # with 8 experts a hot one would have many tiles of FP8_WIDE
     large = [choose(num_tokens, 8, 256, "fp8", hb.MXFP4, "hopper_fp8", sizes=(7168, 2048)) for num_tokens in (1, 2)]  # 352 and 705 million weights
     assert large == [configs.DIRECT, configs.FP8_TINY]
+    middle = [choose(num_tokens, 8, 128, "fp8", layout="hopper_fp8", sizes=(4096, 1536)) for num_tokens in (3, 4)]  # 453 and 604 million
+    assert middle == [configs.DIRECT, configs.FP8_TINY]
     assert [choose(num_tokens, 1, 1, "fp8", layout="hopper_fp8") for num_tokens in (4, 5)] == [configs.DIRECT, configs.FP8_TINY]
 
 

@@ -137,11 +137,13 @@ FP8_HUGE = PrefillConfig(
 )  # fmt: skip
 # Rows per expert, on average, from which on fp8 tensor cores gain enough with words for bf16: weights in NVFP4 are rounded for it, those in MXFP4 are
 # not (`weights.hopper.rounding_fp8`). Words for fp8 take the kernels for bf16 8 to 25 % longer, so fp8 tensor cores gain as soon as there are weights
-# enough to read that the two launches more do not count: 400 million, of the experts that tokens chose. FP8_TINY instead of the direct kernel takes,
-# with 1 and 2 tokens of DeepSeek-R1 (352 and 705 million) 6 and 11 % less, of Mixtral (1 token, 352) 33 % more, of GLM-4.5 (2, 377) 6 % more, of
-# MiniMax-M2 (2 and 4, 226 and 453) 15 % more and 5 % less, of Qwen3-Next (4, 126) 34 % more (H200, NVFP4, 2026-11-30).
+# enough to read that the two launches more do not count: 400 million, of the experts that tokens chose; 580 where the direct kernel can serve, which
+# rounds activations itself. FP8_TINY instead of it takes, with 1 and 2 tokens of DeepSeek-R1 (352 and 705 million) 16 % more and 6 % less, with 3, 4
+# and 8 of Qwen3-235B (453, 604, 1,208) 5 and 2 % more and 7 % less, with 4 and 6 of gpt-oss (398, 597) 7 % more and 6 % less, with 2 and 4 of GLM-4.5
+# (377, 755) 24 % more and 2 % less, with 4 and 8 of MiniMax-M2 (453, 906) 6 % more and as long, with 2 of Mixtral (705) 20 % more (H200, 2026-11-30).
 MIN_FP8_ROWS = {NVFP4: 24, MXFP4: 12}
-MIN_FP8_WEIGHTS, MIN_FP8_AVERAGE = 400e6, 4  # from this average on, whatever the size: decoding would read weights twice
+MIN_FP8_WEIGHTS, MIN_FP8_WEIGHTS_DIRECT = 400e6, 580e6
+MIN_FP8_AVERAGE = 4  # from this average on, whatever the size: decoding would read weights twice
 
 PREFILL = (TINY, SMALL, MEDIUM, LARGE, HUGE)
 PREFILL_FP8 = (FP8_TINY, FP8_WIDE, FP8_SMALL, FP8_MEDIUM, FP8_LARGE, FP8_HUGE)
@@ -214,8 +216,9 @@ def _gains_from_fp8(problem: Problem, size: Size) -> bool:
     assert problem.format is not None
     if problem.layout != "hopper_fp8":
         return size.num_rows > MIN_FP8_ROWS[problem.format] * problem.num_experts
-    weights = (3 if problem.gated else 2) * problem.hidden * problem.intermediate
-    return min(size.num_rows, problem.num_experts) * weights >= MIN_FP8_WEIGHTS or size.num_rows > MIN_FP8_AVERAGE * problem.num_experts
+    weights = min(size.num_rows, problem.num_experts) * (3 if problem.gated else 2) * problem.hidden * problem.intermediate
+    enough = MIN_FP8_WEIGHTS_DIRECT if takes(problem, size, DIRECT) else MIN_FP8_WEIGHTS
+    return weights >= enough or size.num_rows > MIN_FP8_AVERAGE * problem.num_experts
 
 
 def _within(limits: tuple[tuple[float, Config], ...], average: float) -> Config:
