@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
 RESULTS, IMAGES = ROOT / "benchmarks" / "results", ROOT / "docs" / "images"
-LAYERS_OF = "2026-11-30T19:53"  # the run whose rows count today
+LAYERS_OF = "2026-11-30T23:50"  # the run whose rows count today
 MODELS = {"dsr1": "DeepSeek-R1", "qwen3-235b": "Qwen3-235B", "qwen3-30b": "Qwen3-30B", "mixtral": "Mixtral 8x7B", "gptoss": "gpt-oss-120b"}
 GREEN, LIGHT_GREEN, GREY, BLUE, ORANGE, INK = "#1b7837", "#7fbf7b", "#8c8c8c", "#2166ac", "#e08214", "#222222"
 
