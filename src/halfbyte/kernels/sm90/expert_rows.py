@@ -21,6 +21,7 @@ that prefill's GEMM1 reads lie where those of GEMM2 will.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -80,6 +81,7 @@ MAX_TILES_IN_SHARED = 192
 # less of DeepSeek-R1, 16 % of Qwen3-235B, 14 % of Qwen3-30B, 11 % of gpt-oss (H200, 2026-11-30).
 MAX_WARPS_WITH_SLICES = 132 * 32
 
+# What `_kept_arguments` keeps of each layer, as long as there is one.
 _kept: WeakKeyDictionary[HopperExperts, dict[Hashable, dict[str, Any]]] = WeakKeyDictionary()
 
 
@@ -291,7 +293,6 @@ def _kept_arguments(
     key = (is_w13, config, is_scaled, y_columns)
     if key not in kept:
         shift, multiplier, bias = _optional(matrix)
-        product = _product(is_scaled, matrix, y_columns, experts, is_w13)
         kept[key] = {
             "words_desc": tma_descriptor(matrix.words.view(-1, 32), 64 if matrix.column_tiles % 4 == 0 else 16, 32),
             "scales_desc": tma_descriptor(matrix.scales.view(torch.int32).view(-1, matrix.scales.shape[-1] // 4), 8, matrix.scales.shape[-1] // 4),
@@ -299,12 +300,18 @@ def _kept_arguments(
             "multiplier_ptr": multiplier,
             "exponents_ptr": matrix.row_exponent,
             "bias_ptr": bias,
-            "SPEC": PrefillSpec(**product, column_tiles=matrix.column_tiles, **derived(config, matrix.row_tiles, matrix.column_tiles)),
+            "SPEC": _prefill_spec(config, matrix.column_tiles, **_product(is_scaled, matrix, y_columns, experts, is_w13)),
             "num_warps": 4,
             "maxnreg": config.launch_registers,
             "ptx_options": PTXAS_OPTIONS,
         }
     return kept[key]
+
+
+@functools.cache
+def _prefill_spec(config: PrefillConfig, column_tiles: int, **product: Any) -> PrefillSpec:
+    """The same object for all layers alike, which `launch` compares faster than an equal one; and for experts that torch.compile hands in anew."""
+    return PrefillSpec(**product, column_tiles=column_tiles, **derived(config, product["row_tiles"], column_tiles))
 
 
 def _product(is_scaled: bool, matrix: HopperMatrix, y_columns: int, experts: HopperExperts, is_w13: bool) -> dict[str, Any]:

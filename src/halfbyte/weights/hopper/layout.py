@@ -111,7 +111,8 @@ class HopperMatrix:
 class HopperExperts:
     """The experts of one layer in tiles; `hidden` and `intermediate` are the sizes before padding, input scales as in `ExpertWeights`.
 
-    `words_for`: the tensor cores that the words are coded for, "fp8" in layout "hopper_fp8".
+    `words_for`: the tensor cores that the words are coded for, "fp8" in layout "hopper_fp8". Only the same object is equal: kernels keep by it what
+    calls of a layer share.
     """
 
     w13: HopperMatrix
