@@ -75,7 +75,7 @@ class Wire:
         """
         if isinstance(hidden, torch.Tensor):
             return Wire("bf16", hidden.shape[1], hidden.dtype)
-        quantized_format(hidden)
+        quantized_format(hidden, "ExpertParallel")
         if isinstance(hidden, Fp8Tensor):
             return Wire("fp8", hidden.codes.shape[1], scaling="mx" if hidden.scaling == "mx" else "token")
         if hidden.format != NVFP4:

@@ -141,6 +141,7 @@ class QuantTensor:
 
     def with_scale_layout(self, layout: ScaleLayout) -> QuantTensor:
         """Return the same values with scales rearranged into `layout` (itself when it already is)."""
+        check_scale_layout(layout, "QuantTensor.with_scale_layout")
         if layout == self.scale_layout:
             return self
         linear = self._linear_scales()

@@ -152,9 +152,10 @@ def _squared_error(values: torch.Tensor, codes: torch.Tensor, scales: torch.Tens
     return error.squeeze(-1)
 
 
-def check_arguments(x: torch.Tensor, format: BlockFormat, global_scale: object, four_over_six: bool, scale_rule: str) -> None:
+def check_arguments(
+    x: torch.Tensor, format: BlockFormat, global_scale: object, four_over_six: bool, scale_rule: str, where: str = "quantize"
+) -> None:
     """Raise InputError for what `quantize` cannot do."""
-    where = "quantize"
     check_tensors(where, x=x)
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise InputError("cannot quantise this dtype", where=where, given=x.dtype, needed="float32, bfloat16 or float16")

@@ -88,6 +88,7 @@ def unswizzle_scales(scales: torch.Tensor, layout: ScaleLayout, rows: int, cols:
     True
     """
     _check_bytes(scales, "unswizzle_scales")
+    check_scale_layout(layout, "unswizzle_scales")
     check_integers("unswizzle_scales", 0, rows=rows, cols=cols)
     padded_rows, padded_cols = padded_shape(layout, rows, cols)
     if scales.shape[-2:] != (padded_rows, padded_cols):

@@ -80,7 +80,7 @@ def layer_problem(
         layout,
         activations,
         dtype=hidden.dtype if isinstance(hidden, torch.Tensor) else None,
-        quantized=None if hidden is None else quantized_format(hidden),
+        quantized=None if hidden is None else quantized_format(hidden, op),
         num_experts=experts.num_experts,
         hidden=experts.hidden,
         intermediate=experts.intermediate,
@@ -91,7 +91,7 @@ def layer_problem(
     )
 
 
-def quantized_format(hidden: Hidden) -> str | None:
+def quantized_format(hidden: Hidden, where: str) -> str | None:
     """The format in which hidden states arrive: None for floats.
 
     Raises:
@@ -100,11 +100,11 @@ def quantized_format(hidden: Hidden) -> str | None:
     if isinstance(hidden, torch.Tensor):
         return None
     if hidden.scale_layout != "linear":
-        raise InputError("scales of hidden are in tiles", where="fused_moe", given=repr(hidden.scale_layout), needed="'linear'")
+        raise InputError("scales of hidden are in tiles", where=where, given=repr(hidden.scale_layout), needed="'linear'")
     if isinstance(hidden, QuantTensor):
         return hidden.format.name
     if hidden.scaling == "block":
-        raise InputError("hidden has a scale per block of 128", where="fused_moe", given="'block'", needed="'token' or 'mx'")
+        raise InputError("hidden has a scale per block of 128", where=where, given="'block'", needed="'token' or 'mx'")
     return "fp8" if hidden.scaling == "token" else "mxfp8"
 
 

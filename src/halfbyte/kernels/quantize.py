@@ -57,13 +57,14 @@ def quantize(
     >>> q.codes.shape, q.scales.shape, q.global_scale
     (torch.Size([2, 16]), torch.Size([2, 1]), None)
     """
-    format = as_format(format, "quantize")
-    check_arguments(x, format, global_scale, four_over_six, scale_rule)
-    _check_global_scale(global_scale, "quantize")
-    check_scale_layout(scale_layout, "quantize")
+    where = "quantize"
+    format = as_format(format, where)
+    check_arguments(x, format, global_scale, four_over_six, scale_rule, where)
+    _check_global_scale(global_scale, where)
+    check_scale_layout(scale_layout, where)
     if check and (bad := count_nonfinite(x)):
-        raise InputError("x has NaN or infinity", where="quantize", given=f"{bad} of {x.numel()} elements", needed="finite numbers")
-    kernel = _kernel("quantize", x, format, backend)
+        raise InputError("x has NaN or infinity", where=where, given=f"{bad} of {x.numel()} elements", needed="finite numbers")
+    kernel = _kernel("quantize", x, format, backend, where)
     return kernel.run(x, format, global_scale, four_over_six=four_over_six, scale_rule=scale_rule, scale_layout=scale_layout)
 
 
@@ -102,12 +103,12 @@ def silu_mul_quantize(
     format = as_format(format, where)
     check_tensors(where, gate_up=gate_up)
     _check_activation(gate_up, activation, where)
-    check_arguments(gate_up[..., : gate_up.shape[-1] // 2], format, global_scale, four_over_six, scale_rule)
+    check_arguments(gate_up[..., : gate_up.shape[-1] // 2], format, global_scale, four_over_six, scale_rule, where)
     if format.has_global_scale and global_scale is None:
         raise InputError("needs a global scale", where=where, given=None, needed="the calibrated decode multiplier of the product")
     _check_global_scale(global_scale, where)
     check_scale_layout(scale_layout, where)
-    kernel = _kernel("quantize", gate_up, format, backend)
+    kernel = _kernel("quantize", gate_up, format, backend, where)
     options = {"four_over_six": four_over_six, "scale_rule": scale_rule, "scale_layout": scale_layout}
     return kernel.run(gate_up, format, global_scale, activation=activation, **options)
 
@@ -148,7 +149,7 @@ def rms_norm_quantize(
     format = as_format(format, where)
     check_tensors(where, weight=weight)
     check_numbers(where, eps=eps)
-    check_arguments(x, format, global_scale, four_over_six, scale_rule)
+    check_arguments(x, format, global_scale, four_over_six, scale_rule, where)
     if weight.shape != x.shape[-1:] or weight.dtype != x.dtype or weight.device != x.device:
         given = f"{weight.dtype} {tuple(weight.shape)} on {weight.device}"
         raise InputError("the weight does not fit", where=where, given=given, needed=f"{x.dtype} ({x.shape[-1]},) on {x.device}")
@@ -156,7 +157,7 @@ def rms_norm_quantize(
         raise InputError("needs a global scale", where=where, given=None, needed="the calibrated decode multiplier of the normed rows")
     _check_global_scale(global_scale, where)
     check_scale_layout(scale_layout, where)
-    kernel = _kernel("quantize", x, format, backend)
+    kernel = _kernel("quantize", x, format, backend, where)
     options = {"four_over_six": four_over_six, "scale_rule": scale_rule, "scale_layout": scale_layout}
     return kernel.run(x, format, global_scale, norm=(weight, float(eps)), **options)
 
@@ -184,13 +185,13 @@ def quantize_fp8(
     [[128]]
     """
     check_fp8(x, scaling, scale_layout)
-    kernel = _kernel("quantize_fp8", x, None, backend)
+    kernel = _kernel("quantize_fp8", x, None, backend, "quantize_fp8")
     return kernel.run(x, scaling, scale_layout=scale_layout)
 
 
-def _kernel(op: str, x: torch.Tensor, format: BlockFormat | None, backend: str | None) -> KernelChoice:
+def _kernel(op: str, x: torch.Tensor, format: BlockFormat | None, backend: str | None, where: str) -> KernelChoice:
     if backend is not None:
-        check_type(op, str, backend=backend)
+        check_type(where, str, backend=backend)
     return choose(Problem(op, Target.of(x.device), format, dtype=x.dtype), backend)
 
 
@@ -269,24 +270,26 @@ def quantize_experts(
     >>> q.codes.shape, q.scales.shape, q.scale_offsets.tolist()
     (torch.Size([3, 16]), torch.Size([384, 4]), [0, 128, 128, 256])
     """
-    format = as_format(format, "quantize_experts")
-    check_tensors("quantize_experts", x=x, expert_offsets=expert_offsets, **({} if global_scales is None else {"global_scales": global_scales}))
+    where = "quantize_experts"
+    format = as_format(format, where)
+    check_scale_layout(scale_layout, where)
+    check_tensors(where, x=x, expert_offsets=expert_offsets, **({} if global_scales is None else {"global_scales": global_scales}))
     if activation is not None:
-        _check_activation(x, activation, "quantize_experts")
+        _check_activation(x, activation, where)
     _check_experts(x, expert_offsets, global_scales, format, halves=1 if activation is None else 2)
     width = x.shape[1] if activation is None else x.shape[1] // 2
     if out is None:
         out = allocate_experts(x[:, :width], expert_offsets, format, scale_layout)
     else:
-        check_type("quantize_experts", QuantizedExperts, out=out)
+        check_type(where, QuantizedExperts, out=out)
         given, needed = _description(out), _description(allocate_experts(x[:, :width].to("meta"), expert_offsets, format, scale_layout))
         if given != needed or out.codes.device != x.device:
-            raise InputError("out does not fit", where="quantize_experts", given=given, needed=f"{needed} on {x.device}")
+            raise InputError("out does not fit", where=where, given=given, needed=f"{needed} on {x.device}")
     if x.numel() == 0:
         if scale_layout != "linear":
             out.scale_offsets.zero_()
         return out
-    kernel = _kernel("quantize_experts", x, format, backend)
+    kernel = _kernel("quantize_experts", x, format, backend, where)
     kernel.run(x, expert_offsets, global_scales, format, scale_layout, *out, activation=activation)
     return out
 

@@ -105,7 +105,7 @@ def fused_moe(
     """
     check_prepared(experts, "fused_moe")
     activations = experts.activations if activations is None else activations
-    expert_map = resolve_map(experts.storage, expert_map, expert_offset)
+    expert_map = resolve_map(experts.storage, expert_map, expert_offset, "fused_moe")
     if torch.compiler.is_compiling():
         given = [f"{name}=" for name, value in (("config", config), ("workspace", workspace), ("check_ids", check_ids or None)) if value is not None]
         if given or not isinstance(hidden, torch.Tensor):
@@ -192,13 +192,13 @@ def run(
         return kernel.run(hidden, experts, topk_ids, topk_weights, out=out, config=config, **options)
 
 
-def resolve_map(experts: Storage, expert_map: ExpertMap | None, expert_offset: int | None) -> ExpertMap:
-    """Raises InputError where both are given, or one is something else."""
+def resolve_map(experts: Storage, expert_map: ExpertMap | None, expert_offset: int | None, where: str) -> ExpertMap:
+    """The map of a call, by default what the weights say. Raises InputError where both are given, or one is something else."""
     if expert_map is None:
         return ExpertMap(experts.first_expert if expert_offset is None else expert_offset)
-    check_type("fused_moe", ExpertMap, expert_map=expert_map)
+    check_type(where, ExpertMap, expert_map=expert_map)
     if expert_offset is not None:
-        raise InputError("two ways to say which experts are held here", given="expert_map= and expert_offset=", needed="one of the two")
+        raise InputError("two ways to say which experts are held here", where=where, given="expert_map= and expert_offset=", needed="one of the two")
     return expert_map
 
 
@@ -227,7 +227,7 @@ def check_prepared(experts: object, where: str) -> None:
 def check(hidden: Hidden, experts: Storage, topk_ids: torch.Tensor, topk_weights: torch.Tensor, activations: str, out: torch.Tensor | None) -> None:
     """Raise what `fused_moe` raises for arguments that do not fit `experts`."""
     device, num_columns = experts.device, experts.hidden
-    num_tokens = check_hidden(hidden, experts)
+    num_tokens = check_hidden(hidden, experts, "fused_moe")
     check_tensor("topk_ids", topk_ids, IDS, num_tokens, None, device)
     check_tensor("topk_weights", topk_weights, FLOATS, num_tokens, topk_ids.shape[1], device)
     if out is not None:
@@ -241,21 +241,21 @@ def check(hidden: Hidden, experts: Storage, topk_ids: torch.Tensor, topk_weights
         raise InputError(f"activations do not divide into {activations} blocks", where="fused_moe", given=given, needed=f"multiples of {block}")
 
 
-def check_hidden(hidden: Hidden, experts: Storage, num_tokens: int | None = None) -> int:
+def check_hidden(hidden: Hidden, experts: Storage, where: str, num_tokens: int | None = None) -> int:
     """The number of tokens of hidden states that fit the experts; InputError where they do not, or are not `num_tokens`."""
     if isinstance(hidden, torch.Tensor):
-        check_tensor("hidden", hidden, FLOATS, num_tokens, experts.hidden, experts.device)
+        check_tensor("hidden", hidden, FLOATS, num_tokens, experts.hidden, experts.device, where)
         return hidden.shape[0]
     if not isinstance(hidden, QuantTensor | Fp8Tensor):
         needed = "torch.Tensor, QuantTensor or Fp8Tensor"
-        raise InputError("hidden is no tensor", where="fused_moe", given=type(hidden).__name__, needed=needed)
-    quantized_format(hidden)
+        raise InputError("hidden is no tensor", where=where, given=type(hidden).__name__, needed=needed)
+    quantized_format(hidden, where)
     num_columns = hidden.codes.shape[-1] * (2 if isinstance(hidden, QuantTensor) else 1)
     fits = hidden.codes.ndim == 2 and num_columns == experts.hidden and num_tokens in (None, hidden.codes.shape[0])
     if not fits or hidden.codes.device != experts.device:
         given = f"{type(hidden).__name__} of {tuple(hidden.codes.shape)} codes on {hidden.codes.device}"
         needed = f"[{'any' if num_tokens is None else num_tokens}, {experts.hidden}] on {experts.device}"
-        raise InputError("hidden does not fit", where="fused_moe", given=given, needed=needed)
+        raise InputError("hidden does not fit", where=where, given=given, needed=needed)
     return hidden.codes.shape[0]
 
 

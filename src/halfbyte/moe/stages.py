@@ -62,7 +62,7 @@ def sort(
     activations = experts.activations if activations is None else activations
     check_tensor("topk_ids", topk_ids, IDS, None, None, experts.device, "sort")
     check_activations(activations, "sort")
-    expert_map = resolve_map(experts.storage, expert_map, expert_offset)
+    expert_map = resolve_map(experts.storage, expert_map, expert_offset, "sort")
     size = Size(*topk_ids.shape)
     problem = layer_problem("expert_rows", experts.storage, experts.target, experts.layout, activations)
     kernel = choose(problem)
@@ -93,7 +93,7 @@ def expert_rows(hidden: Hidden, slots: SortedSlots, experts: PreparedExperts) ->
     """
     check_prepared(experts, "expert_rows")
     check_type("expert_rows", SortedSlots, slots=slots)
-    check_hidden(hidden, experts.storage, slots.num_tokens)
+    check_hidden(hidden, experts.storage, "expert_rows", slots.num_tokens)
     if slots.num_tokens == 0:
         return torch.empty((0, experts.hidden), dtype=torch.bfloat16, device=experts.device)
     if isinstance(hidden, torch.Tensor):
