@@ -53,7 +53,7 @@ def test_what_is_in_it(wheel: Path) -> None:
     assert {"halfbyte/py.typed", "halfbyte/demo_model/tokenizer.json", "halfbyte/demo_model/model-00001-of-00002.safetensors"} <= names
     sources = {file.relative_to(ROOT / "src").as_posix() for file in (ROOT / "src").rglob("*") if file.is_file() and "__pycache__" not in file.parts}
     assert {name for name in names if ".dist-info/" not in name} == sources
-    assert all(line in entries for line in ("halfbyte = halfbyte.cli.main:main", "[vllm.general_plugins]", "[sglang.srt.plugins]"))
+    assert all(line in entries for line in ("halfbyte = halfbyte.__main__:main", "[vllm.general_plugins]", "[sglang.srt.plugins]"))
     assert wheel.stat().st_size < 20_000_000
 
 

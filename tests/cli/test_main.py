@@ -18,6 +18,13 @@ def halfbyte(*arguments, **options):
     return subprocess.run([sys.executable, "-m", "halfbyte", *arguments], capture_output=True, text=True, timeout=1800, **options)
 
 
+def interruptible(before):
+    """The command as a program, with Ctrl-C as a terminal gives it, behind the code `before`."""
+    code = f"import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); {before}"
+    code += "; from halfbyte.__main__ import main; sys.exit(main())"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=1800)
+
+
 def raising(error):
     def run(args):
         raise error
@@ -36,13 +43,18 @@ def test_the_list_does_not_wait_for_torch():
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, timeout=1800).returncode == 0
 
 
-def test_an_interrupt_that_an_import_swallows_ends_the_command(tmp_path):
-    swallowing = "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept KeyboardInterrupt:\n    raise ImportError from None\n"
-    (tmp_path / "numpy.py").write_text(swallowing)
-    code = f"import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); sys.path.insert(0, {str(tmp_path)!r})"
-    code += "; from halfbyte.cli.main import main; sys.exit(main(['doctor']))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=1800)
+@pytest.mark.parametrize("module", ["argparse", "numpy"])
+def test_an_interrupt_that_meets_an_import_ends_the_command(module, tmp_path):
+    interrupted = "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept KeyboardInterrupt:\n    raise ImportError from None\n"
+    (tmp_path / f"{module}.py").write_text(interrupted)
+    result = interruptible(f"sys.path.insert(0, {str(tmp_path)!r}); sys.argv[1:] = ['doctor']")
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "\nhalfbyte: interrupted\n")
+
+
+def test_an_interrupt_at_the_very_end_is_one_line():
+    result = interruptible("import atexit, os; atexit.register(os.kill, os.getpid(), signal.SIGINT)")
+    assert result.stdout.startswith("usage: halfbyte")
+    assert (result.returncode, result.stderr) == (130, "\nhalfbyte: interrupted\n")
 
 
 @pytest.mark.parametrize("name", COMMANDS)

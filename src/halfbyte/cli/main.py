@@ -8,14 +8,13 @@ import difflib
 import importlib
 import io
 import os
-import signal
 import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 import halfbyte
 from halfbyte.cli import engine_options
+from halfbyte.cli.interrupts import INTERRUPTED, ending_at_once
 from halfbyte.cli.parser import Parser
 from halfbyte.errors import HalfbyteError, is_of_the_machine, is_out_of_memory, reason_of
 
@@ -32,7 +31,6 @@ COMMANDS = {
     "bench": "measure speed against the floor that this machine allows",
     "doctor": "describe this machine and say which kernels it can run, and why not the others",
 }
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
 _EXIT_CODES = """exit codes:
   0 done, 1 failed, 2 wrong usage, 3 not supported on this machine, 130 interrupted, 141 the reader of the output went away"""
@@ -48,9 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     usage: halfbyte ...
     0
     """
-    _open_what_is_closed()
-    _let_any_letter_be_printed()
     try:
+        _open_what_is_closed()
+        _let_any_letter_be_printed()
         parser = _top_parser()
         args = parser.parse_args(argv)
         if args.command is None:
@@ -134,20 +132,10 @@ def _import_what_swallows_interrupts() -> None:
 
     What an interrupted import of numpy raises is caught by torch. The command then went on, or failed at the next import.
     """
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
-        return  # ignored, or another program's
-
-    def end(*_: object) -> None:
-        os.write(sys.stderr.fileno(), b"\nhalfbyte: interrupted\n")
-        os._exit(INTERRUPTED)
-
-    signal.signal(signal.SIGINT, end)
-    try:
+    with ending_at_once():
         for name in ("numpy", "torch"):
             with contextlib.suppress(ImportError, OSError):  # a command that needs it will say so, and `doctor` what else there is
                 importlib.import_module(name)
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _let_threads_sleep() -> None:
