@@ -70,14 +70,45 @@ def _cpu_multiplies_bf16() -> bool:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that `device` still has, what torch keeps for itself included; None where the system does not say."""
+    """Memory that `device` still has, what torch keeps for itself included; None where the system does not say.
+
+    On a CPU it is what the machine has, or what the limits of the process's container leave of it.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    available = _numbers(_PROC / "meminfo").get("MemAvailable:")
+    return min([*([] if available is None else [1024 * available]), *_within_limits()], default=None)
+
+
+def _within_limits() -> Iterator[int]:
+    """What each memory limit of the process's control groups (versions 1 and 2), and of those around them, leaves.
+
+    Pages of files that nobody uses count as free: Linux drops them first. In a container the path of a group may be the host's; then only the root
+    is there, which is the container.
+    """
+    for line in _lines(_PROC / "self" / "cgroup"):
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root = _CGROUPS / "memory" if controllers else _CGROUPS
+        limit, usage, unused = _VERSION_1 if controllers else _VERSION_2
+        group = root / path.lstrip("/")
+        for place in (group, *(parent for parent in group.parents if parent.is_relative_to(root))):
+            values = [next(iter(_lines(place / name)), "") for name in (limit, usage)]
+            if all(map(str.isdecimal, values)):
+                yield max(0, int(values[0]) - int(values[1]) + _numbers(place / "memory.stat").get(unused, 0))
+
+
+def _numbers(file: Path) -> dict[str, int]:
+    """The second word of each line by its first."""
+    return {words[0]: int(words[1]) for words in map(str.split, _lines(file)) if len(words) > 1 and words[1].isdecimal()}
+
+
+def _lines(file: Path) -> list[str]:
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        return file.read_text().splitlines()
     except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+        return []
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:
@@ -99,6 +130,11 @@ def on_default_stream(device: torch.device) -> Iterator[None]:
         yield
     before.wait_stream(default)
 
+
+_PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+# Files with the limit ("max" for none) and the usage of a control group, and the line of memory.stat with the bytes of files that can be dropped.
+_VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_VERSION_2 = ("memory.max", "memory.current", "inactive_file")
 
 # Read bandwidth in GB/s: measured for the H200 (docs/lab-notes/2026-11-26.md), otherwise the vendor's data sheet.
 _READ_GBPS = {"H200": 4600.0, "H100": 3350.0, "H20": 4000.0, "B200": 8000.0, "A100": 2039.0}
