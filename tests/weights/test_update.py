@@ -79,6 +79,10 @@ def with_global_scale(w: hb.ExpertWeights, value: float) -> hb.ExpertWeights:
     return w
 
 
+def with_input_scales(w: hb.ExpertWeights, value: float) -> hb.ExpertWeights:
+    return replace(w, w13_input_scale=torch.full((5, 2), value), w2_input_scale=torch.full((5,), value))
+
+
 def with_swizzled_scales(w: hb.ExpertWeights) -> hb.ExpertWeights:
     return replace(w, w2=w.w2.with_scale_layout("128x4"))
 
@@ -128,6 +132,26 @@ def test_input_scales_are_replaced_or_missed(layout: str) -> None:
     assert prepared.unprepare().w2_input_scale.unique().item() == 4.0
     with pytest.raises(InputError, match=r"differ in w13_input_scale .*given none"):
         prepared.update_(make(2))
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-45])
+@pytest.mark.parametrize("layout", ["canonical", *LAYOUTS])
+def test_input_scales_that_nothing_is_divided_by(layout: str, value: float) -> None:
+    message = "w13_input_scale is (zero|not usable) .given 10 of 10 values"
+    with pytest.raises(InputError, match=message):
+        hb.prepare(with_input_scales(make(1), value), layout)
+    prepared = hb.prepare(with_input_scales(make(1), 1.0), layout)
+    with pytest.raises(InputError, match=message):
+        prepared.update_(with_input_scales(make(2), value))
+    assert_same_tensors(prepared, hb.prepare(with_input_scales(make(1), 1.0), layout))
+
+
+def test_experts_that_calibration_did_not_reach_may_have_an_input_scale_of_zero() -> None:
+    w = with_input_scales(make(1), 0.0)
+    w.w13_input_scale[3, 0] = w.w2_input_scale[1] = 0.01  # kernels take the largest of the layer
+    hidden, routing = torch.randn(3, 64), hb.route(torch.randn(3, 5), 2)
+    expected = hb.fused_moe(hidden, hb.prepare(with_input_scales(make(1), 0.01)), *routing, activations="nvfp4")
+    assert_equal_bits(hb.fused_moe(hidden, hb.prepare(w), *routing, activations="nvfp4"), expected)
 
 
 def test_slices_share_storage_and_know_their_place() -> None:

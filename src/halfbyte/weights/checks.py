@@ -84,8 +84,12 @@ def has_unusable_scales(w: ExpertWeights) -> torch.Tensor:
 
 
 def has_unusable_scalars(w: ExpertWeights) -> torch.Tensor:
-    """bool [] on the device of `w`, for which the host has not waited: whether a global or input scale is negative or not finite."""
+    """bool [] on the device of `w`, for which the host has not waited: whether a global or input scale is negative or not finite.
+
+    So is the inverse of the largest input scale of the layer, by which activations are multiplied, where all are zero.
+    """
     scalars = [tensor.flatten() for name, tensor in w.tensors.items() if name.endswith(_SCALARS)]
+    scalars += [_inverse_of_largest(tensor).reshape(1) for name, tensor in w.tensors.items() if name.endswith("input_scale") and tensor.numel()]
     return ~_usable(torch.cat(scalars)).all() if scalars else torch.zeros((), dtype=torch.bool, device=w.device)
 
 
@@ -96,7 +100,8 @@ def check_scales(w: ExpertWeights, *, positive: bool = False) -> None:
         positive: refuse global and input scales of zero, too.
 
     Raises:
-        InputError: scales in another layout than "linear", a block scale that is negative or NaN, another scale that is negative or not finite.
+        InputError: scales in another layout than "linear", a block scale that is negative or NaN, another scale that is negative or not finite,
+            input scales that are all zero.
     """
     for name, matrix in (("w13", w.w13), ("w2", w.w2)):
         if isinstance(matrix, QuantTensor):
@@ -108,6 +113,8 @@ def check_scales(w: ExpertWeights, *, positive: bool = False) -> None:
         bad = int((~_usable(tensor, positive)).sum())
         if bad:
             raise _unusable(f"{name} is not usable", bad, tensor, "finite scales > 0" if positive else "finite scales >= 0")
+        if name.endswith("input_scale") and tensor.numel() and not _usable(_inverse_of_largest(tensor)):
+            raise _unusable(f"{name} is zero", tensor.numel(), tensor, "one that activations can be divided by")
 
 
 def check_same_kind(held: Any, arriving: Any) -> None:
@@ -127,6 +134,10 @@ def check_same_kind(held: Any, arriving: Any) -> None:
 
 def _usable(tensor: torch.Tensor, positive: bool = False) -> torch.Tensor:
     return (tensor < math.inf) & (tensor > 0 if positive else tensor >= 0)  # neither holds for NaN
+
+
+def _inverse_of_largest(input_scale: torch.Tensor) -> torch.Tensor:
+    return input_scale.float().amax().reciprocal()
 
 
 def _check_linear(name: str, matrix: QuantTensor) -> None:
