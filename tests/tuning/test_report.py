@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from halfbyte.cli.main import main
 from halfbyte.errors import InputError
 from halfbyte.kernels.tuned import read
 from halfbyte.tuning import report
+from halfbyte.tuning.plot import plot
 from halfbyte.tuning.run import load, tune
 from halfbyte.tuning.store import write_table
 
@@ -46,7 +48,7 @@ def test_what_a_table_leaves_out_or_misnames_stops_no_report(tmp_path: Path) -> 
     printed = report.render([replace(table, layers=(odd, replace(known, ceilings={"read_gbps": None}), replace(odd, ceilings=known.ceilings)))])
     assert printed.count("### ") == 3 and "\x1b" not in printed
     with pytest.raises(InputError, match="nothing to plot"):
-        report.plot([replace(table, layers=())], tmp_path / "plot.png")
+        plot([replace(table, layers=())], tmp_path / "plot.png")
 
 
 def test_a_file_has_the_races_of_one_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,3 +60,11 @@ def test_a_file_has_the_races_of_one_gpu(tmp_path: Path, capsys: pytest.CaptureF
     assert main(["tune", "--report", *files, *export]) == 1
     assert "--export: a file has the races of one GPU (given one, other)" in capsys.readouterr().err and not (tmp_path / "out.json").exists()
     assert main(["tune", "--report", files[0], *export]) == 0 and read(tmp_path / "out.json").device.name == "one"
+
+
+def test_a_plot_without_matplotlib_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("halfbyte.bench.picture", "halfbyte.tuning.plot"):
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["tune", "--name", "mixtral", "--plot", str(tmp_path / "plot.png")]) == 3
+    assert "the plot needs matplotlib. Run: pip install 'halfbyte[bench]'" in capsys.readouterr().err

@@ -8,14 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from halfbyte.bench.moe import MoERow
+from halfbyte.bench.picture import Figure, write_picture
 from halfbyte.bench.records import MOST_PANELS, Record
-from halfbyte.checkpoint.writer import replacing
-from halfbyte.errors import InputError, UnsupportedError
-
-try:
-    from matplotlib.figure import Figure
-except ImportError as error:
-    raise UnsupportedError("the plot needs matplotlib", where=__name__, next_step="run: pip install 'halfbyte[bench]'") from error
+from halfbyte.errors import InputError
 
 _OURS, _OUR_COLOUR = "halfbyte", "#1b7837"
 _PEER_COLOURS = ("#2166ac", "#b2182b", "#762a83", "#e08214", "#4d4d4d", "#35978f")
@@ -55,8 +50,7 @@ def plot_fractions(groups: Sequence[list[Record]], file: Path) -> None:
     lines_of = {line.get_label(): line for axes in panels for line in axes.lines if not line.get_label().startswith("_")}
     if lines_of:
         figure.legend(handles=list(lines_of.values()), loc="outside lower center", ncols=len(lines_of), frameon=False)
-    with replacing(file) as partial:
-        figure.savefig(partial, format="png", dpi=100)
+    write_picture(figure, file)
 
 
 def _moe_rows(group: list[Record]) -> list[MoERow]:

@@ -56,8 +56,10 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         InputError: tables of several GPUs for one file.
         CheckpointError: the model's files do not say what its layers are; a file that is no table; a directory that cannot be written.
-        UnsupportedError: no kernel with a choice of configurations runs the layer here.
+        UnsupportedError: no kernel with a choice of configurations runs the layer here; matplotlib is not installed.
     """
+    if args.plot:
+        import halfbyte.tuning.plot  # noqa: F401  # before any work: it says what to install
     if args.report is not None:
         files = args.report or [file for directory in (user_directory(), SHIPPED) for file in sorted(directory.glob("*.json"))]
         return _show(args, [read(file) for file in files])
@@ -102,7 +104,9 @@ def _show(args: argparse.Namespace, tables: list[Table]) -> int:
         print(report.render(tables))
         print("\n" + report.summary(layer for table in tables for layer in table.layers))
     if args.plot:
-        report.plot(tables, args.plot)
+        from halfbyte.tuning.plot import plot
+
+        plot(tables, args.plot)
     if args.export:
         write_table(Table(devices.pop(), tuple(layer for table in tables for layer in table.layers)), args.export)
     return 0

@@ -7,14 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from halfbyte.checkpoint.writer import replacing
-from halfbyte.errors import UnsupportedError
+from halfbyte.bench.picture import Figure, write_picture
 from halfbyte.eval.evaluate import EvalReport
-
-try:
-    from matplotlib.figure import Figure
-except ImportError as error:
-    raise UnsupportedError("the plot needs matplotlib", where=__name__, next_step="run: pip install 'halfbyte[demo]'") from error
 
 _COLOURS = {"bf16": "#4d4d4d", "NVFP4": "#1b7837", "MXFP4": "#2166ac"}
 
@@ -43,8 +37,7 @@ def plot_quality(rows: Sequence[tuple[str, int, EvalReport]], file: Path) -> Non
     figure.suptitle("FP4 experts in the halfbyte demo model", size="large")
     note = f"± is one standard error with {questions} questions. They come from 11 story families: no measure of GSM8K ability."
     figure.supxlabel(note, size="small", color="0.35")
-    with replacing(file) as partial:
-        figure.savefig(partial, format="png", dpi=150)
+    write_picture(figure, file, dpi=150)
 
 
 def _bars(axes: Any, names: list[str], values: list[float], labels: list[str], title: str, errors: list[float] | None = None) -> None:

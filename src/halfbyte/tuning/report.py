@@ -1,16 +1,14 @@
-"""What races say: tables in Markdown, and a picture."""
+"""What races say: tables in Markdown."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from halfbyte.bench.ceilings import Ceilings
 from halfbyte.bench.shapes import MoEShape, floor_of
 from halfbyte.checkpoint.typed_json import typed
-from halfbyte.checkpoint.writer import replacing
-from halfbyte.errors import InputError, UnsupportedError, printable
+from halfbyte.errors import printable
 from halfbyte.formats import FORMATS
 from halfbyte.kernels.tuned import Layer, Race, Table
 from halfbyte.tuning.models import MODELS
@@ -45,44 +43,9 @@ def render(tables: Sequence[Table]) -> str:
     return "\n\n".join(_render(table, layer) for table in tables for layer in table.layers if layer.races)
 
 
-def plot(tables: Sequence[Table], file: Path) -> None:
-    """Time of every candidate over that of the rule's, by bucket, uniform routing; one panel per layer, as a PNG.
-
-    Raises:
-        InputError: there are no races.
-        CheckpointError: the file cannot be written.
-        UnsupportedError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UnsupportedError("the plot needs matplotlib", where="--plot", next_step="run: pip install 'halfbyte[bench]'") from error
-    layers = [layer for table in tables for layer in table.layers if layer.races]
-    if not layers:
-        raise InputError("nothing to plot", where="--plot", given="tables without races", next_step="leave --plot out")
-    columns = min(3, len(layers))
-    lines = math.ceil(len(layers) / columns)
-    figure = Figure(figsize=(5.2 * columns, 3.6 * lines), layout="constrained")
-    panels = figure.subplots(lines, columns, squeeze=False).flatten()
-    for axes, layer in zip(panels, layers, strict=False):
-        names = dict.fromkeys(name for race in layer.races for name in race.times)
-        for name in names:
-            points = [
-                (index, race.times[name][0] / race.times[race.default][0])
-                for index, race in enumerate(layer.races)
-                if {name, race.default} <= race.times.keys()
-            ]
-            if points:
-                axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1.2, label=name)
-        axes.set_xticks(range(len(layer.races)), [race.bucket for race in layer.races], rotation=90, fontsize="xx-small")
-        axes.set(title=_title(layer), ylabel="time over the rule's", ylim=(0.8, 1.5))
-        axes.title.set_size("small")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="xx-small", ncols=2)
-    for axes in panels[len(layers) :]:
-        axes.set_axis_off()
-    with replacing(file) as partial:
-        figure.savefig(partial, format="png", dpi=100)
+def title_of(layer: Layer) -> str:
+    """What names a layer's table and its panel."""
+    return f"{layer.name} {layer.key.format.upper()}, {layer.key.activations} activations"
 
 
 def _regrets(race: Race) -> list[float]:
@@ -91,16 +54,12 @@ def _regrets(race: Race) -> list[float]:
     return [us / min(times[index] for times in race.times.values()) for index, us in enumerate(rule)]
 
 
-def _title(layer: Layer) -> str:
-    return f"{layer.name} {layer.key.format.upper()}, {layer.key.activations} activations"
-
-
 def _render(table: Table, layer: Layer) -> str:
     sizes = f"{layer.key.experts} experts of {layer.key.hidden} x {layer.key.intermediate}, {layer.top_k} per token"
     software = ", ".join(f"{name} {version}" for name, version in layer.software.items())
     about = f"{table.device.name}, {layer.measured}, {software}, kernels {layer.source}; us with {', '.join(layer.routings)} routing"
     lines = [
-        f"### {_title(layer)}",
+        f"### {title_of(layer)}",
         "",
         f"{sizes}. {about}.",
         "",
