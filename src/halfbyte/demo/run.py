@@ -25,10 +25,10 @@ from halfbyte.errors import CheckpointError, InputError
 from halfbyte.eval.data import Question, is_correct, load_documents, load_questions
 from halfbyte.eval.evaluate import EvalReport, evaluate
 from halfbyte.eval.generation import complete, prompt_ids
-from halfbyte.eval.metrics import Passage, ReadOnce, score_passages, text_passages
+from halfbyte.eval.metrics import Passage, ReadOnce, answer_passage, score_passages, text_passages
 
 NOTE = "These numbers compare formats on one small model. They are no measure of GSM8K ability: its questions come from 11 story families."
-QUESTIONS_A_KIND = 10  # and WINDOWS of 512 tokens of text: what two CPU cores measure three times in a minute
+QUESTIONS_A_KIND = 10  # and WINDOWS of 512 tokens of text: what two CPU cores measure three times in half a minute to a minute
 WINDOWS = 16
 RESULT = "demo.json"  # also marks a directory as ours, to be overwritten by the next demo
 
@@ -71,14 +71,13 @@ def run_demo(
     reference, tokenizer = models["bf16"]
     passages = text_passages(tokenizer, load_documents(demo_model_dir() / "heldout.txt.xz"), limit=None if full else WINDOWS)
 
-    questions = load_questions(demo_model_dir() / "eval.jsonl")
+    problems = _problems(load_questions(demo_model_dir() / "eval.jsonl"))
+    questions = load_questions(demo_model_dir() / "eval.jsonl", limit=None if full else QUESTIONS_A_KIND)
     say("\nThree held-out problems, solved by the NVFP4 model:")
-    ahead = [] if full else passages  # of all of the text, most would be read again
-    with _timed(seconds, "solve"), _threads_shared(len(models)), _beside(score_passages, reference, ahead):
-        solved = [_solve(*models["NVFP4"], question, say, stream) for question in _problems(questions)]
+    ahead = [] if full else [passages, [answer_passage(tokenizer, question) for question in questions]]  # of all, most would be read again
+    with _timed(seconds, "solve"), _threads_shared(len(models)), _beside(_read, reference, ahead):
+        solved = [_solve(*models["NVFP4"], problem, say, stream) for problem in problems]
 
-    if not full:
-        questions = load_questions(demo_model_dir() / "eval.jsonl", limit=QUESTIONS_A_KIND)
     say(f"Measuring on {len(questions)} questions and {sum(passage.scored for passage in passages)} tokens of text ...")
     with _timed(seconds, "measure"):
         reports = _measure(models, questions, passages, progress_bar)
@@ -146,6 +145,11 @@ def _load(variants: list[Variant], dtype: str) -> dict[str, tuple[Any, Any]]:
     models = {variant.name: load(variant.directory, dtype=dtype) for variant in variants}
     model, tokenizer = models["bf16"]
     return models | {"bf16": (ReadOnce(model, batches=8), tokenizer)}
+
+
+def _read(model: Any, texts: list[list[Passage]]) -> None:
+    for passages in texts:
+        score_passages(model, passages)
 
 
 def _weight_bytes(directory: Path) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,9 +11,11 @@ import torch
 from halfbyte.errors import foreign
 from halfbyte.eval.data import Question
 from halfbyte.eval.ranks import ALONE, Ranks
+from halfbyte.kernels.reference.decoded import decoded_once
 
 Advance = Callable[[int], object]  # called with the number of tokens just generated or read, as tqdm's `update` is
 _ONE_ROW = {"num_return_sequences": 1, "return_dict_in_generate": False}  # whatever generation_config.json says
+_DECODED_BYTES = 1 << 28  # of experts that a CPU multiplies at every step; all of the demo model's take 38 MB
 GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}  # None: sampling defaults would draw warnings
 
 
@@ -118,8 +120,11 @@ def complete(model: Any, tokenizer: Any, ids: list[int], *, max_new_tokens: int 
     return output[0, len(ids) :].tolist()
 
 
-def _generating(model: Any) -> AbstractContextManager[None]:
-    return foreign("transformers cannot generate with this model", where=model.name_or_path, next_step="look at its generation_config.json")
+@contextmanager
+def _generating(model: Any) -> Iterator[None]:
+    where, next_step = model.name_or_path, "look at its generation_config.json"
+    with foreign("transformers cannot generate with this model", where=where, next_step=next_step), decoded_once(_DECODED_BYTES):
+        yield
 
 
 def prompt_text(tokenizer: Any, text: str) -> str:

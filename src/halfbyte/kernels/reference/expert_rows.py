@@ -11,7 +11,6 @@ is then rounded to bf16. Weights are dequantised exactly, in fp32; every product
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 
@@ -20,6 +19,7 @@ from halfbyte.formats import QuantTensor
 from halfbyte.formats.activation_formats import ActivationFormat, round_trip
 from halfbyte.kernels.problem import Hidden, Problem, Support, plain_torch
 from halfbyte.kernels.reference.activation import activate
+from halfbyte.kernels.reference.decoded import matrices
 from halfbyte.kernels.work_list import WorkList
 
 capturable = False  # it asks the device for the size of every group
@@ -75,20 +75,10 @@ def _grouped_linear(
     x: torch.Tensor, weight: QuantTensor | torch.Tensor, bias: torch.Tensor | None, block: list[int], row_start: list[int]
 ) -> torch.Tensor:
     """x [rows of the block, K] fp32 times weight[expert]^T plus bias[expert], row group by row group: fp32 [rows of the block, N]."""
-    dense = _dense(weight, block)
+    dense = matrices(weight, block)
     origin = row_start[block[0]]
     groups = []
     for index, expert in enumerate(block):
         group = x[row_start[expert] - origin : row_start[expert + 1] - origin]
         groups.append(group @ dense[index].T if bias is None else torch.addmm(bias[expert].float(), group, dense[index].T))
     return torch.cat(groups)
-
-
-def _dense(weight: QuantTensor | torch.Tensor, block: list[int]) -> torch.Tensor:
-    """weight[block] in fp32."""
-    index = torch.tensor(block, dtype=torch.int64, device=weight.device)  # index_select: on a CPU 20 times as fast as []
-    if not isinstance(weight, QuantTensor):
-        return weight.index_select(0, index).float()
-    scales = weight.scales.view(torch.uint8).index_select(0, index)  # as bytes: not every device can index fp8
-    global_scale = None if weight.global_scale is None else weight.global_scale[index]
-    return replace(weight, codes=weight.codes.index_select(0, index), scales=scales, global_scale=global_scale).dequantize(torch.float32)
