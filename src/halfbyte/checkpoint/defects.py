@@ -192,5 +192,5 @@ def _statistics(
     values = tensors.format.decode_scales(torch.arange(256, dtype=torch.uint8))
     middle = int((nonzero.cumsum(0) >= (int(nonzero.sum()) + 1) // 2).nonzero()[0]) if len(used) else 0
     smallest, largest = (float(values[used[0]]), float(values[used[-1]])) if len(used) else (0.0, 0.0)
-    saturated = int(histogram[0x7E if tensors.format.has_global_scale else 0xFE])
+    saturated = int(histogram[tensors.format.largest_scale_byte])
     return ScaleStatistics(projection, blocks, smallest, float(values[middle]), largest, zero_blocks, saturated, global_scale, input_scale)

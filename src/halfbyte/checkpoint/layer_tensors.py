@@ -22,7 +22,7 @@ from halfbyte.checkpoint.fp8_source import read_fp8_block, read_fp8_scales
 from halfbyte.checkpoint.projections import DOWN, UP, Projection, find_layout, place_of
 from halfbyte.checkpoint.source import Checkpoint
 from halfbyte.errors import CheckpointError, UnsupportedError
-from halfbyte.formats import BlockFormat, count_nonfinite
+from halfbyte.formats import BlockFormat, count_nonfinite, e8m0
 from halfbyte.formats.fp8_block import dequantize as dequantize_fp8_block
 
 _MAGNITUDES = 0x77  # of two codes in a byte: all but their signs
@@ -83,7 +83,7 @@ class LayerTensors:
         name = self.name(expert, projection, self._block_scales)
         stored = self._part(expert, projection, name, (self._scale_dtype,), (self.shape(projection)[1] // self.format.block,))
         scales = self._powers_of_two(name, stored) if stored.dtype == torch.float32 else stored.view(torch.uint8)
-        largest = 0x7E if self.format.has_global_scale else 0xFE  # above: NaN, and for e4m3 the negative half
+        largest = self.format.largest_scale_byte
         if scales.numel() and int(scales.max()) > largest:
             raise self._error("block scales are NaN or negative", name, given=f"byte {int(scales.max()):#04x}", needed=f"at most {largest:#04x}")
         return scales
@@ -378,11 +378,10 @@ class LayerTensors:
 
     def _powers_of_two(self, name: str, scales: torch.Tensor) -> torch.Tensor:
         """fp32 scales that are powers of two as e8m0 bytes."""
-        bits = scales.view(torch.int32)
-        exponents = bits >> 23
-        if scales.numel() and (bool((bits & 0x7FFFFF).any()) or int(exponents.min()) < 1 or int(exponents.max()) > 0xFE):
+        stored, bad = e8m0.of_powers_of_two(scales)
+        if bad.any():
             raise self._error("block scales are not powers of two", name, given="other fp32 numbers", needed="2^-126 .. 2^127")
-        return exponents.to(torch.uint8)
+        return stored
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:

@@ -40,6 +40,15 @@ class BlockFormat:
         return e4m3.as_e4m3(scales).float() if self.has_global_scale else e8m0.decode(scales)
 
     @property
+    def largest_scale_byte(self) -> int:
+        """The byte of the largest scale. Above it lie NaN and, for e4m3, the negative half.
+
+        >>> halfbyte.NVFP4.decode_scales(torch.tensor(halfbyte.NVFP4.largest_scale_byte, dtype=torch.uint8)).item()
+        448.0
+        """
+        return 0x7E if self.has_global_scale else 0xFE
+
+    @property
     def bits_per_weight(self) -> float:
         """Storage bits per element, block scales included, global scale not."""
         return 4 + 8 / self.block

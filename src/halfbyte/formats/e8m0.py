@@ -65,6 +65,17 @@ def encode(amax: torch.Tensor, element_max: float, rule: ScaleRule = "ceil") -> 
     return torch.where(torch.isnan(amax), NAN, byte).to(torch.uint8)
 
 
+def of_powers_of_two(scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The bytes of fp32 scales, uint8, and which of them are no power of two from 2^-126 to 2^127, whose bytes mean nothing: bool.
+
+    >>> [part.tolist() for part in of_powers_of_two(torch.tensor([2.0, 3.0]))]
+    [[128, 128], [False, True]]
+    """
+    bits = scales.view(torch.int32)
+    byte = bits >> _F32_MANTISSA_BITS
+    return byte.to(torch.uint8), ((bits & ((1 << _F32_MANTISSA_BITS) - 1)) != 0) | (byte < 1) | (byte >= NAN)
+
+
 def check_rule(rule: str, where: str) -> None:
     """Raise InputError unless there is such a rule."""
     check_name("e8m0 scale rule", rule, RULES, where)

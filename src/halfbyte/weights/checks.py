@@ -11,7 +11,7 @@ import torch
 
 from halfbyte.errors import InputError
 from halfbyte.experts import ExpertWeights
-from halfbyte.formats import NVFP4, BlockFormat, QuantTensor
+from halfbyte.formats import QuantTensor
 
 _DESCRIBED_BY = ("format", "activation", "num_experts", "hidden", "intermediate", "first_expert", "num_global_experts")
 _SCALARS = ("global_scale", "input_scale")
@@ -28,11 +28,6 @@ def fp4_matrices(w: ExpertWeights, layout: str) -> tuple[QuantTensor, QuantTenso
     for name, matrix in (("w13", w.w13), ("w2", w.w2)):
         _check_linear(name, matrix)
     return w.w13, w.w2
-
-
-def largest_valid_scale(format: BlockFormat) -> int:
-    """The byte of the largest finite scale; above it lie NaN and, for e4m3, the negative half."""
-    return 0x7E if format == NVFP4 else 0xFE
 
 
 ScaleCheck = Callable[[torch.Tensor], None]
@@ -79,7 +74,7 @@ def has_unusable_scales(w: ExpertWeights) -> torch.Tensor:
     flag = has_unusable_scalars(w)
     for matrix in (w.w13, w.w2):
         if isinstance(matrix, QuantTensor) and matrix.scales.numel():
-            flag = flag | (matrix.scales.view(torch.uint8).amax() > largest_valid_scale(matrix.format))
+            flag = flag | (matrix.scales.view(torch.uint8).amax() > matrix.format.largest_scale_byte)
     return flag
 
 
@@ -146,7 +141,7 @@ def _check_linear(name: str, matrix: QuantTensor) -> None:
 
 
 def _check_block_scales(name: str, matrix: QuantTensor) -> None:
-    raw, largest = matrix.scales.view(torch.uint8), largest_valid_scale(matrix.format)
+    raw, largest = matrix.scales.view(torch.uint8), matrix.format.largest_scale_byte
     if raw.device.type == "meta" or not raw.numel() or raw.amax() <= largest:
         return
     bad = sum(int((expert > largest).sum()) for expert in raw)

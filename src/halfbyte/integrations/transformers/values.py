@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from halfbyte.errors import CheckpointError
-from halfbyte.formats import NVFP4, BlockFormat
+from halfbyte.formats import BlockFormat, e8m0
 
 # Reads the codes that belong to the scales; needed only where some scale cannot be used.
 ReadCodes = Callable[[], torch.Tensor]
@@ -24,12 +24,10 @@ def powers_of_two(scales: torch.Tensor, name: str) -> torch.Tensor:
     Raises:
         CheckpointError: one is no power of two that e8m0 has.
     """
-    bits = scales.view(torch.int32)
-    exponents = bits >> 23
-    bad = (bits & 0x7FFFFF).bool() | (exponents < 1) | (exponents > 0xFE)
+    stored, bad = e8m0.of_powers_of_two(scales)
     if bad.any():
         raise CheckpointError("a block scale is no power of two", where=name, given=scales[bad][0].item(), needed="2^-126 .. 2^127", next_step=_AGAIN)
-    return exponents.to(torch.uint8)
+    return stored
 
 
 def usable_block_scales(scales: torch.Tensor, codes: ReadCodes, format: BlockFormat, name: str) -> torch.Tensor:
@@ -39,10 +37,9 @@ def usable_block_scales(scales: torch.Tensor, codes: ReadCodes, format: BlockFor
         CheckpointError: one is NaN or negative.
     """
     stored = scales.view(torch.uint8)
-    largest, zero = (0x7E, 0x00) if format is NVFP4 else (0xFE, 0x7F)
-    if int(stored.max()) <= largest:
+    if int(stored.max()) <= format.largest_scale_byte:
         return scales
-    bad = stored > largest
+    bad = stored > format.largest_scale_byte
     nonzero = (codes().view(torch.uint8).to(stored.device) & _MAGNITUDES) != 0
     blocks = nonzero.flatten(scales.ndim - 1).unflatten(-1, (scales.shape[-1], -1)).any(-1)
     refused = bad & blocks
@@ -53,7 +50,7 @@ def usable_block_scales(scales: torch.Tensor, codes: ReadCodes, format: BlockFor
             given=f"{int(refused.sum())} of {refused.numel()}, the first at {refused.nonzero()[0].tolist()}",
             next_step=_AGAIN,
         )
-    return stored.masked_fill(stored > largest, zero).view(scales.dtype)
+    return stored.masked_fill(bad, 0x00 if format.has_global_scale else 0x7F).view(scales.dtype)
 
 
 def usable_scalars(scalars: torch.Tensor, codes: ReadCodes | None, name: str) -> torch.Tensor:

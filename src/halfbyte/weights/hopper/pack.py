@@ -18,7 +18,7 @@ import torch
 from halfbyte.device import Target
 from halfbyte.experts import ExpertWeights
 from halfbyte.formats import MXFP4, NVFP4, QuantTensor
-from halfbyte.weights.checks import ScaleCheck, check_scales, fp4_matrices, has_unusable_scalars, largest_valid_scale
+from halfbyte.weights.checks import ScaleCheck, check_scales, fp4_matrices, has_unusable_scalars
 from halfbyte.weights.hopper import pack_torch
 from halfbyte.weights.hopper.bits import WordsFor
 from halfbyte.weights.hopper.layout import (
@@ -120,7 +120,7 @@ def _executor(device: torch.device) -> ModuleType:
 
 def _raw_scales(w: QuantTensor) -> tuple[torch.Tensor, int]:
     """Scale bytes uint8 [E, N, C] and the largest that is a number: negative scales and NaN have larger bytes."""
-    return w.scales.view(torch.uint8).contiguous(), largest_valid_scale(w.format)
+    return w.scales.view(torch.uint8).contiguous(), w.format.largest_scale_byte
 
 
 def _read_later(flag: torch.Tensor) -> Callable[[], bool]:
