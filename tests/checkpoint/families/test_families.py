@@ -126,6 +126,7 @@ def test_what_sets_families_apart() -> None:
     assert described("bailing_moe", norm_topk_prob=True).routing == RoutingRule("renormalize", 2)
     ling = described("bailing_moe", norm_topk_prob=True, score_function="sigmoid", n_group=4, topk_group=2, routed_scaling_factor=2.5)
     assert ling.routing == RoutingRule("deepseek_v3", 2, 4, 2, 2.5)
+    assert described("cohere2_moe", norm_topk_prob=False).routing == RoutingRule("renormalize", 2)  # softmax over the k, whatever it says
     assert described("cohere2_moe", expert_selection_fn="sigmoid").routing == RoutingRule("sigmoid_renorm", 2)
     assert described("cohere2_moe", expert_selection_fn="sigmoid", norm_topk_prob=False).routing == RoutingRule("topk_sigmoid", 2)
     assert described("hunyuan_v1_moe", num_experts_per_tok=None, moe_topk=[2] * 6).top_k == 2
@@ -220,6 +221,16 @@ def test_null_means_absent() -> None:
     for config in (cf.QWEN, cf.DEEPSEEK_V3, cf.DEEPSEEK_V4):
         without = {key: value for key, value in config.items() if key not in nulls}
         assert describe_moe({**config, **nulls}, FOUND) == describe_moe(without, FOUND)
+
+
+def test_null_is_no_where_it_says_whether_weights_are_renormalised() -> None:
+    """transformers and engines test the value: None, in Python, is no."""
+    dbrx = {"model_type": "dbrx", "n_layers": 2, "d_model": 64, "ffn_config": {"moe_num_experts": 8, "ffn_hidden_size": 32, "moe_top_k": 2}}
+    silent = {**dbrx, "ffn_config": {**dbrx["ffn_config"], "moe_normalize_expert_weights": None}}
+    assert [describe_moe(config, FOUND).known_routing().method for config in (dbrx, silent)] == ["renormalize", "default"]
+    assert describe_moe({**cf.QWEN, "norm_topk_prob": None}, FOUND).known_routing().method == "default"
+    with pytest.raises(UnsupportedError, match="not renormalised"):
+        describe_moe({**cf.DEEPSEEK_V3, "norm_topk_prob": None}, FOUND).known_routing()
 
 
 def test_no_more_experts_per_token_than_there_are() -> None:

@@ -163,8 +163,7 @@ def describe_moe(config: Mapping[str, Any], found: Found, *, where: str = "confi
     values = Config(config, where)
     module = _family_of(values.model_type, where)
     model = module.MODEL_TYPES[values.model_type]
-    section = values.section(model.section).values
-    values = values.with_defaults({**model.defaults, **{key: value for key, value in section.items() if value is not None}})
+    values = values.with_defaults(_defaults(values, model))
     family = module.describe(values, model)
     block = only_block(found, where)
     behind = range(values.num_layers, values.num_layers + values.num_predicting)
@@ -191,6 +190,16 @@ def describe_moe(config: Mapping[str, Any], found: Found, *, where: str = "confi
         corrected=family.router.corrected,
         hashed_layers=family.router.hashed_layers,
     )
+
+
+def _defaults(config: Config, model: Model) -> dict[str, Any]:
+    """What stands in for values that are absent or null. A null for whether weights are renormalised is no: transformers tests it, as engines do."""
+    section = config.section(model.section).values
+    values = {**model.defaults, **{key: value for key, value in section.items() if value is not None}}
+    key = model.renormalised
+    if isinstance(key, str) and {**config.values, **section}.get(key, ...) is None:
+        values[key] = type(model.defaults.get(key, True))(0)
+    return values
 
 
 def is_known(config: Mapping[str, Any], where: str = "config.json") -> bool:

@@ -29,7 +29,7 @@ MODEL_TYPES = {
         activation="ffn_act_fn",
         section="ffn_config",
     ),
-    "cohere2_moe": Model({"num_experts_per_tok": 2, "norm_topk_prob": True}, layers="first dense"),
+    "cohere2_moe": Model({"num_experts_per_tok": 2, "norm_topk_prob": True, "expert_selection_fn": "softmax"}, layers="first dense"),
     "deepseek_v2": Model(renormalised=False, scale=_SCALE, layers="first dense"),
     "mistral4": Model({"num_experts_per_tok": 4, "norm_topk_prob": True}, scale=_SCALE, layers="first dense"),
     **dict.fromkeys(("mistral_large4", "mistral_large4_text"), _MISTRAL_LARGE_4),
