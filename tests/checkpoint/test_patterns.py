@@ -22,6 +22,12 @@ def test_the_first_pattern_counts_whatever_its_kind() -> None:
     assert FirstMatch(["twice", "twice"]).find("language_model.twice") == 0
 
 
+def test_a_pattern_means_what_it_says_also_with_the_segment_that_exporters_leave_out() -> None:
+    for pattern in ("*.layers.9.mlp*", "language_model.layers.9*", "*.layers.9", "language_model*", "*e_model.layers.9.*"):
+        assert matches(pattern, "language_model.layers.9.mlp.gate"), pattern
+    assert not matches("*.layers.9.mlp*", "layers.9.mlp.gate") and not matches("x.layers.9.mlp*", "language_model.layers.9.mlp")
+
+
 def test_a_model_of_names_is_looked_up_at_once() -> None:
     names = [f"model.layers.{layer}.mlp.experts.{e}.{p}_proj" for layer in range(3, 61) for e in range(256) for p in ("gate", "up", "down")]
     start = time.process_time()

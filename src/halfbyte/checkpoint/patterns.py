@@ -54,7 +54,7 @@ class FirstMatch:
                 expression = _Expression.parse(pattern[3:], where)
                 self._others.append((index, partial(_matches_expression, expression)))
             elif _SPECIAL.search(pattern):
-                self._others.append((index, partial(_matches_glob, *_glob(_without_language_model(pattern)))))
+                self._others.append((index, partial(_matches_glob, _Glob.of(pattern), _Glob.of(_without_language_model(pattern)))))
             else:
                 self._plain.setdefault(_without_language_model(pattern), index)
 
@@ -76,20 +76,30 @@ def _without_language_model(name: str) -> str:
     return ".".join(segment for segment in name.split(".") if segment != "language_model")
 
 
-def _glob(pattern: str) -> tuple[str, list[str], str]:
+@dataclass(frozen=True)
+class _Glob:
     """The pattern, its segments, and the longest piece of it that a name must have."""
-    literal = max(_SPECIAL.split(pattern.partition("[")[0]), key=len)
-    return pattern, pattern.split("."), literal
+
+    pattern: str
+    segments: tuple[str, ...]
+    literal: str
+
+    @staticmethod
+    def of(pattern: str) -> _Glob:
+        return _Glob(pattern, tuple(pattern.split(".")), max(_SPECIAL.split(pattern.partition("[")[0]), key=len))
+
+    def matches(self, name: str) -> bool:
+        if self.literal not in name:
+            return False
+        if fnmatchcase(name, self.pattern):
+            return True
+        segments = name.split(".")
+        runs = range(len(segments) - len(self.segments) + 1)
+        return any(all(fnmatchcase(segment, glob) for segment, glob in zip(segments[start:], self.segments, strict=False)) for start in runs)
 
 
-def _matches_glob(pattern: str, globs: list[str], literal: str, module: str, short: str) -> bool:
-    if literal not in short:
-        return False
-    if fnmatchcase(short, pattern):
-        return True
-    segments = short.split(".")
-    runs = range(len(segments) - len(globs) + 1)
-    return any(all(fnmatchcase(segment, glob) for segment, glob in zip(segments[start:], globs, strict=False)) for start in runs)
+def _matches_glob(written: _Glob, stripped: _Glob, module: str, short: str) -> bool:
+    return stripped.matches(short) or (short != module and written.matches(module))
 
 
 def _matches_expression(expression: _Expression, module: str, short: str) -> bool:
