@@ -11,7 +11,7 @@ import pytest
 
 from halfbyte.checkpoint.families import FAMILIES, KNOWN_MODEL_TYPES, MoEConfig, RoutingRule, describe_moe, find_experts, format_range, tensor_names
 from halfbyte.errors import CheckpointError, UnsupportedError
-from halfbyte.experts import GEGLU_TANH, RELU2
+from halfbyte.experts import GEGLU_TANH, GPT_OSS_SWIGLU, RELU2, SWIGLU
 
 FOUND = find_experts(["model.embed_tokens.weight", "model.layers.1.mlp.experts.0.gate_proj.weight"])
 FIXTURES = {file.stem: file for file in (Path(__file__).parent / "fixtures").glob("*.json")}
@@ -113,11 +113,12 @@ def test_left_out_values_mean_what_transformers_says() -> None:
                     assert key in model.defaults or aliases.get(key, set()) & set(model.defaults), (model_type, key, value)
 
 
-def test_what_sets_families_apart() -> None:
-    def described(model_type: str, **values: object) -> MoEConfig:
-        sizes = {"num_hidden_layers": 6, "hidden_size": 64, "moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2}
-        return describe_moe({"model_type": model_type, **sizes, **values}, FOUND)
+def described(model_type: str, **values: object) -> MoEConfig:
+    sizes = {"num_hidden_layers": 6, "hidden_size": 64, "moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2}
+    return describe_moe({"model_type": model_type, **sizes, **values}, FOUND)
 
+
+def test_what_sets_families_apart() -> None:
     # A leftover norm_topk_prob does not count where the family always renormalises.
     assert described("qwen3_5_moe", norm_topk_prob=False).routing == RoutingRule("renormalize", 2)
     assert described("qwen3_next").routing == RoutingRule("renormalize", 2) and described("qwen3_moe").routing == RoutingRule("default", 2)
@@ -221,6 +222,11 @@ def test_null_means_absent() -> None:
     for config in (cf.QWEN, cf.DEEPSEEK_V3, cf.DEEPSEEK_V4):
         without = {key: value for key, value in config.items() if key not in nulls}
         assert describe_moe({**config, **nulls}, FOUND) == describe_moe(without, FOUND)
+
+
+def test_experts_that_are_what_they_are_whatever_hidden_act_says() -> None:
+    assert described("lfm2_moe", hidden_act="gelu").activation == SWIGLU
+    assert describe_moe({**cf.GPT_OSS, "hidden_act": "gelu"}, FOUND).activation == GPT_OSS_SWIGLU
 
 
 def test_null_is_no_where_it_says_whether_weights_are_renormalised() -> None:

@@ -23,4 +23,4 @@ def describe(config: Config, _: Model) -> Family:
     router = Router(config.top_k, rule, corrected=True, hashed_layers=tuple(layer for layer, kind in enumerate(kinds) if kind == "hash_moe"))
     if function != "sqrtsoftplus" or not renormalised:
         router = Router(config.top_k, refusal=f"its scores are {function!r}, norm_topk_prob {renormalised}")
-    return Family(router, activation=replace(config.activation, limit=config.get("swiglu_limit", 10.0)))
+    return Family(router, activation=replace(config.activation_of("hidden_act"), limit=config.get("swiglu_limit", 10.0)))

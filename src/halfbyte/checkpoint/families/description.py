@@ -78,7 +78,7 @@ class Model:
         renormalised: whether the weights of the chosen experts are made to sum to 1; or the key that says so.
         scale: the key of the factor of all weights; "" where there is none.
         layers: which layers have experts (`families.layers`).
-        activation: the key that names it.
+        activation: the key that names it; "" where it is SwiGLU whatever the configuration says.
         names: of its router's tensors.
         section: a part of the configuration whose values count, too.
         refusal: why `halfbyte.route` and `MoE` cannot compute its router, whatever the configuration says; "" where they can.
@@ -203,11 +203,6 @@ class Config(Document):
         if len(values) < self.num_layers or not values[0]:
             raise self.misfit(key, f"an integer from 1 to {LARGEST}, or a list with one for each layer")
         return values[0]
-
-    @property
-    def activation(self) -> Activation:
-        """What hidden_act says; errors as `activation_of`."""
-        return self.activation_of("hidden_act")
 
     def activation_of(self, key: str) -> Activation:
         """What `key` says, SwiGLU where it says nothing.

@@ -44,7 +44,7 @@ MODEL_TYPES = {
         {"num_experts_per_tok": 8, "router_scaling_factor": 2.826, "first_k_dense_replace": 1}, True, "router_scaling_factor", "first dense"
     ),
     "dots1": Model({"norm_topk_prob": False}, scale=_SCALE, layers="first dense"),
-    "lfm2_moe": Model({"num_experts_per_tok": 4, "norm_topk_prob": True, "num_dense_layers": 2}, scale=_SCALE, layers="dense layers"),
+    "lfm2_moe": Model({"num_experts_per_tok": 4, "norm_topk_prob": True, "num_dense_layers": 2}, scale=_SCALE, layers="dense layers", activation=""),
     "afmoe": Model({"num_experts_per_tok": 6, "num_dense_layers": 1}, True, "route_scale", "dense layers"),
     **dict.fromkeys(("bailing_moe", "bailing_moe_v2", "bailing_moe_linear"), _BAILING),
     "bailing_hybrid": _BAILING_HYBRID,
