@@ -1,9 +1,9 @@
 """Routing: which k experts a token goes to, and with what weights. Plain torch, any device; the definition of `halfbyte.route`.
 
-    score  = score_of(logit)                        [T, E] fp32
+    score  = MAPS[score](logit)                     [T, E] fp32
     key    = score + bias                           (methods with a bias; experts outside the kept groups become -inf)
     ids    = the k largest keys, equal keys by lowest expert id
-    weight = scale * weight_of(score[ids])          the bias selects, it never weighs
+    weight = scale * MAPS[weigh](score[ids])        the bias selects, it never weighs
 
 | method | score | weights from the k scores | who |
 |---|---|---|---|
@@ -33,10 +33,6 @@ from halfbyte.kernels.problem import Problem, Support, plain_torch
 Map = Callable[[torch.Tensor], torch.Tensor]
 
 
-def _same(x: torch.Tensor) -> torch.Tensor:
-    return x
-
-
 def _softmax(x: torch.Tensor) -> torch.Tensor:
     return x.softmax(dim=-1)
 
@@ -53,29 +49,39 @@ def _normalize_clamped(scores: torch.Tensor) -> torch.Tensor:
     return scores / scores.sum(dim=-1, keepdim=True).clamp(min=1e-20)
 
 
+MAPS: dict[str, Map] = {
+    "same": lambda x: x,
+    "softmax": _softmax,
+    "sigmoid": torch.sigmoid,
+    "sqrt_softplus": _sqrt_softplus,
+    "normalize": _normalize,
+    "normalize_clamped": _normalize_clamped,
+}
+
+
 @dataclass(frozen=True)
 class Method:
-    """One row of the table above."""
+    """One row of the table above: names of `MAPS`, for every kernel, and what else belongs to the method."""
 
-    score_of: Map
-    weight_of: Map = _same
+    score: str
+    weigh: str = "same"
     has_bias: bool = False
     has_groups: bool = False
     max_top_k: int | None = None
 
 
 METHODS: dict[str, Method] = {
-    "default": Method(_softmax),
-    "renormalize": Method(_same, _softmax),
-    "deepseek_v3": Method(torch.sigmoid, _normalize, has_bias=True, has_groups=True),
-    "llama4": Method(_same, torch.sigmoid, max_top_k=1),
-    "renormalize_naive": Method(_same, _softmax),
-    "topk": Method(_same),
-    "sigmoid_renorm": Method(torch.sigmoid, _normalize_clamped),
-    "minimax2": Method(torch.sigmoid, _normalize, has_bias=True),
-    "sigmoid": Method(torch.sigmoid),
-    "topk_sigmoid": Method(_same, torch.sigmoid),
-    "deepseek_v4": Method(_sqrt_softplus, _normalize, has_bias=True),
+    "default": Method("softmax"),
+    "renormalize": Method("same", "softmax"),
+    "deepseek_v3": Method("sigmoid", "normalize", has_bias=True, has_groups=True),
+    "llama4": Method("same", "sigmoid", max_top_k=1),
+    "renormalize_naive": Method("same", "softmax"),
+    "topk": Method("same"),
+    "sigmoid_renorm": Method("sigmoid", "normalize_clamped"),
+    "minimax2": Method("sigmoid", "normalize", has_bias=True),
+    "sigmoid": Method("sigmoid"),
+    "topk_sigmoid": Method("same", "sigmoid"),
+    "deepseek_v4": Method("sqrt_softplus", "normalize", has_bias=True),
 }
 
 
@@ -95,12 +101,12 @@ def run(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ids int32 [T, k] and weights fp32 [T, k] for logits [T, E]; `moe.routing.route` checks the arguments."""
     rule = METHODS[method]
-    scores = rule.score_of(logits.float())
+    scores = MAPS[rule.score](logits.float())
     keys = scores if bias is None else scores + bias.float()
     if num_groups > 1:
         keys = _mask_groups(keys, num_groups, top_k_groups)
     ids = _largest(keys, top_k)
-    weights = rule.weight_of(scores.gather(-1, ids))
+    weights = MAPS[rule.weigh](scores.gather(-1, ids))
     return ids.int(), weights if scale == 1.0 else weights * scale
 
 

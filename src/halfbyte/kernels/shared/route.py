@@ -25,21 +25,7 @@ import triton.language as tl
 
 from halfbyte.kernels.arithmetic import ceil_div, next_power_of_2
 from halfbyte.kernels.problem import Problem, Size, Support, needs_capability
-
-# Method -> score of a logit, and how the k scores become weights. The meaning of each is in `kernels.reference.routing.METHODS`.
-RULES: dict[str, tuple[str, str]] = {
-    "default": ("softmax", "same"),
-    "renormalize": ("same", "softmax"),
-    "deepseek_v3": ("sigmoid", "normalize"),
-    "llama4": ("same", "sigmoid"),
-    "renormalize_naive": ("same", "softmax"),
-    "topk": ("same", "same"),
-    "sigmoid_renorm": ("sigmoid", "normalize_clamped"),
-    "minimax2": ("sigmoid", "normalize"),
-    "sigmoid": ("sigmoid", "same"),
-    "topk_sigmoid": ("same", "sigmoid"),
-    "deepseek_v4": ("sqrt_softplus", "normalize"),
-}
+from halfbyte.kernels.reference.routing import METHODS
 
 _LOWEST = tl.constexpr(-(2**31))  # below the order of every float: struck out, or padding
 _HIGHEST = tl.constexpr(2**31 - 1)  # the order of NaN
@@ -249,7 +235,7 @@ def run(
     config: Config | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ids int32 [T, k] and weights fp32 [T, k] for logits [T, E]; `moe.routing.route` checks the arguments."""
-    score, weigh = RULES[method]
+    rule = METHODS[method]
     num_tokens, num_experts = logits.shape
     ids = torch.empty((num_tokens, top_k), dtype=torch.int32, device=logits.device)
     weights = torch.empty((num_tokens, top_k), dtype=torch.float32, device=logits.device)
@@ -269,8 +255,8 @@ def run(
             num_tokens,
             logits.stride(0),
             float(scale),
-            SCORE=score,
-            WEIGH=weigh,
+            SCORE=rule.score,
+            WEIGH=rule.weigh,
             NUM_EXPERTS=num_experts,
             TOP_K=top_k,
             NUM_GROUPS=num_groups,
