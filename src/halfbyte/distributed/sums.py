@@ -5,12 +5,11 @@ Its definition in plain torch is in `collectives.add_in_order` and `transport.ad
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 
+from halfbyte.device import current
 from halfbyte.distributed.wire import SUM_HEADER
 
 _HEADER = tl.constexpr(SUM_HEADER)
@@ -52,7 +51,7 @@ def add_rows(received: torch.Tensor, out: torch.Tensor, own: torch.Tensor | None
     if out.numel() == 0:
         return
     rows, width = out.shape
-    with torch.cuda.device_of(out) if out.is_cuda else contextlib.nullcontext():  # Triton launches on the current device
+    with current(out.device):
         _add_rows[(rows, triton.cdiv(width, _BLOCK))](
             received, out if own is None else own, out, rows, rank, WIDTH=width, WORLD=len(received), CODED=own is not None, BLOCK=_BLOCK,
             num_warps=4, enable_fp_fusion=False,

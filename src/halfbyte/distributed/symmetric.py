@@ -10,7 +10,6 @@ weights that arrive, and the partial sums that experts write, lie in the buffers
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 import triton
 
 from halfbyte.arguments import dense_rows
-from halfbyte.device import Target
+from halfbyte.device import Target, current
 from halfbyte.distributed.exchange import exchange_codes
 from halfbyte.distributed.kernels import pull_rows, push_rows
 from halfbyte.distributed.peer_memory import PeerMemory
@@ -153,8 +152,7 @@ class SymmetricTransport:
         return not INTERPRETED and triton.runtime.driver.active.get_current_target().arch >= 89
 
     def _launch(self, kernel: Any, programs: int, arguments: tuple[Any, ...], constants: dict[str, Any], options: dict[str, Any]) -> None:
-        device = self.memory.block.device
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        with current(self.memory.block.device):
             kernel[(max(1, programs),)](*arguments, **constants, ASM=not INTERPRETED, **({} if INTERPRETED else options))
 
 

@@ -33,6 +33,7 @@ import torch
 import triton
 import triton.language as tl
 
+from halfbyte.device import current
 from halfbyte.experts import Activation
 from halfbyte.formats import NVFP4, BlockFormat, QuantTensor
 from halfbyte.kernels.problem import Problem, Size
@@ -269,7 +270,7 @@ def grouped_gemm_w4a16(
     config = tiles(num_rows, num_experts, compute) if config is None else config
     block_n = config.gated_block_n if activation is not None and activation.gated else config.block_n
     grid = (row_block_bound(num_rows, num_experts, config.block_m) * triton.cdiv(columns, block_n),)
-    with torch.cuda.device_of(out):  # Triton launches on the current device
+    with current(out.device):
         grouped_gemm_w4a16_kernel[grid](
             x.contiguous(),
             slot_of_row,

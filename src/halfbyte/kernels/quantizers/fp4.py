@@ -16,7 +16,6 @@ many as the GPU can hold at once, take turns at chunks of its rows (`quantize_ch
 
 from __future__ import annotations
 
-import contextlib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +25,7 @@ import triton
 import triton.language as tl
 
 from halfbyte.arguments import dense_rows
-from halfbyte.device import Target
+from halfbyte.device import Target, current
 from halfbyte.experts import Activation
 from halfbyte.formats import NVFP4, BlockFormat, QuantTensor
 from halfbyte.formats.quantizer import decode_scale_of
@@ -165,7 +164,7 @@ def _inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     factor = torch.empty(rows.shape[0], dtype=torch.float32, device=x.device)
     block = min(4096, triton.next_power_of_2(rows.shape[1]))
-    with torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext():
+    with current(x.device):
         inverse_rms_kernel[(rows.shape[0],)](
             rows, factor, rows.shape[1], eps, block, **({} if INTERPRETED else {"num_warps": 4, "enable_fp_fusion": True})
         )
@@ -223,7 +222,7 @@ def launch(
     # Without fusion: the codec rounds every product.
     options = {} if INTERPRETED else {"num_warps": config.num_warps, "maxnreg": config.max_registers, "enable_fp_fusion": False}
     columns = triton.cdiv(num_columns, config.block_columns)
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    with current(device):
         if take_turns:
             most = _programs_per_sm(kernel, arguments, {**constants, **options}) * Target.of(device).num_sms
             num_chunks = min(num_chunks, max(1, most // (columns * matrices)))

@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from halfbyte.device import Target
+from halfbyte.device import Target, current
 from halfbyte.experts import Activation
 from halfbyte.formats import BlockFormat
 from halfbyte.formats.scale_layout import ScaleLayout, max_padded_rows, padded_shape, tile_rows
@@ -236,7 +236,7 @@ def run(
     ends = expert_offsets if scan else torch.empty(num_experts + 1, dtype=torch.int64, device=x.device)
     if not scan:
         block = min(1024, triton.next_power_of_2(num_experts))
-        with torch.cuda.device_of(x):
+        with current(x.device):
             expert_ends_kernel[(1,)](
                 expert_offsets, ends, scale_offsets, num_rows, scale_layout, num_experts, config.rows, tile, block,
                 num_warps=4, enable_fp_fusion=True,

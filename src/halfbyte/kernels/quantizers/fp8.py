@@ -10,12 +10,11 @@ Target: any CUDA GPU of compute capability 8.0 or newer. Not measured yet.
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 
+from halfbyte.device import current
 from halfbyte.formats.fp8_tensor import BLOCKS, Fp8Scaling, Fp8Tensor, quantize_fp8
 from halfbyte.formats.scale_layout import ScaleLayout, padded_shape
 from halfbyte.gluon_compat import fix_cache_keys
@@ -136,7 +135,7 @@ def run(x: torch.Tensor, scaling: Fp8Scaling = "token", *, scale_layout: ScaleLa
     matrices = x.reshape(-1, num_rows, width)
     for matrix, matrix_codes, matrix_scales in zip(matrices, codes.view(-1, num_rows, width), scales.view(-1, *padded), strict=True):
         rows = matrix if matrix.stride(1) == 1 else matrix.contiguous()
-        with torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext():
+        with current(x.device):
             quantize_fp8_kernel[(triton.cdiv(padded[0], tile_rows), triton.cdiv(width, tile_columns))](
                 rows, matrix_codes.view(torch.uint8), matrix_scales, num_rows, rows.stride(0), width, *padded,
                 scaling == "mx", BLOCKS.get(scaling, tile_columns), scale_layout, tile_rows, tile_columns,

@@ -21,7 +21,6 @@ itself, so that captured graphs follow new ones (`PreparedExperts.update_`). Not
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc
 
+from halfbyte.device import current
 from halfbyte.formats import e2m1, e4m3
 from halfbyte.formats.activation_formats import ActivationFormat
 from halfbyte.kernels.arithmetic import next_power_of_2
@@ -196,7 +196,7 @@ def encode_rows(
     options: dict[str, Any] = {"num_warps": min(8, max(1, groups // 32)), "enable_fp_fusion": False}  # the codec rounds every product
     options |= {"launch_pdl": True} if launch_early else {}
     native = not INTERPRETED and triton.runtime.driver.active.get_current_target().arch >= 89
-    with torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext():  # Triton launches on the current device
+    with current(x.device):
         launch(
             _encode, (num_rows,),
             words, out.view(torch.int32), words if scales is None else scales, words if input_scale is None else input_scale.contiguous(),

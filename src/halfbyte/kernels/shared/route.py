@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
+from halfbyte.device import current
 from halfbyte.kernels.arithmetic import ceil_div, next_power_of_2
 from halfbyte.kernels.problem import Problem, Size, Support, needs_capability
 from halfbyte.kernels.reference.routing import METHODS
@@ -246,7 +247,7 @@ def run(
     if bias is not None:
         bias = (bias.float() if bias.element_size() == 1 else bias).contiguous()  # Triton cannot read fp8 on every GPU
     config = _blocks(num_experts, top_k, num_groups) if config is None else config
-    with torch.cuda.device_of(logits):  # Triton launches on the current device
+    with current(logits.device):
         route_kernel[(ceil_div(num_tokens, config.block_tokens),)](
             logits,
             bias,

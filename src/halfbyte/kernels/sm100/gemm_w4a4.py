@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
+from halfbyte.device import current
 from halfbyte.formats import QuantTensor
 from halfbyte.kernels.portable.gemm import find_row_block, row_block_bound
 
@@ -116,7 +117,7 @@ def grouped_gemm_w4a4(
     x_scale, scale = x.row_global_scale(), weight.global_scale
     config = choose_config(columns)
     grid = (row_block_bound(num_rows, num_experts, BLOCK_M) * triton.cdiv(columns, config.block_n),)
-    with torch.cuda.device_of(out):  # Triton launches on the current device
+    with current(out.device):
         grouped_gemm_w4a4_kernel[grid](
             x.codes.contiguous(),
             x.scales.view(torch.uint8).contiguous(),

@@ -14,6 +14,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
+from halfbyte.device import current
 from halfbyte.gluon_compat import barrier, tma_descriptor, tma_store
 from halfbyte.weights.hopper.bits import WordsFor
 from halfbyte.weights.hopper.layout import RowOrder
@@ -160,7 +161,7 @@ def pack_matrix_in_place(
     programs = triton.cdiv(unit_tiles * runs, PIECES)
     groups = max(1, min(num_experts * expert_units, PROGRAMS_OF_A_MULTIPROCESSOR * num_sms // programs))  # 1: the launch fails where it is too large
     arrivals = torch.zeros(num_experts * expert_units, dtype=torch.int32, device=words.device)
-    with torch.cuda.device_of(words):
+    with current(words.device):
         _pack_in_place[(groups * programs,)](
             codes.view(torch.int32), scales, tma_descriptor(words.view(-1, 32), 64 if column_tiles % 4 == 0 else 16, 32),
             tma_descriptor(scale_words.view(torch.int16).view(-1, entries // 2), 8, entries // 2), arrivals, refused,

@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
+from halfbyte.device import current
 from halfbyte.weights.hopper import rounding_fp8
 from halfbyte.weights.hopper.bits import WordsFor
 from halfbyte.weights.hopper.fragment_order import column_at
@@ -214,7 +215,7 @@ def pack_matrix(
 def write_row_exponents(largest: torch.Tensor, row_exponent: torch.Tensor, order: RowOrder, *, nvfp4: bool) -> None:
     """From the largest scale bytes of rows, uint8 [E, N]; `row_exponent` int8 [E, N padded], its rows in the order of the tiles."""
     num_experts, rows = largest.shape
-    with torch.cuda.device_of(largest):
+    with current(largest.device):
         _row_exponents[(row_exponent.shape[1] // 64, num_experts)](
             largest, row_exponent, rows, rows // 2 if order == "gate_up" else rows, order, nvfp4, num_warps=1, enable_fp_fusion=True
         )
@@ -233,7 +234,7 @@ def largest_of_rows(raw: torch.Tensor, limit: int, refused: torch.Tensor) -> tor
     largest = torch.empty((num_experts, rows), dtype=torch.uint8, device=raw.device)
     block = triton.next_power_of_2(columns)
     step = max(1, 4096 // block)
-    with torch.cuda.device_of(raw):
+    with current(raw.device):
         _largest_of_rows[(triton.cdiv(rows, step), num_experts)](
             raw, largest, refused, rows, columns, limit, step, block, num_warps=4, enable_fp_fusion=True
         )
@@ -247,7 +248,7 @@ def _launch(
     num_experts, rows, half_columns = codes.shape
     grid = (scale_words.shape[2], words.shape[1], num_experts)
     nvfp4 = scales.shape[2] * 8 == half_columns
-    with torch.cuda.device_of(words):
+    with current(words.device):
         kernel[grid](
             *pointers, rows, rows // 2 if order == "gate_up" else rows, half_columns // 8, words.shape[2], order, nvfp4, words_for,
             num_warps=4, enable_fp_fusion=True,
