@@ -20,11 +20,11 @@ from halfbyte.distributed.kernels import (
     ranks_of,
     region,
     signal,
-    store_quad,
     trap_after,
     wait,
 )
 from halfbyte.kernels.quantizers.chunk import load_words
+from halfbyte.kernels.quantizers.rows import store_quad
 
 
 @triton.jit

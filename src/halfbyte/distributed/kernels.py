@@ -20,16 +20,14 @@ import triton.language as tl
 
 from halfbyte.distributed.peer_memory import REGIONS
 from halfbyte.gluon_compat import fix_cache_keys
-from halfbyte.kernels.quantizers.blocks import amax8, half
+from halfbyte.kernels.quantizers.blocks import half
 from halfbyte.kernels.quantizers.chunk import load_words, nvfp4_block, prepare_global
-from halfbyte.kernels.quantizers.fp8 import divide, e4m3_bytes, fp32_scale, mx_scale, prepare_division
+from halfbyte.kernels.quantizers.fp8 import divide, e4m3_bytes, fp32_scale, prepare_division
+from halfbyte.kernels.quantizers.rows import amax_of_row, mx_scales_of_row, nvfp4_scale_of_row, store_quad
 
 # Places in the table, behind the addresses of the ranks.
 FLAGS, SIZES, CODES, BLOCK_SCALES, ROW_SCALES, IDS, WEIGHTS, PARTIAL, STAMPS = map(tl.constexpr, range(len(REGIONS)))
 SPINS = tl.constexpr(150_000_000)
-_SMALLEST_NORMAL = tl.constexpr(2.0**-126)
-_NVFP4_RANGE = tl.constexpr(6.0 * 448.0)
-_INFINITY = tl.constexpr(float("inf"))
 
 
 @triton.jit
@@ -81,24 +79,6 @@ def first_row_of(sizes_ptr, rank, WORLD: tl.constexpr):
 
 
 @triton.jit
-def _row_amax(w, BF16: tl.constexpr):
-    """max |x| of the row, fp32; NaN where an element is: magnitudes as bits are in their order, NaN above infinity."""
-    low = tl.maximum(tl.maximum(w[0] & 0x7FFF, w[1] & 0x7FFF), tl.maximum(w[2] & 0x7FFF, w[3] & 0x7FFF))
-    low = tl.maximum(low, tl.maximum(tl.maximum(w[4] & 0x7FFF, w[5] & 0x7FFF), tl.maximum(w[6] & 0x7FFF, w[7] & 0x7FFF)))
-    high = tl.maximum(tl.maximum(w[0] >> 16 & 0x7FFF, w[1] >> 16 & 0x7FFF), tl.maximum(w[2] >> 16 & 0x7FFF, w[3] >> 16 & 0x7FFF))
-    high = tl.maximum(high, tl.maximum(tl.maximum(w[4] >> 16 & 0x7FFF, w[5] >> 16 & 0x7FFF), tl.maximum(w[6] >> 16 & 0x7FFF, w[7] >> 16 & 0x7FFF)))
-    return half(tl.max(tl.maximum(low, high)), 0, BF16)
-
-
-@triton.jit
-def _nvfp4_row_scale(w, BF16: tl.constexpr):
-    """The global scale of a row that has its own, as `formats.block_format.nvfp4_decode_scale` defines it."""
-    amax = _row_amax(w, BF16)
-    scale = tl.maximum(tl.div_rn(amax, _NVFP4_RANGE), _SMALLEST_NORMAL)
-    return tl.where(amax == 0.0, 1.0, tl.where(amax < _INFINITY, scale, float("nan")))
-
-
-@triton.jit
 def _two_codes(word, factor, divisor, inverse, DIVIDE: tl.constexpr, BF16: tl.constexpr, NATIVE: tl.constexpr, ASM: tl.constexpr):
     """e4m3 of x / scale of both elements of a word, in the low half of an int32."""
     low, high = half(word, 0, BF16), half(word, 1, BF16)
@@ -130,16 +110,10 @@ def _four_words(w, factor, divisor, inverse, DIVIDE: tl.constexpr, BF16: tl.cons
 @triton.jit
 def fp8_row(w, GROUPS: tl.constexpr, BF16: tl.constexpr, NATIVE: tl.constexpr, ASM: tl.constexpr):
     """Codes and the scale of a row quantised with one scale, as `formats.fp8_tensor` defines them."""
-    scale = fp32_scale(_row_amax(w, BF16))
+    scale = fp32_scale(amax_of_row(w, BF16))
     factor, divisor, inverse = prepare_division(scale, ASM)
     whole = tl.zeros((1, GROUPS), tl.float32)
     return _four_words(w, factor, whole + divisor, whole + inverse, True, BF16, NATIVE, ASM), scale
-
-
-@triton.jit
-def store_quad(pointers, w0, w1, w2, w3, mask):
-    quad = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (w0.shape[0], w0.shape[1], 4))
-    tl.store(pointers[:, :, None] + tl.arange(0, 4)[None, None, :], quad, mask=mask[:, :, None])
 
 
 @triton.jit
@@ -199,14 +173,12 @@ def push_rows(
         if FORMAT == "nvfp4":
             byte, low, high = nvfp4_block(w, prepared, BF16, False, NATIVE, ASM)
         elif FORMAT == "nvfp4 by row":
-            scale = _nvfp4_row_scale(w, BF16)
+            scale = nvfp4_scale_of_row(w, BF16)
             byte, low, high = nvfp4_block(w, prepare_global(scale, 6.0, ASM), BF16, False, NATIVE, ASM)
         elif FORMAT == "fp8":
             codes, scale = fp8_row(w, GROUPS, BF16, NATIVE, ASM)
         elif FORMAT == "mxfp8":
-            amax = tl.max(tl.reshape(amax8(w, BF16, ASM), (1, GROUPS // 2, 2)), axis=2, keep_dims=True)
-            amax = tl.reshape(tl.broadcast_to(amax, (1, GROUPS // 2, 2)), (1, GROUPS))
-            byte, factor = mx_scale(amax.to(tl.int32, bitcast=True))
+            byte, factor = mx_scales_of_row(w, GROUPS, BF16, ASM)
             codes = _four_words(w, factor, factor, factor, False, BF16, NATIVE, ASM)
         for step in range(WORLD):
             peer = (rank + 1 + step) % WORLD  # not all to the same one at once

@@ -26,8 +26,8 @@ from halfbyte.distributed.transport import CombineFormat, Tokens
 from halfbyte.distributed.wire import Wire
 from halfbyte.errors import InputError
 from halfbyte.kernels.problem import Hidden
+from halfbyte.kernels.quantizers.blocks import INTERPRETED, converts_e4m3
 
-INTERPRETED = triton.knobs.runtime.interpret
 PUSH_PROGRAMS, PULL_PROGRAMS = 4, 8  # per multiprocessor, at most; of the first kind all are on it together (`_row_options`)
 SENDERS, ADDERS = 3, 2  # per multiprocessor, at most, where partial sums travel in e4m3: all are on it together (`_exchange`)
 PULL_BLOCK = 1024  # columns per program and step: eight per thread, one load of 16 bytes from each rank
@@ -88,7 +88,7 @@ class SymmetricTransport:
             ),
             {
                 "FORMAT": _kernel_format(wire), "HIDDEN": wire.hidden, "TOP_K": memory.capacity.top_k, "WORLD": memory.num_ranks,
-                "COPIES": self._copies, "COUNTED": num_tokens is not None, "BF16": hidden.dtype == torch.bfloat16, "NATIVE": self._native,
+                "COPIES": self._copies, "COUNTED": num_tokens is not None, "BF16": hidden.dtype == torch.bfloat16, "NATIVE": converts_e4m3(),
             },
             _row_options(wire.hidden),
         )  # fmt: skip
@@ -138,7 +138,7 @@ class SymmetricTransport:
             (partial, _words(partial), out, self._placement, memory.needs, memory.table, memory.sync, rows, memory.rank, self.num_experts, senders),
             {
                 "HIDDEN": hidden, "TOP_K": memory.capacity.top_k, "WORLD": memory.num_ranks, "COPIES": self._copies,
-                "BF16": partial.dtype == torch.bfloat16, "NATIVE": self._native,
+                "BF16": partial.dtype == torch.bfloat16, "NATIVE": converts_e4m3(),
             },
             _row_options(hidden) | {"maxnreg": 48},
         )  # fmt: skip
@@ -146,10 +146,6 @@ class SymmetricTransport:
     @property
     def _num_sms(self) -> int:
         return 1 if INTERPRETED else Target.of(self.memory.block.device).num_sms
-
-    @property
-    def _native(self) -> bool:
-        return not INTERPRETED and triton.runtime.driver.active.get_current_target().arch >= 89
 
     def _launch(self, kernel: Any, programs: int, arguments: tuple[Any, ...], constants: dict[str, Any], options: dict[str, Any]) -> None:
         with current(self.memory.block.device):

@@ -8,10 +8,11 @@ from typing import Literal, NamedTuple, Protocol, get_args
 import torch
 import torch.distributed as dist
 
+from halfbyte.device import Target
 from halfbyte.distributed.collectives import all_gatherv, bytes_of, exchange_rows, reduce_scatterv, side_by_side
 from halfbyte.distributed.failures import backend_of, naming_the_failed
 from halfbyte.distributed.wire import SUM_HEADER, Wire
-from halfbyte.kernels.problem import Hidden
+from halfbyte.kernels.problem import Hidden, needs_capability
 from halfbyte.kernels.quantize import quantize_fp8
 
 CombineFormat = Literal["bf16", "fp8"]
@@ -93,7 +94,7 @@ class CollectiveTransport:
 def add_codes_in_order(received: torch.Tensor, own: torch.Tensor, rank: int, out: torch.Tensor) -> None:
     """As `add_in_order`, of uint8 [world, rows, SUM_HEADER + H] with a scale in front of the codes of each row; `own` [rows, H] instead of rank's."""
     # The kernel reads scales as words, and e4m3 by instructions of compute capability 8.9.
-    if out.is_cuda and out.shape[1] % 4 == 0 and torch.cuda.get_device_capability(out.device) >= (8, 9):
+    if out.is_cuda and out.shape[1] % 4 == 0 and needs_capability(Target.of(out.device), 89) is None:
         from halfbyte.distributed.sums import add_rows  # imports Triton
 
         add_rows(received, out, own, rank)

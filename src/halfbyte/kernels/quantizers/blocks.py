@@ -26,10 +26,16 @@ import triton.language as tl
 
 from halfbyte.gluon_compat import fix_cache_keys
 
+INTERPRETED = triton.knobs.runtime.interpret  # then ASM is False
 _ROUND = tl.constexpr(8388608.0)  # 2^23: adding it rounds to an integer, found in the low bits
 _CUT = tl.constexpr(6.5)  # |q| is cut here: above 6, and below the 7 that would round to a ninth code
 _CUT_BITS = 0x40D00000  # of this float
 _INFINITY = tl.constexpr(float("inf"))
+
+
+def converts_e4m3() -> bool:
+    """NATIVE of these kernels: whether the current GPU has instructions for e4m3 (compute capability 8.9)."""
+    return not INTERPRETED and triton.runtime.driver.active.get_current_target().arch >= 89
 
 
 def _unpack(dtype: str, word: str, low: str, high: str) -> str:
@@ -321,7 +327,7 @@ def e2m1_value(codes):
 
 @triton.jit
 def e4m3_of(x, NATIVE: tl.constexpr):
-    """Round x in 0 .. 448 to e4m3: its byte (int32) and its value (fp32). NATIVE: compute capability 8.9 has the instruction."""
+    """Round x in 0 .. 448 to e4m3: its byte (int32) and its value (fp32). NATIVE: `converts_e4m3`."""
     if NATIVE:
         rounded = x.to(tl.float8e4nv)
         return rounded.to(tl.uint8, bitcast=True).to(tl.int32), rounded.to(tl.float32)

@@ -31,9 +31,8 @@ from halfbyte.formats import NVFP4, BlockFormat, QuantTensor
 from halfbyte.formats.quantizer import decode_scale_of
 from halfbyte.formats.scale_layout import ScaleLayout, padded_shape, tile_rows
 from halfbyte.kernels.problem import Problem, Size, Support, takes_16_bits
+from halfbyte.kernels.quantizers.blocks import INTERPRETED, converts_e4m3
 from halfbyte.kernels.quantizers.chunk import load_rows, quantize_chunk
-
-INTERPRETED = triton.knobs.runtime.interpret
 
 
 @triton.jit(do_not_specialize=["matrices", "num_rows", "padded_rows"])
@@ -188,7 +187,6 @@ def constants_of(
     activation: Activation | None,
     norm: object = None,
 ) -> dict[str, Any]:
-    capability = 0 if INTERPRETED else triton.runtime.driver.active.get_current_target().arch
     return {
         "NVFP4": format is NVFP4,
         "BF16": x.dtype == torch.bfloat16,
@@ -197,7 +195,7 @@ def constants_of(
         "ROWS": config.rows,
         "BLOCK_ROWS": config.block_rows,
         "BLOCK_COLUMNS": config.block_columns,
-        "NATIVE": capability >= 89,
+        "NATIVE": converts_e4m3(),
         "ASM": not INTERPRETED,
         "SOURCE": "swiglu" if activation is not None else "norm" if norm is not None else "x",
         "ALPHA": 1.0 if activation is None else activation.alpha,

@@ -19,9 +19,8 @@ from halfbyte.formats.fp8_tensor import BLOCKS, Fp8Scaling, Fp8Tensor, quantize_
 from halfbyte.formats.scale_layout import ScaleLayout, padded_shape
 from halfbyte.gluon_compat import fix_cache_keys
 from halfbyte.kernels.problem import Problem, Support, takes_16_bits
-from halfbyte.kernels.quantizers.blocks import e4m3_of, quotient, range_factor, reciprocal
+from halfbyte.kernels.quantizers.blocks import INTERPRETED, converts_e4m3, e4m3_of, quotient, range_factor, reciprocal
 
-INTERPRETED = triton.knobs.runtime.interpret
 _SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 _INFINITY = tl.constexpr(float("inf"))
 
@@ -131,7 +130,6 @@ def run(x: torch.Tensor, scaling: Fp8Scaling = "token", *, scale_layout: ScaleLa
     tile_rows = max(1, 2048 // tile_columns)
     num_warps = min(16, max(4, tile_columns // 512))  # 16 elements a thread, up to 8192 columns
     options = {} if INTERPRETED else {"num_warps": num_warps, "enable_fp_fusion": False}
-    native = not INTERPRETED and triton.runtime.driver.active.get_current_target().arch >= 89
     matrices = x.reshape(-1, num_rows, width)
     for matrix, matrix_codes, matrix_scales in zip(matrices, codes.view(-1, num_rows, width), scales.view(-1, *padded), strict=True):
         rows = matrix if matrix.stride(1) == 1 else matrix.contiguous()
@@ -139,6 +137,6 @@ def run(x: torch.Tensor, scaling: Fp8Scaling = "token", *, scale_layout: ScaleLa
             quantize_fp8_kernel[(triton.cdiv(padded[0], tile_rows), triton.cdiv(width, tile_columns))](
                 rows, matrix_codes.view(torch.uint8), matrix_scales, num_rows, rows.stride(0), width, *padded,
                 scaling == "mx", BLOCKS.get(scaling, tile_columns), scale_layout, tile_rows, tile_columns,
-                native, not INTERPRETED, **options,
+                converts_e4m3(), not INTERPRETED, **options,
             )  # fmt: skip
     return result

@@ -30,10 +30,8 @@ from halfbyte.formats import QuantTensor
 from halfbyte.formats.fp8_tensor import Fp8Tensor
 from halfbyte.kernels.arithmetic import next_power_of_2
 from halfbyte.kernels.launch import launch
-from halfbyte.kernels.quantizers.blocks import e2m1_value, pack
+from halfbyte.kernels.quantizers.blocks import INTERPRETED, e2m1_value, pack
 from halfbyte.kernels.workspace import scratch
-
-INTERPRETED = triton.knobs.runtime.interpret
 
 
 @triton.jit

@@ -29,35 +29,15 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc
 
 from halfbyte.device import current
-from halfbyte.formats import e2m1, e4m3
 from halfbyte.formats.activation_formats import ActivationFormat
 from halfbyte.kernels.arithmetic import next_power_of_2
 from halfbyte.kernels.launch import launch
-from halfbyte.kernels.quantizers.blocks import amax8, e2m1_value, half, pack
+from halfbyte.kernels.quantizers.blocks import INTERPRETED, converts_e4m3, e2m1_value, half, pack
 from halfbyte.kernels.quantizers.chunk import load_words, nvfp4_block, prepare_global
-from halfbyte.kernels.quantizers.fp8 import divide, e4m3_bytes, fp32_scale, mx_scale, prepare_division
+from halfbyte.kernels.quantizers.fp8 import divide, e4m3_bytes, fp32_scale, prepare_division
+from halfbyte.kernels.quantizers.rows import amax_of_row, mx_scales_of_row, nvfp4_scale_of_row, store_quad
 from halfbyte.kernels.workspace import scratch
 from halfbyte.weights.hopper.fragment_order import PAIR_STEP, first_position_of
-
-INTERPRETED = triton.knobs.runtime.interpret
-_INFINITY = tl.constexpr(float("inf"))
-_SMALLEST_NORMAL = tl.constexpr(2.0**-126)
-_NVFP4_RANGE = tl.constexpr(e2m1.MAX * e4m3.MAX)
-
-
-@triton.jit
-def _largest_half(w, HALF: tl.constexpr):
-    """The largest of eight elements without their signs, as bits: those are in the order of the magnitudes, NaN above infinity."""
-    SHIFT: tl.constexpr = 16 * HALF
-    low = tl.maximum(tl.maximum(w[0] >> SHIFT & 0x7FFF, w[1] >> SHIFT & 0x7FFF), tl.maximum(w[2] >> SHIFT & 0x7FFF, w[3] >> SHIFT & 0x7FFF))
-    high = tl.maximum(tl.maximum(w[4] >> SHIFT & 0x7FFF, w[5] >> SHIFT & 0x7FFF), tl.maximum(w[6] >> SHIFT & 0x7FFF, w[7] >> SHIFT & 0x7FFF))
-    return tl.maximum(low, high)
-
-
-@triton.jit
-def _amax_of_row(w, BF16: tl.constexpr):
-    """max |x| of the row, fp32; NaN where an element is."""
-    return half(tl.max(tl.maximum(_largest_half(w, 0), _largest_half(w, 1))), 0, BF16)
 
 
 @triton.jit
@@ -107,12 +87,6 @@ def _e2m1_word(codes, scale, ASM: tl.constexpr):
 
 
 @triton.jit
-def _store_quad(pointers, w0, w1, w2, w3, mask, STEP: tl.constexpr):
-    quad = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (w0.shape[0], w0.shape[1], 4))
-    tl.store(pointers[:, :, None] + STEP * tl.arange(0, 4)[None, None, :], quad, mask=mask[:, :, None])
-
-
-@triton.jit
 def _encode(
     x_ptr, out_ptr, scales_ptr, input_scale_ptr,
     FORMAT: tl.constexpr, NUM_GROUPS: tl.constexpr, NUM_INPUT_SCALES: tl.constexpr, FRAGMENTS: tl.constexpr, GROUPS: tl.constexpr,
@@ -132,9 +106,7 @@ def _encode(
             entry = tl.arange(0, INPUT_SCALES)
             scale = tl.max(tl.load(input_scale_ptr + entry, mask=entry < NUM_INPUT_SCALES, other=0.0), 0)
         else:
-            amax = _amax_of_row(w, BF16)
-            scale = tl.maximum(tl.div_rn(amax, _NVFP4_RANGE), _SMALLEST_NORMAL)
-            scale = tl.where(amax == 0.0, 1.0, tl.where(amax < _INFINITY, scale, float("nan")))
+            scale = nvfp4_scale_of_row(w, BF16)
         byte, low, high = nvfp4_block(w, prepare_global(scale, 6.0, ASM), BF16, False, NATIVE, ASM)
         block_scale = _e4m3_float(byte)
         e = (
@@ -149,19 +121,17 @@ def _encode(
         )
         tl.store(scales_ptr + row, scale)
     elif FORMAT == "mxfp8":
-        amax = tl.max(tl.reshape(amax8(w, BF16, ASM), (1, GROUPS // 2, 2)), axis=2, keep_dims=True)
-        amax = tl.reshape(tl.broadcast_to(amax, (1, GROUPS // 2, 2)), (1, GROUPS))
-        byte, factor = mx_scale(amax.to(tl.int32, bitcast=True))
+        byte, factor = mx_scales_of_row(w, GROUPS, BF16, ASM)
         scale = tl.where(byte == 0, 0x400000, byte << 23).to(tl.float32, bitcast=True)
         e = _e4m3_words(w, factor, factor, factor, scale, False, BF16, NATIVE, ASM)
     else:
-        scale = fp32_scale(_amax_of_row(w, BF16))
+        scale = fp32_scale(amax_of_row(w, BF16))
         factor, divisor, inverse = prepare_division(scale, ASM)
         whole = tl.zeros((1, GROUPS), tl.float32)
         e = _e4m3_words(w, factor, whole + divisor, whole + inverse, scale, True, BF16, NATIVE, ASM)
         tl.store(scales_ptr + row, scale)
-    _store_quad(out_ptr + offset, e[0], e[1], e[2], e[3], mask, STEP)
-    _store_quad(out_ptr + offset + 4 * STEP, e[4], e[5], e[6], e[7], mask, STEP)
+    store_quad(out_ptr + offset, e[0], e[1], e[2], e[3], mask, STEP)
+    store_quad(out_ptr + offset + 4 * STEP, e[4], e[5], e[6], e[7], mask, STEP)
 
 
 def encode_rows(
@@ -195,12 +165,11 @@ def encode_rows(
     groups = max(4, next_power_of_2(columns // 16))
     options: dict[str, Any] = {"num_warps": min(8, max(1, groups // 32)), "enable_fp_fusion": False}  # the codec rounds every product
     options |= {"launch_pdl": True} if launch_early else {}
-    native = not INTERPRETED and triton.runtime.driver.active.get_current_target().arch >= 89
     with current(x.device):
         launch(
             _encode, (num_rows,),
             words, out.view(torch.int32), words if scales is None else scales, words if input_scale is None else input_scale.contiguous(),
             activations, columns // 16, num_scales, in_fragment_order, groups, next_power_of_2(max(1, num_scales)),
-            x.dtype == torch.bfloat16, native, not INTERPRETED, launch_early, **({} if INTERPRETED else options),
+            x.dtype == torch.bfloat16, converts_e4m3(), not INTERPRETED, launch_early, **({} if INTERPRETED else options),
         )  # fmt: skip
     return out, scales
