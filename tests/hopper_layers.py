@@ -40,7 +40,7 @@ def configs() -> dict[str, object]:
     """Every configuration by the name of its constant, in small letters."""
     from halfbyte.kernels.sm90 import configs as module
 
-    exact = ("DIRECT", "DECODE", "TINY", "SMALL", "MEDIUM", "LARGE", "HUGE")
+    exact = ("DIRECT", "DECODE", "MICRO", "TINY", "SMALL", "MEDIUM", "LARGE", "HUGE")
     fp8 = ("FP8_TINY", "FP8_WIDE", "FP8_SMALL", "FP8_MEDIUM", "FP8_LARGE", "FP8_HUGE")
     return {name.lower(): getattr(module, name) for name in (*exact, *fp8)}
 

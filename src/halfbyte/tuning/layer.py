@@ -78,7 +78,8 @@ class Layer:
         w13 = matrix(rows13, shape.hidden, *((2,) if shape.halves == 2 else ()))
         bias13, bias2 = (meta(rows, dtype=torch.bfloat16) if shape.has_bias else None for rows in (rows13, shape.hidden))
         weights = ExpertWeights(w13, matrix(shape.hidden, shape.intermediate), shape.activation, bias13, bias2)
-        return LAYOUTS[str(self.problem.layout)].allocate(weights, device)
+        layout = str(self.problem.layout)
+        return LAYOUTS[layout].allocate(weights, device) if layout in LAYOUTS else weights
 
 
 def shape_of_model(directory: Path) -> MoEShape:

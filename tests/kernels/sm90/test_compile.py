@@ -25,7 +25,14 @@ from halfbyte.kernels.sm90.gather import gather
 from halfbyte.kernels.sm90.quantize_rows import gather_codes, quantize_rows, quantize_tokens
 from halfbyte.kernels.work_list import WorkList
 
-PREFILL = {"tiny": configs.TINY, "small": configs.SMALL, "medium": configs.MEDIUM, "large": configs.LARGE, "huge": configs.HUGE}
+PREFILL = {
+    "micro": configs.MICRO,
+    "tiny": configs.TINY,
+    "small": configs.SMALL,
+    "medium": configs.MEDIUM,
+    "large": configs.LARGE,
+    "huge": configs.HUGE,
+}
 
 
 def empty_matrix(rows: int, columns: int, *, nvfp4: bool, bias: bool) -> HopperMatrix:
@@ -123,6 +130,7 @@ MAX_SPILL_BYTES_LARGE_FP8_WORDS = 208
 # Configuration, NVFP4, w13, scaled, words, and how many sizes of a tile are compiled. A kernel has the loop over K once for each size; the largest
 # has the most accumulators. Of LARGE and HUGE two together keep more in memory than one, and about as much as all.
 PREFILL_KERNELS = [
+    ("MICRO", True, True, False, "bf16", 3),
     ("TINY", False, True, True, "fp8", 1),
     ("SMALL", False, True, False, "bf16", 1),
     ("MEDIUM", True, True, False, "bf16", 1),
@@ -146,8 +154,28 @@ def stages_wait_for_their_loads(ptx: str) -> bool:
     >>> stages_wait_for_their_loads("ld.shared wgmma.mma_async mbarrier.arrive"), stages_wait_for_their_loads("ld.shared bar.sync mbarrier.arrive")
     (True, False)
     """
-    events = re.findall(r"ld\.shared|wgmma\.mma_async|wgmma\.wait_group|mbarrier\.arrive(?!\.expect)", ptx)
-    return ("ld.shared", "mbarrier.arrive") not in itertools.pairwise(events)
+    events = re.findall(
+        r"ld\.shared|ldmatrix\.sync\.aligned\.m8n8\.x4\.shared|w?g?mma\.(?:mma_async|wait_group|sync)|mbarrier\.arrive(?!\.expect)", ptx
+    )
+    return not any(event.startswith("ld") and following == "mbarrier.arrive" for event, following in itertools.pairwise(events))
+
+
+def products_precede_arrivals(sass: str) -> bool:
+    """ptxas too lets a mma.sync take what was loaded from x before the stage goes back, though nothing but their order in the kernel says so.
+
+    >>> load, take, arrive = "LDSM.16.M88.4 R8, [R2]", "HMMA.16816.F32.BF16 R4, R12, R8, R4 HMMA.16816.F32.BF16 R4, R12, R10, R4", "SYNCS.ARRIVE"
+    >>> products_precede_arrivals(load + take + arrive), products_precede_arrivals(load + arrive + take)
+    (True, False)
+    """
+    untaken: set[int] = set()
+    for load, operand, arrival in re.findall(r"LDSM\.16\.M88\.4 R(\d+)|HMMA\.16816\S* R\d+, R\d+\S*, R(\d+)|(SYNCS\.ARRIVE)", sass):
+        if load:
+            untaken |= {int(load), int(load) + 2}  # a mma.sync takes two registers
+        elif operand:
+            untaken.discard(int(operand))
+        elif arrival and untaken:
+            return False
+    return True
 
 
 def check_prefill_kernel(
@@ -161,13 +189,15 @@ def check_prefill_kernel(
     with compiling(90) as compiled:
         expert_rows._prefill_gemm(x, scales, matrix, y, experts, WORK, config, is_w13=is_w13)
     (kernel,) = compiled
-    assert all(f"wgmma.mma_async.sync.aligned.m64n{size}{instruction}" in kernel.ptx for pair in config.sizes for size in pair if size)
+    by_warpgroups = [size for pair in config.sizes for size in pair if size > config.warp_rows]
+    assert all(f"wgmma.mma_async.sync.aligned.m64n{size}{instruction}" in kernel.ptx for size in by_warpgroups)
+    assert ("mma.sync.aligned.m16n8k16" in kernel.ptx) == (config.warp_rows > 0)
     assert kernel.spill_bytes <= max_spill_bytes
     assert kernel.registers <= config.launch_registers
     assert kernel.shared_bytes <= 227 * 1024
     # Where ptxas lacks registers for what is in flight, it lets every wgmma wait for itself.
     assert 2 * kernel.sass.count("WARPGROUP.ARRIVE") <= kernel.sass.count("GMMA.64x")
-    assert stages_wait_for_their_loads(kernel.ptx)
+    assert stages_wait_for_their_loads(kernel.ptx) and products_precede_arrivals(kernel.sass)
 
 
 @pytest.mark.parametrize(("name", "nvfp4", "is_w13", "scaled", "words_for", "num_sizes"), PREFILL_KERNELS)
@@ -228,6 +258,8 @@ def test_the_choice_follows_the_rows_an_expert_has() -> None:
     ]  # fmt: skip
     assert chosen[0] == chosen[1] == configs.DIRECT and chosen[2] == configs.DECODE
     assert choose(8, 9, 128) == configs.DECODE  # 72 slots
+    large = [choose(num_tokens, 8, 256, sizes=(7168, 2048)) for num_tokens in (9, 80, 81, 272, 273, 512)]
+    assert [names.get(id(config), "decode") for config in large] == ["decode", "decode", "micro", "micro", "tiny", "tiny"]
     fp8 = [choose(num_tokens, 8, 128, "fp8") for num_tokens in (1, 384, 512, 1024, 1536, 2048, 4096)]
     assert fp8[:2] == [choose(num_tokens, 8, 128) for num_tokens in (1, 384)]
     assert fp8[2:] == [configs.FP8_WIDE, configs.FP8_SMALL, configs.FP8_MEDIUM, configs.FP8_LARGE, configs.FP8_HUGE]

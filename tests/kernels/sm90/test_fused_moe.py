@@ -32,7 +32,7 @@ def check(w: ExpertWeights, x: torch.Tensor, ids: torch.Tensor, weights: torch.T
 
 @pytest.mark.parametrize(
     ("name", "format", "hidden", "intermediate"),
-    in_turns(["decode", "tiny", "small", "medium", "large", "huge"], [(256, 128), (2880, 96), (768, 1408), (320, 2688), (1536, 736)]),
+    in_turns(["decode", "micro", "tiny", "small", "medium", "large", "huge"], [(256, 128), (2880, 96), (768, 1408), (320, 2688), (1536, 736)]),
     ids=str,
 )
 def test_every_kernel_on_every_tail(name: str, format: hb.BlockFormat, hidden: int, intermediate: int) -> None:
@@ -80,7 +80,7 @@ def test_chosen_kernels_at_every_size(num_tokens: int, num_experts: int) -> None
     check(w, *make_tokens(num_tokens, 512, num_experts, min(4, num_experts)))
 
 
-@pytest.mark.parametrize("name", ["tiny", "small", "medium", "large", "huge"])
+@pytest.mark.parametrize("name", ["micro", "tiny", "small", "medium", "large", "huge"])
 def test_every_size_of_tile(name: str) -> None:
     config = configs()[name]
     ids = rows_at_the_edges(config.sizes)
@@ -88,7 +88,7 @@ def test_every_size_of_tile(name: str) -> None:
     check(make_experts(3 * len(config.sizes), 256, 128, hb.NVFP4), x, ids, weights, config)
 
 
-@pytest.mark.parametrize("name", ["direct", "decode", "small", "large"])
+@pytest.mark.parametrize("name", ["direct", "decode", "micro", "small", "large"])
 def test_odd_routings(name: str) -> None:
     w = make_experts(9, 256, 128, hb.NVFP4)
     config = None if name == "direct" else configs()[name]

@@ -91,7 +91,7 @@ def test_each_product_on_every_tail(name: str, format: hb.BlockFormat, hidden: i
     check_products(make_experts(5, hidden, intermediate, format, activation_of(hidden)), tokens, ids, name)
 
 
-@pytest.mark.parametrize(("name", "format", "hidden", "intermediate"), in_turns([*FP8_CONFIGS, "TINY", "MEDIUM"], TAILS), ids=str)
+@pytest.mark.parametrize(("name", "format", "hidden", "intermediate"), in_turns([*FP8_CONFIGS, "MICRO", "TINY", "MEDIUM"], TAILS), ids=str)
 def test_every_kernel_on_every_tail(name: str, format: hb.BlockFormat, hidden: int, intermediate: int) -> None:
     check(make_experts(5, hidden, intermediate, format, activation_of(hidden)), *make_tokens(201, hidden, 5, 3), name)
 

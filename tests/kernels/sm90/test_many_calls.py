@@ -26,7 +26,9 @@ def turned(tensor: torch.Tensor, by: int) -> torch.Tensor:
     return rows.roll(by, 0).view(tensor.dtype)
 
 
-@pytest.mark.parametrize(("name", "format", "hidden", "intermediate"), in_turns(("tiny", "small", "medium", "fp8_tiny", "fp8_wide"), SIZES), ids=str)
+@pytest.mark.parametrize(
+    ("name", "format", "hidden", "intermediate"), in_turns(("micro", "tiny", "small", "medium", "fp8_tiny", "fp8_wide"), SIZES), ids=str
+)
 def test_many_calls_give_the_same_bits(name: str, format: hb.BlockFormat, hidden: int, intermediate: int) -> None:
     w, config = make_experts(5, hidden, intermediate, format), configs()[name]
     activations = "fp8" if name.startswith("fp8") else "bf16"

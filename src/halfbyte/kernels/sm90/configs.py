@@ -17,6 +17,7 @@ sources = tuple(
         "kernels.sm90.rows_in_shared",
         "kernels.sm90.gemm_prefill",
         "kernels.sm90.prefill_spec",
+        "kernels.sm90.products",
         "kernels.sm90.operands",
         "kernels.sm90.rings",
         "kernels.sm90.tiles",
@@ -64,6 +65,8 @@ class PrefillConfig:
         fp8: x is e4m3, for fp8 tensor cores.
         words_ahead: weights are loaded from shared memory a run of 256 columns ahead, where the matrix has `MIN_TILES_AHEAD`.
         product_tiles: tiles of 64 columns that are then multiplied at once: 1, or as many as a stage of x has.
+        one_ring: 256 columns of x and of the weights are filled and given back together, so x has as many stages as the weights.
+        warp_rows: tiles of at most so many tokens are multiplied by mma.sync, one warp apart from the others; only with `one_ring`.
     """
 
     sizes: tuple[tuple[int, int], ...]
@@ -78,6 +81,8 @@ class PrefillConfig:
     fp8: bool = False
     words_ahead: bool = True
     product_tiles: int = 1
+    one_ring: bool = False
+    warp_rows: int = 0
 
     def __str__(self) -> str:
         return _NAMES.get(self) or repr(self)
@@ -94,11 +99,14 @@ DIRECT, DECODE = DecodeConfig(direct=True), DecodeConfig(direct=False)
 # Measured on an H200, 2026-11-26 (docs/kernels.md): many consumers hide the latency of decoding for few tokens, two row tiles per consumer halve the
 # reads of x, and large tiles amortise decoding. SMALL and FP8_WIDE as of 2026-11-30 (docs/tuning.md). A product of 256 columns needs 64 registers for
 # its operand (fp8: 32), four times those of one tile. FP8_SMALL, with accumulators for 96 tokens, has no room: words ahead cost it 1 to 2 %.
-# LARGE, with two for 160, would keep 136 bytes per thread in memory (gpt-oss, Triton 3.9); DeepSeek-R1 gained 1 %.
+# LARGE, with two for 160, would keep 136 bytes per thread in memory (gpt-oss, Triton 3.9); DeepSeek-R1 gained 1 %. One ring takes TINY and FP8_SMALL
+# 1 % less time, up to 3; SMALL 2 % more with gpt-oss and 1 % less with others. Products by warps leave out what a warpgroup waits for: with 8 tokens
+# DeepSeek-R1 takes 3 to 7 % less; with 16 they are slower (2026-12-01).
 TINY = PrefillConfig(
     ((16, 0), (32, 0)),
-    consumers=4, step_k=256, x_stages=4, w_stages=4, box=16, consumer_registers=112, launch_registers=96, product_tiles=4,
+    consumers=4, step_k=256, x_stages=4, w_stages=4, box=16, consumer_registers=112, launch_registers=96, product_tiles=4, one_ring=True,
 )  # fmt: skip
+MICRO = replace(TINY, sizes=((8, 0), *TINY.sizes), warp_rows=8)
 SMALL = PrefillConfig(
     ((16, 0), (32, 0), (64, 0)), consumers=4, step_k=256, x_stages=3, w_stages=3, box=16, consumer_registers=112, launch_registers=96
 )
@@ -121,7 +129,7 @@ FP8_TINY = replace(TINY, fp8=True)
 FP8_WIDE = replace(FP8_TINY, sizes=SMALL.sizes)
 FP8_SMALL = PrefillConfig(
     ((32, 0), (64, 0), (64, 32)),
-    consumers=4, step_k=256, x_stages=4, w_stages=3, box=32, consumer_registers=112, launch_registers=96, fp8=True, words_ahead=False,
+    consumers=4, step_k=256, x_stages=3, w_stages=3, box=32, consumer_registers=112, launch_registers=96, fp8=True, words_ahead=False, one_ring=True,
 )  # fmt: skip
 FP8_MEDIUM = PrefillConfig(
     ((32, 0), (64, 0), (64, 32), (128, 0)),
@@ -145,7 +153,8 @@ MIN_FP8_ROWS = {NVFP4: 24, MXFP4: 12}
 MIN_FP8_WEIGHTS, MIN_FP8_WEIGHTS_DIRECT = 400e6, 580e6
 MIN_FP8_AVERAGE = 4  # from this average on, whatever the size: decoding would read weights twice
 
-PREFILL = (TINY, SMALL, MEDIUM, LARGE, HUGE)
+INVARIANT = (TINY, SMALL, MEDIUM, LARGE, HUGE)  # add up a token's products in one order
+PREFILL = (MICRO, *INVARIANT)
 PREFILL_FP8 = (FP8_TINY, FP8_WIDE, FP8_SMALL, FP8_MEDIUM, FP8_LARGE, FP8_HUGE)
 _NAMES = {value: name for name, value in globals().items() if isinstance(value, DecodeConfig | PrefillConfig)}
 
@@ -155,16 +164,21 @@ _NAMES = {value: name for name, value in globals().items() if isinstance(value, 
 # card. Of eight experts (Mixtral) the hot one has more than two of its tiles: 18 % more with Zipf at 30 rows, with one expert at 20, and nothing less
 # otherwise. With 32 experts it loses nothing; between them none was raced. Between 320 and 448 rows an expert has three items of about 128 for LARGE,
 # two of about 192 for FP8_LARGE: 2 and 5 % faster than two of HUGE or FP8_HUGE.
-LIMITS = ((4.5, DECODE), (16, TINY), (56, SMALL), (80, MEDIUM), (150, LARGE), (320, HUGE), (448, LARGE), (math.inf, HUGE))
+LIMITS_INVARIANT = ((16, TINY), (56, SMALL), (80, MEDIUM), (150, LARGE), (320, HUGE), (448, LARGE), (math.inf, HUGE))
+LIMITS = ((4.5, DECODE), *LIMITS_INVARIANT)
 LIMITS_FP8 = (
     (16, FP8_TINY), (38, FP8_WIDE), (84, FP8_SMALL), (112, FP8_MEDIUM), (176, FP8_LARGE), (320, FP8_HUGE), (448, FP8_LARGE), (math.inf, FP8_HUGE),
 )  # fmt: skip
 MIN_EXPERTS_WIDE = 16
+# Where an expert has so many weights. MICRO instead of DECODE, with 3 rows per expert on average, takes 3 % less to 2 % more, with Zipf 7 to 15 %
+# less; instead of TINY, with 4 to 8 rows, 7 % less to as long. With smaller experts tiles are too short: Qwen3-30B takes 5 % more (H200, 2026-12-01).
+LIMITS_MICRO = ((2.5, DECODE), (8.5, MICRO), *LIMITS_INVARIANT)
+MIN_WEIGHTS_MICRO = 20e6
 
 
 def configs(problem: Problem) -> tuple[Config, ...]:
     """Every configuration that can run the problem; "expert_rows" has no direct one, because its rows are sorted."""
-    exact = PREFILL if problem.batch_invariant else (*((DIRECT,) if problem.op == "fused_moe" else ()), DECODE, *PREFILL)
+    exact = INVARIANT if problem.batch_invariant else (*((DIRECT,) if problem.op == "fused_moe" else ()), DECODE, *PREFILL)
     if not takes_fp8(problem):
         return exact
     return PREFILL_FP8 if problem.batch_invariant else (*exact, *PREFILL_FP8)
@@ -185,8 +199,10 @@ def choose_config(problem: Problem, size: Size) -> Config:
         config = _within(LIMITS_FP8, average)
         return FP8_SMALL if config == FP8_WIDE and problem.num_experts < MIN_EXPERTS_WIDE else config
     if problem.batch_invariant:
-        return _within(LIMITS[1:], average)
-    return DIRECT if average <= 12 and takes(problem, size, DIRECT) else _within(LIMITS, average)
+        return _within(LIMITS_INVARIANT, average)
+    if average <= 12 and takes(problem, size, DIRECT):
+        return DIRECT
+    return _within(LIMITS_MICRO if _weights_of_an_expert(problem) >= MIN_WEIGHTS_MICRO else LIMITS, average)
 
 
 def takes(problem: Problem, size: Size, config: Config) -> bool:
@@ -198,7 +214,8 @@ def rivals(problem: Problem, size: Size, config: Config) -> tuple[Config, ...]:
     """What else than `config` may be fastest for so many tokens: up to two tiles smaller and two larger."""
     has_fp8 = config.fp8 if isinstance(config, PrefillConfig) else takes_fp8(problem) and problem.layout == "hopper_fp8"
     decode = () if problem.batch_invariant else tuple(other for other in (DIRECT, DECODE) if takes(problem, size, other))
-    order: tuple[Config, ...] = (*decode, *(PREFILL_FP8 if has_fp8 else PREFILL))
+    exact = INVARIANT if problem.batch_invariant else PREFILL
+    order: tuple[Config, ...] = (*decode, *(PREFILL_FP8 if has_fp8 else exact))
     place = order.index(config)
     return tuple(other for other in order[max(0, place - 2) : place + 3] if other != config)
 
@@ -216,9 +233,13 @@ def _gains_from_fp8(problem: Problem, size: Size) -> bool:
     assert problem.format is not None
     if problem.layout != "hopper_fp8":
         return size.num_rows > MIN_FP8_ROWS[problem.format] * problem.num_experts
-    weights = min(size.num_rows, problem.num_experts) * (3 if problem.gated else 2) * problem.hidden * problem.intermediate
+    weights = min(size.num_rows, problem.num_experts) * _weights_of_an_expert(problem)
     enough = MIN_FP8_WEIGHTS_DIRECT if takes(problem, size, DIRECT) else MIN_FP8_WEIGHTS
     return weights >= enough or size.num_rows > MIN_FP8_AVERAGE * problem.num_experts
+
+
+def _weights_of_an_expert(problem: Problem) -> int:
+    return (3 if problem.gated else 2) * problem.hidden * problem.intermediate
 
 
 def _within(limits: tuple[tuple[float, Config], ...], average: float) -> Config:

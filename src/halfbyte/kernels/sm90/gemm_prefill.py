@@ -7,28 +7,22 @@
              or [rows, N] bf16
 
 One persistent program per multiprocessor, its warps specialised: two warps copy x and the weights to shared memory by TMA, each through a ring of
-its own and across the ends of tiles, so that weights keep streaming while a tile is finished; each of CONSUMERS warpgroups multiplies row tiles of
-its own, of 64 weight rows each. The operands are swapped: dequantised weights are the register operand of wgmma (64 rows), tokens its N dimension, so
-a tile has as many tokens as the expert has to give. `SIZES` lists the token counts a tile can have, each as one or two accumulators per row tile (a
-wgmma's N is a power of two in Gluon): (128, 32) is 160 tokens whose weights are dequantised once.
-
-wgmma reads its register operand asynchronously: one product stays in flight while the next weights are dequantised into other registers, and none
-across the loop's back edge (a group in flight there makes ptxas serialise, or overwrites live operands). What can be carried over it are the words of
-the next run (`SPEC.words_ahead`), so that none but the first run of a tile waits for shared memory.
-
-A stage of weights goes back to its producer behind the products of its last tile, because then its words have been used. To have started loading them
-is not enough: TMA writes shared memory through another proxy, and no barrier lets it wait for a load that is on its way. Only `fence_async_shared`
-would, and costs more (docs/kernels.md).
+its own (or both through one, where a stage of x is a run: `SPEC.one_ring`) and across the ends of tiles, so that weights keep streaming while a tile
+is finished; each of CONSUMERS warpgroups multiplies row tiles of its own, of 64 weight rows each (`products`). The operands are swapped: dequantised
+weights are the register operand of wgmma (64 rows), tokens its N dimension, so a tile has as many tokens as the expert has to give. `SIZES` lists the
+token counts a tile can have, each as one or two accumulators per row tile (a wgmma's N is a power of two in Gluon): (128, 32) is 160 tokens whose
+weights are dequantised once.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from halfbyte.gluon_compat import tma_load
 from halfbyte.kernels.sm90.epilogue import activate, split_halves
-from halfbyte.kernels.sm90.operands import RUN, accumulator_layout, decode_tile, decode_tiles, load_run, load_tile
-from halfbyte.kernels.sm90.rings import Counter, make_ring
+from halfbyte.kernels.sm90.operands import RUN
+from halfbyte.kernels.sm90.products import multiply
+from halfbyte.kernels.sm90.rings import Ring, counter, make_ring
 from halfbyte.kernels.sm90.tiles import Tensors, Tile, first_row
 from halfbyte.weights.hopper.dequant_bf16 import exponent_bias, stored_tile
 from halfbyte.weights.hopper.dequant_fp8 import load_exponents, scale_limits
@@ -45,7 +39,7 @@ def _produce_x(tensors, ring, SPEC: gl.constexpr):
     BOX: gl.constexpr = SPEC.box
     BOXES: gl.constexpr = (SPEC.max_rows + BOX - 1) // BOX
     LOW_BOXES: gl.constexpr = low.shape[1] // BOX
-    count = Counter(gl.to_tensor(0), SPEC.x_stages)
+    count = counter(SPEC.x_stages, SPEC.one_ring)
     for number in range(gl.program_id(0), tensors.num_tiles, gl.num_programs(0)):
         tile = tensors.tile(number, SPEC.groups)
         boxes = BOXES  # of the tile that the item gets
@@ -80,7 +74,7 @@ def _produce_w(tensors, ring, SPEC: gl.constexpr):
     PIECES: gl.constexpr = RUN // BOX
     LAST_PIECES: gl.constexpr = (COLUMN_TILES - (RUNS - 1) * RUN) // BOX
     SCALE_ROWS: gl.constexpr = scales_desc.block_type.shape[0]
-    count = Counter(gl.to_tensor(0), STAGES)
+    count = counter(STAGES, SPEC.one_ring)
     for number in range(gl.program_id(0), tensors.num_tiles, gl.num_programs(0)):
         tile = tensors.tile(number, SPEC.groups)
         first_row_tile = tile.group * GROUP_TILES
@@ -113,113 +107,6 @@ def _prefetch(pointer):
     lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
     address = (pointer + lane * 2).to(gl.int64)
     gl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _step(w, accumulators, x, stage, FIRST: gl.constexpr, COLUMN: gl.constexpr, SIZE0: gl.constexpr, SIZE1: gl.constexpr):
-    """Add w [64, K] times columns COLUMN .. COLUMN + K - 1 of the stage's SIZE0 + SIZE1 rows of x to the accumulators from FIRST on."""
-    PARTS: gl.constexpr = 2 if SIZE1 > 0 else 1
-    K: gl.constexpr = w.shape[1]
-    low, high = x.first, x.second
-    x0 = _columns(low.index(stage), 0, SIZE0, COLUMN, K)
-    new = (warpgroup_mma(w, x0.permute((1, 0)), accumulators[FIRST], is_async=True),)
-    if SIZE1 > 0:
-        x1 = _columns(low.index(stage), SIZE0, SIZE1, COLUMN, K) if low.shape[1] > SIZE0 else _columns(high.index(stage), 0, SIZE1, COLUMN, K)
-        ELEMENTS: gl.constexpr = 32 // w.dtype.primitive_bitwidth
-        w1 = gl.convert_layout(w, gl.DotOperandLayout(0, accumulator_layout(SIZE1, ELEMENTS), ELEMENTS), assert_trivial=True)
-        new = new + (warpgroup_mma(w1, x1.permute((1, 0)), accumulators[FIRST + 1], is_async=True),)
-    return accumulators[:FIRST] + new + accumulators[FIRST + PARTS :]
-
-
-@gluon.jit
-def _wait(accumulators, LEAVE: gl.constexpr):
-    """Wait until at most LEAVE of the latest products are in flight."""
-    if len(accumulators) > 1:
-        return warpgroup_mma_wait(LEAVE, deps=accumulators)
-    else:  # noqa: RET505 (Triton compiles both branches of what returns early)
-        return (warpgroup_mma_wait(LEAVE, deps=accumulators),)
-
-
-@gluon.jit
-def _columns(x, FIRST: gl.constexpr, ROWS: gl.constexpr, COLUMN: gl.constexpr, COLUMNS: gl.constexpr):
-    if x.shape[1] != COLUMNS:
-        x = x.slice(COLUMN, COLUMNS, dim=1)
-    if x.shape[0] != ROWS:
-        x = x.slice(FIRST, ROWS, dim=0)
-    return x
-
-
-@gluon.jit
-def _multiply(x, w, x_count, w_count, decodings, SPEC: gl.constexpr, CONSUMER: gl.constexpr, SIZE0: gl.constexpr, SIZE1: gl.constexpr):
-    """The row tiles of a consumer, 64 weight rows each, times SIZE0 + SIZE1 tokens, over all of K: the accumulators of the first tile, then those of
-    the second, and the advanced counters."""
-    ELEMENTS: gl.constexpr = 4 if SPEC.fp8 else 2
-    ROW_TILES: gl.constexpr = SPEC.row_tiles_per_consumer
-    accumulators = ()
-    for _ in gl.static_range(ROW_TILES):
-        accumulators = accumulators + (gl.zeros((64, SIZE0), gl.float32, layout=accumulator_layout(SIZE0, ELEMENTS)),)
-        if SIZE1 > 0:
-            accumulators = accumulators + (gl.zeros((64, SIZE1), gl.float32, layout=accumulator_layout(SIZE1, ELEMENTS)),)
-    RUNS: gl.constexpr = SPEC.column_tiles // RUN
-    LAST: gl.constexpr = SPEC.column_tiles % RUN
-    FOLLOWED: gl.constexpr = RUNS if LAST != 0 else RUNS - 1
-    tiles = ()
-    if SPEC.words_ahead:
-        tiles = load_run(w, w_count, SPEC, CONSUMER)
-    for run in range(RUNS):
-        accumulators, tiles, x_count, w_count = _multiply_run(
-            accumulators, tiles, x, w, x_count, w_count, decodings, run < FOLLOWED, SPEC, CONSUMER, RUN, SIZE0, SIZE1
-        )
-    if LAST != 0:
-        accumulators, tiles, x_count, w_count = _multiply_run(
-            accumulators, tiles, x, w, x_count, w_count, decodings, False, SPEC, CONSUMER, LAST, SIZE0, SIZE1
-        )
-    return accumulators, x_count, w_count
-
-
-@gluon.jit
-def _multiply_run(
-    accumulators, tiles, x, w, x_count, w_count, decodings, is_followed, SPEC: gl.constexpr, CONSUMER: gl.constexpr, COUNT: gl.constexpr,
-    SIZE0: gl.constexpr, SIZE1: gl.constexpr,
-):  # fmt: skip
-    """The first COUNT tiles of a run. WORDS_AHEAD: `tiles` are theirs, and what returns is that of the next run, loaded behind the last product."""
-    ROW_TILES: gl.constexpr = SPEC.row_tiles_per_consumer
-    STEP_K: gl.constexpr = SPEC.step_k
-    PARTS: gl.constexpr = 2 if SIZE1 > 0 else 1
-    TILES: gl.constexpr = SPEC.product_tiles if COUNT == RUN else 1
-    ELEMENTS: gl.constexpr = 4 if SPEC.fp8 else 2
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(SIZE0, ELEMENTS), ELEMENTS)
-    WORDS_AHEAD: gl.constexpr = SPEC.words_ahead
-    w_stage = w_count.stage()
-    if not WORDS_AHEAD:
-        mbarrier.wait(w.full.index(w_stage), w_count.phase())
-    for c in gl.static_range(0, COUNT, TILES):
-        x_stage = x_count.stage()
-        x_phase = x_count.phase()
-        for t in gl.static_range(ROW_TILES):
-            if WORDS_AHEAD:
-                operand = decode_tiles(tiles, decodings[t], OPERAND, t * RUN + c, TILES, SPEC)
-            else:
-                tile = load_tile(w, w_stage, CONSUMER * ROW_TILES + t, c, SPEC)
-                operand = decode_tile(tile, decodings[t], OPERAND, c % 2 == 1, SPEC)
-            if c * 64 % STEP_K == 0 and t == 0:
-                mbarrier.wait(x.full.index(x_stage), x_phase)
-            accumulators = _step(operand, accumulators, x, x_stage, t * PARTS, c * 64 % STEP_K, SIZE0, SIZE1)
-            # One step stays in flight while the next is dequantised, but none across the loop's back edge.
-            if c + TILES == COUNT and t == ROW_TILES - 1:
-                mbarrier.arrive(w.empty.index(w_stage), count=1)
-                if WORDS_AHEAD:  # noqa: SIM102 (decided when compiling)
-                    if is_followed:
-                        tiles = load_run(w, w_count.next(), SPEC, CONSUMER)
-                accumulators = _wait(accumulators, 0)
-            elif c + t > 0:
-                accumulators = _wait(accumulators, PARTS)
-            if c > 0 and t == 0 and c * 64 % STEP_K == 0:
-                mbarrier.arrive(x.empty.index(x_count.last_stage()), count=1)
-        if (c + TILES) * 64 % STEP_K == 0 or c + TILES == COUNT:
-            x_count = x_count.next()
-    mbarrier.arrive(x.empty.index(x_count.last_stage()), count=1)
-    return accumulators, tiles, x_count, w_count.next()
 
 
 @gluon.jit
@@ -295,7 +182,7 @@ def _multiply_and_store(
     decodings = ()
     for t in gl.static_range(ROW_TILES):
         decodings = decodings + (scale_limits(exponents[t], SPEC.nvfp4) if SPEC.fp8 else exponent_bias(exponents[t]),)
-    accumulators, x_count, w_count = _multiply(x, w, x_count, w_count, decodings, SPEC, CONSUMER, SIZE0, SIZE1)
+    accumulators, x_count, w_count = multiply(x, w, x_count, w_count, decodings, SPEC, CONSUMER, SIZE0, SIZE1)
     next_exponents = _exponents(tensors, next_tile, SPEC, CONSUMER)
     for t in gl.static_range(ROW_TILES):
         row_tile = (tile.group * SPEC.consumers + CONSUMER) * ROW_TILES + t
@@ -312,8 +199,8 @@ def _multiply_and_store(
 @gluon.jit
 def _consume(tensors, x, w, SPEC: gl.constexpr, CONSUMER: gl.constexpr):
     SIZES: gl.constexpr = SPEC.sizes
-    x_count = Counter(gl.to_tensor(0), SPEC.x_stages)
-    w_count = Counter(gl.to_tensor(0), SPEC.w_stages)
+    x_count = counter(SPEC.x_stages, SPEC.one_ring)
+    w_count = counter(SPEC.w_stages, SPEC.one_ring)
     # What a tile is, and its exponents, are read a tile ahead, so that no consumer waits for them.
     next_tile = Tile(gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0))
     if gl.program_id(0) < tensors.num_tiles:
@@ -346,14 +233,15 @@ def grouped_gemm_prefill(
     """SPEC: a `PrefillSpec`."""
     ROWS: gl.constexpr = _rows_of_stages(SPEC.max_rows)
     W_TILES: gl.constexpr = SPEC.w_stages * SPEC.group_tiles
+    gl.static_assert(not SPEC.one_ring or (SPEC.x_stages == SPEC.w_stages and SPEC.step_k == RUN * 64), "one ring has one number of stages")
     num_tiles = gl.load(num_items_ptr) * SPEC.groups
     tensors = Tensors(x_desc, words_desc, scales_desc, shift_ptr, multiplier_ptr, exponents_ptr, x_scale_ptr, bias_ptr, y_ptr, items_ptr, num_tiles)
     low = gl.allocate_shared_memory(x_desc.dtype, [SPEC.x_stages, ROWS[0], SPEC.step_k], x_desc.layout)
     high = gl.allocate_shared_memory(x_desc.dtype, [SPEC.x_stages if ROWS[0] < SPEC.max_rows else 1, ROWS[1], SPEC.step_k], x_desc.layout)
     words = gl.allocate_shared_memory(gl.int32, [W_TILES, RUN * 16, 32], words_desc.layout)
     scales = gl.allocate_shared_memory(gl.int32, [W_TILES] + scales_desc.block_type.shape, scales_desc.layout)
-    x = make_ring(low, high, SPEC.x_stages, SPEC.consumers)
-    w = make_ring(words, scales, SPEC.w_stages, SPEC.consumers)
+    x = make_ring(low, high, SPEC.x_stages, 2 if SPEC.one_ring else 1, SPEC.consumers)
+    w = Ring(words, scales, x.full, x.empty) if SPEC.one_ring else make_ring(words, scales, SPEC.w_stages, 1, SPEC.consumers)
     partitions: gl.constexpr = 4 - SPEC.consumers  # how many of the following are left out
     gl.warp_specialize([
         (_consume, (tensors, x, w, SPEC, 3)),

@@ -2,7 +2,6 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from halfbyte.weights.hopper.dequant_bf16 import WORD_LAYOUT, dequantize, load_scales
 from halfbyte.weights.hopper.dequant_fp8 import dequantize_fp8
@@ -25,11 +24,9 @@ def load_tile(w, stage, ROW_TILE: gl.constexpr, COLUMN_TILE: gl.constexpr, SPEC:
 
 
 @gluon.jit
-def load_run(w, count, SPEC: gl.constexpr, CONSUMER: gl.constexpr):
-    """Wait for a run, and load all tiles of it that a consumer multiplies: (words, scales), row tile after row tile."""
+def load_run(w, stage, SPEC: gl.constexpr, CONSUMER: gl.constexpr):
+    """All tiles of a run that a consumer multiplies: (words, scales), row tile after row tile. The run is there."""
     ROW_TILES: gl.constexpr = SPEC.row_tiles_per_consumer
-    stage = count.stage()
-    mbarrier.wait(w.full.index(stage), count.phase())
     tiles = ()
     for t in gl.static_range(ROW_TILES):
         for c in gl.static_range(RUN):

@@ -20,7 +20,7 @@ class PrefillSpec(NamedTuple):
         is_w13: the result goes through the activation; gated: and has a half that gates the other.
         kind, alpha, beta, limit: which activation (`epilogue.activate`).
         has_bias: the matrix has biases.
-        sizes to product_tiles: fields of a `PrefillConfig`.
+        sizes to warp_rows: fields of a `PrefillConfig`.
         max_rows: tokens of the largest tile.
         group_tiles, groups: row tiles that a program multiplies at once, and how many times so many the matrix has.
         steps: stages of x in all of K.
@@ -51,6 +51,8 @@ class PrefillSpec(NamedTuple):
     fp8: bool
     words_ahead: bool
     product_tiles: int
+    one_ring: bool
+    warp_rows: int
     max_rows: int
     group_tiles: int
     groups: int

@@ -23,6 +23,16 @@ class Ring:
         self.full = full
         self.empty = empty
 
+    @gluon.jit
+    def wait(self, count):
+        """Until the stage of `count` is filled."""
+        mbarrier.wait(self.full.index(count.stage()), count.phase())
+
+    @gluon.jit
+    def give_back(self, stage):
+        """A warpgroup is done with it. What it loaded from the stage must have arrived: see `products`."""
+        mbarrier.arrive(self.empty.index(stage), count=1)
+
 
 @aggregate
 class Counter:
@@ -38,15 +48,15 @@ class Counter:
 
     @gluon.jit
     def stage(self):
-        return self.uses % self.stages
+        return (self.uses % self.stages).to(gl.int32)
 
     @gluon.jit
     def last_stage(self):
-        return (self.uses - 1) % self.stages
+        return ((self.uses - 1) % self.stages).to(gl.int32)
 
     @gluon.jit
     def phase(self):
-        return self.uses // self.stages & 1
+        return (self.uses // self.stages & 1).to(gl.int32)
 
     @gluon.jit
     def next(self):
@@ -54,10 +64,16 @@ class Counter:
 
 
 @gluon.jit
-def make_ring(first, second, STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
+def counter(STAGES: gl.constexpr, ONE_RING: gl.constexpr):
+    """Division without a sign is cheaper. Kernels with two rings do not have it: HUGE would keep 64 bytes more per thread in memory (Triton 3.6)."""
+    return Counter(gl.to_tensor(0).to(gl.uint32) if ONE_RING else gl.to_tensor(0), STAGES)
+
+
+@gluon.jit
+def make_ring(first, second, STAGES: gl.constexpr, PRODUCERS: gl.constexpr, CONSUMERS: gl.constexpr):
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(full.index(i), count=PRODUCERS)
         mbarrier.init(empty.index(i), count=CONSUMERS)
     return Ring(first, second, full, empty)
