@@ -7,13 +7,18 @@ STAMP := $(VENV)/.installed
 # Waiting threads sleep: two test processes on two cores would otherwise spin against each other.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-gpu test-vllm check docs bench lm-eval clean
+.PHONY: demo test test-slow test-gpu test-vllm check docs bench lm-eval clean
 
 demo: $(STAMP)
 	$(BIN)/halfbyte demo
 
+ON_TWO_CORES := -n 2 --dist loadscope --no-loadscope-reorder
+
 test: check
-	$(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder
+	$(BIN)/pytest $(ON_TWO_CORES) -m "not slow"
+
+test-slow: $(STAMP)
+	$(BIN)/pytest $(ON_TWO_CORES) -m slow
 
 test-gpu: $(STAMP)
 	$(BIN)/pytest -n 16 -m gpu

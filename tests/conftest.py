@@ -1,4 +1,4 @@
-"""In what order tests run, one line after them about those that were skipped because there is no GPU, and a fixture."""
+"""In what order tests run, lines after them about those that need a GPU or are slow, and a fixture."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-# The longest files, the longest first, so that none of them runs alone at the end.
+# The longest files of `make test` and `make test-slow`, the longest first, so that none of them runs alone at the end.
 FIRST = [
     "kernels/sm90/test_compile.py",
-    "kernels/portable/test_gemm.py",
-    "kernels/quantizers/test_fp4.py",
-    "distributed/test_symmetric.py",
-    "weights/hopper/test_pack_kernels.py",
     "cli/test_serve.py",
     "fuzz/test_fuzz.py",
-    "moe/test_compile.py",
-    "integrations/test_transformers_compile.py",
+    "kernels/portable/test_gemm.py",
     "eval/test_evaluate.py",
+    "integrations/test_transformers_parallel.py",
+    "moe/test_compile.py",
+    "distributed/test_symmetric.py",
     "checkpoint/families/test_support_table.py",
+    "kernels/quantizers/test_fp4.py",
+    "weights/hopper/test_pack_kernels.py",
+    "moe/test_parallel.py",
+    "moe/test_warm.py",
+    "integrations/test_transformers_compile.py",
     "test_documents.py",
-    "kernels/shared/test_encode_rows.py",
 ]
 
 
@@ -42,6 +44,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(
             f"{without_gpu} tests need a GPU, which is not here: to skip them is right. `make test-gpu` runs them where there is one."
         )
+    if terminalreporter.config.option.markexpr == "not slow":
+        terminalreporter.write_line("Slow tests were left out: `make test-slow` runs them.")
 
 
 @pytest.fixture

@@ -52,6 +52,7 @@ def test_programs_run(name: str, device: str, folder: Path, monkeypatch: pytest.
     example(name)()
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     cells = [cell for cell in json.loads((ROOT / "examples" / "demo.ipynb").read_text())["cells"] if cell["cell_type"] == "code"]
@@ -59,6 +60,7 @@ def test_the_notebook_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     exec(compile("\n".join("".join(cell["source"]) for cell in cells), "demo.ipynb", "exec"), {})
 
 
+@pytest.mark.slow
 def test_two_ranks_run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     torchrun(["--nproc-per-node", "2", str(ROOT / "examples" / "expert_parallel.py")])  # raises what a rank raises

@@ -57,6 +57,7 @@ def test_what_is_in_it(wheel: Path) -> None:
     assert wheel.stat().st_size < 20_000_000
 
 
+@pytest.mark.slow
 def test_it_runs(installed: Path) -> None:
     where = "import halfbyte; print(halfbyte.__file__, halfbyte.__version__)"
     file, version = run(installed / "python", "-c", where).split()

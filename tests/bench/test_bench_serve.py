@@ -79,6 +79,7 @@ def test_each_system_runs_alone_on_the_same_weights(engine, forked_workers) -> N
         assert row.speedup == (None if row is base else pytest.approx(base.seconds / row.seconds))
 
 
+@pytest.mark.slow
 def test_sglangs_own_process_is_watched(engine) -> None:
     started = engine("sglang")
     start, *timed = bench_serve(options("sglang"), SYSTEMS[1:2])

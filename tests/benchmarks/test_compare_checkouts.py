@@ -129,6 +129,7 @@ def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "copy"
 
 
+@pytest.mark.slow
 def test_a_slower_and_a_changed_checkout_are_found(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The change is of MXFP4 alone, the delay of both formats."""
     with (copy / "src/halfbyte/__init__.py").open("a") as stream:

@@ -179,6 +179,7 @@ def test_eval_prints_exactly_one_document(capfd, monkeypatch):
     assert document["exact_match"] is None and document["kinds"] == {}
 
 
+@pytest.mark.slow
 def test_eval_chooses_the_fastest_activations_within_the_budget(capsys, tmp_path):
     assert main(["quantize", "demo", str(tmp_path / "fp4"), "--format", "nvfp4"]) == 0
     chosen = ["eval", str(tmp_path / "fp4"), "--text", "demo", "--windows", "1", "--activations", "auto", "--json", "--budget"]

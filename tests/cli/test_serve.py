@@ -67,6 +67,7 @@ def events(stream: str) -> list[dict[str, Any]]:
     return [json.loads(part.removeprefix("data: ")) for part in parts]
 
 
+@pytest.mark.slow
 def test_every_endpoint_answers_and_a_signal_ends_it(model: Path) -> None:
     with serving(model) as (process, ready):
         url = ready["url"]
@@ -112,6 +113,7 @@ def test_every_endpoint_answers_and_a_signal_ends_it(model: Path) -> None:
             ask(url, "/health")
 
 
+@pytest.mark.slow
 def test_continuous_batching_gives_the_same_text(model: Path) -> None:
     batching = ("--continuous-batching", "--cb-num-blocks", "16", "--cb-block-size", "32", "--cb-max-batch-tokens", "64")
     with serving(model, "--", *batching) as (process, ready):

@@ -215,6 +215,7 @@ def test_sums_compile(coded: bool) -> None:
     assert "ld.global.v2.b32" in compiled.ptx if coded else "ld.global.v4.b32" in compiled.ptx
 
 
+@pytest.mark.slow
 @not_interpreted
 @pytest.mark.parametrize(("world", "copies"), [(2, 0), (8, 2)])
 def test_combines_compile(world: int, copies: int) -> None:

@@ -10,6 +10,8 @@ from halfbyte.eval.evaluate import evaluate
 from halfbyte.eval.metrics import ReadOnce, text_passages
 from halfbyte.integrations.transformers import load
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def dense():

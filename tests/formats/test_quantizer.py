@@ -215,6 +215,7 @@ print(middle - before, peak() - middle)
 """
 
 
+@pytest.mark.slow
 def test_memory_stays_within_the_stated_bound() -> None:
     """The result (18 + 64 MiB) plus 160 MiB; unchunked, fp32 copies of x alone would take 128 MiB each, several at a time."""
     output = subprocess.run([sys.executable, "-c", MEMORY_PROBE], capture_output=True, text=True, check=True).stdout.split()

@@ -56,6 +56,7 @@ def inputs(num_tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.randn(num_tokens, 64, generator=random), ids, torch.rand(num_tokens, 2, generator=random)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_model_is_one_graph(directory: Path) -> None:
     model, stock = load(directory), load(directory)

@@ -82,6 +82,7 @@ def check_eval(rank: int, directory: str, questions: str, text: str, expected: d
         assert report[key] == (value if isinstance(value, str | int) else pytest.approx(value, rel=1e-4)), key
 
 
+@pytest.mark.slow
 def test_two_ranks_give_what_one_gives(checkpoint: Path, tmp_path: Path) -> None:
     """Logits of a batch of each rank's own; and the report on five windows and three questions, in some batches of which one rank has no row."""
     lines = (demo_model_dir() / "eval.jsonl").read_text().splitlines()[:3]

@@ -47,6 +47,7 @@ def compiled(function: Callable, **options: object) -> tuple[Callable, CompileCo
     return torch.compile(function, fullgraph=True, backend=counter, **options), counter
 
 
+@pytest.mark.slow
 def test_module_compiles_once_for_many_token_counts() -> None:
     layer = hb.MoE.from_checkpoint(DEMO, 0)
     f, counter = compiled(layer, dynamic=True)
@@ -234,6 +235,7 @@ assert (actual - expected).norm() <= 1e-4 * expected.norm(), (actual - expected)
 """
 
 
+@pytest.mark.slow
 def test_importing_brings_neither_compiler_nor_triton_and_runs_an_exported_layer(tmp_path: Path) -> None:
     layer, hidden = hb.MoE.from_checkpoint(DEMO, 0), torch.randn(5, 256)
     with torch.no_grad():

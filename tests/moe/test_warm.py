@@ -92,6 +92,7 @@ def test_a_largest_number_of_tokens_spares_the_kernels_for_more() -> None:
     assert needed <= many and not needed <= few
 
 
+@pytest.mark.slow
 def test_compiled_kernels_are_in_memory_and_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     experts, hits, done = layer("hopper"), [], []

@@ -44,6 +44,7 @@ def test_the_longest_are_compiled_first_and_each_once() -> None:
     assert [job.config for job in jobs[:3]] == [HUGE] * 3 and len({job.key for job in jobs}) == len(jobs)
 
 
+@pytest.mark.slow
 def test_processes_fill_the_cache_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))

@@ -5,11 +5,13 @@ from __future__ import annotations
 from contextlib import closing
 from functools import partial
 
+import pytest
 from tracks import Track
 
 from halfbyte.tuning.marshal import Marshal
 
 
+@pytest.mark.slow
 def test_what_hangs_dies_or_is_wrong_is_excluded_and_named() -> None:
     with closing(Marshal(patience_s=20.0).open(Track)) as measure:
         first = measure.ceilings()["process"]

@@ -12,6 +12,7 @@ import torch
 from compile_only import SHARED_LIMIT, compiling
 from helpers import assert_close_rel, assert_equal_bits
 from interpreted import DEVICE, INTERPRETED, gpu_only, not_interpreted, numeric, run_interpreted
+from slow import slow_case
 
 import halfbyte as hb
 from halfbyte.errors import UnsupportedError
@@ -352,11 +353,11 @@ def launch_both(format, dtype: torch.dtype, num_rows: int, sizes: tuple[int, int
 @pytest.mark.parametrize(
     ("capability", "format", "dtype", "sizes", "activation", "rows_of_an_expert"),
     [
-        (90, hb.NVFP4, BF16, (7168, 2048), SWIGLU, (1, 256)),
+        slow_case(90, hb.NVFP4, BF16, (7168, 2048), SWIGLU, (1, 256)),
         (90, hb.NVFP4, FP16, (80, 176), RELU2, (64,)),
-        (90, hb.MXFP4, BF16, (2880, 2880), GPT_OSS_SWIGLU, (256,)),
-        (80, hb.MXFP4, BF16, (2880, 2880), GPT_OSS_SWIGLU, (256,)),
-        (100, hb.NVFP4, BF16, (7168, 2048), SWIGLU, (256,)),
+        slow_case(90, hb.MXFP4, BF16, (2880, 2880), GPT_OSS_SWIGLU, (256,)),
+        slow_case(80, hb.MXFP4, BF16, (2880, 2880), GPT_OSS_SWIGLU, (256,)),
+        slow_case(100, hb.NVFP4, BF16, (7168, 2048), SWIGLU, (256,)),
     ],
     ids=["deepseek-90", "tails-90", "gpt-oss-90", "gpt-oss-80", "deepseek-100"],
 )
@@ -376,6 +377,7 @@ def test_compiles_without_spills(capability, format, dtype, sizes, activation, r
     assert sum(multiplied) >= 2 * sum(rows >= 64 for rows in rows_of_an_expert)
 
 
+@pytest.mark.slow
 @not_interpreted
 @pytest.mark.parametrize("format", [hb.NVFP4, hb.MXFP4], ids=repr)
 def test_slow_paths_compile_without_spills(format):
@@ -387,6 +389,7 @@ def test_slow_paths_compile_without_spills(format):
     assert launched and all(compiled.spill_bytes == 0 and "tf32" in compiled.ptx for compiled in launched)
 
 
+@pytest.mark.slow
 @not_interpreted
 def test_one_kernel_for_any_number_of_tokens():
     w = make_experts(experts=8).to("cpu")

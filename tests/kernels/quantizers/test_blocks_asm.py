@@ -86,6 +86,7 @@ def test_the_reciprocals_second_part_is_needed():
     assert any(differing_words("bf16", divisor, spoiled) for divisor in divisors_near_ties(40))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 11])
 def test_ties_of_every_divisor(bits):
     """x * y + x * z, rounded as the assembly does, beside fl(x / d): every mantissa of d, and every x of so many bits with a quotient near a tie."""
@@ -118,6 +119,7 @@ def test_amax_ignores_nan(dtype):
     assert np.array_equal(actual, expected.numpy()) and actual[0] == 0
 
 
+@pytest.mark.slow
 def test_reciprocal_of_every_mantissa():
     """One Newton step from any start within an ulp is correctly rounded, except below 2, where the hardware's start is known to do."""
     d = (np.arange(2**23, dtype=np.uint32) + np.uint32(0x3F800000)).view(np.float32)[:-1]

@@ -11,6 +11,7 @@ import triton
 from compile_only import compiling
 from helpers import assert_equal_bits
 from interpreted import DEVICE, INTERPRETED, gpu_only, not_interpreted, numeric, run_interpreted
+from slow import slow_case
 
 import halfbyte as hb
 from halfbyte.errors import InputError
@@ -373,9 +374,9 @@ def test_config():
     ("format", "capability", "dtype", "lookups"),
     [
         (hb.NVFP4, 80, torch.float16, ()),
-        (hb.NVFP4, 90, torch.bfloat16, ("scan", "search", "row")),
+        slow_case(hb.NVFP4, 90, torch.bfloat16, ("scan", "search", "row")),
         (hb.NVFP4, 100, torch.bfloat16, ()),
-        (hb.MXFP4, 80, torch.bfloat16, ("scan", "row")),
+        slow_case(hb.MXFP4, 80, torch.bfloat16, ("scan", "row")),
         (hb.MXFP4, 90, torch.float16, ()),
     ],
 )
@@ -404,6 +405,7 @@ def test_compiles_lean(format, dtype, capability, lookups):
     assert instructions < (1296 if format is hb.NVFP4 else 736), f"{instructions} instructions for 32 elements a thread"
 
 
+@pytest.mark.slow
 @not_interpreted
 @pytest.mark.parametrize(("format", "dtype"), [(hb.NVFP4, torch.bfloat16), (hb.MXFP4, torch.float16)])
 def test_compiles_with_an_activation_or_a_norm(format, dtype):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import assert_equal_bits
 from interpreted import DEVICE, INTERPRETED, not_interpreted, numeric, run_interpreted
+from slow import slow_case
 
 pytest.importorskip("triton")
 
@@ -126,7 +127,7 @@ def test_interpreted():
 @not_interpreted
 @pytest.mark.parametrize(
     ("activations", "static", "capability"),
-    [("fp8", False, 80), ("fp8", False, 90), ("mxfp8", False, 90), ("nvfp4", False, 80), ("nvfp4", True, 90)],
+    [slow_case("fp8", False, 80), ("fp8", False, 90), ("mxfp8", False, 90), slow_case("nvfp4", False, 80), ("nvfp4", True, 90)],
 )
 def test_compiles_without_spills(activations, static, capability):
     x, scale = torch.empty((4, 7168), dtype=torch.bfloat16), torch.empty((256, 2)) if static else None

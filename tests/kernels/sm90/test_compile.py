@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from compile_only import Compiled, compiling
+from slow import slow_case
 
 import halfbyte as hb
 from halfbyte.errors import UnsupportedError
@@ -89,12 +90,12 @@ def test_decode_kernels_of_a_work_list(nvfp4: bool, scaled: bool, words_for: Wor
     ("num_tokens", "nvfp4", "activations", "words_for", "shapes"),
     [
         (1, True, "bf16", "bf16", ((2, 1), (1, 1))),
-        (1, True, "fp8", "fp8", ((2, 1), (1, 1))),
-        (1, False, "fp8", "fp8", ((2, 1), (1, 1))),
-        (3, False, "bf16", "fp8", ((1, 4), (1, 4))),
-        (4, False, "fp8", "fp8", ((1, 4), (1, 4))),
-        (4, True, "fp8", "bf16", ((1, 0), (1, 4))),  # four rows of 7,168 columns are too many
-        (8, True, "mxfp8", "bf16", ((1, 0), (1, 0))),
+        slow_case(1, True, "fp8", "fp8", ((2, 1), (1, 1))),
+        slow_case(1, False, "fp8", "fp8", ((2, 1), (1, 1))),
+        slow_case(3, False, "bf16", "fp8", ((1, 4), (1, 4))),
+        slow_case(4, False, "fp8", "fp8", ((1, 4), (1, 4))),
+        slow_case(4, True, "fp8", "bf16", ((1, 0), (1, 4))),  # four rows of 7,168 columns are too many
+        slow_case(8, True, "mxfp8", "bf16", ((1, 0), (1, 0))),
     ],
 )
 def test_direct_kernels(num_tokens: int, nvfp4: bool, activations: str, words_for: WordsFor, shapes: tuple[tuple[int, int], ...]) -> None:
@@ -130,18 +131,18 @@ MAX_SPILL_BYTES_LARGE_FP8_WORDS = 208
 # Configuration, NVFP4, w13, scaled, words, and how many sizes of a tile are compiled. A kernel has the loop over K once for each size; the largest
 # has the most accumulators. Of LARGE and HUGE two together keep more in memory than one, and about as much as all.
 PREFILL_KERNELS = [
-    ("MICRO", True, True, False, "bf16", 3),
-    ("TINY", False, True, True, "fp8", 1),
-    ("SMALL", False, True, False, "bf16", 1),
-    ("MEDIUM", True, True, False, "bf16", 1),
-    ("LARGE", True, True, True, "fp8", 2),
-    ("HUGE", True, True, False, "bf16", 2),
+    slow_case("MICRO", True, True, False, "bf16", 3),
+    slow_case("TINY", False, True, True, "fp8", 1),
+    slow_case("SMALL", False, True, False, "bf16", 1),
+    slow_case("MEDIUM", True, True, False, "bf16", 1),
+    slow_case("LARGE", True, True, True, "fp8", 2),
+    slow_case("HUGE", True, True, False, "bf16", 2),
     ("FP8_TINY", True, False, True, "bf16", 1),
-    ("FP8_WIDE", False, True, True, "fp8", 1),
-    ("FP8_SMALL", True, True, True, "fp8", 1),
-    ("FP8_MEDIUM", False, False, True, "fp8", 1),
-    ("FP8_LARGE", True, True, True, "bf16", 1),
-    ("FP8_HUGE", True, True, True, "fp8", 1),
+    slow_case("FP8_WIDE", False, True, True, "fp8", 1),
+    slow_case("FP8_SMALL", True, True, True, "fp8", 1),
+    slow_case("FP8_MEDIUM", False, False, True, "fp8", 1),
+    slow_case("FP8_LARGE", True, True, True, "bf16", 1),
+    slow_case("FP8_HUGE", True, True, True, "fp8", 1),
 ]
 
 

@@ -9,6 +9,7 @@ import torch
 from helpers import assert_equal_bits
 from interpreted import run_interpreted_script
 from random_experts import make_experts
+from slow import slow_case
 
 import halfbyte as hb
 from halfbyte.errors import InputError
@@ -52,9 +53,9 @@ def test_interpreted_kernels_write_the_bytes_of_the_torch_code() -> None:
     ("order", "block", "words_for", "capability"),
     [
         ("gate_up", 16, "bf16", 80),
-        ("gate_up", 32, "fp8", 90),
-        ("fragment", 32, "bf16", 90),
-        ("straight", 16, "fp8", 90),
+        slow_case("gate_up", 32, "fp8", 90),
+        slow_case("fragment", 32, "bf16", 90),
+        slow_case("straight", 16, "fp8", 90),
     ],
 )
 def test_compiles_to_wide_loads_and_stores_without_spills(order: layout.RowOrder, block: int, words_for: layout.WordsFor, capability: int) -> None:
@@ -81,7 +82,12 @@ def test_compiles_to_wide_loads_and_stores_without_spills(order: layout.RowOrder
 
 @pytest.mark.parametrize(
     ("order", "block", "columns", "words_for"),
-    [("gate_up", 16, 7168, "bf16"), ("straight", 16, 2048, "fp8"), ("fragment", 32, 2880, "bf16"), ("gate_up", 32, 2880, "fp8")],
+    [
+        slow_case("gate_up", 16, 7168, "bf16"),
+        ("straight", 16, 2048, "fp8"),
+        slow_case("fragment", 32, 2880, "bf16"),
+        slow_case("gate_up", 32, 2880, "fp8"),
+    ],
 )
 def test_as_many_programs_run_at_the_same_time_as_pack_in_place(order: layout.RowOrder, block: int, columns: int, words_for: layout.WordsFor) -> None:
     from compile_only import compiling
