@@ -337,15 +337,15 @@ def meta_weight(format, experts: int, rows: int, k: int, groups: tuple[int, ...]
 def launch_both(format, dtype: torch.dtype, num_rows: int, sizes: tuple[int, int], experts: int, activation: Activation) -> None:
     """Launch the two products of a layer on meta tensors (within `compiling`)."""
     hidden, intermediate = sizes
-    halves, top_k = 2 if activation.gated else 1, 4
+    halves = 2 if activation.gated else 1
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     w13 = meta_weight(format, experts, halves * intermediate, hidden, (2,) if halves == 2 else ())
     row_start, h = empty(experts + 1, dtype=torch.int32), empty(num_rows, intermediate)
-    slots, bias = empty(num_rows, dtype=torch.int64), empty(experts, halves * intermediate)
-    grouped_gemm_w4a16(empty(num_rows // top_k, hidden), w13, row_start, h, bias=bias, activation=activation, slot_of_row=slots, top_k=top_k)
+    tokens, bias = empty(num_rows, dtype=torch.int32), empty(experts, halves * intermediate)
+    grouped_gemm_w4a16(empty(num_rows // 4, hidden), w13, row_start, h, bias=bias, activation=activation, token_of_row=tokens)
     grouped_gemm_w4a16(h, meta_weight(format, experts, hidden, intermediate), row_start, empty(num_rows, hidden, dtype=FP32))
 
 

@@ -72,7 +72,7 @@ class _ExpertRows(torch.autograd.Function):
             dtype = torch.bfloat16
             x, x_scale = decode_rows(hidden)
         h = torch.empty((num_rows, experts.intermediate), dtype=dtype, device=device)
-        options: dict[str, Any] = {"slot_of_row": work.token_of_row, "bias": experts.w13_bias, "activation": experts.activation}
+        options: dict[str, Any] = {"token_of_row": work.token_of_row, "bias": experts.w13_bias, "activation": experts.activation}
         grouped_gemm_w4a16(x, experts.w13, work.row_start, h, config=config, x_scale=x_scale, **options)
         codes = None if activations == "bf16" else h.view(torch.bfloat16)
         h, h_scale = encode_rows(h, activations, experts.w2_input_scale, out=codes)

@@ -3,10 +3,10 @@
     plain       out[r] = x[source(r)] @ w[e]^T * x_scale[source(r)] + bias[e]                 e = expert of row r
     activation  out[r] = activation(x[source(r)] @ w[e]^T * x_scale[source(r)] + bias[e])     gate rows of w, then up rows
 
-    x             [S, K] bf16, fp16 or fp32; source(r) = slot_of_row[r] // top_k, or r without slot_of_row
+    x             [S, K] bf16, fp16 or fp32; source(r) = token_of_row[r], or r without it
     x_scale       [S] fp32, or None for 1
     row_start     [E+1] int32, ascending; expert e owns rows row_start[e] .. row_start[e+1]; rows from row_start[E] on are left alone
-    slot_of_row   [R] int32, or None
+    token_of_row  [R] int32, or None
     codes         [E, W, K/2] uint8, low nibble = even column; W = N, or 2N with a gate
     scales        [E, W, K/16] e4m3 (NVFP4), [E, W, K/32] e8m0 (MXFP4), layout "linear"
     global scale  [E] or [E, G] fp32 (NVFP4), row group g of a matrix has scale g
@@ -168,7 +168,7 @@ def _gated(gate, up, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.con
 @triton.jit
 def grouped_gemm_w4a16_kernel(
     x_ptr,
-    slot_of_row_ptr,
+    token_of_row_ptr,
     row_start_ptr,
     codes_ptr,
     scales_ptr,
@@ -178,7 +178,6 @@ def grouped_gemm_w4a16_kernel(
     out_ptr,
     N: tl.constexpr,
     K: tl.constexpr,
-    TOP_K: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,
     EXPERTS_PADDED: tl.constexpr,
     SCALE_GROUPS: tl.constexpr,
@@ -208,8 +207,8 @@ def grouped_gemm_w4a16_kernel(
     weight_row = tl.where(inside, column, 0)  # beyond the edge: read something valid, store nothing
 
     source = tl.where(mine, row, 0)
-    if slot_of_row_ptr is not None:
-        source = tl.load(slot_of_row_ptr + source) // TOP_K
+    if token_of_row_ptr is not None:
+        source = tl.load(token_of_row_ptr + source)
     x_ptr += source.to(tl.int64)[:, None] * K
     codes_ptr += expert.to(tl.int64) * W * (K // 2)
     scales_ptr += expert.to(tl.int64) * W * (K // BLOCK)
@@ -249,8 +248,7 @@ def grouped_gemm_w4a16(
     *,
     bias: torch.Tensor | None = None,
     activation: Activation | None = None,
-    slot_of_row: torch.Tensor | None = None,
-    top_k: int = 1,
+    token_of_row: torch.Tensor | None = None,
     x_scale: torch.Tensor | None = None,
     config: Config | None = None,
 ) -> torch.Tensor:
@@ -273,7 +271,7 @@ def grouped_gemm_w4a16(
     with current(out.device):
         grouped_gemm_w4a16_kernel[grid](
             x.contiguous(),
-            slot_of_row,
+            token_of_row,
             row_start,
             weight.codes.contiguous(),
             weight.scales.view(torch.uint8).contiguous(),
@@ -283,7 +281,6 @@ def grouped_gemm_w4a16(
             out,
             N=columns,
             K=x.shape[1],
-            TOP_K=top_k,
             NUM_EXPERTS=num_experts,
             EXPERTS_PADDED=triton.next_power_of_2(num_experts),
             SCALE_GROUPS=0 if scale is None else scale.numel() // num_experts,
