@@ -199,7 +199,7 @@ def _kernels() -> Iterable[tuple[str, str]]:
     from halfbyte.kernels.table import PROVIDERS, support
     from halfbyte.weights.layouts import LAYOUTS
 
-    layouts = ("canonical", *(name for name, layout in LAYOUTS.items() if not layout.foreign))
+    layouts = [name for name, layout in LAYOUTS.items() if not layout.foreign]
     weights = [(format, layout) for format in (*FORMATS.values(), None) for layout in layouts if format or layout == "canonical"]
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     for target in dict.fromkeys(Target.of(device) for device in devices):

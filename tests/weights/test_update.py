@@ -39,7 +39,7 @@ def assert_same_tensors(actual: hb.PreparedExperts, expected: hb.PreparedExperts
 
 
 @pytest.mark.parametrize("format", [hb.NVFP4, hb.MXFP4], ids=repr)
-@pytest.mark.parametrize("layout", ["canonical", *LAYOUTS])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_new_bytes_at_the_old_addresses(layout: str, format: hb.BlockFormat) -> None:
     prepared = hb.prepare(make(1, format), layout)
     before = addresses(prepared)
@@ -103,7 +103,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("layout", ["canonical", *LAYOUTS])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", [name for name in BAD if "scale" in name])
 def test_prepare_refuses_the_same_scales(layout: str, name: str) -> None:
     build, message = BAD[name]
@@ -111,7 +111,7 @@ def test_prepare_refuses_the_same_scales(layout: str, name: str) -> None:
         hb.prepare(build(), layout)
 
 
-@pytest.mark.parametrize("layout", ["canonical", *LAYOUTS])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", BAD)
 def test_refused_and_nothing_written(layout: str, name: str) -> None:
     prepared = hb.prepare(make(1), layout)
@@ -135,7 +135,7 @@ def test_input_scales_are_replaced_or_missed(layout: str) -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-45])
-@pytest.mark.parametrize("layout", ["canonical", *LAYOUTS])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_input_scales_that_nothing_is_divided_by(layout: str, value: float) -> None:
     message = "w13_input_scale is (zero|not usable) .given 10 of 10 values"
     with pytest.raises(InputError, match=message):

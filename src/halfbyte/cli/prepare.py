@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from halfbyte.weights.layouts import LAYOUTS
 
     parser.add_argument("model", metavar="MODEL", help="a directory, a Hub name org/name, or demo (the embedded model)")
-    parser.add_argument("--layout", choices=("auto", "canonical", *LAYOUTS), default="auto", help="auto: what the kernels of the device read best")
+    parser.add_argument("--layout", choices=("auto", *LAYOUTS), default="auto", help="auto: what the kernels of the device read best")
     parser.add_argument("--activations", choices=ACTIVATION_FORMATS, default="bf16", help="what the layers will be called with, for --layout auto")
     parser.add_argument("--device", help="where the model will run, and where the work is done (default: the GPU where there is one)")
     parser.add_argument("--layers", type=parse_layers, metavar="N,N-N,...", help="only these decoder layers (default: all with experts)")

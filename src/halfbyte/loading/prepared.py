@@ -275,13 +275,12 @@ class _Plan:
         return cls(reader, chosen, CacheEntry.of(checkpoint, layer, reader.experts, chosen.layout, chosen.policy, target.arch, wanted.cache_dir))
 
     def allocate(self, device: torch.device | str) -> Any:
-        """Uninitialised storage in the layout; canonical storage is an ExpertWeights."""
-        layout = LAYOUTS.get(self.chosen.layout)
-        return self.reader.allocate(device) if layout is None else layout.allocate(self.reader.allocate("meta"), device)
+        """Uninitialised storage in the layout."""
+        return LAYOUTS[self.chosen.layout].allocate(self.reader.allocate("meta"), device)
 
     def stream_into(self, storage: Any, progress: Progress | None) -> None:
-        layout = LAYOUTS.get(self.chosen.layout)
-        stream_experts(self.reader, storage, None if layout is None else layout.pack, progress)
+        pack = None if isinstance(storage, ExpertWeights) else LAYOUTS[self.chosen.layout].pack
+        stream_experts(self.reader, storage, pack, progress)
 
     def result(self, storage: Any) -> PreparedExperts:
         return self.chosen.result(storage)

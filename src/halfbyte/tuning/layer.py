@@ -78,8 +78,7 @@ class Layer:
         w13 = matrix(rows13, shape.hidden, *((2,) if shape.halves == 2 else ()))
         bias13, bias2 = (meta(rows, dtype=torch.bfloat16) if shape.has_bias else None for rows in (rows13, shape.hidden))
         weights = ExpertWeights(w13, matrix(shape.hidden, shape.intermediate), shape.activation, bias13, bias2)
-        layout = str(self.problem.layout)
-        return LAYOUTS[layout].allocate(weights, device) if layout in LAYOUTS else weights
+        return LAYOUTS[str(self.problem.layout)].allocate(weights, device)
 
 
 def shape_of_model(directory: Path) -> MoEShape:

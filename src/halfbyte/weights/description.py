@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from halfbyte.experts import Activation, ExpertWeights
+from halfbyte.experts import Activation
 from halfbyte.formats import BlockFormat, QuantTensor
 from halfbyte.formats.block_format import FORMATS
 from halfbyte.weights.hopper.layout import HopperMatrix
 from halfbyte.weights.layouts import LAYOUTS
 
 _PARTS = (QuantTensor, Activation, HopperMatrix)  # of storages
-_CLASSES = {cls.__name__: cls for cls in (ExpertWeights, *_PARTS, *(layout.storage for layout in LAYOUTS.values()))}
+_CLASSES = {cls.__name__: cls for cls in (*_PARTS, *(layout.storage for layout in LAYOUTS.values()))}
 
 
 def describe(experts: Any) -> str:

@@ -12,6 +12,7 @@ import torch
 from halfbyte.arguments import check_name
 from halfbyte.errors import InputError
 from halfbyte.experts import ExpertWeights
+from halfbyte.weights import canonical
 from halfbyte.weights.engines.common import EngineExperts
 from halfbyte.weights.engines.cutlass import CUTLASS
 from halfbyte.weights.engines.trtllm_gen import TRTLLM_GEN
@@ -29,11 +30,11 @@ class Layout:
         purpose: what it is, and who reads it.
         storage: the class of what holds it.
         allocate: (w, device) to uninitialised storage for the experts of w.
-        pack: (w, storage, first) arranges the experts of w, one at a time, as experts `first` and following of the storage. Where the layout is not
-            foreign, a fourth argument takes the check of the scales (`checks.ScaleCheck`).
+        pack: (w, storage, first=0, scale_check=None) arranges the experts of w, one at a time, as experts `first` and following of the storage;
+            `scale_check`: a `checks.ScaleCheck`.
         unpack: storage to canonical experts.
         reused: canonical tensor in whose storage each tensor may lie while `pack` runs, where the sizes are the same.
-        foreign: made for another project's kernels, which halfbyte calls (`kernels.flashinfer`); its scales are checked as it is packed.
+        foreign: made for another project's kernels, which halfbyte calls (`kernels.flashinfer`).
     """
 
     purpose: str
@@ -45,9 +46,14 @@ class Layout:
     foreign: bool = False
 
 
-# What is built here. "canonical" is the checkpoint's own arrangement, which needs no building; "triton" names the kernels that read it.
-CANONICAL = "the checkpoint's own arrangement, read by the portable kernels on any device"
 LAYOUTS = {
+    "canonical": Layout(
+        "the checkpoint's own arrangement, read by the portable kernels on any device",
+        ExpertWeights,
+        canonical.allocate,
+        canonical.pack,
+        canonical.unpack,
+    ),
     "hopper": Layout("register fragments in 64 x 64 tiles, read by the sm_90 kernels", HopperExperts, allocate, pack, unpack, REUSED),
     "hopper_fp8": Layout(
         "hopper with codes arranged for fp8 tensor cores, for layers called with activations='fp8'",
@@ -89,7 +95,7 @@ def check_names(layout: str, policy: str) -> str:
         InputError: no such layout or policy.
     """
     check_name("residency policy", policy, POLICIES, "prepare")
-    if not isinstance(layout, str) or layout not in ("auto", "canonical", "triton", *LAYOUTS):
-        available = ", ".join([f"'canonical' ({CANONICAL})", *(f"{name!r} ({known.purpose})" for name, known in LAYOUTS.items())])
+    if not isinstance(layout, str) or layout not in ("auto", "triton", *LAYOUTS):
+        available = ", ".join(f"{name!r} ({known.purpose})" for name, known in LAYOUTS.items())
         raise InputError("unknown layout", where="prepare", given=repr(layout), needed=f"'auto' or {available}")
     return "canonical" if layout == "triton" else layout

@@ -13,9 +13,10 @@ from halfbyte.errors import UnsupportedError
 from halfbyte.experts import Activation, ExpertWeights
 from halfbyte.formats import BlockFormat
 from halfbyte.formats.activation_formats import ActivationFormat
-from halfbyte.weights.checks import ScaleCheck, check_same_kind, check_scales, has_unusable_scales
+from halfbyte.weights import canonical
+from halfbyte.weights.checks import ScaleCheck, check_same_kind
 from halfbyte.weights.description import describe
-from halfbyte.weights.layouts import LAYOUTS, Layout, Storage, is_arranged_in_place
+from halfbyte.weights.layouts import LAYOUTS, Storage, is_arranged_in_place
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +106,7 @@ class PreparedExperts:
 
     def unprepare(self) -> ExpertWeights:
         """Return the canonical experts: every value exactly."""
-        return self.storage if isinstance(self.storage, ExpertWeights) else LAYOUTS[self.layout].unpack(self.storage)
+        return LAYOUTS[self.layout].unpack(self.storage)
 
     @torch.no_grad()
     def update_(self, w: ExpertWeights, *, scale_check: ScaleCheck | None = None) -> None:
@@ -123,14 +124,9 @@ class PreparedExperts:
         """
         check_type("PreparedExperts.update_", ExpertWeights, w=w)
         check_callable("PreparedExperts.update_", scale_check=scale_check)
-        layout = LAYOUTS.get(self.layout)
-        check_same_kind(self.storage, w if layout is None else layout.allocate(w, "meta"))
-        if layout is not None:
-            _pack(layout, w, self.storage, scale_check)
-            return
-        _check_scales(w, scale_check)
-        for name, tensor in self.storage.tensors.items():
-            tensor.copy_(w.tensors[name])
+        layout = LAYOUTS[self.layout]
+        check_same_kind(self.storage, layout.allocate(w, "meta"))
+        layout.pack(w, self.storage, 0, scale_check)
 
 
 def keep_address(tensor: torch.Tensor) -> None:
@@ -159,34 +155,20 @@ def arrange(
     w: ExpertWeights, chosen: ChosenLayout, device: torch.device, *, in_place: bool, scale_check: ScaleCheck | None = None
 ) -> PreparedExperts:
     """Arrange `w` in a layout that has been chosen; the other arguments and errors as `loading.prepare`."""
-    if chosen.layout == "canonical":
-        _check_scales(w, scale_check)
     prepared = allocate(w, chosen, device, in_place=in_place)
-    if chosen.layout != "canonical":
-        _pack(LAYOUTS[chosen.layout], w, prepared.storage, scale_check)
+    if prepared.storage is w:
+        canonical.check(w, scale_check)
+    else:
+        LAYOUTS[chosen.layout].pack(w, prepared.storage, 0, scale_check)
     return prepared
 
 
 def allocate(w: ExpertWeights, chosen: ChosenLayout, device: torch.device, *, in_place: bool) -> PreparedExperts:
-    """What `arrange` returns, before it writes to it; a canonical layout is complete."""
-    if chosen.layout == "canonical":
-        return chosen.result(w, tuple(w.tensors)) if device == w.device else chosen.result(w.to(device))
+    """What `arrange` returns, before it writes to it; canonical weights that stay where they are need no writing."""
+    if chosen.layout == "canonical" and device == w.device:
+        return chosen.result(w, tuple(w.tensors))
     storage, reused = _storage_within(w, chosen.layout) if in_place else (LAYOUTS[chosen.layout].allocate(w, device), ())
     return chosen.result(storage, reused)
-
-
-def _pack(layout: Layout, w: ExpertWeights, storage: Any, scale_check: ScaleCheck | None) -> None:
-    if scale_check is None or layout.foreign:  # foreign layouts check more, and at once
-        layout.pack(w, storage, 0)
-    else:
-        layout.pack(w, storage, 0, scale_check)
-
-
-def _check_scales(w: ExpertWeights, scale_check: ScaleCheck | None) -> None:
-    if scale_check is None:
-        check_scales(w)
-    else:
-        scale_check(has_unusable_scales(w))
 
 
 def _storage_within(w: ExpertWeights, layout: str) -> tuple[Any, tuple[str, ...]]:

@@ -24,7 +24,7 @@ from halfbyte.errors import InputError
 from halfbyte.experts import Activation, ExpertWeights
 from halfbyte.formats import BlockFormat, QuantTensor
 from halfbyte.formats.scale_layout import padded_shape, words_128x4
-from halfbyte.weights.checks import check_scales, fp4_matrices
+from halfbyte.weights.checks import ScaleCheck, check_scales, fp4_matrices
 from halfbyte.weights.engines.scalars import Multipliers, multipliers_of
 
 # Experts whose scales are rearranged at a time: the scratch is then at most as large as the codes of one expert (NVFP4 has 8 bytes of codes a scale).
@@ -179,8 +179,8 @@ class Arrangement:
             num_global_experts=num_experts if w.num_global_experts is None else w.num_global_experts,
         )
 
-    def pack(self, w: ExpertWeights, out: EngineExperts, first: int = 0) -> None:
-        """Write the experts of `w` to the experts `first` and following of `out`.
+    def pack(self, w: ExpertWeights, out: EngineExperts, first: int = 0, scale_check: ScaleCheck | None = None) -> None:
+        """Write the experts of `w` to the experts `first` and following of `out`. More than `scale_check` could say is checked, and at once.
 
         `w` may lie on another device than `out`: one expert's codes are then copied over at a time. Beside `out` this needs at most the size of one
         expert. Exact: `unpack` gives every byte back.
