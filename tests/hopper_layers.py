@@ -66,7 +66,7 @@ def workspace(experts: HopperExperts, topk_ids: torch.Tensor, config: object) ->
 def make_experts(num_experts: int, hidden: int, intermediate: int, format: hb.BlockFormat, activation: Activation = SWIGLU) -> ExpertWeights:
     """Random experts on the GPU; gate and up have different global scales, biases with the gpt-oss activation."""
     random = torch.Generator("cuda").manual_seed(hidden + intermediate)
-    halves = 2 if activation.gated else 1
+    halves = activation.halves
     gate_up = torch.randn(num_experts, halves, intermediate, hidden, generator=random, device="cuda") / hidden**0.5
     gate_up[:, -1] *= 1.7
     w2 = torch.randn(num_experts, hidden, intermediate, generator=random, device="cuda") / intermediate**0.5

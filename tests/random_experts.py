@@ -10,7 +10,7 @@ from halfbyte.experts import SWIGLU, Activation, ExpertWeights
 
 def make_experts(num_experts: int, hidden: int, intermediate: int, format: hb.BlockFormat, activation: Activation = SWIGLU) -> ExpertWeights:
     random = torch.Generator().manual_seed(0)
-    halves = 2 if activation.gated else 1
+    halves = activation.halves
 
     def matrix(rows: int, columns: int, groups: int) -> hb.QuantTensor:
         codes = torch.randint(0, 256, (num_experts, rows, columns // 2), dtype=torch.uint8, generator=random)

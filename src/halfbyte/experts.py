@@ -47,6 +47,11 @@ class Activation:
     def gated(self) -> bool:
         return self.kind != "relu2"
 
+    @property
+    def halves(self) -> int:
+        """Rows of w13 for each intermediate column: 2 (gate and up), or 1 without a gate."""
+        return 2 if self.gated else 1
+
 
 SWIGLU = Activation()
 GPT_OSS_SWIGLU = Activation("swiglu", alpha=1.702, beta=1.0, limit=7.0)
@@ -95,7 +100,7 @@ class ExpertWeights:
         if self.num_global_experts is None:
             object.__setattr__(self, "num_global_experts", self.num_experts)
         check_integers(where, 0, first_expert=self.first_expert, num_global_experts=self.num_global_experts)
-        halves = 2 if self.activation.gated else 1
+        halves = self.activation.halves
         experts, hidden, intermediate = self.w2.shape
         if tuple(self.w13.shape) != (experts, halves * intermediate, hidden):
             raise InputError(

@@ -34,7 +34,7 @@ class MoEShape:
     @property
     def halves(self) -> int:
         """Row groups of w13: gate and up, or up alone."""
-        return 2 if self.activation.gated else 1
+        return self.activation.halves
 
     def expert_bytes(self, format: BlockFormat) -> int:
         """Bytes of one expert, each read once: codes, block scales, global scales (fp32, one per projection), biases (bf16).

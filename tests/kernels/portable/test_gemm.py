@@ -38,7 +38,7 @@ def make_experts(format=hb.NVFP4, activation: Activation = SWIGLU, *, bias=True,
     """Random experts on DEVICE, large enough to reach the limits of clamped activations; gate and up differ in their global scales."""
     hidden, intermediate = sizes or SIZES[format]
     random = torch.Generator(DEVICE).manual_seed(0)
-    halves = 2 if activation.gated else 1
+    halves = activation.halves
     gate_up = torch.randn(experts, halves, intermediate, hidden, generator=random, device=DEVICE) / 3
     gate_up[:, -1] *= 1.7
     w13, global_scale = gate_up.flatten(1, 2), None
@@ -337,7 +337,7 @@ def meta_weight(format, experts: int, rows: int, k: int, groups: tuple[int, ...]
 def launch_both(format, dtype: torch.dtype, num_rows: int, sizes: tuple[int, int], experts: int, activation: Activation) -> None:
     """Launch the two products of a layer on meta tensors (within `compiling`)."""
     hidden, intermediate = sizes
-    halves = 2 if activation.gated else 1
+    halves = activation.halves
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")

@@ -19,7 +19,7 @@ EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, TOKENS = 7, 96, 64, 3, 11
 def make_experts(format=hb.NVFP4, activation: Activation = SWIGLU, *, bias: bool = False, input_scales: bool = False, seed: int = 0) -> ExpertWeights:
     """Random experts whose gate and up have clearly different global scales, so that exchanging or dropping one shows."""
     random = torch.Generator().manual_seed(seed)
-    halves = 2 if activation.gated else 1
+    halves = activation.halves
     gate_up = torch.randn(EXPERTS, halves, INTERMEDIATE, HIDDEN, generator=random) / 8
     gate_up[:, -1] *= 1.7
     w13 = gate_up.flatten(1, 2)

@@ -68,7 +68,7 @@ def kernel_weights(matrix: layout.HopperMatrix, format: hb.BlockFormat, words_fo
 def test_the_kernels_assembly_decodes_what_torch_rounds(
     format: hb.BlockFormat, low: int, high: int, activation: Activation, words_for: layout.WordsFor
 ) -> None:
-    halves = 2 if activation.gated else 1
+    halves = activation.halves
     w13, w2 = make_matrix(halves * 96, 160, format, low, high), make_matrix(160, 96, format, low, high)
     w = ExpertWeights(w13, w2, activation)
     packed = layout.allocate(w, "cpu", words_for)

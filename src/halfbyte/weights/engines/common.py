@@ -145,8 +145,8 @@ class Arrangement:
             InputError: the weights are dense, or their scales are not in layout "linear".
         """
         w13, _ = fp4_matrices(w, self.name)
-        num_experts, gated = w.num_experts, w.activation.gated
-        multiple_h, multiple_i = self.multiples(w13.format, gated)
+        num_experts = w.num_experts
+        multiple_h, multiple_i = self.multiples(w13.format, w.activation.gated)
         hidden, intermediate = _round_up(w.hidden, multiple_h), _round_up(w.intermediate, multiple_i)
 
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -157,7 +157,7 @@ class Arrangement:
             codes = empty(num_experts, rows, columns // 2, dtype=torch.uint8)
             return codes, empty(num_experts, *scale_shape, dtype=w13.format.scale_dtype)
 
-        rows = (2 if gated else 1) * intermediate
+        rows = w.activation.halves * intermediate
         (w13_codes, w13_scales), (w2_codes, w2_scales) = matrix(rows, hidden), matrix(hidden, intermediate)
         nowhere = torch.empty(num_experts, dtype=torch.float32, device="meta")  # just to learn which scalars there are
         scalars, _ = self.scalars(Multipliers(nowhere, nowhere, nowhere, nowhere, nowhere), w.activation)
@@ -192,7 +192,7 @@ class Arrangement:
         w13, w2 = fp4_matrices(w, self.name)
         _check_scalars(w, self)
         _check_fit(w, out, first, self)
-        halves = 2 if w.activation.gated else 1
+        halves = w.activation.halves
         _pack_matrix(w13, out.w13_codes, out.w13_scales, first, halves, self)
         _pack_matrix(w2, out.w2_codes, out.w2_scales, first, 1, self)
         here = slice(first, first + w.num_experts)
@@ -212,7 +212,7 @@ class Arrangement:
 
     def unpack(self, experts: EngineExperts) -> ExpertWeights:
         """Give the canonical experts back: the inverse of `pack`, byte by byte."""
-        halves = 2 if experts.activation.gated else 1
+        halves = experts.activation.halves
         vectors = {name: tensor.clone() for name, tensor in experts.canonical.items()}
         w13 = _unpack_matrix(experts.w13_codes, experts.w13_scales, halves, experts.intermediate, experts.hidden, experts.format, self)
         w2 = _unpack_matrix(experts.w2_codes, experts.w2_scales, 1, experts.hidden, experts.intermediate, experts.format, self)
@@ -253,7 +253,7 @@ def _check_fit(w: ExpertWeights, out: EngineExperts, first: int, arrangement: Ar
 
 def _check_scalars(w: ExpertWeights, arrangement: Arrangement) -> None:
     """Refuse what an engine could not compute with. Weights without data ("meta") have nothing to refuse."""
-    halves = 2 if w.activation.gated else 1
+    halves = w.activation.halves
     num_experts, num_global = w.num_experts, w.num_global_experts or 0
     shapes: dict[str, tuple[tuple[int, ...], ...]] = {
         "w13.global_scale": ((num_experts, halves), (num_experts, 1), (num_experts,)),

@@ -159,8 +159,7 @@ def allocate(w: ExpertWeights, device: torch.device | str, words_for: WordsFor =
         InputError: the weights are dense, or their scales are not in layout "linear".
     """
     w13, w2 = fp4_matrices(w, "hopper_fp8" if words_for == "fp8" else "hopper")
-    halves = 2 if w.activation.gated else 1
-    w13_out = _allocate_matrix(w13, halves * padded_size(w.intermediate), w.w13_bias is not None, device)
+    w13_out = _allocate_matrix(w13, w.activation.halves * padded_size(w.intermediate), w.w13_bias is not None, device)
     w2_out = _allocate_matrix(w2, padded_size(w.hidden), w.w2_bias is not None, device)
     num_global = w.num_experts if w.num_global_experts is None else w.num_global_experts
     input_scales = (None if scale is None else torch.empty_like(scale, device=device) for scale in (w.w13_input_scale, w.w2_input_scale))

@@ -84,8 +84,8 @@ def pack(w: ExpertWeights, out: HopperExperts, first: int = 0, scale_check: Scal
 
 def unpack(experts: HopperExperts) -> ExpertWeights:
     """Give the canonical experts back: the inverse of `pack`."""
-    order, halves = w13_order(experts.activation), 2 if experts.activation.gated else 1
-    w13, w13_bias = _unpack_matrix(experts.w13, experts, order, halves * experts.intermediate, experts.hidden)
+    order, rows = w13_order(experts.activation), experts.activation.halves * experts.intermediate
+    w13, w13_bias = _unpack_matrix(experts.w13, experts, order, rows, experts.hidden)
     w2, w2_bias = _unpack_matrix(experts.w2, experts, "straight", experts.hidden, experts.intermediate)
     return ExpertWeights(
         w13,
