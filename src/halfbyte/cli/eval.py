@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 if TYPE_CHECKING:
     import torch
 
+    from halfbyte.eval.evaluate import EvalReport
     from halfbyte.eval.ranks import Ranks
     from halfbyte.formats.activation_formats import ActivationFormat
 
@@ -83,54 +84,28 @@ def _load(model: str, device: torch.device, activations: str, dtype: str, ranks:
 
 def _run(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> int:
     from halfbyte.checkpoint.source import DEMO_MODEL, demo_model_dir
-    from halfbyte.cli.documents import print_document
     from halfbyte.cli.progress import Bar
     from halfbyte.cli.terminal import set_threads
     from halfbyte.device import model_dtype
     from halfbyte.env import expanded
-    from halfbyte.eval.activations import FASTEST_FIRST, choose_activations
     from halfbyte.eval.data import load_documents, load_questions
     from halfbyte.eval.evaluate import evaluate
     from halfbyte.eval.metrics import text_passages
-    from halfbyte.integrations.transformers import set_activations
-
-    set_threads(args.threads)
-    if args.model == DEMO_MODEL and args.questions is None and args.text is None:
-        args.questions = args.text = DEMO_MODEL
-    if args.questions is None and args.text is None:
-        raise argparse.ArgumentError(None, "nothing to measure on: give --questions FILE or --text FILE, or both")
-    if args.reference is not None and args.text is None:
-        raise argparse.ArgumentError(None, "--reference is compared on a text: give --text FILE")
-    if args.activations == "auto" and args.text is None:
-        raise argparse.ArgumentError(None, "--activations auto chooses by the perplexity of a text: give --text FILE")
 
     def file(given: str, embedded: str) -> Path:
         return demo_model_dir() / embedded if given == DEMO_MODEL else expanded(given)
 
+    set_threads(args.threads)
+    named_questions, named_text = _measured_on(args)
     # Files first: a wrong name should not cost the loading of a model.
-    questions = load_questions(file(args.questions, "eval.jsonl"), limit=args.limit) if args.questions else []
-    documents = load_documents(file(args.text, "heldout.txt.xz")) if args.text else []
+    questions = load_questions(file(named_questions, "eval.jsonl"), limit=args.limit) if named_questions else []
+    documents = load_documents(file(named_text, "heldout.txt.xz")) if named_text else []
     is_auto = args.activations == "auto"
     dtype = model_dtype(device, args.dtype)
     model, tokenizer = _load(args.model, device, "bf16" if is_auto else args.activations, dtype, ranks)
     reference = _load(args.reference, device, "bf16", dtype, ranks)[0] if args.reference else None
     passages = text_passages(tokenizer, documents, limit=args.windows) if documents else []
-    tried: dict[ActivationFormat, float] = {}
-    if is_auto:
-        rounds = itertools.count()
-        with Bar("choosing activations", unit="tokens", shown=ranks.rank == 0) as bar:
-
-            def perplexity_of(kind: ActivationFormat) -> float:
-                before = next(rounds)
-                set_activations(model, kind)
-
-                def progress(done: int, total: int) -> None:
-                    bar.reach(before * total + done, len(FASTEST_FIRST) * total)
-
-                return cast(float, evaluate(model, tokenizer, passages=passages, progress=progress, ranks=ranks).perplexity)
-
-            args.activations, tried = choose_activations(perplexity_of, args.budget / 100)
-        set_activations(model, args.activations)
+    activations, tried = _choose(args.budget / 100, model, tokenizer, passages, ranks) if is_auto else (args.activations, {})
     with Bar("evaluating", unit="tokens", shown=ranks.rank == 0) as bar:
         report = evaluate(
             model,
@@ -143,14 +118,61 @@ def _run(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> int:
             progress=bar.reach,
             ranks=ranks,
         )
-    if ranks.rank > 0:
-        return 0
+    if ranks.rank == 0:
+        _print(args, activations, tried, report)
+    return 0
+
+
+def _measured_on(args: argparse.Namespace) -> tuple[str | None, str | None]:
+    """--questions and --text; where neither is given, the embedded model is measured on its own.
+
+    Raises argparse.ArgumentError when arguments contradict each other, each being right alone.
+    """
+    from halfbyte.checkpoint.source import DEMO_MODEL
+
+    if args.model == DEMO_MODEL and args.questions is None and args.text is None:
+        return DEMO_MODEL, DEMO_MODEL
+    if args.questions is None and args.text is None:
+        raise argparse.ArgumentError(None, "nothing to measure on: give --questions FILE or --text FILE, or both")
+    if args.reference is not None and args.text is None:
+        raise argparse.ArgumentError(None, "--reference is compared on a text: give --text FILE")
+    if args.activations == "auto" and args.text is None:
+        raise argparse.ArgumentError(None, "--activations auto chooses by the perplexity of a text: give --text FILE")
+    return args.questions, args.text
+
+
+def _choose(budget: float, model: Any, tokenizer: Any, passages: list[Any], ranks: Ranks) -> tuple[ActivationFormat, dict[ActivationFormat, float]]:
+    """The activations that --activations auto takes, which `model` then computes on, and the perplexity with each that was tried."""
+    from halfbyte.cli.progress import Bar
+    from halfbyte.eval.activations import FASTEST_FIRST, choose_activations
+    from halfbyte.eval.evaluate import evaluate
+    from halfbyte.integrations.transformers import set_activations
+
+    rounds = itertools.count()
+    with Bar("choosing activations", unit="tokens", shown=ranks.rank == 0) as bar:
+
+        def perplexity_of(kind: ActivationFormat) -> float:
+            before = next(rounds)
+            set_activations(model, kind)
+
+            def progress(done: int, total: int) -> None:
+                bar.reach(before * total + done, len(FASTEST_FIRST) * total)
+
+            return cast(float, evaluate(model, tokenizer, passages=passages, progress=progress, ranks=ranks).perplexity)
+
+        chosen, tried = choose_activations(perplexity_of, budget)
+    set_activations(model, chosen)
+    return chosen, tried
+
+
+def _print(args: argparse.Namespace, activations: str, tried: dict[ActivationFormat, float], report: EvalReport) -> None:
+    from halfbyte.cli.documents import print_document
+
     if args.json:
-        choice = {"budget_percent": args.budget, "perplexities": tried} if is_auto else {}
-        print_document({"model": args.model, "activations": args.activations, **choice, "reference": args.reference, **report.as_dict()})
-        return 0
+        choice = {"budget_percent": args.budget, "perplexities": tried} if tried else {}
+        print_document({"model": args.model, "activations": activations, **choice, "reference": args.reference, **report.as_dict()})
+        return
     for kind, perplexity in tried.items():
         rise = perplexity / tried["bf16"] - 1
-        print(f"{kind} activations: perplexity {perplexity:.3f} ({rise:+.2%}){', chosen' if kind == args.activations else ''}")
+        print(f"{kind} activations: perplexity {perplexity:.3f} ({rise:+.2%}){', chosen' if kind == activations else ''}")
     print(report)
-    return 0

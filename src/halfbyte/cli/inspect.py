@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from halfbyte.errors import printable
 
-# First match wins; the order is also that of the printed table.
 EXAMPLE = "halfbyte inspect nvidia/Qwen3-30B-A3B-NVFP4"
+# First match wins; the order is also that of the printed table.
 _KINDS = (
     ("shared experts", r"\.shared_experts?(_gate)?\."),
     ("experts", r"\.experts\."),
@@ -85,7 +86,7 @@ def describe(model: str, layer: int | None = None, tensors: bool = False, fp8_er
 
 
 def _sizes(checkpoint: Any) -> list[dict[str, Any]]:
-    """Tensors, bytes and weights by kind. Packed codes count two weights a byte, scales none, so that bits per weight include the scales."""
+    """Tensors, bytes and weights by kind. Packed codes count two weights per byte, scales none, so that bits per weight include the scales."""
     from halfbyte.checkpoint.dialects import is_scale, may_be_codes
 
     rows = {kind: [0, 0, 0] for kind, _ in (*_KINDS, ("total", ""))}
@@ -103,6 +104,21 @@ def _sizes(checkpoint: Any) -> list[dict[str, Any]]:
 
 
 def _render(report: dict[str, Any]) -> str:
+    blocks = [_model(report), _sizes_table(report["sizes"])]
+    if report["scales"]:
+        blocks.append(_scales_table(report["scales"]))
+    if "fp8_error" in report:
+        from halfbyte.cli.fp8_error import render
+
+        blocks.append([render(row) for row in report["fp8_error"]] or ["  no FP4 experts whose fp8 error could be measured"])
+    if "tensors" in report:
+        rows = [(tensor["name"], tensor["dtype"], list(tensor["shape"]), tensor["file"]) for tensor in report["tensors"]]
+        blocks.append(_table(("tensor", "dtype", "shape", "file"), rows))
+    blocks.append(_problems(report))
+    return "\n\n".join("\n".join(block) for block in blocks)
+
+
+def _model(report: dict[str, Any]) -> list[str]:
     from halfbyte.checkpoint.families import format_range
 
     moe, quantization = report["moe"], report["quantization"]
@@ -115,53 +131,44 @@ def _render(report: dict[str, Any]) -> str:
     computed = activation["kind"] if activation else "activation unknown"
     behind = f" (and {format_range(moe['predicting_layers'])}, which predict further tokens)" if moe["predicting_layers"] else ""
     stored = printable(quantization["kind"]) + (f" {quantization['format'].upper()}" if quantization["format"] else "")
-    lines = [
+    return [
         printable(report["model"]),
         f"  {printable(moe['family'])}, {stored}",
         f"  {moe['num_layers']} layers, MoE in {format_range(moe['moe_layers'])}{behind}; {moe['num_experts']} experts, {routed}; "
         f"hidden {moe['hidden']}, expert intermediate {moe['intermediate']}, {computed}",
-        "",
-        *_table(
-            ("kind", "tensors", "MiB", "weights", "bits/weight"),
-            [
-                (row["kind"], row["tensors"], f"{row['bytes'] / 2**20:.2f}", f"{row['weights']:,}", _number(row["bits_per_weight"]))
-                for row in report["sizes"]
-            ],
-        ),
     ]
-    if report["scales"]:
-        header = ("layer", "projection", "blocks", "scale min", "median", "max", "zero", "saturated", "global scale", "input scale")
-        rows = [
-            (
-                row["layer"],
-                row["projection"],
-                row["blocks"],
-                *(_number(row[key]) for key in ("smallest", "median", "largest")),
-                row["zero_blocks"],
-                row["saturated_blocks"],
-                *(_extent(row[key]) for key in ("global_scale", "input_scale")),
-            )
-            for row in report["scales"]
-        ]
-        lines += ["", *_table(header, rows)]
-    if "fp8_error" in report:
-        from halfbyte.cli.fp8_error import render
-
-        lines += ["", *(render(row) for row in report["fp8_error"])]
-        lines += [] if report["fp8_error"] else ["  no FP4 experts whose fp8 error could be measured"]
-    if "tensors" in report:
-        lines += [
-            "",
-            *_table(("tensor", "dtype", "shape", "file"), [(t["name"], t["dtype"], list(t["shape"]), t["file"]) for t in report["tensors"]]),
-        ]
-    lines += ["", *(printable(f"{p['severity']}: layer {p['layer']}: {p['message']}") for p in report["problems"])]
-    if not report["problems"]:
-        unread = quantization["format"] is None and not report["values_read"]
-        lines.append("no problems found" + ("; values of experts in bf16 or fp8 were not looked at: --values does" if unread else ""))
-    return "\n".join(lines)
 
 
-def _table(header: tuple[str, ...], rows: list[tuple[object, ...]]) -> list[str]:
+def _sizes_table(sizes: list[dict[str, Any]]) -> list[str]:
+    rows = [(row["kind"], row["tensors"], f"{row['bytes'] / 2**20:.2f}", f"{row['weights']:,}", _number(row["bits_per_weight"])) for row in sizes]
+    return _table(("kind", "tensors", "MiB", "weights", "bits/weight"), rows)
+
+
+def _scales_table(scales: list[dict[str, Any]]) -> list[str]:
+    header = ("layer", "projection", "blocks", "scale min", "median", "max", "zero", "saturated", "global scale", "input scale")
+    rows = [
+        (
+            row["layer"],
+            row["projection"],
+            row["blocks"],
+            *(_number(row[key]) for key in ("smallest", "median", "largest")),
+            row["zero_blocks"],
+            row["saturated_blocks"],
+            *(_extent(row[key]) for key in ("global_scale", "input_scale")),
+        )
+        for row in scales
+    ]
+    return _table(header, rows)
+
+
+def _problems(report: dict[str, Any]) -> list[str]:
+    if report["problems"]:
+        return [printable(f"{problem['severity']}: layer {problem['layer']}: {problem['message']}") for problem in report["problems"]]
+    unread = report["quantization"]["format"] is None and not report["values_read"]
+    return ["no problems found" + ("; values of experts in bf16 or fp8 were not looked at: --values does" if unread else "")]
+
+
+def _table(header: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> list[str]:
     """Columns as wide as their widest cell; text to the left, numbers to the right."""
     cells = [header, *([printable(str(cell)) for cell in row] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
