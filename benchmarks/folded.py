@@ -47,7 +47,8 @@ def measure(name: str, rows: int) -> tuple[float, float]:
     work = sort(ids, 0, shape.num_experts, config.max_rows)
     codes, scales = quantize_tokens(hidden, work, padded_size(columns))
     h = torch.empty((count, padded_size(shape.intermediate)), dtype=torch.bfloat16, device=DEVICE)
-    ours_us = time_calls([lambda: expert_rows._prefill_gemm(codes, scales, experts.w13, h, experts, work, config, is_w13=True)], DEVICE).median_us
+    x = expert_rows._operand(codes, config)
+    ours_us = time_calls([lambda: expert_rows._prefill_gemm(x, scales, h, experts, work, config, is_w13=True)], DEVICE).median_us
     return flops / torch_us / 1e6, flops / ours_us / 1e6
 
 

@@ -26,6 +26,14 @@ def test_tensors_in_a_tuple_and_beside_one_are_told_apart_by_dtype_and_alignment
     pairs = [(x, x), (torch.empty_like(x), x), (x.bfloat16(), x), (x[1:], x), (x, x[1:])]
     with compiling(90) as compiled:
         for pair in pairs:
-            launch(_copy, (1,), pair, x, block=16)
-        launch(_copy, (1,), pairs[0], x[1:], block=16)
+            launch(_copy, (1, 1, 1), (pair, x), (16,))
+        launch(_copy, (1, 1, 1), (pairs[0], x[1:]), (16,))
     assert len(compiled) == 5  # all but the second, whose tensors are like those of the first
+
+
+def test_a_parameter_is_launched_as_the_tensor_that_it_is() -> None:
+    x, halves = torch.empty(32), torch.empty(32, dtype=torch.bfloat16)
+    with compiling(90) as compiled:
+        for other in (x, torch.nn.Parameter(x), torch.nn.Parameter(halves)):
+            launch(_copy, (1, 1, 1), ((x, x), other), (16,))
+    assert len(compiled) == 2

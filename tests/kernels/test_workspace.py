@@ -13,7 +13,7 @@ from random_experts import make_experts
 import halfbyte as hb
 from halfbyte.errors import InputError
 from halfbyte.formats.activation_formats import ACTIVATION_FORMATS
-from halfbyte.kernels.workspace import lend, scratch
+from halfbyte.kernels.workspace import kept_in_workspace, lend, scratch
 
 HOPPER = hb.Target("NVIDIA H100", "sm_90", 132, 50 << 20, 3350.0)
 EXPERTS, TOP_K = 8, 2
@@ -34,6 +34,25 @@ def test_calls_start_anew_and_what_does_not_fit_is_allocated() -> None:
     with lend(workspace):
         assert scratch((7,), torch.uint8, torch.device("cpu")).data_ptr() == inside.start
     assert scratch((7,), torch.uint8, torch.device("cpu")).data_ptr() not in inside  # the loan is over
+
+
+def test_the_same_objects_serve_calls_that_ask_for_the_same_and_what_did_not_fit_is_made_anew() -> None:
+    @kept_in_workspace
+    def pair(size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return scratch((size,), torch.uint8, torch.device("cpu")), scratch((size,), torch.uint8, torch.device("cpu"))
+
+    def call(*sizes: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        with lend(workspace):
+            return [pair(size) for size in sizes]
+
+    workspace = buffer(4096)
+    first, again, other = call(8, 8), call(8, 8), call(16, 8)
+    assert all(one is same for one, same in zip(first, again, strict=True))
+    assert [tensor.data_ptr() - workspace.buffer.data_ptr() for tensor in (*first[0], *first[1], *other[1])] == [0, 256, 512, 768, 512, 768]
+    assert other[0] is not first[0] and other[1] is first[1]  # behind the other one the same place is free
+    large = call(3000)[0]
+    assert call(3000)[0] is not large and large[1].data_ptr() != call(3000)[0][1].data_ptr()
+    assert pair(8) is not pair(8)  # no workspace
 
 
 @pytest.mark.parametrize("given", [torch.empty(8), torch.empty((2, 8), dtype=torch.uint8), torch.empty(16, dtype=torch.uint8)[::2]])

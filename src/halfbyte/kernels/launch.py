@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
+from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
@@ -18,46 +18,46 @@ _MAX_KNOWN = 8192  # numbers of tokens are among the arguments
 _known: dict[tuple[Any, ...], Any] = {}
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """kernel[grid](*arguments, **options): all parameters of the kernel, by position or by name, and Triton's options by name.
+def launch(kernel: Any, grid: tuple[int, int, int], arguments: tuple[Any, ...], constants: tuple[Any, ...], **options: Any) -> None:
+    """kernel[grid](*arguments, *constants, **options): all parameters of the kernel, its constexprs last, and Triton's options.
 
-    An argument may be a tuple of tensors.
+    An argument may be a tuple of tensors. Options are given in the same order at every launch of a kernel.
     """
     if not isinstance(kernel, JITFunction):  # interpreted
-        kernel[grid](*arguments, **options)
+        kernel[grid](*arguments, *constants, **options)
         return
-    arguments = (*arguments, *map(options.pop, kernel.arg_names[len(arguments) :]))
-    options.setdefault("enable_fp_fusion", True)  # Triton 3.10 will fuse no multiplication with an addition unless told to
     driver = triton.runtime.driver.active
     device = driver.get_current_device()
-    key: list[Any] = [id(kernel), device, *options.values()]
+    key = [id(kernel), device, constants, *options.values()]
     _describe(arguments, key)
     compiled = _known.get(tuple(key))
-    if compiled is None:
-        compiled = kernel[grid](*arguments, **options)
-        if compiled is not None:
-            if len(_known) >= _MAX_KNOWN:
-                _known.clear()
-            _known[tuple(key)] = compiled
+    if compiled is not None:
+        stream = driver.get_current_stream(device)
+        compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments, *constants)
         return
-    sizes = (*grid, 1, 1)[:3]
-    stream = driver.get_current_stream(device)
-    compiled.run(*sizes, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+    # Triton 3.10 will fuse no multiplication with an addition unless told to.
+    compiled = kernel[grid](*arguments, *constants, **{"enable_fp_fusion": True} | options)
+    if compiled is not None:
+        if len(_known) >= _MAX_KNOWN:
+            _known.clear()
+        _known[tuple(key)] = compiled
 
 
 def _describe(arguments: tuple[Any, ...], key: list[Any]) -> None:
     """Append what the compiled kernel depends on."""
     for argument in arguments:
         kind = type(argument)
-        if kind is int or kind is bool:  # most are
-            key.append(argument)
-        elif isinstance(argument, torch.Tensor):
+        if kind is Tensor:
             key.append(argument.dtype)
             if argument.data_ptr() & 15:
                 key.append("not aligned")
+        elif kind is int:
+            key.append(argument)
         elif kind is TensorDescriptor:
-            key += (argument.base.dtype, id(argument.layout), *argument.block_shape)
-        elif isinstance(argument, tuple) and argument and isinstance(argument[0], torch.Tensor):
+            key.append(id(argument.layout))  # of `tma_descriptor`, which has one for each kind of block
+        elif isinstance(argument, tuple):
             _describe(argument, key)
+        elif isinstance(argument, Tensor):  # a Parameter, say
+            _describe((argument.data,), key)
         else:
             key.append(argument)

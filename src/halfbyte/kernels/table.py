@@ -19,6 +19,8 @@ from halfbyte.weights.layouts import is_arranged_in_place
 
 logger = logging.getLogger(__name__)
 
+_MAX_SIZES = 4096  # numbers of tokens whose configuration is remembered
+
 # op -> name of a kernel (what `backend=` takes) -> its module in this package, in order of preference. A module is loaded when it is asked.
 PROVIDERS: dict[str, dict[str, str]] = {
     "route": {"triton": "shared.route", "reference": "reference.routing"},
@@ -82,9 +84,8 @@ def choose(problem: Problem, backend: str | None = None) -> KernelChoice:
     """
     choice = choose_untuned(problem, backend)
     found = tuned.find(choice.name, problem, choice.configs(problem), choice.sources, tuned.tables_for(problem.target))
-    if found is None:
-        return choice
-    return replace(choice, choose_config=found.chooser(choice.choose_config, choice.takes), tables=found.reason)
+    tables, chooser = ("", choice.choose_config) if found is None else (found.reason, found.chooser(choice.choose_config, choice.takes))
+    return replace(choice, choose_config=functools.lru_cache(_MAX_SIZES)(chooser), tables=tables)
 
 
 def choose_untuned(problem: Problem, backend: str | None = None) -> KernelChoice:

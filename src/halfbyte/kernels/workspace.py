@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -16,7 +17,7 @@ from halfbyte.arguments import check_tensors
 from halfbyte.errors import InputError
 
 ALIGNMENT = 256  # bytes, as torch aligns what it allocates
-_MAX_VIEWS = 4096
+_MAX_KEPT = 4096
 _in_force = threading.local()
 
 
@@ -41,8 +42,8 @@ class Workspace:
             given = f"{buffer.dtype} {tuple(buffer.shape)}"
             raise InputError("a workspace is a buffer of bytes", where="Workspace", given=given, needed="contiguous uint8 [nbytes]")
         self.buffer = buffer[-buffer.data_ptr() % ALIGNMENT :]
-        self._used = 0
-        self._views: dict[tuple[int, tuple[int, ...], torch.dtype], torch.Tensor] = {}
+        self._used = self._missed = 0
+        self._kept: dict[Hashable, tuple[Any, int]] = {}
 
     @property
     def nbytes(self) -> int:
@@ -50,17 +51,28 @@ class Workspace:
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """The next free bytes as a tensor, uninitialised."""
-        key = (self._used, shape, dtype)
-        view = self._views.get(key)  # making one takes the host longer than finding it, and all layers of a model ask for the same
-        if view is None:
-            nbytes = math.prod(shape) * dtype.itemsize
-            if self._used + nbytes > self.nbytes:
-                return torch.empty(shape, dtype=dtype, device=self.buffer.device)
-            if len(self._views) >= _MAX_VIEWS:
-                self._views.clear()
-            view = self._views[key] = self.buffer[self._used : self._used + nbytes].view(dtype).view(shape)
-        self._used += aligned(view.nbytes)
+        nbytes = math.prod(shape) * dtype.itemsize
+        if self._used + nbytes > self.nbytes:
+            self._missed += 1
+            return torch.empty(shape, dtype=dtype, device=self.buffer.device)
+        view = self.buffer[self._used : self._used + nbytes].view(dtype).view(shape)
+        self._used += aligned(nbytes)
         return view
+
+    def keep(self, make: Callable[..., Any], arguments: tuple[Hashable, ...]) -> Any:
+        """`make`(*arguments), which takes its memory here: made once for a place, as all layers of a model ask for the same."""
+        key = (make, self._used, arguments)
+        kept = self._kept.get(key)
+        if kept is not None:
+            made, self._used = kept
+            return made
+        missed = self._missed
+        made = make(*arguments)
+        if missed == self._missed:
+            if len(self._kept) >= _MAX_KEPT:
+                self._kept.clear()
+            self._kept[key] = made, self._used
+        return made
 
     def start(self) -> None:
         """Everything that was taken is free again."""
@@ -72,20 +84,37 @@ def aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
-@contextmanager
-def lend(workspace: Workspace | None) -> Iterator[None]:
+def lend(workspace: Workspace | None) -> AbstractContextManager[None]:
     """Within, and in this thread, `scratch` takes its memory from `workspace`."""
-    if workspace is None:
-        yield
-        return
-    workspace.start()
-    _in_force.workspace = workspace
-    try:
-        yield
-    finally:
+    return nullcontext() if workspace is None else _Loan(workspace)
+
+
+class _Loan(AbstractContextManager[None]):
+    def __init__(self, workspace: Workspace) -> None:
+        self._workspace = workspace
+
+    def __enter__(self) -> None:
+        self._workspace.start()
+        _in_force.workspace = self._workspace
+
+    def __exit__(self, *_: object) -> None:
         _in_force.workspace = None
 
 
+Make = TypeVar("Make", bound=Callable[..., Any])
+
+
+def kept_in_workspace(make: Make) -> Make:
+    """`make`, whose result is made of `scratch` memory and of its arguments alone: a workspace gives the same objects again."""
+
+    def find(*arguments: Hashable) -> Any:
+        workspace: Workspace | None = getattr(_in_force, "workspace", None)
+        return make(*arguments) if workspace is None else workspace.keep(make, arguments)
+
+    return cast(Make, find)
+
+
+@kept_in_workspace
 def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Uninitialised memory that is needed until the call ends."""
     workspace: Workspace | None = getattr(_in_force, "workspace", None)

@@ -26,6 +26,7 @@ from halfbyte.weights import PreparedExperts
 from halfbyte.weights.layouts import Storage
 
 IDS, FLOATS = (torch.int32, torch.int64), (torch.bfloat16, torch.float16, torch.float32)
+_FROM_FIRST = ExpertMap()  # to make one takes the host longer than a look at it
 _BLOCK_OF_ACTIVATIONS = {"nvfp4": 16, "mxfp8": 32}
 
 
@@ -195,6 +196,8 @@ def run(
 def resolve_map(experts: Storage, expert_map: ExpertMap | None, expert_offset: int | None, where: str) -> ExpertMap:
     """The map of a call, by default what the weights say. Raises InputError where both are given, or one is something else."""
     if expert_map is None:
+        if expert_offset is None and experts.first_expert == 0:
+            return _FROM_FIRST
         return ExpertMap(experts.first_expert if expert_offset is None else expert_offset)
     check_type(where, ExpertMap, expert_map=expert_map)
     if expert_offset is not None:

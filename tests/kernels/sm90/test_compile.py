@@ -69,8 +69,8 @@ def decode_kernels(experts: HopperExperts, work: WorkList | torch.Tensor, activa
     y = torch.empty((parts * rows, experts.hidden), dtype=torch.float32 if direct else torch.bfloat16)
     with compiling(90) as compiled:
         x, scales = torch.empty((num_tokens, experts.hidden), dtype=torch.bfloat16), torch.empty(num_tokens) if scaled else None
-        expert_rows._decode_gemm(x, scales, "bf16" if scaled else activations, experts.w13, h, experts, work, 0, is_w13=True)
-        expert_rows._decode_gemm(h, None, activations, experts.w2, y, experts, work, 0, is_w13=False)
+        expert_rows._decode_gemm(x, scales, "bf16" if scaled else activations, h, experts, work, 0, is_w13=True)
+        expert_rows._decode_gemm(h, None, activations, y, experts, work, 0, is_w13=False)
     kernels = [kernel for kernel in compiled if kernel.name == "grouped_gemm_w4a16_decode"]
     assert len(kernels) == 2
     for kernel in kernels:
@@ -184,11 +184,11 @@ def check_prefill_kernel(
 ) -> None:
     """Tensor-core instruction, registers, spills and shared memory of one product."""
     experts = empty_experts(nvfp4=nvfp4, words_for=words_for)
-    matrix, columns, rows = (experts.w13, experts.hidden, experts.intermediate) if is_w13 else (experts.w2, experts.intermediate, experts.hidden)
+    columns, rows = (experts.hidden, experts.intermediate) if is_w13 else (experts.intermediate, experts.hidden)
     dtype, instruction = (torch.float8_e4m3fn, "k32.f32.e4m3.e4m3") if config.fp8 else (torch.bfloat16, "k16")
     x, scales, y = torch.empty((64, columns), dtype=dtype), torch.empty(64) if scaled else None, torch.empty((64, rows), dtype=torch.bfloat16)
     with compiling(90) as compiled:
-        expert_rows._prefill_gemm(x, scales, matrix, y, experts, WORK, config, is_w13=is_w13)
+        expert_rows._prefill_gemm(expert_rows._operand(x, config), scales, y, experts, WORK, config, is_w13=is_w13)
     (kernel,) = compiled
     by_warpgroups = [size for pair in config.sizes for size in pair if size > config.warp_rows]
     assert all(f"wgmma.mma_async.sync.aligned.m64n{size}{instruction}" in kernel.ptx for size in by_warpgroups)

@@ -71,9 +71,9 @@ def test_each_product_on_every_tail(name: str, format: hb.BlockFormat, activatio
     items, h, y = workspace(experts, ids, config)
     codes, scale = encode_rows(tokens, activations, experts.w13_input_scale)
     x, x_scale = gather(codes, items, padded_size(hidden), scale)
-    layer._prefill_gemm(x, x_scale, experts.w13, h, experts, items, config, is_w13=True)
+    layer._prefill_gemm(layer._operand(x, config), x_scale, h, experts, items, config, is_w13=True)
     h_codes, h_scale = encode_rows(h, activations, experts.w2_input_scale, in_fragment_order=True)
-    layer._prefill_gemm(h_codes, h_scale, experts.w2, y, experts, items, config, is_w13=False)
+    layer._prefill_gemm(layer._operand(h_codes, config), h_scale, y, experts, items, config, is_w13=False)
     scale13, scale2 = (None if scale is None else scale.max() for scale in (w.w13_input_scale, w.w2_input_scale))
     x_seen, h_seen = (
         round_trip(tokens, activations, scale13)[items.token_of_row.long()],

@@ -68,9 +68,9 @@ def check_products(w: ExpertWeights, tokens: torch.Tensor, ids: torch.Tensor, na
     experts = hb.prepare(w, activations="fp8").storage
     items, h, y = workspace(experts, ids, config)
     x, x_scale = quantize_tokens(tokens, items, padded_size(w.hidden))
-    layer._prefill_gemm(x, x_scale, experts.w13, h, experts, items, config, is_w13=True)
+    layer._prefill_gemm(layer._operand(x, config), x_scale, h, experts, items, config, is_w13=True)
     h_codes, h_scale = quantize_rows(h)
-    layer._prefill_gemm(h_codes, h_scale, experts.w2, y, experts, items, config, is_w13=False)
+    layer._prefill_gemm(layer._operand(h_codes, config), h_scale, y, experts, items, config, is_w13=False)
     expert_of_row = ids.flatten().sort().values
     seen, expected_h, expected_y = fp8_values(w), torch.empty(ids.numel(), w.intermediate).cuda(), torch.empty(ids.numel(), w.hidden).cuda()
     for expert in range(w.num_experts):

@@ -26,11 +26,12 @@ def both(
     from halfbyte.kernels.sm90.configs import DIRECT
     from halfbyte.kernels.sm90.fused_moe import run as fused_moe
 
-    prepared, results = hb.prepare(w, layout).storage, []
+    results = []
     for tiles in (expert_rows.MAX_TILES_IN_SHARED, expert_rows.MAX_TILES_IN_SHARED, 0):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(expert_rows, "MAX_TILES_IN_SHARED", tiles)
             out = torch.full_like(x, torch.nan)
+            prepared = hb.prepare(w, layout).storage  # what calls of a layer share is kept with it
             fused_moe(x, prepared, ids, weights, activations=activations, out=out, config=DIRECT, expert_offset=offset)
             results.append(out)
     for other in results[1:]:

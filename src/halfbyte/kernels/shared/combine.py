@@ -83,9 +83,8 @@ def _launch(
     hidden = out.shape[1]
     block = block_size(num_tokens, hidden)
     launch(
-        _combine, (num_tokens, ceil_div(hidden, block)),
-        rows, slots, topk_weights, out, expert_offset, num_experts,
-        top_k, hidden, rows.shape[0] // topk_weights.numel(), is_direct, block, launch_early,
-        num_warps=4, **({"launch_pdl": True} if launch_early else {}),
+        _combine, (num_tokens, ceil_div(hidden, block), 1),
+        (rows, slots, topk_weights, out, expert_offset, num_experts),
+        (top_k, hidden, rows.shape[0] // (num_tokens * top_k), is_direct, block, launch_early), num_warps=4, launch_pdl=launch_early,
     )  # fmt: skip
     return out

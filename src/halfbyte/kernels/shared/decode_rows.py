@@ -78,7 +78,7 @@ def _decode(
     pair = tl.arange(0, PADDED)
     mask = pair < PAIRS
     low, high = decode_pairs(codes_ptr, scales_ptr, row.to(tl.int64), pair, mask, PAIRS, BITS, BLOCK, E8M0)
-    tl.store(out_ptr + row.to(tl.int64) * PAIRS + pair, pack(low, high, True, ASM), mask=mask)
+    tl.store(out_ptr.to(tl.pointer_type(tl.int32)) + row.to(tl.int64) * PAIRS + pair, pack(low, high, True, ASM), mask=mask)
     if SCALED:
         tl.store(row_scale_ptr + row, tl.load(given_scale_ptr + row // rows_per_scale))
 
@@ -126,10 +126,9 @@ def decode_rows(hidden: QuantTensor | Fp8Tensor) -> tuple[torch.Tensor, torch.Te
         return out, row_scale
     padded = next_power_of_2(given.pairs)
     launch(
-        _decode, (num_rows,),
-        given.codes, given.scales, given.scales if given.row_scale is None else given.row_scale, out.view(torch.int32),
-        out if row_scale is None else row_scale, given.rows_per_scale,
-        given.pairs, given.bits, given.block, given.e8m0, row_scale is not None, padded, not INTERPRETED,
-        **({} if INTERPRETED else {"num_warps": min(8, max(1, padded // 256))}),
+        _decode, (num_rows, 1, 1),
+        (given.codes, given.scales, given.scales if given.row_scale is None else given.row_scale, out,
+         out if row_scale is None else row_scale, given.rows_per_scale),
+        (given.pairs, given.bits, given.block, given.e8m0, row_scale is not None, padded, not INTERPRETED), num_warps=min(8, max(1, padded // 256)),
     )  # fmt: skip
     return out, row_scale

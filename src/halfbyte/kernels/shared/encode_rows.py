@@ -21,8 +21,6 @@ itself, so that captured graphs follow new ones (`PreparedExperts.update_`). Not
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -100,7 +98,7 @@ def _encode(
     if PDL:
         gdc.gdc_wait()
         gdc.gdc_launch_dependents()
-    w = load_words(x_ptr + offset, mask, STEP)
+    w = load_words(x_ptr.to(tl.pointer_type(tl.int32)) + offset, mask, STEP)
     if FORMAT == "nvfp4":
         if NUM_INPUT_SCALES > 0:
             entry = tl.arange(0, INPUT_SCALES)
@@ -130,8 +128,9 @@ def _encode(
         whole = tl.zeros((1, GROUPS), tl.float32)
         e = _e4m3_words(w, factor, whole + divisor, whole + inverse, scale, True, BF16, NATIVE, ASM)
         tl.store(scales_ptr + row, scale)
-    store_quad(out_ptr + offset, e[0], e[1], e[2], e[3], mask, STEP)
-    store_quad(out_ptr + offset + 4 * STEP, e[4], e[5], e[6], e[7], mask, STEP)
+    out = out_ptr.to(tl.pointer_type(tl.int32)) + offset
+    store_quad(out, e[0], e[1], e[2], e[3], mask, STEP)
+    store_quad(out + 4 * STEP, e[4], e[5], e[6], e[7], mask, STEP)
 
 
 def encode_rows(
@@ -160,16 +159,14 @@ def encode_rows(
     scales = None if activations == "mxfp8" else scratch((num_rows,), torch.float32, x.device)
     if num_rows == 0:
         return out, scales
-    words = x.view(torch.int32)
     num_scales = 0 if input_scale is None or activations != "nvfp4" else input_scale.numel()
     groups = max(4, next_power_of_2(columns // 16))
-    options: dict[str, Any] = {"num_warps": min(8, max(1, groups // 32)), "enable_fp_fusion": False}  # the codec rounds every product
-    options |= {"launch_pdl": True} if launch_early else {}
     with current(x.device):
         launch(
-            _encode, (num_rows,),
-            words, out.view(torch.int32), words if scales is None else scales, words if input_scale is None else input_scale.contiguous(),
-            activations, columns // 16, num_scales, in_fragment_order, groups, next_power_of_2(max(1, num_scales)),
-            x.dtype == torch.bfloat16, converts_e4m3(), not INTERPRETED, launch_early, **({} if INTERPRETED else options),
+            _encode, (num_rows, 1, 1),
+            (x, out, x if scales is None else scales, x if input_scale is None else input_scale.contiguous()),
+            (activations, columns // 16, num_scales, in_fragment_order, groups, next_power_of_2(max(1, num_scales)),
+             x.dtype == torch.bfloat16, converts_e4m3(), not INTERPRETED, launch_early),
+            num_warps=min(8, max(1, groups // 32)), enable_fp_fusion=False, launch_pdl=launch_early,  # the codec rounds every product
         )  # fmt: skip
     return out, scales

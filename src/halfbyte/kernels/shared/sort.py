@@ -11,8 +11,6 @@ first: what the persistent GEMMs do last is then small.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -22,7 +20,7 @@ from halfbyte.kernels.arithmetic import ceil_div, next_power_of_2
 from halfbyte.kernels.launch import launch
 from halfbyte.kernels.problem import Problem, Support, needs_capability
 from halfbyte.kernels.work_list import WorkList, max_entries
-from halfbyte.kernels.workspace import aligned, scratch
+from halfbyte.kernels.workspace import aligned, kept_in_workspace, scratch
 
 ITEM_ALIGNMENT = 16  # cut experts at multiples of this many rows
 MAX_SINGLE_SLOTS = 8192
@@ -192,7 +190,8 @@ def workspace_nbytes(num_slots: int, num_experts: int, max_rows: int) -> int:
     _, single, block = variant(num_slots, num_experts, max_rows)
     sizes = [4 * num_slots, 4 * num_slots, 4, 16 * max_entries(num_slots, num_experts, max_rows)]
     if not single:
-        sizes.append(4 * (ceil_div(num_slots, block) + 1) * max(32, next_power_of_2(num_experts)))
+        padded = max(32, next_power_of_2(num_experts))
+        sizes += [4 * ceil_div(num_slots, block) * padded, 4 * padded]
     return sum(map(aligned, sizes))
 
 
@@ -214,32 +213,41 @@ def run(
     """
     num_slots, device = topk_ids.numel(), topk_ids.device
     ordered, single, block = variant(num_slots, num_experts, max_rows)
-    token_of_row, row_of_slot = scratch((num_slots,), torch.int32, device), scratch((num_slots,), torch.int32, device)
-    num_entries = scratch((1,), torch.int32, device)
-    entries = scratch((max_entries(num_slots, num_experts, max_rows), 4), torch.int32, device)
+    padded, chunks = max(32, next_power_of_2(num_experts)), 0 if single else ceil_div(num_slots, block)
+    work, counts, totals = _memory(num_slots, max_entries(num_slots, num_experts, max_rows), chunks, padded, device)
     starts = torch.empty(num_experts + 1, dtype=torch.int32, device=device) if row_start else None
-    padded = max(32, next_power_of_2(num_experts))
-    layout = (topk_ids.shape[1], max_rows, ITEM_ALIGNMENT, ordered)
-    pdl: dict[str, Any] = {"launch_pdl": True} if launch_early else {}
+    outputs = (work.token_of_row, work.row_of_slot, work.entries, work.num_entries, starts)
+    layout = (num_experts, padded, topk_ids.shape[1], max_rows, ITEM_ALIGNMENT, ordered, block, launch_early)
     if single:
         launch(
-            _sort, (1 + num_experts,),
-            topk_ids, token_of_row, row_of_slot, entries, num_entries, starts, num_slots, expert_offset, num_experts, padded, *layout, block,
-            launch_early, num_warps=4 if block <= 2048 else 8, maxnreg=MAX_REGISTERS, **pdl,
+            _sort, (1 + num_experts, 1, 1),
+            (topk_ids, *outputs, num_slots, expert_offset), layout,
+            num_warps=4 if block <= 2048 else 8, maxnreg=MAX_REGISTERS, launch_pdl=launch_early,
         )  # fmt: skip
     else:
-        chunks = ceil_div(num_slots, block)
-        counts = scratch((chunks + 1, padded), torch.int32, device)
-        totals = counts[chunks]
         launch(
-            _count, (chunks,), topk_ids, row_of_slot, counts, num_slots, expert_offset, num_experts, padded, block, launch_early, num_warps=8, **pdl
-        )
-        launch(
-            _sum_before, (padded // EXPERTS_SUMMED,), counts, totals, chunks, padded, EXPERTS_SUMMED, CHUNKS_SUMMED, launch_early, num_warps=4, **pdl
-        )
-        launch(
-            _place, (chunks,),
-            topk_ids, counts, totals, token_of_row, row_of_slot, entries, num_entries, starts, num_slots, expert_offset, num_experts, padded,
-            *layout, block, launch_early, num_warps=4, **pdl,
+            _count, (chunks, 1, 1), (topk_ids, work.row_of_slot, counts, num_slots, expert_offset), (num_experts, padded, block, launch_early),
+            num_warps=8, launch_pdl=launch_early,
         )  # fmt: skip
-    return WorkList(token_of_row, row_of_slot, entries, num_entries, starts)
+        launch(
+            _sum_before, (padded // EXPERTS_SUMMED, 1, 1), (counts, totals, chunks), (padded, EXPERTS_SUMMED, CHUNKS_SUMMED, launch_early),
+            num_warps=4, launch_pdl=launch_early,
+        )  # fmt: skip
+        launch(
+            _place, (chunks, 1, 1),
+            (topk_ids, counts, totals, *outputs, num_slots, expert_offset), layout,
+            num_warps=4, launch_pdl=launch_early,
+        )  # fmt: skip
+    return work._replace(row_start=starts) if row_start else work
+
+
+@kept_in_workspace
+def _memory(
+    num_slots: int, num_entries: int, chunks: int, padded: int, device: torch.device
+) -> tuple[WorkList, torch.Tensor | None, torch.Tensor | None]:
+    """The work list, and what three launches need beside it."""
+    sizes: tuple[tuple[int, ...], ...] = ((num_slots,), (num_slots,), (num_entries, 4), (1,))
+    work = WorkList(*(scratch(size, torch.int32, device) for size in sizes))
+    if chunks == 0:
+        return work, None, None
+    return work, scratch((chunks, padded), torch.int32, device), scratch((padded,), torch.int32, device)

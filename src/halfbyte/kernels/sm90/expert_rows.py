@@ -22,8 +22,8 @@ that prefill's GEMM1 reads lie where those of GEMM2 will.
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -32,13 +32,13 @@ from halfbyte.device import Target
 from halfbyte.formats import NVFP4
 from halfbyte.formats.activation_formats import ActivationFormat
 from halfbyte.formats.fp8_tensor import Fp8Tensor
-from halfbyte.gluon_compat import fix_cache_keys, tma_descriptor
+from halfbyte.gluon_compat import TensorDescriptor, fix_cache_keys, tma_descriptor
 from halfbyte.kernels.arithmetic import ceil_div, next_power_of_2
 from halfbyte.kernels.launch import launch
 from halfbyte.kernels.problem import Hidden, Problem, Size, Support, layer_problem
 from halfbyte.kernels.shared.decode_rows import decode_rows
 from halfbyte.kernels.shared.encode_rows import encode_rows
-from halfbyte.kernels.sm90.configs import DIRECT, Config, PrefillConfig, choose_config, configs, rivals, rounds_weights, sources, takes
+from halfbyte.kernels.sm90.configs import DIRECT, Config, DecodeConfig, PrefillConfig, choose_config, configs, rivals, rounds_weights, sources, takes
 from halfbyte.kernels.sm90.decode_spec import DecodeSpec, DecodeTensors
 from halfbyte.kernels.sm90.epilogue import KINDS
 from halfbyte.kernels.sm90.gather import gather
@@ -48,7 +48,7 @@ from halfbyte.kernels.sm90.prefill_spec import PrefillSpec, derived
 from halfbyte.kernels.sm90.quantize_rows import gather_codes, quantize_rows, quantize_tokens
 from halfbyte.kernels.sm90.rows_in_shared import tiles_in_shared
 from halfbyte.kernels.work_list import WorkList
-from halfbyte.kernels.workspace import aligned, scratch
+from halfbyte.kernels.workspace import aligned, kept_in_workspace, scratch
 from halfbyte.weights.hopper.bits import TILE
 from halfbyte.weights.hopper.layout import HopperExperts, HopperMatrix, padded_size
 
@@ -80,9 +80,6 @@ MAX_TILES_IN_SHARED = 192
 # scheduler issues an instruction every five to six cycles only. A constant, so that what is compiled does not depend on the GPU. One token takes 9 %
 # less of DeepSeek-R1, 16 % of Qwen3-235B, 14 % of Qwen3-30B, 11 % of gpt-oss (H200, 2026-11-30).
 MAX_WARPS_WITH_SLICES = 132 * 32
-
-# What `_kept_arguments` keeps of each layer, as long as there is one.
-_kept: WeakKeyDictionary[HopperExperts, dict[Hashable, dict[str, Any]]] = WeakKeyDictionary()
 
 
 def supports(problem: Problem) -> Support:
@@ -123,23 +120,21 @@ def run(
     num_rows, device = work.numel() if isinstance(work, torch.Tensor) else work.row_of_slot.shape[0], experts.device
     if config is None:
         config = choose_config(problem_of("expert_rows", hidden, experts, activations), Size(num_rows))
-    h = scratch((num_rows, padded_size(experts.intermediate)), torch.bfloat16, device)
     if not isinstance(config, PrefillConfig):
-        parts = _parts_of_w2(experts.intermediate) if config.direct else 1
-        rows = scratch((parts * num_rows, experts.hidden), torch.float32 if config.direct else torch.bfloat16, device)
+        h, rows = _decode_memory(num_rows, experts.hidden, experts.intermediate, config, device)
         if isinstance(hidden, torch.Tensor):
-            _decode_gemm(hidden, None, activations, experts.w13, h, experts, work, expert_offset, is_w13=True)
+            _decode_gemm(hidden, None, activations, h, experts, work, expert_offset, is_w13=True)
         else:
-            _decode_gemm(*decode_rows(hidden), "bf16", experts.w13, h, experts, work, expert_offset, is_w13=True)
-        _decode_gemm(h, None, activations, experts.w2, rows, experts, work, expert_offset, is_w13=False)
+            _decode_gemm(*decode_rows(hidden), "bf16", h, experts, work, expert_offset, is_w13=True)
+        _decode_gemm(h, None, activations, rows, experts, work, expert_offset, is_w13=False)
         return rows
     assert not isinstance(work, torch.Tensor), "only the direct kernel finds its rows in the ids"
-    rows = scratch((num_rows, experts.hidden), torch.bfloat16, device)
+    memory = _prefill_memory(num_rows, experts.hidden, experts.intermediate, config, device)
     if config.fp8:
-        _prefill_fp8(hidden, experts, work, h, rows, config)
+        _prefill_fp8(hidden, experts, work, memory, config)
     else:
-        _prefill(hidden, experts, work, h, rows, activations, config)
-    return rows
+        _prefill(hidden, experts, work, memory, activations, config)
+    return memory.rows
 
 
 class DirectShape(NamedTuple):
@@ -189,6 +184,40 @@ def workspace_nbytes(problem: Problem, size: Size, config: Config) -> int:
     return sum(map(aligned, (*sizes, *scales)))
 
 
+@kept_in_workspace
+def _decode_memory(num_rows: int, hidden: int, intermediate: int, config: DecodeConfig, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Results of both GEMMs."""
+    h = scratch((num_rows, padded_size(intermediate)), torch.bfloat16, device)
+    parts, dtype = (_parts_of_w2(intermediate), torch.float32) if config.direct else (1, torch.bfloat16)
+    return h, scratch((parts * num_rows, hidden), dtype, device)
+
+
+class PrefillMemory(NamedTuple):
+    """Input and result of both GEMMs: x, h; what becomes of h, codes; rows. The inputs also as the GEMMs take them."""
+
+    x: torch.Tensor
+    h: torch.Tensor
+    codes: torch.Tensor
+    rows: torch.Tensor
+    x_desc: TensorDescriptor
+    codes_desc: TensorDescriptor
+
+
+@kept_in_workspace
+def _prefill_memory(num_rows: int, hidden: int, intermediate: int, config: PrefillConfig, device: torch.device) -> PrefillMemory:
+    dtype = torch.float8_e4m3fn if config.fp8 else torch.bfloat16
+    h = scratch((num_rows, padded_size(intermediate)), torch.bfloat16, device)
+    rows = scratch((num_rows, hidden), torch.bfloat16, device)
+    x = _in_memory_of(rows, padded_size(hidden), dtype)
+    codes = scratch(tuple(h.shape), dtype, device) if config.fp8 else h
+    return PrefillMemory(x, h, codes, rows, _operand(x, config), _operand(codes, config))
+
+
+def _operand(x: torch.Tensor, config: PrefillConfig) -> TensorDescriptor:
+    """x, bf16 or e4m3 in fragment order, as a prefill GEMM takes it."""
+    return tma_descriptor(x, config.box, config.step_k)
+
+
 def _in_memory_of(rows: torch.Tensor, columns: int, dtype: torch.dtype) -> torch.Tensor:
     """The input of GEMM1, in memory that GEMM2 will write to, if there is enough of it."""
     num_rows, has = rows.shape
@@ -200,112 +229,138 @@ def _in_memory_of(rows: torch.Tensor, columns: int, dtype: torch.dtype) -> torch
 
 
 def _decode_gemm(
-    x: torch.Tensor, x_scale: torch.Tensor | None, activations: ActivationFormat, matrix: HopperMatrix, y: torch.Tensor, experts: HopperExperts,
+    x: torch.Tensor, x_scale: torch.Tensor | None, activations: ActivationFormat, y: torch.Tensor, experts: HopperExperts,
     work: WorkList | torch.Tensor, expert_offset: int, *, is_w13: bool,
 ) -> None:  # fmt: skip
     """Multiply x, rows times `x_scale` where there is one, after rounding it to `activations`."""
-    is_direct = isinstance(work, torch.Tensor)
-    num_rows = work.numel() if is_direct else work.row_of_slot.shape[0]
-    num_items = num_rows if is_direct else work.entries.shape[0]
-    rows, num_entries, token_of_row = (work,) * 3 if is_direct else (work.entries, work.num_entries, work.token_of_row)
-    num_tokens, top_k = work.shape if is_direct else (1, 1)
-    parts = y.shape[0] // num_rows
-    shape = _direct_shape(Size(*work.shape), matrix.row_tiles, matrix.column_tiles, parts) if is_direct else DirectShape(1, 0)
-    is_rounded = activations == "fp8" and shape.rows_in_shared > 0
-    if not is_rounded and activations != "bf16":
+    if isinstance(work, torch.Tensor):
+        (num_tokens, top_k), rows, num_entries, token_of_row = work.shape, work, work, work
+        num_items = num_tokens * top_k
+    else:
+        num_tokens, top_k, rows, num_entries, token_of_row = 1, 0, work.entries, work.num_entries, work.token_of_row
+        num_items = rows.shape[0]
+    kept = _decode_constants(experts, is_w13, num_tokens, top_k, x_scale is not None, x.stride(0), activations)
+    if kept.encodes:
         input_scale = experts.w13_input_scale if is_w13 else experts.w2_input_scale
         x, x_scale = encode_rows(x, activations, input_scale, out=None if is_w13 else x, launch_early=True)
-    is_wide = is_direct and shape.slices == 1 and (x_scale is not None or not is_w13)
-    shift, multiplier, bias = _optional(matrix)
-    spec = DecodeSpec(
-        **_product(x_scale is not None, matrix, y.shape[1], experts, is_w13),
-        columns=experts.hidden if is_w13 else experts.intermediate,
-        x_stride=x.stride(0),
-        direct=is_direct,
-        top_k=top_k,
-        parts=parts,
-        **shape._asdict(),
-        is_rounded=is_rounded,
-    )
+    tensors = DecodeTensors(x, x if x_scale is None else x_scale, *kept.weights, y, rows, num_entries, token_of_row)
     launch(
-        grouped_gemm_w4a16_decode,
-        (num_items * matrix.row_tiles, parts),
-        tensors=DecodeTensors(
-            x, x if x_scale is None else x_scale, matrix.words, matrix.scales, shift, multiplier, bias, y, rows, num_entries, token_of_row
-        ),
-        num_tokens=num_tokens,
-        expert_offset=expert_offset,
-        num_experts=experts.num_experts,
-        SPEC=spec,
-        num_warps=NUM_WARPS * shape.slices,
-        launch_pdl=True,
-        maxnreg=WIDE_REGISTERS if is_wide else DECODE_REGISTERS,
-    )
+        grouped_gemm_w4a16_decode, (num_items * kept.spec.row_tiles, kept.spec.parts, 1),
+        (tensors, num_tokens, expert_offset, experts.num_experts), (kept.spec,),
+        num_warps=NUM_WARPS * kept.spec.slices, launch_pdl=True, maxnreg=kept.registers,
+    )  # fmt: skip
 
 
 def _prefill(
-    hidden: Hidden, experts: HopperExperts, work: WorkList, h: torch.Tensor, rows: torch.Tensor, activations: ActivationFormat, config: PrefillConfig
+    hidden: Hidden, experts: HopperExperts, work: WorkList, memory: PrefillMemory, activations: ActivationFormat, config: PrefillConfig
 ) -> None:
     codes, scales = hidden, None
     if isinstance(hidden, torch.Tensor):
         codes, scales = encode_rows(hidden, activations, experts.w13_input_scale, launch_early=True)
-    x = _in_memory_of(rows, padded_size(experts.hidden), torch.bfloat16)
-    x, x_scale = gather(codes, work, x.shape[1], scales, out=x, launch_early=True)
-    _prefill_gemm(x, x_scale, experts.w13, h, experts, work, config, is_w13=True)
-    _, h_scale = encode_rows(h, activations, experts.w2_input_scale, in_fragment_order=True, out=h)
-    _prefill_gemm(h, h_scale, experts.w2, rows, experts, work, config, is_w13=False)
+    _, x_scale = gather(codes, work, memory.x.shape[1], scales, out=memory.x, launch_early=True)
+    _prefill_gemm(memory.x_desc, x_scale, memory.h, experts, work, config, is_w13=True)
+    _, h_scale = encode_rows(memory.h, activations, experts.w2_input_scale, in_fragment_order=True, out=memory.codes)
+    _prefill_gemm(memory.codes_desc, h_scale, memory.rows, experts, work, config, is_w13=False)
 
 
-def _prefill_fp8(hidden: Hidden, experts: HopperExperts, work: WorkList, h: torch.Tensor, rows: torch.Tensor, config: PrefillConfig) -> None:
-    x = _in_memory_of(rows, padded_size(experts.hidden), torch.float8_e4m3fn)
+def _prefill_fp8(hidden: Hidden, experts: HopperExperts, work: WorkList, memory: PrefillMemory, config: PrefillConfig) -> None:
     if isinstance(hidden, Fp8Tensor):
-        x, x_scale = gather_codes(hidden, work, x.shape[1], out=x)
+        _, x_scale = gather_codes(hidden, work, memory.x.shape[1], out=memory.x)
     else:
         assert isinstance(hidden, torch.Tensor), "configs.takes_fp8 lets nothing else through"
-        x, x_scale = quantize_tokens(hidden, work, x.shape[1], out=x, launch_early=True)
-    _prefill_gemm(x, x_scale, experts.w13, h, experts, work, config, is_w13=True)
-    h_codes, h_scale = quantize_rows(h)
-    _prefill_gemm(h_codes, h_scale, experts.w2, rows, experts, work, config, is_w13=False)
+        _, x_scale = quantize_tokens(hidden, work, memory.x.shape[1], out=memory.x, launch_early=True)
+    _prefill_gemm(memory.x_desc, x_scale, memory.h, experts, work, config, is_w13=True)
+    _, h_scale = quantize_rows(memory.h, out=memory.codes)
+    _prefill_gemm(memory.codes_desc, h_scale, memory.rows, experts, work, config, is_w13=False)
 
 
 def _prefill_gemm(
-    x: torch.Tensor, x_scale: torch.Tensor | None, matrix: HopperMatrix, y: torch.Tensor, experts: HopperExperts, work: WorkList,
-    config: PrefillConfig, *, is_w13: bool,
-) -> None:  # fmt: skip
+    x: TensorDescriptor, x_scale: torch.Tensor | None, y: torch.Tensor, experts: HopperExperts, work: WorkList, config: PrefillConfig, *, is_w13: bool
+) -> None:
     """Multiply x, bf16 or (with a `config` for it) e4m3; rows times `x_scale` where there is one."""
+    kept = _prefill_constants(experts, is_w13, x_scale is not None, config)
     launch(
         grouped_gemm_prefill,
-        (Target.of(x.device).num_sms,),
-        x_desc=tma_descriptor(x, config.box, config.step_k),
-        x_scale_ptr=matrix.multiplier if x_scale is None else x_scale,
-        y_ptr=y,
-        items_ptr=work.entries,
-        num_items_ptr=work.num_entries,
-        **_kept_arguments(matrix, y.shape[1], experts, config, is_scaled=x_scale is not None, is_w13=is_w13),
+        (Target.of(y.device).num_sms, 1, 1),
+        (x, *kept.weights, kept.bias if x_scale is None else x_scale, kept.bias, y, work.entries, work.num_entries),
+        (kept.spec,),
+        num_warps=4,
+        maxnreg=config.launch_registers,
+        ptx_options=PTXAS_OPTIONS,
     )
 
 
-def _kept_arguments(
-    matrix: HopperMatrix, y_columns: int, experts: HopperExperts, config: PrefillConfig, *, is_scaled: bool, is_w13: bool
-) -> dict[str, Any]:
-    """What a prefill GEMM is launched with at every call of the layer: to make it anew would take the host longer than the launch."""
-    kept = _kept.setdefault(experts, {})
-    key = (is_w13, config, is_scaled, y_columns)
-    if key not in kept:
-        shift, multiplier, bias = _optional(matrix)
-        kept[key] = {
-            "words_desc": tma_descriptor(matrix.words.view(-1, 32), 64 if matrix.column_tiles % 4 == 0 else 16, 32),
-            "scales_desc": tma_descriptor(matrix.scales.view(torch.int32).view(-1, matrix.scales.shape[-1] // 4), 8, matrix.scales.shape[-1] // 4),
-            "shift_ptr": shift,
-            "multiplier_ptr": multiplier,
-            "exponents_ptr": matrix.row_exponent,
-            "bias_ptr": bias,
-            "SPEC": _prefill_spec(config, matrix.column_tiles, **_product(is_scaled, matrix, y_columns, experts, is_w13)),
-            "num_warps": 4,
-            "maxnreg": config.launch_registers,
-            "ptx_options": PTXAS_OPTIONS,
-        }
-    return kept[key]
+class PrefillConstants(NamedTuple):
+    """What a prefill GEMM is launched with at every call of the layer. `weights`: the parameters of the kernel behind `x_desc`."""
+
+    weights: tuple[Any, ...]
+    bias: torch.Tensor
+    spec: PrefillSpec
+
+
+Made = TypeVar("Made")
+
+
+def _kept_with_layer(make: Callable[..., Made]) -> Callable[..., Made]:
+    """`make`(experts, ...), whose result is kept as long as the experts: to make it anew at every call would take the host longer than the launch."""
+    kept: WeakKeyDictionary[HopperExperts, dict[Hashable, Made]] = WeakKeyDictionary()
+
+    def find(experts: HopperExperts, *arguments: Any) -> Made:
+        of_layer = kept.get(experts)
+        if of_layer is None:
+            of_layer = kept.setdefault(experts, {})
+        found = of_layer.get(arguments)
+        if found is None:
+            found = of_layer[arguments] = make(experts, *arguments)
+        return found
+
+    return find
+
+
+@_kept_with_layer
+def _prefill_constants(experts: HopperExperts, is_w13: bool, is_scaled: bool, config: PrefillConfig) -> PrefillConstants:
+    matrix = experts.w13 if is_w13 else experts.w2
+    shift, multiplier, bias = _optional(matrix)
+    words = tma_descriptor(matrix.words.view(-1, 32), 64 if matrix.column_tiles % 4 == 0 else 16, 32)
+    scales = tma_descriptor(matrix.scales.view(torch.int32).view(-1, matrix.scales.shape[-1] // 4), 8, matrix.scales.shape[-1] // 4)
+    spec = _prefill_spec(config, matrix.column_tiles, **_product(experts, is_w13, is_scaled))
+    return PrefillConstants((words, scales, shift, multiplier, matrix.row_exponent), bias, spec)
+
+
+class DecodeConstants(NamedTuple):
+    """The same of a decode GEMM. `encodes`: x is rounded by a launch of its own."""
+
+    encodes: bool
+    registers: int
+    weights: tuple[torch.Tensor, ...]
+    spec: DecodeSpec
+
+
+@_kept_with_layer
+def _decode_constants(
+    experts: HopperExperts, is_w13: bool, num_tokens: int, top_k: int, is_scaled: bool, x_stride: int, activations: ActivationFormat
+) -> DecodeConstants:
+    """Of the direct kernel, or, where `top_k` is 0, of that which is given a work list."""
+    matrix, direct = experts.w13 if is_w13 else experts.w2, top_k > 0
+    parts = _parts_of_w2(experts.intermediate) if direct and not is_w13 else 1
+    shape = _direct_shape(Size(num_tokens, top_k), matrix.row_tiles, matrix.column_tiles, parts) if direct else DirectShape(1, 0)
+    is_rounded = activations == "fp8" and shape.rows_in_shared > 0
+    encodes = not is_rounded and activations != "bf16"
+    is_scaled |= encodes and activations != "mxfp8"
+    shift, multiplier, bias = _optional(matrix)
+    spec = _decode_spec(
+        **_product(experts, is_w13, is_scaled),
+        columns=experts.hidden if is_w13 else experts.intermediate,
+        x_stride=x_stride,
+        direct=direct,
+        top_k=max(1, top_k),
+        parts=parts,
+        **shape._asdict(),
+        is_rounded=is_rounded,
+    )
+    is_wide = direct and shape.slices == 1 and (is_scaled or not is_w13)
+    registers = WIDE_REGISTERS if is_wide else DECODE_REGISTERS
+    return DecodeConstants(encodes, registers, (matrix.words, matrix.scales, shift, multiplier, bias), spec)
 
 
 @functools.cache
@@ -314,12 +369,15 @@ def _prefill_spec(config: PrefillConfig, column_tiles: int, **product: Any) -> P
     return PrefillSpec(**product, column_tiles=column_tiles, **derived(config, product["row_tiles"], column_tiles))
 
 
-def _product(is_scaled: bool, matrix: HopperMatrix, y_columns: int, experts: HopperExperts, is_w13: bool) -> dict[str, Any]:
+_decode_spec = functools.cache(DecodeSpec)  # for the same reason
+
+
+def _product(experts: HopperExperts, is_w13: bool, is_scaled: bool) -> dict[str, Any]:
     """The fields that both kinds of GEMM are compiled for."""
-    kind, alpha, beta, limit = _activation(experts)
+    matrix, (kind, alpha, beta, limit) = experts.w13 if is_w13 else experts.w2, _activation(experts)
     return {
         "row_tiles": matrix.row_tiles,
-        "y_columns": y_columns,
+        "y_columns": padded_size(experts.intermediate) if is_w13 else experts.hidden,
         "nvfp4": experts.format == NVFP4,
         "words_for": experts.words_for,
         "scaled": is_scaled,

@@ -33,7 +33,7 @@ def _gather(
     TOP_K: tl.constexpr, PAIRS: tl.constexpr, PADDED_PAIRS: tl.constexpr, BITS: tl.constexpr, SCALE_BLOCK: tl.constexpr, E8M0: tl.constexpr,
     SCALED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """BITS 16: x is int32, a pair each. 8 and 4: what `decode_pairs` is given."""
+    """BITS 16: pairs of x are moved as they are. 8 and 4: what `decode_pairs` is given."""
     token = tl.program_id(0)
     position = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     pair = pair_at(position)
@@ -41,14 +41,14 @@ def _gather(
         gdc.gdc_wait()
         gdc.gdc_launch_dependents()
     if BITS == 16:
-        value = tl.load(x_ptr + token.to(tl.int64) * PAIRS + pair, mask=pair < PAIRS, other=0)
+        value = tl.load(x_ptr.to(tl.pointer_type(tl.int32)) + token.to(tl.int64) * PAIRS + pair, mask=pair < PAIRS, other=0)
     else:
         low, high = decode_pairs(x_ptr, block_scales_ptr, token.to(tl.int64), pair, pair < PAIRS, PAIRS, BITS, SCALE_BLOCK, E8M0)
         value = tl.where(pair < PAIRS, pack(low, high, True, ASM), 0)
     for j in tl.static_range(TOP_K):
         first_row = tl.load(row_of_slot_ptr + token * TOP_K + j)
         row = first_row.to(tl.int64) + tl.zeros_like(position)
-        tl.store(out_ptr + row * PADDED_PAIRS + position, value, mask=(position < PADDED_PAIRS) & (row >= 0))
+        tl.store(out_ptr.to(tl.pointer_type(tl.int32)) + row * PADDED_PAIRS + position, value, mask=(position < PADDED_PAIRS) & (row >= 0))
         if SCALED:
             scale = tl.load(scales_ptr + token // tokens_per_scale)
             tl.store(out_scales_ptr + first_row, scale, mask=(first_row >= 0) & (tl.program_id(1) == 0))
@@ -69,7 +69,7 @@ def gather(
     `scales` fp32 [T], if given, go with their tokens: fp32 [T * k]; quantised hidden states have their own. `out`: where the rows go.
     """
     if isinstance(hidden, torch.Tensor):
-        dtype, given = hidden.dtype, CodedRows(hidden.view(torch.int32), hidden, scales, 1, hidden.shape[1] // 2, 16, 0, True)
+        dtype, given = hidden.dtype, CodedRows(hidden, hidden, scales, 1, hidden.shape[1] // 2, 16, 0, True)
     else:
         dtype, given = torch.bfloat16, CodedRows.of(hidden)
     num_tokens, num_rows = given.codes.shape[0], work.row_of_slot.shape[0]
@@ -78,10 +78,11 @@ def gather(
     pairs = padded // 2
     block = min(1024, next_power_of_2(pairs))
     launch(
-        _gather, (num_tokens, ceil_div(pairs, block)),
-        given.codes, given.scales, given.scales if given.row_scale is None else given.row_scale, work.row_of_slot, out.view(torch.int32),
-        out if out_scales is None else out_scales, given.rows_per_scale,
-        num_rows // num_tokens, given.pairs, pairs, given.bits, given.block, given.e8m0, out_scales is not None, block, launch_early, not INTERPRETED,
-        num_warps=4, **({"launch_pdl": True} if launch_early else {}),
+        _gather, (num_tokens, ceil_div(pairs, block), 1),
+        (given.codes, given.scales, given.scales if given.row_scale is None else given.row_scale, work.row_of_slot, out,
+         out if out_scales is None else out_scales, given.rows_per_scale),
+        (num_rows // num_tokens, given.pairs, pairs, given.bits, given.block, given.e8m0, out_scales is not None, block, launch_early,
+         not INTERPRETED),
+        num_warps=4, launch_pdl=launch_early,
     )  # fmt: skip
     return out, out_scales

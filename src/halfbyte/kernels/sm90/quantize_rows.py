@@ -78,11 +78,12 @@ def _quantize_tokens(
         gdc.gdc_launch_dependents()
     word = tl.arange(0, WORDS)  # 4 s + t of a block of 16
     pair = pair_of_fp8_word(word)
-    x_row = x_ptr + token.to(tl.int64) * PAIRS
+    x_row = x_ptr.to(tl.pointer_type(tl.int32)) + token.to(tl.int64) * PAIRS
     first = tl.load(x_row + pair, mask=(pair < PAIRS) & (word < PADDED_WORDS), other=0)
     second = tl.load(x_row + pair + 1, mask=(pair + 1 < PAIRS) & (word < PADDED_WORDS), other=0)
     scale = fp32_scale(tl.max(_amax(first, second), 0))
     codes = _codes(first, second, scale, word // 4, ASM)
+    codes_ptr = codes_ptr.to(tl.pointer_type(tl.int32))
     for j in tl.static_range(TOP_K):
         row = tl.load(row_of_slot_ptr + token * TOP_K + j)
         if row >= 0:
@@ -99,10 +100,13 @@ def _gather_codes(
     token = tl.program_id(0)
     word = tl.arange(0, WORDS)
     source = pair_of_fp8_word(word) // 2
-    x = tl.load(x_ptr + token.to(tl.int64) * WORDS_OF_X + source, mask=(source < WORDS_OF_X) & (word < PADDED_WORDS), other=0)
+    x = tl.load(
+        x_ptr.to(tl.pointer_type(tl.int32)) + token.to(tl.int64) * WORDS_OF_X + source, mask=(source < WORDS_OF_X) & (word < PADDED_WORDS), other=0
+    )
     codes = (x & -16776961) | (x >> 8 & 0xFF00) | (x << 8 & 0xFF0000)  # bytes 0, 2, 1, 3; -16776961 is 0xFF0000FF
     codes = tl.where(word // 4 % 2 == 1, codes << 16 | (codes >> 16 & 0xFFFF), codes)
     scale = tl.load(x_scale_ptr + token)
+    codes_ptr = codes_ptr.to(tl.pointer_type(tl.int32))
     for j in tl.static_range(TOP_K):
         row = tl.load(row_of_slot_ptr + token * TOP_K + j)
         if row >= 0:
@@ -118,10 +122,11 @@ def _quantize_rows(h_ptr, codes_ptr, scales_ptr, num_rows, EIGHTS: tl.constexpr,
     t = tl.arange(0, 4)[None, None, :]
     mask = (row < num_rows) & (s < EIGHTS)
     eight = row.to(tl.int64) * EIGHTS + s
-    first = tl.load(h_ptr + eight * 8 + t, mask=mask, other=0)
-    second = tl.load(h_ptr + eight * 8 + 4 + t, mask=mask, other=0)
+    h = h_ptr.to(tl.pointer_type(tl.int32)) + eight * 8 + t
+    first = tl.load(h, mask=mask, other=0)
+    second = tl.load(h + 4, mask=mask, other=0)
     scale = fp32_scale(tl.max(tl.max(_amax(first, second), 2), 1))
-    tl.store(codes_ptr + eight * 4 + t, _codes(first, second, scale[:, None, None], s, ASM), mask=mask)
+    tl.store(codes_ptr.to(tl.pointer_type(tl.int32)) + eight * 4 + t, _codes(first, second, scale[:, None, None], s, ASM), mask=mask)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     tl.store(scales_ptr + rows, scale, mask=rows < num_rows)
 
@@ -136,10 +141,10 @@ def quantize_tokens(
     codes, scales = _allocate(work.row_of_slot.shape[0], padded, hidden.device, out)
     words = padded // 4
     launch(
-        _quantize_tokens, (hidden.shape[0],),
-        hidden.view(torch.int32), work.row_of_slot, codes.view(torch.int32), scales,
-        hidden.shape[1] // 2, words, work.row_of_slot.shape[0] // hidden.shape[0], next_power_of_2(words), launch_early, not INTERPRETED,
-        num_warps=4 if words <= 1024 else 8, **({"launch_pdl": True} if launch_early else {}),
+        _quantize_tokens, (hidden.shape[0], 1, 1),
+        (hidden, work.row_of_slot, codes, scales),
+        (hidden.shape[1] // 2, words, work.row_of_slot.shape[0] // hidden.shape[0], next_power_of_2(words), launch_early, not INTERPRETED),
+        num_warps=4 if words <= 1024 else 8, launch_pdl=launch_early,
     )  # fmt: skip
     return codes, scales
 
@@ -150,27 +155,27 @@ def gather_codes(hidden: Fp8Tensor, work: WorkList, padded: int, *, out: torch.T
     num_tokens, width = hidden.codes.shape
     words = padded // 4
     launch(
-        _gather_codes, (num_tokens,),
-        dense_rows(hidden.codes).view(torch.int32), hidden.scales.contiguous(), work.row_of_slot, codes.view(torch.int32), scales,
-        width // 4, words, work.row_of_slot.shape[0] // num_tokens, next_power_of_2(words), num_warps=4 if words <= 1024 else 8,
+        _gather_codes, (num_tokens, 1, 1),
+        (dense_rows(hidden.codes), hidden.scales.contiguous(), work.row_of_slot, codes, scales),
+        (width // 4, words, work.row_of_slot.shape[0] // num_tokens, next_power_of_2(words)), num_warps=4 if words <= 1024 else 8,
     )  # fmt: skip
     return codes, scales
 
 
-def quantize_rows(h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_rows(h: torch.Tensor, *, out: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """h [R, I] bf16 (contiguous, I a multiple of 64) in bf16 fragment order to codes e4m3 [R, I] and scales fp32 [R]."""
     num_rows, width = h.shape
-    codes, scales = _allocate(num_rows, width, h.device)
+    codes, scales = _allocate(num_rows, width, h.device, out)
     block = next_power_of_2(width // 16)
     rows = max(1, EIGHTS_OF_PROGRAM // block)
     launch(
-        _quantize_rows, (ceil_div(num_rows, rows),),
-        h.view(torch.int32), codes.view(torch.int32), scales, num_rows, width // 16, rows, block, not INTERPRETED,
+        _quantize_rows, (ceil_div(num_rows, rows), 1, 1),
+        (h, codes, scales, num_rows), (width // 16, rows, block, not INTERPRETED),
         num_warps=4 if block <= 256 else 8,
     )  # fmt: skip
     return codes, scales
 
 
-def _allocate(num_rows: int, padded: int, device: torch.device, codes: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def _allocate(num_rows: int, padded: int, device: torch.device, codes: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     codes = scratch((num_rows, padded), torch.float8_e4m3fn, device) if codes is None else codes
     return codes, scratch((num_rows,), torch.float32, device)
