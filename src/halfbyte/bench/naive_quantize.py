@@ -1,4 +1,4 @@
-"""What one writes first: NVFP4 with a program a row, a division an element, and comparisons for rounding. The measure of the real quantiser."""
+"""What one writes first: NVFP4 with a program per row, a division per element, and comparisons for rounding. The measure of the real quantiser."""
 
 from __future__ import annotations
 

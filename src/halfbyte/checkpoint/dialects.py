@@ -73,7 +73,7 @@ class Dialect:
     blocked: bool = False
 
     def codes_shape(self, columns: int) -> tuple[int, ...]:
-        """What follows the rows in the shape of the codes of `columns` elements a row.
+        """What follows the rows in the shape of the codes of `columns` elements per row.
 
         >>> GPT_OSS.codes_shape(64), MODELOPT.codes_shape(64), DENSE.codes_shape(64)
         ((2, 16), (32,), (64,))

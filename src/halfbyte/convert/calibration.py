@@ -96,7 +96,7 @@ def calibrate(
 
 
 def read_texts(file: Path) -> list[str]:
-    """The texts of a JSONL file (one a line), or a text file as one; either may be compressed (.xz).
+    """The texts of a JSONL file (one per line), or a text file as one; either may be compressed (.xz).
 
     Raises:
         CheckpointError: unreadable, empty, or a line without text.

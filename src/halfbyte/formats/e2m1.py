@@ -1,4 +1,4 @@
-"""e2m1, the 4-bit element of NVFP4 and MXFP4: sign, 2 exponent bits, 1 mantissa bit; two elements a byte.
+"""e2m1, the 4-bit element of NVFP4 and MXFP4: sign, 2 exponent bits, 1 mantissa bit; two elements per byte.
 
 Codes 0..7 are 0, 0.5, 1, 1.5, 2, 3, 4, 6; bit 3 is the sign, so code 8 is -0. The low nibble of a byte is the even column.
 Source: OCP Microscaling Formats v1.0, section 5.3.3; NaN and saturation as NVIDIA's `cuda_fp4.hpp` does them.
@@ -23,7 +23,7 @@ def encode(x: torch.Tensor) -> torch.Tensor:
         x: floating point, any shape.
 
     Returns:
-        uint8 of the same shape, one code (0..15) an element.
+        uint8 of the same shape, one code (0..15) per element.
 
     >>> encode(torch.tensor([0.25, 0.75, 5.0, 7.0, -0.0, float("nan")])).tolist()
     [0, 2, 6, 7, 8, 7]
@@ -49,7 +49,7 @@ def decode(codes: torch.Tensor) -> torch.Tensor:
 
 
 def pack(codes: torch.Tensor) -> torch.Tensor:
-    """Pack codes uint8 [..., K] two a byte into uint8 [..., K/2], even column in the low nibble.
+    """Pack codes uint8 [..., K] two per byte into uint8 [..., K/2], even column in the low nibble.
 
     Raises:
         InputError: K is odd.
@@ -65,7 +65,7 @@ def unpack(packed: torch.Tensor) -> torch.Tensor:
 
 
 def decode_packed(packed: torch.Tensor) -> torch.Tensor:
-    """Return the fp32 values [..., K] of packed codes uint8 [..., K/2]; one table look-up a byte."""
+    """Return the fp32 values [..., K] of packed codes uint8 [..., K/2]; one table look-up per byte."""
     pairs = _table(packed.device)[1].index_select(0, packed.flatten().int())
     return pairs.view(torch.float32).view(*packed.shape[:-1], packed.shape[-1] * 2)
 

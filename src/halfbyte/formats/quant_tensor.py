@@ -23,7 +23,7 @@ class QuantTensor:
     """A tensor [..., N, K] held in FP4.
 
     Attributes:
-        codes: uint8 [..., N, K/2]; two e2m1 codes a byte, low nibble = even column.
+        codes: uint8 [..., N, K/2]; two e2m1 codes per byte, low nibble = even column.
         scales: block scales, float8_e4m3fn (NVFP4) or uint8 e8m0 (MXFP4); [..., N, K/block] in layout "linear",
             padded to [..., Np, Cp] in "128x4" and "8x4".
         global_scale: None (MXFP4), or fp32 *decode* multiplier: shape [...] (one per matrix) or [..., G] where row group g

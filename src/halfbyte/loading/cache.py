@@ -1,4 +1,4 @@
-"""Prepared experts on disk: one safetensors file a layer, taken only when it is exactly what would be prepared now.
+"""Prepared experts on disk: one safetensors file per layer, taken only when it is exactly what would be prepared now.
 
     CACHE_DIR/prepared/{model}-{digest of its path}/{layout}-{policy}-{arch}/layer-00003.experts-0-128.safetensors
 

@@ -34,7 +34,7 @@ def _split4(quad):
 
 @triton.jit
 def load_words(pointers, mask, STEP: tl.constexpr = 1):
-    """Eight words, STEP apart, at pointers [rows, columns]: sixteen elements a thread, in two loads of 16 bytes where STEP is 1."""
+    """Eight words, STEP apart, at pointers [rows, columns]: sixteen elements per thread, in two loads of 16 bytes where STEP is 1."""
     quads = pointers[:, :, None] + STEP * tl.arange(0, 4)[None, None, :]
     w0, w1, w2, w3 = _split4(tl.load(quads, mask=mask[:, :, None], other=0))
     w4, w5, w6, w7 = _split4(tl.load(quads + 4 * STEP, mask=mask[:, :, None], other=0))

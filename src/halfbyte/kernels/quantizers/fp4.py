@@ -11,7 +11,7 @@ Compiled for sm_90 by Triton 3.6: 490 instructions for 32 elements of ordinary b
 
 A thread owns whole blocks (16 columns, 32 for MXFP4), loads them 16 bytes at a time, a step before it needs them, the first of a chunk while the last
 one is computed, and needs no other thread: nothing goes through shared memory but "linear" scales. The programs of a matrix, all of them together as
-many as the GPU can hold at once, take turns at chunks of its rows (`quantize_chunk.py`).
+many as the GPU can hold at once, take turns at chunks of its rows (`chunk.py`).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def quantize_kernel(
 
 @triton.jit(do_not_specialize=["eps"])
 def inverse_rms_kernel(x_ptr, factor_ptr, width, eps, BLOCK: tl.constexpr):
-    """factor[row] = 1 / sqrt(mean(x^2) + eps) of contiguous rows, fp32. One program a row."""
+    """factor[row] = 1 / sqrt(mean(x^2) + eps) of contiguous rows, fp32. One program per row."""
     row = tl.program_id(0).to(tl.int64)
     total = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, width, BLOCK):
@@ -89,7 +89,7 @@ class Config:
 
 
 def tiles_for(num_rows: int, num_columns: int, block: int, layout: ScaleLayout, num_sms: int, *, plain: bool = True) -> Config:
-    """Blocks of a program for `num_rows` rows of `num_columns` blocks of `block` elements: 32 elements a thread, four warps.
+    """Blocks of a program for `num_rows` rows of `num_columns` blocks of `block` elements: 32 elements per thread, four warps.
 
     Longer chunks are for many rows, where they save what is done once a chunk. `plain`: nothing is fused in front, whose values would need the
     registers.

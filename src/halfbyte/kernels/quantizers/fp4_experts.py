@@ -251,6 +251,6 @@ def run(
 
 
 def single_row(config: Config, num_columns: int) -> Config:
-    """Chunks of one row with a block a thread, because what follows the look-up, zeroing the rest of a tile of scales, is for many threads."""
+    """Chunks of one row with one block per thread, because what follows the look-up, zeroing the rest of a tile of scales, is for many threads."""
     block_columns = min(64, max(32, triton.next_power_of_2(num_columns)))
     return Config(1, 1, block_columns, block_columns // 32, config.max_registers)

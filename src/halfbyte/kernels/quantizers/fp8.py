@@ -128,7 +128,7 @@ def run(x: torch.Tensor, scaling: Fp8Scaling = "token", *, scale_layout: ScaleLa
     columns = triton.next_power_of_2(width)  # at least 128 of blocks, so that four scales of "mx", which layouts pad to, are written together
     tile_columns = max(32, columns) if scaling == "token" else min(1024, max(128, columns))
     tile_rows = max(1, 2048 // tile_columns)
-    num_warps = min(16, max(4, tile_columns // 512))  # 16 elements a thread, up to 8192 columns
+    num_warps = min(16, max(4, tile_columns // 512))  # 16 elements per thread, up to 8192 columns
     options = {} if INTERPRETED else {"num_warps": num_warps, "enable_fp_fusion": False}
     matrices = x.reshape(-1, num_rows, width)
     for matrix, matrix_codes, matrix_scales in zip(matrices, codes.view(-1, num_rows, width), scales.view(-1, *padded), strict=True):

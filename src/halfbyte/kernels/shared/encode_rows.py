@@ -15,7 +15,7 @@ too small for their e8m0 scale (amax below 2^-118) have codes on bf16's own grid
 bf16(code * scale) instead would flip 1 % of the codes of h, an error of 9e-3.
 
 A group of 16 columns stays in one thread, also in fragment order, where its words are 4 apart.
-One launch, a program a row, 2 bytes read and 2 written an element. Every program reads the layer's input scales (from L2) and takes the largest
+One launch, one program per row, 2 bytes read and 2 written per element. Every program reads the layer's input scales (from L2) and takes the largest
 itself, so that captured graphs follow new ones (`PreparedExperts.update_`). Not measured yet.
 """
 

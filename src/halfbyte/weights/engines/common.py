@@ -27,7 +27,7 @@ from halfbyte.formats.scale_layout import padded_shape, words_128x4
 from halfbyte.weights.checks import ScaleCheck, check_scales, fp4_matrices
 from halfbyte.weights.engines.scalars import Multipliers, multipliers_of
 
-# Experts whose scales are rearranged at a time: the scratch is then at most as large as the codes of one expert (NVFP4 has 8 bytes of codes a scale).
+# Experts whose scales are rearranged at a time: the scratch is then at most as large as the codes of one expert (NVFP4: 8 bytes of codes per scale).
 SCALES_AT_A_TIME = 8
 _SCALES = ("w13_scales", "w2_scales")
 
@@ -48,7 +48,7 @@ class EngineExperts:
         gemm1_alpha, gemm1_beta, gemm1_clamp_limit: fp32 [E], or None where the activation has none.
         layout: the name of the arrangement.
         canonical: the vectors of the canonical experts that the scalars and biases were made from, by their names there: `unpack` is exact with them.
-            Input scales belong to the whole layer; every other tensor has one entry an expert.
+            Input scales belong to the whole layer; every other tensor has one entry per expert.
     """
 
     w13_codes: torch.Tensor

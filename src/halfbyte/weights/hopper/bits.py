@@ -1,4 +1,4 @@
-"""The bits of the Hopper layout in torch: codes to words, scale bytes to scale words, and back, rows in tile order. `hopper.py` describes them."""
+"""The bits of the Hopper layout in torch: codes to words, scale bytes to scale words, and back, rows in tile order. `layout.py` describes them."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def pack_scales(raw: torch.Tensor, block: int) -> torch.Tensor:
 
 
 def unpack_scales(scales: torch.Tensor) -> torch.Tensor:
-    """The inverse of `pack_scales`, padding included: uint8 [N, 16 or 8 a scale word]."""
+    """The inverse of `pack_scales`, padding included: uint8 [N, 16 or 8 per scale word]."""
     row_tiles, scale_words, entries = scales.shape
     b = scales.contiguous().view(torch.uint8).view(row_tiles, scale_words, 4, 8, entries // 32, TILES_PER_SCALE_WORD, 2)
     return b.permute(0, 2, 6, 3, 1, 5, 4).reshape(row_tiles * TILE, -1)

@@ -1,10 +1,10 @@
 """The in-kernel inverse of `pack`: 16 bytes per thread become a [64, 64] bf16 operand in registers (Gluon).
 
-For 32 codes of a thread: 9 integer instructions and 4 bf16x2 multiplies a word of 8, and one PRMT and one IMAD a scale. Where words are coded for
-fp8, 10 and 5 multiplications more (IMAD, a pipe of its own), or 9 and 5 where x has the two columns of pairs of odd steps exchanged: their signs lie
-so. A code's three magnitude
-bits at the bottom of bf16's exponent are worth e2m1 * 2^-126, subnormals included, so multiplying by the scale finishes the conversion. e2m1 times an
-e4m3 or e8m0 scale is exact in bf16: nothing is rounded here.
+A code's three magnitude bits at the bottom of bf16's exponent are worth e2m1 * 2^-126, subnormals included, so multiplying by the scale finishes the
+conversion. e2m1 times an e4m3 or e8m0 scale is exact in bf16: nothing is rounded here.
+
+A word of 8 codes takes 9 integer instructions and 4 bf16x2 multiplies, a scale one PRMT and one IMAD. Where words are coded for fp8, a word takes
+10, and 5 multiplications more (IMAD, a pipe of its own); 9 and 5 where x has the two columns of pairs of odd steps exchanged, as their signs lie.
 
 Compiled for sm_90; runs on sm_80 and newer.
 """
@@ -64,7 +64,7 @@ def word_layout(num_warps: int) -> gl.BlockedLayout:
 
 @gluon.constexpr_function
 def scale_layout(num_warps: int) -> gl.SliceLayout:
-    """Of scale words [4 num_warps, 8], one a thread."""
+    """Of scale words [4 num_warps, 8], one per thread."""
     return gl.SliceLayout(2, gl.BlockedLayout([1, 1, 4], [4, 8, 1], [num_warps, 1, 1], [2, 1, 0]))
 
 
@@ -99,7 +99,7 @@ def scale_offsets(NVFP4: gl.constexpr, WARPS: gl.constexpr):
 
 @gluon.jit
 def four_times(scale):
-    """int32 [16, 8], one value a thread, to [16, 32] with the value beside each of the thread's words; no instruction."""
+    """int32 [16, 8], one value per thread, to [16, 32] with the value beside each of the thread's words; no instruction."""
     ROWS: gl.constexpr = scale.shape[0]
     PARENT: gl.constexpr = scale.type.layout.parent
     wide, _ = gl.broadcast(gl.expand_dims(scale, 2), gl.zeros((ROWS, 8, 4), gl.int32, layout=PARENT))

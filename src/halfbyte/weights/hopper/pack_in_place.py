@@ -3,7 +3,7 @@
 What has to be read before any of it is written is a unit: 64 gate and 64 up rows, which become the two row tiles in their places; without gate and
 up, 64 rows and one tile. A group of programs packs one unit at a time. Its programs keep their pieces of it, four tiles and a run of scales each, in
 shared memory until all have read theirs, then write them to where they belong. While a unit waits for the programs that are still reading it, the
-free stages of its programs take the first pieces of the next one. DeepSeek-R1's w13 has 56 pieces a unit and 14 programs a group.
+free stages of its programs take the first pieces of the next one. DeepSeek-R1's w13 has 56 pieces per unit and 14 programs per group.
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ def _pool_of_single_threads() -> Iterator[ThreadPoolExecutor]:
     """As many threads as torch uses, in each of which it uses one.
 
     Torch's own threads would wait for one another after each of some forty short operations; left to itself, torch would have them also under these,
-    for operations on more than 32768 elements: 84 ms of CPU an expert instead of 57 (DeepSeek-R1, EPYC, torch 2.13, 2026-11-26).
+    for operations on more than 32768 elements: 84 ms of CPU per expert instead of 57 (DeepSeek-R1, EPYC, torch 2.13, 2026-11-26).
     """
     num_threads = torch.get_num_threads()
     started = threading.Barrier(num_threads + 1)

@@ -1,6 +1,6 @@
 """What the fp8 tensor cores make of the Hopper layout: the same words and scales as W4A16, decoded to e4m3 (`dequant_fp8.py`).
 
-    weight = e4m3(e2m1 * scale * 2^-j) * 2^j        rounded to nearest, ties away from zero; j is one integer a row: `row_exponents`
+    weight = e4m3(e2m1 * scale * 2^-j) * 2^j        rounded to nearest, ties away from zero; j is one integer per row: `row_exponents`
 
 j brings the largest scale of a row to 64 or just below, so that 6 times it is within e4m3's 448; a scale that this makes smaller than 2^-5 counts as
 2^-5, so that no value is subnormal. What that costs:
