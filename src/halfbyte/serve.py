@@ -1,9 +1,9 @@
 """An engine's OpenAI-compatible server, started as a process of its own with halfbyte in it, watched and stopped.
 
-    server = Server(engine.command(launch), launch)
-    server.wait_until_ready()
-    ...
-    server.stop()
+server = Server(engine.command(launch), launch)
+server.wait_until_ready()
+...
+server.stop()
 """
 
 from __future__ import annotations

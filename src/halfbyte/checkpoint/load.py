@@ -18,7 +18,7 @@ from halfbyte.errors import InputError, printable
 from halfbyte.experts import ExpertWeights
 from halfbyte.formats import QuantTensor
 
-_log = logging.getLogger("halfbyte")
+logger = logging.getLogger(__name__)
 
 
 def load_experts(model: str | Path | Checkpoint, layer: int, device: torch.device | str = "cpu", *, experts: range | None = None) -> ExpertWeights:
@@ -153,5 +153,5 @@ class ExpertReader:
         scales = self._tensors.input_scales()
         assert scales is not None
         for message in (*describe_missing(self._tensors.missing_input_scales()), *describe_scatter(scales, self._tensors.projections)):
-            _log.warning("%s, layer %d: %s", self._tensors.checkpoint.path, self._layer, printable(message))
+            logger.warning("%s, layer %d: %s", self._tensors.checkpoint.path, self._layer, printable(message))
         return scales

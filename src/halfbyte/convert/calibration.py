@@ -25,7 +25,7 @@ from halfbyte.convert.plan import Matrix
 from halfbyte.device import model_dtype
 from halfbyte.errors import CheckpointError, UnsupportedError, foreign
 
-_log = logging.getLogger("halfbyte")
+logger = logging.getLogger(__name__)
 MAX_WINDOWS = 512
 WINDOW_TOKENS = 1024
 _TEXT_KEYS = ("text", "prompt", "question", "completion", "response", "solution", "answer")
@@ -203,7 +203,7 @@ class _Recorder:
         tokens = [self.tokens_of[_layer(matrix.module), matrix.expert] for matrix in matrices if matrix.role == "down" and matrix.expert is not None]
         if few := sum(count < FEW_TOKENS for count in tokens):
             message = "calibration: %d of %d experts have had fewer than %d tokens, the fewest %d; input scales may be too small: give more text"
-            _log.warning(message, few, len(tokens), FEW_TOKENS, min(tokens))
+            logger.warning(message, few, len(tokens), FEW_TOKENS, min(tokens))
 
     def _see_expert(self, layer: str, expert: int, what: str, x: torch.Tensor) -> None:
         key = (layer, expert, what)

@@ -22,7 +22,7 @@ from halfbyte.checkpoint.router import load_router
 from halfbyte.checkpoint.source import Checkpoint
 from halfbyte.errors import CheckpointError, UnsupportedError
 
-_log = logging.getLogger("halfbyte")
+logger = logging.getLogger(__name__)
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _AGAIN = "download the model again, or leave these experts unquantised with --skip"
 _CONTAINER = re.compile(r"^(.*\.experts)\.")
@@ -170,7 +170,9 @@ def _check_configuration(checkpoint: Checkpoint, found: Mapping[str, Shapes], sk
             if moe.routing is not None:
                 load_router(checkpoint, layer)
         return
-    _log.warning("%s: model_type %r is no family that halfbyte knows: what config.json says of its experts is not checked", where, config.model_type)
+    logger.warning(
+        "%s: model_type %r is no family that halfbyte knows: what config.json says of its experts is not checked", where, config.model_type
+    )
     for experts, shapes in found.items():
         _check_experts(experts, shapes, str(checkpoint.path))
     if "num_hidden_layers" in config:

@@ -16,7 +16,7 @@ _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx
 _REPLACED_FILES = ("config.json", "hf_quant_config.json", "README.md")
 _OF_OTHER_WEIGHTS = re.compile(r"(^|/)eval[^/]*(/|\.jsonl?$)")  # results of evaluations
 _MOST_BYTES = 10**9  # of a file beside the weights: what is longer is no tokenizer, licence or code
-_log = logging.getLogger("halfbyte")
+logger = logging.getLogger(__name__)
 
 
 def other_files(path: Path) -> Iterator[tuple[Path, str]]:
@@ -33,9 +33,9 @@ def other_files(path: Path) -> Iterator[tuple[Path, str]]:
         if not file.is_file() or file.name.endswith(_WEIGHT_FILES) or _OF_OTHER_WEIGHTS.search(relative) or relative in _REPLACED_FILES:
             continue
         if not any(file.resolve().is_relative_to(root) for root in roots):
-            _log.warning("%s is a link that leads out of the model directory: it is not copied", printable(str(file)))
+            logger.warning("%s is a link that leads out of the model directory: it is not copied", printable(str(file)))
         elif file.stat().st_size > _MOST_BYTES:
-            _log.warning("%s has over %d bytes: it is not copied", printable(str(file)), _MOST_BYTES)
+            logger.warning("%s has over %d bytes: it is not copied", printable(str(file)), _MOST_BYTES)
         else:
             yield file, relative
 

@@ -33,7 +33,7 @@ from halfbyte.weights.prepared import ChosenLayout, PreparedExperts, allocate, a
 
 CacheUse = Literal["read", "write", "off"]
 CACHE_USES: tuple[str, ...] = get_args(CacheUse)
-_log = logging.getLogger("halfbyte")
+logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()  # of tensors that are Parameters, the values are taken
@@ -169,13 +169,13 @@ def load_prepared(
                 plan.entry.load_into(storage.tensors)
                 return plan.result(storage)
         except CheckpointError as error:
-            _log.warning("%s; these experts are prepared again", error)
+            logger.warning("%s; these experts are prepared again", error)
     plan.stream_into(storage, progress)
     if cache == "write":
         try:
             plan.entry.save(storage.tensors)
         except CheckpointError as error:
-            _log.warning("prepared experts were not kept: %s", error)
+            logger.warning("prepared experts were not kept: %s", error)
     return plan.result(storage)
 
 

@@ -35,7 +35,7 @@ from halfbyte.integrations.transformers.undecorated import adapt
 
 IMPLEMENTATION = "halfbyte"
 _MOST_LISTED = 8
-_log = logging.getLogger("halfbyte")
+logger = logging.getLogger(__name__)
 _COMPRESSED = {dialect.name for dialect in OUTPUTS["compressed-tensors"]}
 
 
@@ -183,7 +183,7 @@ def _warn_of_missing_input_scales(recipes: Mapping[str, Recipe]) -> None:
     for group, matrices in groups.items():
         missing = [stored.stem + stored.dialect.input_scale for stored in matrices if INPUT_SCALE not in stored.tensors]
         if 0 < len(missing) < len(matrices):
-            _log.warning(
+            logger.warning(
                 "%s: no input scale for %s: bf16 activations do not use it; of experts, quantised ones take the largest of the layer",
                 group,
                 ", ".join(missing[:_MOST_LISTED]) + (f" and {len(missing) - _MOST_LISTED} more" if len(missing) > _MOST_LISTED else ""),
