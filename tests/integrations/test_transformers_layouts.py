@@ -19,7 +19,7 @@ from helpers import assert_close_rel, relative_errors
 from safetensors.torch import load_file, save_file
 from saved_models import assert_same_checkpoint
 from tiny_models import COMMON, build, write
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeForCausalLM
 
 import halfbyte as hb
 import halfbyte.integrations.transformers  # registers halfbyte
@@ -338,7 +338,15 @@ def test_hf_quant_config_alone(sound: tuple[Path, Path], tmp_path: Path) -> None
     config.pop("quantization_config")
     save(tmp_path, load_file(sound[0] / "model.safetensors"), config)
     (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4", "exclude_modules": ["lm_head"]}}))
-    assert_close_rel(logits(load(tmp_path)), logits(load(sound[1])), **EXACT)
+    expected = logits(load(sound[1]))
+    assert_close_rel(logits(load(tmp_path)), expected, **EXACT)
+    of_class = Qwen3MoeForCausalLM.from_pretrained  # which does not tell the configuration where it lies, as AutoModel does
+    for options in ({}, {"config": AutoConfig.from_pretrained(sound[1])}):  # also one from somewhere else
+        assert_close_rel(logits(of_class(tmp_path, dtype=torch.float32, **options)), expected, **EXACT)
+    (tmp_path / "part").mkdir()
+    for file in [file for file in tmp_path.iterdir() if file.is_file()]:
+        file.rename(tmp_path / "part" / file.name)
+    assert_close_rel(logits(of_class(tmp_path, subfolder="part", dtype=torch.float32)), expected, **EXACT)
 
 
 def test_files_that_name_two_methods_are_refused(sound: tuple[Path, Path], tmp_path: Path) -> None:

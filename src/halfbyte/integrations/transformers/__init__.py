@@ -4,8 +4,8 @@
 
 loads ModelOpt NVFP4, compressed-tensors nvfp4-pack-quantized and mxfp4-pack-quantized, AMD Quark MXFP4, gpt-oss MXFP4 and DeepSeek-V4 checkpoints,
 with FP8 layers beside them or without. Their experts stay in 4 bits, on the model's own Experts modules. Every other format, and
-`Mxfp4Config(dequantize=True)`, stays with transformers. Registering is the only thing the import changes; it includes a `get_hf_quantizer` that
-also sees hf_quant_config.json, and a `save_pretrained` that writes packed models as they were.
+`Mxfp4Config(dequantize=True)`, stays with transformers. Registering is the only thing the import changes; it includes a `from_pretrained` that also
+sees hf_quant_config.json, and a `save_pretrained` that writes packed models as they were.
 
 On a GPU of compute capability 9.0 the experts are rearranged for its kernels, at the first call and in the memory they have (`set_layout`).
 
@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from functools import wraps
 from pathlib import Path
 from typing import Any, Literal
@@ -60,6 +61,9 @@ from halfbyte.integrations.transformers.saving import save_packed
 
 # Of `cached_file`: a file that is not there, or cannot be asked for, is None.
 _OPTIONAL = {f"_raise_exceptions_for_{reason}": False for reason in ("missing_entries", "connection_errors", "gated_repo")}
+# What `from_pretrained` is loading: a directory or Hub name, and the arguments that say more of where its files are.
+_OF_FILES = ("revision", "subfolder", "cache_dir", "token", "local_files_only")
+_files: ContextVar[tuple[Any, dict[str, Any]]] = ContextVar("halfbyte_files", default=(None, {}))
 
 __all__ = ["load", "register", "set_activations", "set_layout", "set_parallel"]
 
@@ -76,6 +80,7 @@ def register() -> None:
         return stock_mxfp4(config, pre_quantized=pre_quantized, **kwargs)
 
     transformers.modeling_utils.get_hf_quantizer = _reading_hf_quant_config(transformers.modeling_utils.get_hf_quantizer)
+    PreTrainedModel.from_pretrained = classmethod(_saying_from_where(PreTrainedModel.from_pretrained.__func__))
     PreTrainedModel.save_pretrained = _saving_packed(PreTrainedModel.save_pretrained)
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
     for method, is_fp4 in {"compressed-tensors": is_compressed_fp4, "quark": is_quark_fp4, "fp8": is_fp8_beside_fp4}.items():
@@ -83,6 +88,20 @@ def register() -> None:
         AUTO_QUANTIZER_MAPPING[method] = _quantizer_or(AUTO_QUANTIZER_MAPPING[method])
     AUTO_QUANTIZATION_CONFIG_MAPPING["modelopt"] = FP4Config
     AUTO_QUANTIZER_MAPPING.update({"modelopt": FP4Quantizer, "mxfp4": mxfp4_quantizer})
+
+
+def _saying_from_where(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """`from_pretrained` that tells `_add_hf_quant_config` where the files are: a configuration knows only where `AutoConfig` read it."""
+
+    @wraps(stock)
+    def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        before = _files.set((pretrained_model_name_or_path, {key: kwargs[key] for key in _OF_FILES if key in kwargs}))
+        try:
+            return stock(cls, pretrained_model_name_or_path, *args, **kwargs)
+        finally:
+            _files.reset(before)
+
+    return from_pretrained
 
 
 def _reading_hf_quant_config(stock: Callable[..., Any]) -> Callable[..., Any]:
@@ -104,11 +123,14 @@ def _reading_hf_quant_config(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _add_hf_quant_config(config: Any) -> None:
-    """Give `config` the quantization_config that hf_quant_config.json, in the same directory or Hub snapshot, describes."""
+    """Give `config` the quantization_config that hf_quant_config.json, beside the files of the model that is being loaded, describes."""
     text_config = config.get_text_config(decoder=True)
-    if any(getattr(one, "quantization_config", None) is not None for one in (config, text_config)) or not config._name_or_path:
+    (model, options), commit = _files.get(), getattr(config, "_commit_hash", None)
+    if any(getattr(one, "quantization_config", None) is not None for one in (config, text_config)) or not model:
         return
-    file = cached_file(config._name_or_path, "hf_quant_config.json", revision=getattr(config, "_commit_hash", None), **_OPTIONAL)
+    if commit and config._name_or_path in ("", str(model)):
+        options = {**options, "revision": commit}
+    file = cached_file(model, "hf_quant_config.json", **options, **_OPTIONAL)
     if file is not None:
         config.quantization_config = {**read_json(Path(file)), "quant_method": "modelopt"}
 
