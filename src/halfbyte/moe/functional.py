@@ -6,28 +6,23 @@ Under torch.compile it is one op, `halfbyte::fused_moe` of `moe.ops`, which the 
 from __future__ import annotations
 
 import functools
-import reprlib
 from collections.abc import Hashable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 
-from halfbyte.arguments import check_integers, check_tensors, check_type, check_writable
+from halfbyte.arguments import check_integers, check_type
 from halfbyte.device import Target, current
 from halfbyte.errors import InputError, UnsupportedError
 from halfbyte.experts import ExpertMap
-from halfbyte.formats import Fp8Tensor, QuantTensor
 from halfbyte.formats.activation_formats import ActivationFormat, check_activations
 from halfbyte.kernels import tuned
-from halfbyte.kernels.problem import Hidden, Problem, Size, layer_problem, quantized_format
+from halfbyte.kernels.problem import Hidden, Problem, Size, layer_problem
 from halfbyte.kernels.table import KernelChoice, choose
 from halfbyte.kernels.workspace import Workspace, lend
+from halfbyte.moe.checks import check_call, check_known_ids, check_prepared, resolve_config, resolve_map
 from halfbyte.weights import PreparedExperts
 from halfbyte.weights.layouts import Storage
-
-IDS, FLOATS = (torch.int32, torch.int64), (torch.bfloat16, torch.float16, torch.float32)
-_FROM_FIRST = ExpertMap()  # to make one takes the host longer than a look at it
-_BLOCK_OF_ACTIVATIONS = {"nvfp4": 16, "mxfp8": 32}
 
 
 class Call(NamedTuple):
@@ -123,7 +118,7 @@ def fused_moe(
         check_type("fused_moe", Workspace, workspace=workspace)
     call = Call(experts.layout, experts.target, activations, bool(batch_invariant), backend, config, expert_map)
     if check_ids:
-        _check_ids(topk_ids, experts.storage, expert_map)
+        check_known_ids(topk_ids, experts.storage, expert_map)
     with lend(workspace):
         result = run(hidden, experts.storage, topk_ids, topk_weights, call, out)
     if result.requires_grad or not torch.is_grad_enabled():  # plain torch has a gradient
@@ -176,14 +171,12 @@ def run(
     hidden: Hidden, experts: Storage, topk_ids: torch.Tensor, topk_weights: torch.Tensor, call: Call, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """`fused_moe` with the prepared experts in parts."""
-    check(hidden, experts, topk_ids, topk_weights, call.activations, out)
+    check_call(hidden, experts, topk_ids, topk_weights, call.activations, out)
     problem = layer_problem("fused_moe", experts, call.target, call.layout, call.activations, hidden, batch_invariant=call.batch_invariant)
     if call.backend is not None:
         check_type("fused_moe", str, backend=call.backend)
     kernel = choose(problem, call.backend)
-    if call.config is not None:
-        check_config(call.config, kernel.configs(problem), "fused_moe")
-    config = kernel.choose_config(problem, Size(*topk_ids.shape)) if call.config is None else call.config
+    config = resolve_config(call.config, kernel, problem, Size(*topk_ids.shape), "fused_moe")
     if tuned.seen is not None:
         tuned.seen.add((problem, topk_ids.shape[1]))
     if not call.expert_map.is_slice:
@@ -191,97 +184,3 @@ def run(
     options = {"activations": call.activations, "expert_offset": call.expert_map.first, "batch_invariant": call.batch_invariant}
     with current(experts.device):
         return kernel.run(hidden, experts, topk_ids, topk_weights, out=out, config=config, **options)
-
-
-def resolve_map(experts: Storage, expert_map: ExpertMap | None, expert_offset: int | None, where: str) -> ExpertMap:
-    """The map of a call, by default what the weights say. Raises InputError where both are given, or one is something else."""
-    if expert_map is None:
-        if expert_offset is None and experts.first_expert == 0:
-            return _FROM_FIRST
-        return ExpertMap(experts.first_expert if expert_offset is None else expert_offset)
-    check_type(where, ExpertMap, expert_map=expert_map)
-    if expert_offset is not None:
-        raise InputError("two ways to say which experts are held here", where=where, given="expert_map= and expert_offset=", needed="one of the two")
-    return expert_map
-
-
-def check_config(config: object, configs: tuple[Hashable, ...], where: str) -> None:
-    """Raise InputError for what is no configuration of the kernel that has `configs`."""
-    if type(config) not in {type(known) for known in configs}:
-        needed = f"None, or one like {configs[0]!r}" if configs else "None: this kernel has no configurations"
-        raise InputError("config does not fit", where=where, given=reprlib.repr(config), needed=needed)
-
-
-def _check_ids(topk_ids: torch.Tensor, experts: Storage, expert_map: ExpertMap) -> None:
-    in_layer = cast(int, experts.num_global_experts)  # as far as the weights know, which may have been made without the others
-    num_experts = max(in_layer, expert_map.first + experts.num_experts) if expert_map.copies is None else len(expert_map.copies)
-    check_tensor("topk_ids", topk_ids, IDS, None, None, experts.device)
-    wrong = topk_ids[(topk_ids < -1) | (topk_ids >= num_experts)]
-    if wrong.numel():
-        raise InputError("ids name no expert", where="fused_moe", given=wrong.unique()[:8].tolist(), needed=f"0 .. {num_experts - 1}, or -1 for none")
-
-
-def check_prepared(experts: object, where: str) -> None:
-    if not isinstance(experts, PreparedExperts):
-        given = type(experts).__name__
-        raise InputError("experts are not prepared", where=where, given=given, needed="PreparedExperts", next_step="call halfbyte.prepare(w)")
-
-
-def check(hidden: Hidden, experts: Storage, topk_ids: torch.Tensor, topk_weights: torch.Tensor, activations: str, out: torch.Tensor | None) -> None:
-    """Raise what `fused_moe` raises for arguments that do not fit `experts`."""
-    device, num_columns = experts.device, experts.hidden
-    num_tokens = check_hidden(hidden, experts, "fused_moe")
-    check_tensor("topk_ids", topk_ids, IDS, num_tokens, None, device)
-    check_tensor("topk_weights", topk_weights, FLOATS, num_tokens, topk_ids.shape[1], device)
-    if out is not None:
-        dtype = hidden.dtype if isinstance(hidden, torch.Tensor) else torch.bfloat16
-        check_tensor("out", out, (dtype, torch.float32), num_tokens, num_columns, device)
-        check_writable("fused_moe", out)
-    check_activations(activations, "fused_moe")
-    block = _BLOCK_OF_ACTIVATIONS.get(activations, 1)
-    if num_columns % block or experts.intermediate % block:
-        given = f"hidden {num_columns}, intermediate {experts.intermediate}"
-        raise InputError(f"activations do not divide into {activations} blocks", where="fused_moe", given=given, needed=f"multiples of {block}")
-
-
-def check_hidden(hidden: Hidden, experts: Storage, where: str, num_tokens: int | None = None) -> int:
-    """The number of tokens of hidden states that fit the experts; InputError where they do not, or are not `num_tokens`."""
-    if isinstance(hidden, torch.Tensor):
-        check_tensor("hidden", hidden, FLOATS, num_tokens, experts.hidden, experts.device, where)
-        return hidden.shape[0]
-    if not isinstance(hidden, QuantTensor | Fp8Tensor):
-        needed = "torch.Tensor, QuantTensor or Fp8Tensor"
-        raise InputError("hidden is no tensor", where=where, given=type(hidden).__name__, needed=needed)
-    quantized_format(hidden, where)
-    num_columns = hidden.codes.shape[-1] * (2 if isinstance(hidden, QuantTensor) else 1)
-    fits = hidden.codes.ndim == 2 and num_columns == experts.hidden and num_tokens in (None, hidden.codes.shape[0])
-    if not fits or hidden.codes.device != experts.device:
-        given = f"{type(hidden).__name__} of {tuple(hidden.codes.shape)} codes on {hidden.codes.device}"
-        needed = f"[{'any' if num_tokens is None else num_tokens}, {experts.hidden}] on {experts.device}"
-        raise InputError("hidden does not fit", where=where, given=given, needed=needed)
-    return hidden.codes.shape[0]
-
-
-def check_tensor(
-    name: str,
-    tensor: torch.Tensor,
-    dtypes: tuple[torch.dtype, ...],
-    num_rows: int | None,
-    num_columns: int | None,
-    device: torch.device,
-    where: str = "fused_moe",
-) -> None:
-    """Raise InputError unless `tensor` is [num_rows, num_columns], None for any number, of one of the dtypes, on the device."""
-    if not isinstance(tensor, torch.Tensor):
-        check_tensors(where, **{name: tensor})
-    shape = tensor.shape
-    fits = len(shape) == 2 and num_rows in (None, shape[0]) and num_columns in (None, shape[1])
-    if fits and tensor.dtype in dtypes and tensor.device == device and tensor.layout == torch.strided:
-        return
-    sizes = ", ".join("any" if size is None else str(size) for size in (num_rows, num_columns))
-    raise InputError(
-        f"{name} does not fit",
-        where=where,
-        given=f"{tensor.dtype} {tuple(shape)} on {tensor.device}" + ("" if tensor.layout == torch.strided else f", {tensor.layout}"),
-        needed=f"{' or '.join(map(str, dict.fromkeys(dtypes)))} [{sizes}] on {device}",
-    )

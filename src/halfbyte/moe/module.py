@@ -15,7 +15,8 @@ from halfbyte.errors import InputError, UnsupportedError
 from halfbyte.formats.activation_formats import ActivationFormat, check_activations
 from halfbyte.loading import load_prepared
 from halfbyte.loading.prepared import CacheUse
-from halfbyte.moe.functional import check_prepared, fused_moe
+from halfbyte.moe.checks import check_prepared
+from halfbyte.moe.functional import fused_moe
 from halfbyte.moe.parallel import ExpertParallel
 from halfbyte.moe.routing import Routing, invariant_linear, route
 from halfbyte.moe.warm import warm_up

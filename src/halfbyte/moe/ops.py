@@ -16,6 +16,7 @@ from halfbyte.device import Target
 from halfbyte.errors import UnsupportedError
 from halfbyte.experts import ExpertMap
 from halfbyte.moe import functional, routing
+from halfbyte.moe.checks import check_call
 from halfbyte.weights.description import rebuild
 
 _ARGUMENTS = (
@@ -59,7 +60,7 @@ def _check(
     hidden: torch.Tensor, tensors: Sequence[torch.Tensor], description: str, layout: str, topk_ids: torch.Tensor, topk_weights: torch.Tensor,
     activations: str, *others: Any, out: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
-    functional.check(hidden, rebuild(description, tensors), topk_ids, topk_weights, activations, out)
+    check_call(hidden, rebuild(description, tensors), topk_ids, topk_weights, activations, out)
 
 
 @torch.library.custom_op(

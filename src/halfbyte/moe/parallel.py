@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from halfbyte.arguments import check_integers, check_name, check_tensors, check_type, check_writable
+from halfbyte.arguments import check_integers, check_name, check_tensors, check_type
 from halfbyte.distributed.collectives import all_gatherv, as_sizes, check_sizes, gather_equal
 from halfbyte.distributed.costs import Costs, cheapest
 from halfbyte.distributed.failures import backend_of, naming_the_failed, ranks_of, tell_others
@@ -31,7 +31,8 @@ from halfbyte.experts import ExpertMap, id_lists
 from halfbyte.formats import Fp8Tensor, QuantTensor
 from halfbyte.formats.activation_formats import ActivationFormat, check_activations
 from halfbyte.kernels.problem import Hidden
-from halfbyte.moe.functional import FLOATS, IDS, check_prepared, check_tensor, fused_moe
+from halfbyte.moe.checks import FLOATS, IDS, check_prepared, check_sums, check_tensor
+from halfbyte.moe.functional import fused_moe
 from halfbyte.weights import PreparedExperts
 
 logger = logging.getLogger(__name__)
@@ -212,10 +213,7 @@ class ExpertParallel:
         rows = sent.sizes[self.rank]
         if out is None:
             out = partial.new_empty((rows, partial.shape[1]), dtype=sent.dtype)
-        check_tensor("out", out, FLOATS, rows, partial.shape[1], self.device, "combine")
-        check_writable("combine", out)
-        if not out.is_contiguous():
-            raise InputError("out is not contiguous", where="combine", given=out.stride(), needed="rows one after another")
+        check_sums(out, rows, partial.shape[1], self.device, "combine")
         self.transports[sent.transport].combine(partial.contiguous(), sent.sizes, self.combine_dtype, out)
         return out
 

@@ -11,15 +11,14 @@ from dataclasses import dataclass
 
 import torch
 
-from halfbyte.arguments import check_type, check_writable, dense_rows
+from halfbyte.arguments import check_type, dense_rows
 from halfbyte.device import Target, current
-from halfbyte.errors import InputError
 from halfbyte.experts import ExpertMap
 from halfbyte.formats.activation_formats import ActivationFormat, check_activations
 from halfbyte.kernels.problem import Hidden, Problem, Size, layer_problem
 from halfbyte.kernels.table import choose
 from halfbyte.kernels.work_list import WorkList
-from halfbyte.moe.functional import FLOATS, IDS, check_config, check_hidden, check_prepared, check_tensor, resolve_map
+from halfbyte.moe.checks import FLOATS, IDS, check_hidden, check_prepared, check_sums, check_tensor, resolve_config, resolve_map
 from halfbyte.weights import PreparedExperts
 
 
@@ -66,9 +65,7 @@ def sort(
     size = Size(*topk_ids.shape)
     problem = layer_problem("expert_rows", experts.storage, experts.target, experts.layout, activations)
     kernel = choose(problem)
-    if config is not None:
-        check_config(config, kernel.configs(problem), "sort")
-    config = kernel.choose_config(problem, size) if config is None else config
+    config = resolve_config(config, kernel, problem, size, "sort")
     max_rows = max(1, topk_ids.numel()) if config is None else config.max_rows  # type: ignore[attr-defined]  # every configuration of a layer has it
     if not expert_map.is_slice:
         topk_ids = expert_map.local(topk_ids)
@@ -125,9 +122,6 @@ def combine(rows: torch.Tensor, slots: SortedSlots, topk_weights: torch.Tensor, 
     check_tensor("topk_weights", topk_weights, FLOATS, slots.num_tokens, slots.top_k, rows.device, "combine")
     if out is None:
         out = torch.empty((slots.num_tokens, rows.shape[1]), dtype=torch.bfloat16, device=rows.device)
-    check_tensor("out", out, FLOATS, slots.num_tokens, rows.shape[1], rows.device, "combine")
-    check_writable("combine", out)
-    if not out.is_contiguous():
-        raise InputError("out is not contiguous", where="combine", given=out.stride(), needed="rows one after another")
+    check_sums(out, slots.num_tokens, rows.shape[1], rows.device, "combine")
     with current(rows.device):
         return choose(Problem("combine", Target.of(rows.device))).run(rows.contiguous(), slots.work.row_of_slot, topk_weights.contiguous(), out)

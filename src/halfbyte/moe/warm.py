@@ -17,7 +17,7 @@ from halfbyte.errors import HalfbyteError, InputError
 from halfbyte.formats.activation_formats import ActivationFormat, check_activations
 from halfbyte.kernels.problem import Problem, Size, layer_problem
 from halfbyte.kernels.table import KernelChoice, choose
-from halfbyte.moe.functional import check, check_prepared
+from halfbyte.moe.checks import check_call, check_prepared
 from halfbyte.weights import PreparedExperts
 
 WARM: set[Hashable] = set()  # the calls, of layers of one kind, whose kernels this process has
@@ -137,7 +137,7 @@ class _Kind(NamedTuple):
 
     def jobs(self, key: Hashable, max_tokens: int) -> list[_Job]:
         hidden, storage, ids, weights = self.tensors(1)
-        check(hidden, storage, ids, weights, self.activations, None)
+        check_call(hidden, storage, ids, weights, self.activations, where="warm_up")
         experts = self.experts
         problem = layer_problem(
             "fused_moe", experts.storage, experts.target, experts.layout, self.activations, hidden, batch_invariant=self.batch_invariant
