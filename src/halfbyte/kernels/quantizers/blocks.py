@@ -19,7 +19,8 @@ least of three integers. MXFP4 divides by a power of two, which one multiplicati
 ASM False is the same in plain Triton, for the interpreter, which has no inline assembly and rounds an fma twice.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Hashable, Sequence
 
 import triton
 import triton.language as tl
@@ -35,7 +36,13 @@ _INFINITY = tl.constexpr(float("inf"))
 
 def converts_e4m3() -> bool:
     """NATIVE of these kernels: whether the current GPU has instructions for e4m3 (compute capability 8.9)."""
-    return not INTERPRETED and triton.runtime.driver.active.get_current_target().arch >= 89
+    return not INTERPRETED and _capability(triton.runtime.driver.active.get_current_device()) >= 89
+
+
+@functools.cache
+def _capability(current_device: Hashable) -> int:
+    """90 for 9.0. Triton asks torch for all properties of the device, at every call."""
+    return triton.runtime.driver.active.get_current_target().arch
 
 
 def _unpack(dtype: str, word: str, low: str, high: str) -> str:
