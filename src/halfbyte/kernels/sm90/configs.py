@@ -159,12 +159,12 @@ PREFILL_FP8 = (FP8_TINY, FP8_WIDE, FP8_SMALL, FP8_MEDIUM, FP8_LARGE, FP8_HUGE)
 _NAMES = {value: name for name, value in globals().items() if isinstance(value, DecodeConfig | PrefillConfig)}
 
 # The largest average of rows per expert that each serves, raced with three routings (docs/tuning.md). The host does not know how a call is routed:
-# where routings want different tiles, the rule takes what loses least. So from 16 to 24 rows SMALL and FP8_WIDE serve, 4 and 3 % slower than TINY and
-# FP8_TINY if all experts are alike, 5 and 8 % faster with Zipf. From 24 to 38 rows FP8_WIDE takes 0.5 % less than FP8_SMALL, 2 to 5 % less on another
-# card. Of eight experts (Mixtral) the hot one has more than two of its tiles: 18 % more with Zipf at 30 rows, with one expert at 20, and nothing less
-# otherwise. With 32 experts it loses nothing; between them none was raced. Between 320 and 448 rows an expert has three items of about 128 for LARGE,
-# two of about 192 for FP8_LARGE: 2 and 5 % faster than two of HUGE or FP8_HUGE.
-LIMITS_INVARIANT = ((16, TINY), (56, SMALL), (80, MEDIUM), (150, LARGE), (320, HUGE), (448, LARGE), (math.inf, HUGE))
+# where routings want different tiles, the rule takes what loses least. So from 16 to 24 rows TINY serves, 7 % faster than SMALL if all experts are
+# alike, 2 % slower with Zipf, and FP8_WIDE, 3 % slower than FP8_TINY and 7 % faster with Zipf (means of 13 models, H200, 2026-12-01). From 24 to 38
+# rows FP8_WIDE takes 1.6 % less than FP8_SMALL, 2 to 5 % less on another card. Of eight experts (Mixtral) the hot one has more than two of its tiles:
+# 17 % more with Zipf at 30 rows, and nothing less otherwise. With 32 experts it loses nothing; between them none was raced. Between 320 and 448 rows
+# an expert has three items of about 128 for LARGE, two of about 192 for FP8_LARGE: 2 and 5 % faster than two of HUGE or FP8_HUGE.
+LIMITS_INVARIANT = ((24, TINY), (56, SMALL), (80, MEDIUM), (150, LARGE), (320, HUGE), (448, LARGE), (math.inf, HUGE))
 LIMITS = ((4.5, DECODE), *LIMITS_INVARIANT)
 LIMITS_FP8 = (
     (16, FP8_TINY), (38, FP8_WIDE), (84, FP8_SMALL), (112, FP8_MEDIUM), (176, FP8_LARGE), (320, FP8_HUGE), (448, FP8_LARGE), (math.inf, FP8_HUGE),
