@@ -6,7 +6,7 @@ import functools
 import importlib
 import importlib.util
 import logging
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from halfbyte.device import Target
 from halfbyte.errors import UnsupportedError
 from halfbyte.kernels import tuned
 from halfbyte.kernels.problem import Problem, Provider, Size, Support
+from halfbyte.kernels.tuned import Table
 from halfbyte.weights.layouts import is_arranged_in_place
 
 logger = logging.getLogger(__name__)
@@ -88,6 +89,12 @@ def choose(problem: Problem, backend: str | None = None) -> KernelChoice:
     return replace(choice, choose_config=functools.lru_cache(_MAX_SIZES)(chooser), tables=tables)
 
 
+def use_tables(tables: Sequence[Table], *, alone: bool = False, shipped: bool = True) -> None:
+    """Choose by these tables from now on: `tuned.take`, and what was chosen before is forgotten."""
+    tuned.take(tables, alone=alone, shipped=shipped)
+    choose.cache_clear()
+
+
 def choose_untuned(problem: Problem, backend: str | None = None) -> KernelChoice:
     """`choose` without a look into tables."""
     candidates = support(problem)
@@ -124,8 +131,9 @@ def wanted_layout(problem: Problem, *, in_place: bool = False) -> tuple[str, str
 
 def _choice(name: str, module: str, reason: str) -> KernelChoice:
     provider = _load(module)
-    facts = [field.name for field in fields(KernelChoice)][2:-1]
-    return KernelChoice(name, reason, *(getattr(provider, fact) if hasattr(provider, fact) else getattr(Provider, fact) for fact in facts))
+    names = {field.name for field in fields(KernelChoice)} - {"name", "reason", "tables"}
+    facts: dict[str, Any] = {fact: getattr(provider, fact, getattr(Provider, fact, None)) for fact in names}
+    return KernelChoice(name, reason, **facts)
 
 
 def _reason(problem: Problem, answer: Support, backend: str | None) -> str:

@@ -17,7 +17,7 @@ import torch
 
 from halfbyte.errors import InputError
 from halfbyte.kernels import tuned
-from halfbyte.kernels.table import choose, choose_untuned
+from halfbyte.kernels.table import choose_untuned, use_tables
 from halfbyte.kernels.tuned import Table
 from halfbyte.tuning.layer import Layer, distinct
 from halfbyte.tuning.run import OnDevice, load, tune
@@ -65,8 +65,7 @@ def autotune(*, budget_s: float = math.inf, group: Any = None, again: bool = Fal
 def use_same(layers: list[Layer], tune_here: Callable[[], list[Table]], group: Any = None) -> None:
     """Let this process, or every rank of a group, use the tables that `tune_here` gives on the first rank. Two collectives on every rank, no more."""
     if group is None:
-        tuned.take(tune_here())
-        choose.cache_clear()
+        use_tables(tune_here())
         return
     import torch.distributed as dist
 
@@ -79,8 +78,7 @@ def use_same(layers: list[Layer], tune_here: Callable[[], list[Table]], group: A
     agreed = len(set(marks)) == 1
     if not agreed:
         logger.warning("ranks differ in software, tables of the package or GPU: all keep to the kernels' own rules")
-    tuned.take([Table.from_json(document, "the first rank") for document in json.loads(message[0])] if agreed else [], alone=True, shipped=agreed)
-    choose.cache_clear()
+    use_tables([Table.from_json(document, "the first rank") for document in json.loads(message[0])] if agreed else [], alone=True, shipped=agreed)
 
 
 def _tune_here(layers: list[Layer], budget_s: float, again: bool) -> list[Table]:
