@@ -92,19 +92,11 @@ def _two_codes(word, factor, divisor, inverse, DIVIDE: tl.constexpr, BF16: tl.co
 @triton.jit
 def _four_words(w, factor, divisor, inverse, DIVIDE: tl.constexpr, BF16: tl.constexpr, NATIVE: tl.constexpr, ASM: tl.constexpr):
     """Sixteen e4m3 codes of eight words of two elements."""
-    c0 = _two_codes(w[0], factor, divisor, inverse, DIVIDE, BF16, NATIVE, ASM) | (
-        _two_codes(w[1], factor, divisor, inverse, DIVIDE, BF16, NATIVE, ASM) << 16
-    )
-    c1 = _two_codes(w[2], factor, divisor, inverse, DIVIDE, BF16, NATIVE, ASM) | (
-        _two_codes(w[3], factor, divisor, inverse, DIVIDE, BF16, NATIVE, ASM) << 16
-    )
-    c2 = _two_codes(w[4], factor, divisor, inverse, DIVIDE, BF16, NATIVE, ASM) | (
-        _two_codes(w[5], factor, divisor, inverse, DIVIDE, BF16, NATIVE, ASM) << 16
-    )
-    c3 = _two_codes(w[6], factor, divisor, inverse, DIVIDE, BF16, NATIVE, ASM) | (
-        _two_codes(w[7], factor, divisor, inverse, DIVIDE, BF16, NATIVE, ASM) << 16
-    )
-    return c0, c1, c2, c3
+    words = ()
+    for i in tl.static_range(4):
+        low = _two_codes(w[2 * i], factor, divisor, inverse, DIVIDE, BF16, NATIVE, ASM)
+        words = words + (low | (_two_codes(w[2 * i + 1], factor, divisor, inverse, DIVIDE, BF16, NATIVE, ASM) << 16),)
+    return words
 
 
 @triton.jit

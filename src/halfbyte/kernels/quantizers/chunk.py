@@ -56,30 +56,17 @@ def _finished(
     SOURCE: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Eight words to quantise: x ("x"), the activation ("swiglu"), or x * factor * weights ("norm")."""
+    finished = ()
     if SOURCE == "swiglu":
-        w = (
-            swiglu(w[0], w[8], ALPHA, BETA, LIMIT, BF16, ASM),
-            swiglu(w[1], w[9], ALPHA, BETA, LIMIT, BF16, ASM),
-            swiglu(w[2], w[10], ALPHA, BETA, LIMIT, BF16, ASM),
-            swiglu(w[3], w[11], ALPHA, BETA, LIMIT, BF16, ASM),
-            swiglu(w[4], w[12], ALPHA, BETA, LIMIT, BF16, ASM),
-            swiglu(w[5], w[13], ALPHA, BETA, LIMIT, BF16, ASM),
-            swiglu(w[6], w[14], ALPHA, BETA, LIMIT, BF16, ASM),
-            swiglu(w[7], w[15], ALPHA, BETA, LIMIT, BF16, ASM),
-        )
-    if SOURCE == "norm":
+        for i in tl.static_range(8):
+            finished = finished + (swiglu(w[i], w[8 + i], ALPHA, BETA, LIMIT, BF16, ASM),)
+    elif SOURCE == "norm":
         v = load_words(weights, weight_mask)
-        w = (
-            normed(w[0], v[0], factor, BF16, ASM),
-            normed(w[1], v[1], factor, BF16, ASM),
-            normed(w[2], v[2], factor, BF16, ASM),
-            normed(w[3], v[3], factor, BF16, ASM),
-            normed(w[4], v[4], factor, BF16, ASM),
-            normed(w[5], v[5], factor, BF16, ASM),
-            normed(w[6], v[6], factor, BF16, ASM),
-            normed(w[7], v[7], factor, BF16, ASM),
-        )
-    return w
+        for i in tl.static_range(8):
+            finished = finished + (normed(w[i], v[i], factor, BF16, ASM),)
+    else:
+        finished = w
+    return finished
 
 
 @triton.jit

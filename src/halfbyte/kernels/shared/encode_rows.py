@@ -66,16 +66,10 @@ def _e4m3_word(word, factor, divisor, inverse, scale, DIVIDE: tl.constexpr, BF16
 
 @triton.jit
 def _e4m3_words(w, factor, divisor, inverse, scale, DIVIDE: tl.constexpr, BF16: tl.constexpr, NATIVE: tl.constexpr, ASM: tl.constexpr):
-    return (
-        _e4m3_word(w[0], factor, divisor, inverse, scale, DIVIDE, BF16, NATIVE, ASM),
-        _e4m3_word(w[1], factor, divisor, inverse, scale, DIVIDE, BF16, NATIVE, ASM),
-        _e4m3_word(w[2], factor, divisor, inverse, scale, DIVIDE, BF16, NATIVE, ASM),
-        _e4m3_word(w[3], factor, divisor, inverse, scale, DIVIDE, BF16, NATIVE, ASM),
-        _e4m3_word(w[4], factor, divisor, inverse, scale, DIVIDE, BF16, NATIVE, ASM),
-        _e4m3_word(w[5], factor, divisor, inverse, scale, DIVIDE, BF16, NATIVE, ASM),
-        _e4m3_word(w[6], factor, divisor, inverse, scale, DIVIDE, BF16, NATIVE, ASM),
-        _e4m3_word(w[7], factor, divisor, inverse, scale, DIVIDE, BF16, NATIVE, ASM),
-    )
+    words = ()
+    for i in tl.static_range(8):
+        words = words + (_e4m3_word(w[i], factor, divisor, inverse, scale, DIVIDE, BF16, NATIVE, ASM),)
+    return words
 
 
 @triton.jit
@@ -107,16 +101,9 @@ def _encode(
             scale = nvfp4_scale_of_row(w, BF16)
         byte, low, high = nvfp4_block(w, prepare_global(scale, 6.0, ASM), BF16, False, NATIVE, ASM)
         block_scale = _e4m3_float(byte)
-        e = (
-            _e2m1_word(low, block_scale, ASM),
-            _e2m1_word(low >> 8, block_scale, ASM),
-            _e2m1_word(low >> 16, block_scale, ASM),
-            _e2m1_word(low >> 24, block_scale, ASM),
-            _e2m1_word(high, block_scale, ASM),
-            _e2m1_word(high >> 8, block_scale, ASM),
-            _e2m1_word(high >> 16, block_scale, ASM),
-            _e2m1_word(high >> 24, block_scale, ASM),
-        )
+        e = ()
+        for i in tl.static_range(8):
+            e = e + (_e2m1_word((low if i < 4 else high) >> 8 * (i % 4), block_scale, ASM),)
         tl.store(scales_ptr + row, scale)
     elif FORMAT == "mxfp8":
         byte, factor = mx_scales_of_row(w, GROUPS, BF16, ASM)
