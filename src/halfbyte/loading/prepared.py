@@ -68,8 +68,8 @@ def prepare(
         scale_check: for many layers, one of `ScaleChecks`: the host then does not wait for the check of the scales, and `ScaleChecks.wait` raises.
 
     Raises:
-        InputError: no such layout, policy or activations; the layout does not hold these weights; a scale is negative or not finite; in place on
-            another device. Nothing was written to `w`.
+        InputError: no such layout, policy or activations; the layout does not hold these weights; a scale is negative or not finite, input scales
+            are all zero; in place on another device. Nothing was written to `w`.
         UnsupportedError: the layout is not arranged in place. Nothing was written to `w`.
 
     >>> w13, w2 = torch.randn(4, 64, 32), torch.randn(4, 32, 32)
