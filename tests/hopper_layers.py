@@ -25,7 +25,7 @@ def in_turns(names: Iterable[str], tails: Iterable[tuple[int, int]]) -> list[tup
     A kernel has the same format with the same tail in every test, so that tests share what is compiled.
 
     >>> in_turns(["tiny", "large"], [(256, 128), (2880, 96)])
-    [('tiny', NVFP4, 256, 128), ('tiny', MXFP4, 2880, 96), ('large', MXFP4, 256, 128), ('large', NVFP4, 2880, 96)]
+    [('tiny', MXFP4, 256, 128), ('tiny', NVFP4, 2880, 96), ('large', NVFP4, 256, 128), ('large', MXFP4, 2880, 96)]
     """
     formats, number = (hb.NVFP4, hb.MXFP4), {name: i for i, name in enumerate(configs())}
     return [(name, formats[(number[name.lower()] + j) % 2], *tail) for name in names for j, tail in enumerate(tails)]
