@@ -31,9 +31,13 @@ def test_tensors_in_a_tuple_and_beside_one_are_told_apart_by_dtype_and_alignment
     assert len(compiled) == 5  # all but the second, whose tensors are like those of the first
 
 
-def test_a_parameter_is_launched_as_the_tensor_that_it_is() -> None:
+class Kind(torch.Tensor):
+    pass
+
+
+def test_a_parameter_and_a_subclass_are_launched_as_the_tensor_that_they_are() -> None:
     x, halves = torch.empty(32), torch.empty(32, dtype=torch.bfloat16)
     with compiling(90) as compiled:
-        for other in (x, torch.nn.Parameter(x), torch.nn.Parameter(halves)):
+        for other in (x, torch.nn.Parameter(x), torch.nn.Parameter(halves), x.as_subclass(Kind)):
             launch(_copy, (1, 1, 1), ((x, x), other), (16,))
     assert len(compiled) == 2

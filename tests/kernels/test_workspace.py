@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -53,6 +56,17 @@ def test_the_same_objects_serve_calls_that_ask_for_the_same_and_what_did_not_fit
     large = call(3000)[0]
     assert call(3000)[0] is not large and large[1].data_ptr() != call(3000)[0][1].data_ptr()
     assert pair(8) is not pair(8)  # no workspace
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda workspace: pickle.loads(pickle.dumps(workspace))], ids=["deepcopy", "pickle"])
+def test_a_copy_has_memory_of_its_own(copied: Callable[[hb.Workspace], hb.Workspace]) -> None:
+    workspace = buffer(4096)
+    with lend(workspace):
+        scratch((8,), torch.float32, torch.device("cpu")).fill_(1)
+    other = copied(workspace)
+    with lend(other):
+        scratch((8,), torch.float32, torch.device("cpu")).fill_(2)
+    assert workspace.buffer[:32].view(torch.float32).tolist() == [1.0] * 8 and other.buffer[:32].view(torch.float32).tolist() == [2.0] * 8
 
 
 @pytest.mark.parametrize("given", [torch.empty(8), torch.empty((2, 8), dtype=torch.uint8), torch.empty(16, dtype=torch.uint8)[::2]])

@@ -47,7 +47,7 @@ def _describe(arguments: tuple[Any, ...], key: list[Any]) -> None:
     """Append what the compiled kernel depends on."""
     for argument in arguments:
         kind = type(argument)
-        if kind is Tensor:
+        if isinstance(argument, Tensor):
             key.append(argument.dtype)
             if argument.data_ptr() & 15:
                 key.append("not aligned")
@@ -57,7 +57,5 @@ def _describe(arguments: tuple[Any, ...], key: list[Any]) -> None:
             key.append(id(argument.layout))  # of `tma_descriptor`, which has one for each kind of block
         elif isinstance(argument, tuple):
             _describe(argument, key)
-        elif isinstance(argument, Tensor):  # a Parameter, say
-            _describe((argument.data,), key)
         else:
             key.append(argument)

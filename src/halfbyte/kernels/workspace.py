@@ -45,6 +45,10 @@ class Workspace:
         self._used = self._missed = 0
         self._kept: dict[Hashable, tuple[Any, int]] = {}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy has a buffer of its own, and nothing that was made in this one."""
+        return Workspace, (self.buffer,)
+
     @property
     def nbytes(self) -> int:
         return self.buffer.numel()

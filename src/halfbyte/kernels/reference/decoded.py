@@ -40,7 +40,7 @@ class _Kept:
         self._of_weight: dict[int, tuple[object, dict[int, torch.Tensor]]] = {}  # by id; the weight itself, so that the id stays its own
 
     def matrices(self, weight: QuantTensor | torch.Tensor, experts: Sequence[int]) -> Sequence[torch.Tensor]:
-        _, kept = self._of_weight.setdefault(id(weight), (weight, {}))
+        _, kept = self._of_weight.get(id(weight), (weight, {}))
         missing = [expert for expert in experts if expert not in kept]
         if not missing:
             return [kept[expert] for expert in experts]
@@ -48,7 +48,7 @@ class _Kept:
         made = dict(zip(missing, decoded, strict=True))
         if decoded.nbytes <= self._bytes_left:
             self._bytes_left -= decoded.nbytes
-            kept.update(made)
+            self._of_weight[id(weight)] = weight, kept | made
         return [made[expert] if expert in made else kept[expert] for expert in experts]
 
 

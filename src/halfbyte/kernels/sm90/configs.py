@@ -171,7 +171,8 @@ LIMITS_FP8 = (
 )  # fmt: skip
 MIN_EXPERTS_WIDE = 16
 # Where an expert has so many weights. MICRO instead of DECODE, with 3 rows per expert on average, takes 3 % less to 2 % more, with Zipf 7 to 15 %
-# less; instead of TINY, with 4 to 8 rows, 7 % less to as long. With smaller experts tiles are too short: Qwen3-30B takes 5 % more (H200, 2026-12-01).
+# less; instead of TINY, with 4 to 8 rows, 7 % less to 1 % more, with Mixtral 3 % more. Smaller experts have tiles that are too short: Qwen3-30B takes
+# 5 % more (H200, 2026-12-01).
 LIMITS_MICRO = ((2.5, DECODE), (8.5, MICRO), *LIMITS_INVARIANT)
 MIN_WEIGHTS_MICRO = 20e6
 

@@ -14,7 +14,7 @@ would, and costs more (docs/kernels.md).
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
-from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from halfbyte.kernels.sm90.operands import RUN, accumulator_layout, decode_tile, decode_tiles, load_run, load_tile
 
@@ -69,7 +69,8 @@ def _multiply_run_by_warps(
     accumulators, tiles, x, w, x_count, w_count, decodings, is_followed, SPEC: gl.constexpr, CONSUMER: gl.constexpr, COUNT: gl.constexpr,
     SIZE: gl.constexpr,
 ):  # fmt: skip
-    """One ring; `tiles` as if WORDS_AHEAD. Between the last loads of a stage and its way back is a wait, before which ptxas keeps their products."""
+    """One ring; `tiles` as if WORDS_AHEAD. ptxas keeps the products between the loads of a stage and its way back where a branch follows them. At the
+    end of K none does, and a fence waits for the loads."""
     ROW_TILES: gl.constexpr = SPEC.row_tiles_per_consumer
     W_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, WARP_LAYOUT, 2)
     X_LAYOUT: gl.constexpr = gl.DotOperandLayout(1, WARP_LAYOUT, 2)
@@ -84,6 +85,8 @@ def _multiply_run_by_warps(
     following = w_count.next()
     if is_followed:
         w.wait(following)
+    if COUNT < RUN:
+        fence_async_shared()
     w.give_back(stage)
     if is_followed:
         tiles = load_run(w, following.stage(), SPEC, CONSUMER)
