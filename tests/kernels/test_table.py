@@ -7,6 +7,7 @@ import inspect
 import logging
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ import halfbyte as hb
 from halfbyte.errors import InputError, UnsupportedError
 from halfbyte.kernels import table
 from halfbyte.kernels.problem import Problem, Size, Support
+from halfbyte.kernels.sm90 import configs
 from halfbyte.kernels.table import PROVIDERS, choose, support, wanted_layout
+from halfbyte.moe.checks import config_of_sorted, resolve_config
 
 CPU = hb.Target.of("cpu")
 HOPPER = hb.Target("NVIDIA H200", "sm_90", 132, 50 << 20, 4600.0)
@@ -158,6 +161,35 @@ def test_a_given_configuration_reaches_the_kernel(monkeypatch):
     assert seen == ["a tile"]
     with pytest.raises(InputError, match=r"config does not fit \(given 3; needed None, or one like 'another'"):
         hb.fused_moe(*arguments, config=3)
+
+
+@pytest.mark.parametrize(
+    ("config", "size", "facts", "needed"),
+    [
+        (configs.MICRO, Size(64, 8), {"batch_invariant": True}, "with batch_invariant, None or one of PrefillConfig"),
+        (configs.DECODE, Size(64, 8), {"batch_invariant": True}, "with batch_invariant, None or one of PrefillConfig"),
+        (configs.FP8_SMALL, Size(64, 8), {}, "one for fused_moe of 64 tokens with bf16 activations"),
+        (configs.FP8_SMALL, Size(64, 8), {"activations": "fp8", "quantized": "nvfp4"}, "one for fused_moe of 64 tokens with fp8 activations"),
+        (configs.DIRECT, Size(64, 8), {}, "one for fused_moe of 64 tokens with bf16 activations"),
+    ],
+)
+def test_a_configuration_that_cannot_run_the_call_is_refused(config: Any, size: Size, facts: dict[str, Any], needed: str) -> None:
+    problem = Problem("fused_moe", HOPPER, hb.NVFP4, "hopper", "bf16", torch.bfloat16, **LAYER)._replace(**facts)
+    with pytest.raises(InputError, match=needed):
+        resolve_config(config, choose(problem), problem, size, "fused_moe")
+    fits = choose(problem).choose_config(problem, size)
+    assert resolve_config(fits, choose(problem), problem, size, "fused_moe") is fits
+
+
+@pytest.mark.parametrize("quantized", [None, "fp8", "nvfp4", "mxfp8"])
+@pytest.mark.parametrize("num_tokens", [4, 60, 300, 900, 4000, 40000])
+def test_rows_are_multiplied_in_tiles_that_hold_as_many_whatever_format_they_come_in(quantized: str | None, num_tokens: int) -> None:
+    problem, size = Problem("expert_rows", HOPPER, hb.MXFP4, "hopper", "fp8", torch.bfloat16, **LAYER), Size(num_tokens, 8)
+    sorted_for = choose(problem).choose_config(problem, size)
+    problem = problem._replace(quantized=quantized)
+    config = config_of_sorted(sorted_for, choose(problem), problem, size)
+    assert config in choose(problem).configs(problem) and config.max_rows >= sorted_for.max_rows
+    assert (config == sorted_for) == (quantized in (None, "fp8") or not configs.rounds_weights(sorted_for))
 
 
 @pytest.mark.parametrize(("op", "name"), [(op, name) for op, names in PROVIDERS.items() for name in names])

@@ -34,5 +34,6 @@ def ending_at_once() -> Iterator[None]:
 
 
 def _end(*_: object) -> None:
-    os.write(sys.stderr.fileno(), b"\nhalfbyte: interrupted\n")
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody may listen: a closed stream, or none
+        os.write(sys.stderr.fileno(), b"\nhalfbyte: interrupted\n")
     os._exit(INTERRUPTED)

@@ -132,7 +132,7 @@ def wanted_layout(problem: Problem, *, in_place: bool = False) -> tuple[str, str
 def _choice(name: str, module: str, reason: str) -> KernelChoice:
     provider = _load(module)
     names = {field.name for field in fields(KernelChoice)} - {"name", "reason", "tables"}
-    facts: dict[str, Any] = {fact: getattr(provider, fact, getattr(Provider, fact, None)) for fact in names}
+    facts: dict[str, Any] = {fact: getattr(provider if hasattr(provider, fact) else Provider, fact) for fact in names}
     return KernelChoice(name, reason, **facts)
 
 

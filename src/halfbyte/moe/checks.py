@@ -36,24 +36,42 @@ def resolve_map(experts: Storage, expert_map: ExpertMap | None, expert_offset: i
 
 
 def resolve_config(config: Hashable | None, kernel: KernelChoice, problem: Problem, size: Size, where: str) -> Hashable | None:
-    """The configuration of a call, by default the kernel's choice. Raises InputError for what is no configuration of this kernel."""
+    """The configuration of a call, by default the kernel's choice. Raises InputError for one that this kernel does not have or that cannot run the
+    call."""
     if config is None:
         return kernel.choose_config(problem, size)
     configs = kernel.configs(problem)
-    if type(config) not in {type(known) for known in configs}:
-        needed = f"None, or one like {configs[0]!r}" if configs else "None: this kernel has no configurations"
-        raise InputError("config does not fit", where=where, given=reprlib.repr(config), needed=needed)
-    return config
+    if not configs:
+        needed = "None: this kernel has no configurations"
+    elif problem.batch_invariant and config not in configs:
+        needed = f"with batch_invariant, None or one of {', '.join(map(repr, configs))}"
+    elif type(config) not in {type(known) for known in configs}:
+        needed = f"None, or one like {configs[0]!r}"
+    elif not kernel.takes(problem, size, config):
+        needed = f"None, or one for {problem.op} of {size.num_tokens} tokens with {problem.activations} activations"
+    else:
+        return config
+    raise InputError("config does not fit", where=where, given=reprlib.repr(config), needed=needed)
 
 
-def check_known_ids(topk_ids: torch.Tensor, experts: Storage, expert_map: ExpertMap) -> None:
+def config_of_sorted(config: Hashable | None, kernel: KernelChoice, problem: Problem, size: Size) -> Hashable | None:
+    """The configuration that rows were sorted for, before it was known what format they come in. Where it cannot multiply these, the one with the
+    smallest tiles that hold as many."""
+    if config is None or kernel.takes(problem, size, config):
+        return config
+    needed = config.max_rows  # type: ignore[attr-defined]  # every configuration of a layer has it
+    takes = [other for other in kernel.configs(problem) if other.max_rows >= needed and kernel.takes(problem, size, other)]  # type: ignore[attr-defined]
+    return min(takes, key=lambda other: other.max_rows)  # type: ignore[attr-defined]
+
+
+def check_known_ids(topk_ids: torch.Tensor, experts: Storage, expert_map: ExpertMap, where: str) -> None:
     """Raise InputError for ids that name no expert of the layer, other than -1. Waits for the device."""
     in_layer = cast(int, experts.num_global_experts)  # as far as the weights know, which may have been made without the others
     num_experts = max(in_layer, expert_map.first + experts.num_experts) if expert_map.copies is None else len(expert_map.copies)
-    check_tensor("topk_ids", topk_ids, IDS, None, None, experts.device, "fused_moe")
+    check_tensor("topk_ids", topk_ids, IDS, None, None, experts.device, where)
     wrong = topk_ids[(topk_ids < -1) | (topk_ids >= num_experts)]
     if wrong.numel():
-        raise InputError("ids name no expert", where="fused_moe", given=wrong.unique()[:8].tolist(), needed=f"0 .. {num_experts - 1}, or -1 for none")
+        raise InputError("ids name no expert", where=where, given=wrong.unique()[:8].tolist(), needed=f"0 .. {num_experts - 1}, or -1 for none")
 
 
 def check_prepared(experts: object, where: str) -> None:

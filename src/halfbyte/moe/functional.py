@@ -118,7 +118,7 @@ def fused_moe(
         check_type("fused_moe", Workspace, workspace=workspace)
     call = Call(experts.layout, experts.target, activations, bool(batch_invariant), backend, config, expert_map)
     if check_ids:
-        check_known_ids(topk_ids, experts.storage, expert_map)
+        check_known_ids(topk_ids, experts.storage, expert_map, "fused_moe")
     with lend(workspace):
         result = run(hidden, experts.storage, topk_ids, topk_weights, call, out)
     if result.requires_grad or not torch.is_grad_enabled():  # plain torch has a gradient

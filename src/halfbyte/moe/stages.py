@@ -18,7 +18,7 @@ from halfbyte.formats.activation_formats import ActivationFormat, check_activati
 from halfbyte.kernels.problem import Hidden, Problem, Size, layer_problem
 from halfbyte.kernels.table import choose
 from halfbyte.kernels.work_list import WorkList
-from halfbyte.moe.checks import FLOATS, IDS, check_hidden, check_prepared, check_sums, check_tensor, resolve_config, resolve_map
+from halfbyte.moe.checks import FLOATS, IDS, check_hidden, check_prepared, check_sums, check_tensor, config_of_sorted, resolve_config, resolve_map
 from halfbyte.weights import PreparedExperts
 
 
@@ -96,8 +96,10 @@ def expert_rows(hidden: Hidden, slots: SortedSlots, experts: PreparedExperts) ->
     if isinstance(hidden, torch.Tensor):
         hidden = dense_rows(hidden)
     problem = layer_problem("expert_rows", experts.storage, experts.target, experts.layout, slots.activations, hidden)
+    kernel = choose(problem)
+    config = config_of_sorted(slots.config, kernel, problem, Size(slots.num_tokens, slots.top_k))
     with current(experts.device):
-        return choose(problem).run(hidden, experts.storage, slots.work, activations=slots.activations, config=slots.config)
+        return kernel.run(hidden, experts.storage, slots.work, activations=slots.activations, config=config)
 
 
 def combine(rows: torch.Tensor, slots: SortedSlots, topk_weights: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:

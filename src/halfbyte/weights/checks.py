@@ -109,7 +109,7 @@ def check_scales(w: ExpertWeights, *, positive: bool = False) -> None:
         if bad:
             raise _unusable(f"{name} is not usable", bad, tensor, "finite scales > 0" if positive else "finite scales >= 0")
         if name.endswith("input_scale") and tensor.numel() and not _usable(_inverse_of_largest(tensor)):
-            raise _unusable(f"{name} is zero", tensor.numel(), tensor, "one that activations can be divided by")
+            raise _unusable(f"{name} is zero, or too small to divide by", tensor.numel(), tensor, "one that activations can be divided by")
 
 
 def check_same_kind(held: Any, arriving: Any) -> None:

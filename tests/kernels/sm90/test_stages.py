@@ -65,7 +65,11 @@ def test_other_hidden_states_with_fp8_activations_between_the_products(format: s
     tokens, ids, weights = make_tokens(num_tokens, 512, 8, 2)
     x = arrived(tokens, format)
     out = hb.fused_moe(x, hb.prepare(w, activations="fp8"), ids, weights, activations="fp8")
-    assert_close_rel(out, reference(x, w, ids, weights, activations="fp8"), token=3e-2, overall=1e-2)  # a code of h may fall on the other side
+    limits = {"token": 3e-2, "overall": 1e-2}  # a code of h may fall on the other side
+    assert_close_rel(out, reference(x, w, ids, weights, activations="fp8"), **limits)
+    prepared = hb.prepare(w, activations="fp8")
+    slots = sort(ids, prepared)  # for fp8 tensor cores, which these hidden states cannot meet
+    assert_close_rel(combine(expert_rows(x, slots, prepared), slots, weights), reference(x, w, ids, weights, activations="fp8"), **limits)
 
 
 @pytest.mark.parametrize("activations", ["bf16", "fp8"])

@@ -207,7 +207,9 @@ def choose_config(problem: Problem, size: Size) -> Config:
 
 
 def takes(problem: Problem, size: Size, config: Config) -> bool:
-    """Whether a configuration can run so many tokens."""
+    """Whether a configuration can run so many tokens, and rounds their hidden states to no other format than `problem` says."""
+    if rounds_weights(config):
+        return takes_fp8(problem)
     return config != DIRECT or (problem.op == "fused_moe" and size.num_tokens <= MAX_DIRECT_TOKENS and size.num_rows <= MAX_DIRECT_SLOTS)
 
 
