@@ -6,7 +6,7 @@ import argparse
 import sys
 import time
 
-EXAMPLE = 'halfbyte generate demo-output/nvfp4 "Mia has 12 apples and eats 5. How many are left?"'
+EXAMPLE = 'halfbyte generate demo-output/nvfp4 "Mia has 12 apples. Mia buys 5 bags of 7 apples each. How many apples does Mia have now?"'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
