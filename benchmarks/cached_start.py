@@ -174,6 +174,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--cold", action="store_true", help="drop the files from the system's page cache before each read")
     args = parser.parse_args()
+    if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no GPU here; --device cpu measures the files alone")
     checkpoint = args.dir / f"{args.name}-{args.layers}"
     if not checkpoint.exists():
         write_checkpoint(NAMED_SHAPES[args.name], args.layers, checkpoint)

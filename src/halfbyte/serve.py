@@ -165,13 +165,11 @@ def choose_engine(name: str) -> Engine:
     missing = engine.missing()
     if missing:
         next_step = f"run: {engine.install}"
-        raise UnsupportedError(
-            f"the engine {engine.name} cannot serve", where="halfbyte serve", given=f"no {', '.join(missing)}", next_step=next_step
-        )
+        raise UnsupportedError(f"the engine {engine.name} cannot serve", where="engine", given=f"no {', '.join(missing)}", next_step=next_step)
     if engine.plugin_group and not any(entry.value.startswith("halfbyte.") for entry in metadata.entry_points(group=engine.plugin_group)):
         raise UnsupportedError(
             f"{engine.name} does not see halfbyte",
-            where="halfbyte serve",
+            where="engine",
             given=f"no entry point of halfbyte in {engine.plugin_group}",
             next_step=f"install halfbyte, with pip, into the environment of {engine.name}",
         )

@@ -16,7 +16,7 @@ from halfbyte.cli.main import main
 from halfbyte.errors import InputError
 from halfbyte.kernels.tuned import read
 from halfbyte.tuning import report
-from halfbyte.tuning.plot import plot
+from halfbyte.tuning.plot import plot, rivals
 from halfbyte.tuning.run import load, tune
 from halfbyte.tuning.store import write_table
 
@@ -36,6 +36,14 @@ def test_the_summary_is_by_activations_and_routing(tmp_path: Path) -> None:
     assert all(f"| {race.bucket} | {race.num_tokens} | {race.default} | {race.taken} |" in report.render([table]) for race in races)
 
 
+def test_a_rival_is_judged_by_the_routing_that_suits_it_least(tmp_path: Path) -> None:
+    list(tune([layer()], Racing(), directory=tmp_path))
+    race = load([layer()], tmp_path)[0].layers[0].races[0]
+    times = {race.default: [10.0, 20.0], "other": [9.0, 24.0], "failed": []}
+    assert rivals(replace(race, times=times)) == {"other": 1.2}
+    assert rivals(replace(race, times={"other": [9.0, 24.0]})) == {}
+
+
 def test_nothing_raced_is_said() -> None:
     assert report.summary([]) == "no races"
 
@@ -47,6 +55,8 @@ def test_what_a_table_leaves_out_or_misnames_stops_no_report(tmp_path: Path) -> 
     odd = replace(known, key=replace(known.key, format="\x1b[2J"), ceilings={"read_gbps": 1.0})
     printed = report.render([replace(table, layers=(odd, replace(known, ceilings={"read_gbps": None}), replace(odd, ceilings=known.ceilings)))])
     assert printed.count("### ") == 3 and "\x1b" not in printed
+    plot([replace(table, layers=(odd, known))], tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(InputError, match="nothing to plot"):
         plot([replace(table, layers=())], tmp_path / "plot.png")
 

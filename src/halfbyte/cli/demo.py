@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from halfbyte.cli.parser import path
+from halfbyte.demo import QUESTION
 from halfbyte.errors import UnsupportedError
 
 EXAMPLE = "halfbyte demo --output my-demo"
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     print(
         f"\nDone in {time.perf_counter() - start:.0f} s. In {args.output}: nvfp4, mxfp4 (checkpoints), demo.png (the plot), demo.json (all numbers)."
     )
-    print(f'Next: halfbyte generate {args.output}/nvfp4 "Mia has 12 apples. Mia buys 5 bags of 7 apples each. How many apples does Mia have now?"')
+    print(f'Next: halfbyte generate {args.output}/nvfp4 "{QUESTION}"')
     return 0
 
 

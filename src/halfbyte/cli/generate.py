@@ -6,7 +6,9 @@ import argparse
 import sys
 import time
 
-EXAMPLE = 'halfbyte generate demo-output/nvfp4 "Mia has 12 apples. Mia buys 5 bags of 7 apples each. How many apples does Mia have now?"'
+from halfbyte.demo import QUESTION
+
+EXAMPLE = f'halfbyte generate demo-output/nvfp4 "{QUESTION}"'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

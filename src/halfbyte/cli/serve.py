@@ -10,6 +10,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from halfbyte.cli.engine_options import add_engine_options
+from halfbyte.demo import QUESTION
 
 if TYPE_CHECKING:
     from halfbyte.serve import Launch
@@ -76,6 +77,6 @@ def run(args: argparse.Namespace) -> int:
 def _ready(launch: Launch, engine: str, as_json: bool) -> str:
     if as_json:
         return json.dumps({"url": launch.url, "model": launch.served, "engine": engine})
-    request = json.dumps({"model": launch.served, "prompt": "Q: 17 * 8 =\nA:", "max_tokens": 32})
+    request = json.dumps({"model": launch.served, "prompt": f"Q: {QUESTION}\nA:", "max_tokens": 32})
     example = f"curl {launch.url}/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(request)}"
     return f"halfbyte: {launch.served} is ready at {launch.url}, until Ctrl-C. Try:\n{example}"

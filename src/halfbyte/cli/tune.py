@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--activations", type=activations, default=["bf16"], metavar="NAME,...", help=f"of {of}; default: bf16")
     parser.add_argument("--budget-s", type=seconds, metavar="S", default=math.inf, help="start no race after this many seconds; a second run goes on")
     parser.add_argument("--again", action="store_true", help="race also what is known already")
-    parser.add_argument("--plot", type=shared.picture_to_write, metavar="FILE.png", help="plot the candidates")
+    parser.add_argument("--plot", type=shared.picture_to_write, metavar="FILE.png", help="draw a map of layers and buckets")
     parser.add_argument("--export", type=shared.file_to_write, metavar="FILE.json", help="write it all into one file, such as the package brings")
     parser.add_argument("--device", help="torch device (default: the GPU)")
     parser.add_argument("--json", action="store_true", help="print one JSON document, the tables")
