@@ -56,7 +56,8 @@ class Compiled:
 
     @functools.cached_property
     def sass(self) -> str:
-        return self._ask("nvdisasm", "-c")
+        """With the encoding of each instruction, in which `stage_order` reads what it waits for."""
+        return self._ask("nvdisasm", "-c", "-hex")
 
     @functools.cached_property
     def _resources(self) -> dict[str, int]:
@@ -64,11 +65,11 @@ class Compiled:
         line = next(line for line in report.splitlines() if "REG:" in line)
         return {key: int(value) for key, value in re.findall(r"([A-Z]+):(\d+)", line)}
 
-    def _ask(self, tool: str, option: str) -> str:
+    def _ask(self, tool: str, *options: str) -> str:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(self.asm["cubin"])
             file.flush()
-            return subprocess.run([TOOLS / tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            return subprocess.run([TOOLS / tool, *options, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def compile_for(kernel: Any, *arguments: Any, capability: int = 90, **constants: Any) -> Compiled:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import itertools
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import pytest
 import torch
 from compile_only import Compiled, compiling
 from slow import slow_case
+from stage_order import early_arrivals
 
 import halfbyte as hb
 from halfbyte.errors import UnsupportedError
@@ -147,44 +146,6 @@ PREFILL_KERNELS = [
 ]
 
 
-def stages_wait_for_their_loads(ptx: str) -> bool:
-    """No thread arrives at a barrier while loads from shared memory are on their way: between the last of them and the arrival are products.
-
-    TMA fills the stage that is given back through another proxy, which neither barrier orders behind a load: kernels that arrived right behind their
-    loads were wrong once in some hundred calls where several processes shared an H200.
-
-    >>> stages_wait_for_their_loads("ld.shared wgmma.mma_async mbarrier.arrive"), stages_wait_for_their_loads("ld.shared bar.sync mbarrier.arrive")
-    (True, False)
-    """
-    events = re.findall(
-        r"ld\.shared|ldmatrix\.sync\.aligned\.m8n8\.x4\.shared|w?g?mma\.(?:mma_async|wait_group|sync)|mbarrier\.arrive(?!\.expect)", ptx
-    )
-    return not any(event.startswith("ld") and following == "mbarrier.arrive" for event, following in itertools.pairwise(events))
-
-
-def products_precede_arrivals(sass: str) -> bool:
-    """ptxas too lets a mma.sync take what was loaded from x before the stage goes back, or a fence waits for the loads.
-
-    >>> load, take, arrive = "LDSM.16.M88.4 R8, [R2]", "HMMA.16816.F32.BF16 R4, R12, R8, R4 HMMA.16816.F32.BF16 R4, R12, R10, R4", "SYNCS.ARRIVE"
-    >>> products_precede_arrivals(load + take + arrive), products_precede_arrivals(load + arrive + take)
-    (True, False)
-    >>> products_precede_arrivals(load + "FENCE.VIEW.ASYNC" + arrive + take)
-    True
-    """
-    untaken: set[int] = set()
-    events = r"LDSM\.16\.M88\.4 R(\d+)|HMMA\.16816\S* R\d+, R\d+\S*, R(\d+)|(FENCE\.VIEW\.ASYNC)|(SYNCS\.ARRIVE)"
-    for load, operand, fence, arrival in re.findall(events, sass):
-        if load:
-            untaken |= {int(load), int(load) + 2}  # a mma.sync takes two registers
-        elif operand:
-            untaken.discard(int(operand))
-        elif fence:
-            untaken.clear()
-        elif arrival and untaken:
-            return False
-    return True
-
-
 def check_prefill_kernel(
     config: configs.PrefillConfig, *, nvfp4: bool, is_w13: bool, scaled: bool, words_for: WordsFor, max_spill_bytes: int = MAX_SPILL_BYTES
 ) -> None:
@@ -204,7 +165,7 @@ def check_prefill_kernel(
     assert kernel.shared_bytes <= 227 * 1024
     # Where ptxas lacks registers for what is in flight, it lets every wgmma wait for itself.
     assert 2 * kernel.sass.count("WARPGROUP.ARRIVE") <= kernel.sass.count("GMMA.64x")
-    assert stages_wait_for_their_loads(kernel.ptx) and products_precede_arrivals(kernel.sass)
+    assert early_arrivals(kernel.sass) == []
 
 
 @pytest.mark.parametrize(("name", "nvfp4", "is_w13", "scaled", "words_for", "num_sizes"), PREFILL_KERNELS)
