@@ -143,7 +143,8 @@ class _Code:
         self._places = {i.address: (number, at) for number, block in enumerate(self.blocks) for at, i in enumerate(block)}
         self._taken: dict[tuple[int, int], bool] = {}
         self.stored = min(_number(instruction.memory) for instruction in code if instruction.kind in ("STS", "STSM"))
-        again = {block[0].address for number, block in enumerate(self.blocks) if number in self.following[number]}  # a wait that has not ended
+        # A wait that did not end at once goes on in a block of its own, again and again.
+        again = {instruction.address for number, block in enumerate(self.blocks) if number in self.following[number] for instruction in block}
         self.barriers = {address: barrier for address, barrier in _barriers(code) if address not in again}
 
     def _following(self, number: int, labels: dict[str, int]) -> list[int]:
