@@ -64,7 +64,8 @@ def test_what_nobody_takes_may_be_late() -> None:
 
 
 def test_the_next_stage_may_be_under_way_and_every_way_round_a_loop_is_followed() -> None:
-    loop = (WAIT, LOAD, ".L_x_1", TAKE, WAIT, LOAD, BARRIER, ARRIVE, "@P2 BRA `(.L_x_1)", TAKE, BARRIER, ARRIVE)
+    wait_again = (".L_x_2", "LDL R0, [R1+0x8]", WAIT, "@!P0 BRA `(.L_x_2)")
+    loop = (WAIT, LOAD, ".L_x_1", TAKE, WAIT, *wait_again, LOAD, BARRIER, ARRIVE, "@P2 BRA `(.L_x_1)", TAKE, BARRIER, ARRIVE)
     assert early(*loop) == []
     late = "w1 LDS.128 R12, [R2+0x800]"  # taken behind the arrival, in the next iteration alone
     assert early(*loop[:3], "?1 IADD3 R4, R12, R12, RZ", TAKE, late, *loop[4:]) == [(ARRIVE, late)]
